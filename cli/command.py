@@ -1,0 +1,45 @@
+"""How every command starts and ends: argument parsing, one-line errors, exit codes."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from cli.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line."""
+
+    def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Returns the argument parser of `python -m command`; a wrong argument raises UserError."""
+    return _Parser(
+        prog=f"python -m {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Calls `main(arguments)` and ends the process with the exit code of the contract.
+
+    A UserError becomes one line on stderr and exit code 2. Ctrl-C outside a training loop ends quietly with 130. Any
+    other exception keeps its traceback and Python's exit code 1.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader (head, less) went away; pointing stdout at nothing keeps the interpreter's last flush quiet.
+        sys.stdout = None  # pyright: ignore[reportAttributeAccessIssue]
+        code = EXIT_OK
+    sys.exit(EXIT_OK if code is None else code)

@@ -1,0 +1,1 @@
+"""What to run: one experiment a file, each with `get_config(argument)`."""

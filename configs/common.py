@@ -1,0 +1,94 @@
+"""Defaults that every experiment starts from, and the reading of a config's argument."""
+
+from ml_collections import ConfigDict
+
+
+def get_defaults() -> ConfigDict:
+    """Returns the keys that every config has. An experiment adds `models`, `loss` and what else it needs."""
+    config = ConfigDict()
+    config.objective = ""  # a key of train.objectives
+    config.seed = 0  # of initialization, data order and every random draw
+    config.group = ""  # runs that differ in their seed alone share a group
+    config.steps = 0  # updates
+    config.batch_size = 0  # examples in an update, over all devices
+
+    config.data = ConfigDict()
+    config.data.dataset = ""  # TFDS name
+    config.data.data_dir = ""  # where datasets are kept; "" for TFDS's default
+    config.data.split = "train"
+    config.data.validation_split = "validation"
+    config.data.image_size = 0  # pixels
+    config.data.transform = "center_square"  # a key of data.preprocess.TRANSFORMS
+    config.data.text_length = 0  # tokens of a caption; 0 for no text
+    config.data.bpe_dropout = 0.0  # probability that a merge is passed over, in training
+    config.data.cache = False  # keep decoded records in memory
+    config.data.workers = 1  # threads that read
+    config.data.read_ahead = 4  # batches kept ready
+
+    config.models = ConfigDict()  # {part: {name, fields of the network}}
+    config.frozen = ConfigDict()  # {part: {name, fields..., source, part}}: networks that are used, not trained
+    config.initialize = ConfigDict()  # {part: {source, part}}: where fine-tuning starts
+
+    config.loss = ConfigDict()
+    config.sample = ConfigDict()
+
+    config.optimizer = ConfigDict()
+    config.optimizer.transform = "adamw"
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.no_decay = r"(bias|scale|embedding)$"  # paths without weight decay
+    config.optimizer.clip_norm = 0.0  # of a rule's gradients together; 0 for no clipping
+    config.optimizer.schedule = ConfigDict()
+    config.optimizer.schedule.name = "warmup_cosine"
+    config.optimizer.schedule.peak = 1e-3
+    config.optimizer.schedule.end = 0.0
+    config.optimizer.schedule.warmup_steps = 0
+    config.optimizer.schedule.decay_steps = 0  # length of the schedule; 0 for config.steps
+    config.optimizer.schedule.boundaries = ()
+    config.optimizer.schedule.factor = 0.5
+    config.optimizer.rules = ({"pattern": ".*"},)  # ordered; each may override any key above
+    config.optimizer.bounds = ()  # ((pattern, low, high), ...), enforced after each update
+
+    config.ema = ConfigDict()
+    config.ema.decay = 0.0  # 0 for no moving average
+    config.ema.warm_up = True
+    config.ema.every = 1  # steps
+    config.ema.paths = ".*"
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1: all devices that are left
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+    config.mesh.rules = ((".*", ()),)  # ((path pattern, mesh axis of each leading dimension), ...)
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 1000  # steps
+    config.checkpoint.keep = 2
+
+    config.evaluate = ConfigDict()
+    config.evaluate.every = 1000  # steps
+    config.evaluate.batches = 4  # of the validation split
+    config.evaluate.previews = 8  # pictures
+
+    config.log = ConfigDict()
+    config.log.every = 50  # steps
+
+    config.wandb = ConfigDict()
+    config.wandb.mode = "offline"  # online, offline or disabled
+    config.wandb.project = "tessera"
+    config.wandb.entity = ""
+    config.wandb.name = ""  # "" for the run folder's name
+    return config
+
+
+def check_argument(argument: str, known: tuple[str, ...]) -> str:
+    """Returns the argument of `--config=file.py:argument`, or the first known one if it is empty.
+
+    Raises:
+      ValueError: if it is none of `known`; lists them.
+    """
+    if argument and argument not in known:
+        raise ValueError(f"unknown argument {argument!r}; choose one of {', '.join(known)}")
+    return argument or known[0]

@@ -1,0 +1,1 @@
+"""The papers' own sizes and hyper-parameters, one per system."""

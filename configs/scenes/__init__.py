@@ -1,0 +1,1 @@
+"""CPU-sized recipes on the embedded dataset `scenes`, one per system."""

@@ -1,0 +1,84 @@
+"""Stage 2 on `scenes`: a transformer over caption and picture tokens.
+
+Paper: Ramesh et al. 2021, section 2.2.
+
+    python -m train --config=configs/scenes/dalle.py --workdir=runs/dalle      (needs runs/dvae)
+
+Arguments: `single32` (default; what `make demo` trains), `pair32`, `debug` (seconds; needs no other run).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import check_argument, get_defaults
+from configs.scenes import dvae
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """Returns the experiment."""
+    argument = check_argument(argument, ("single32", "pair32", "debug"))
+    stage1 = dvae.get_config(argument)
+    config = get_defaults()
+    config.objective = "dalle"
+    config.steps = 3600
+    config.batch_size = 32
+
+    config.data.dataset = stage1.data.dataset
+    config.data.image_size = 32
+    config.data.cache = True
+    config.data.text_length = 20 if argument == "pair32" else 12
+    config.data.bpe_dropout = 0.0
+
+    config.frozen.dvae = ConfigDict(stage1.models.dvae.to_dict())  # the run's own sizes replace these
+    config.frozen.dvae.source = "runs/dvae"
+    config.frozen.dvae.part = "dvae"
+
+    config.models.dalle = ConfigDict()
+    config.models.dalle.name = "dalle"
+    config.models.dalle.text_vocab_size = 512
+    config.models.dalle.text_length = config.data.text_length
+    config.models.dalle.image_vocab_size = stage1.models.dvae.vocab_size
+    config.models.dalle.image_grid = (8, 8)
+    config.models.dalle.width = 160
+    config.models.dalle.depth = 4
+    config.models.dalle.heads = 2
+    config.models.dalle.mlp_ratio = 3.0
+    config.models.dalle.activation = "relu_squared"
+    config.models.dalle.attention = "full"
+
+    config.loss.text_weight = 1 / 8
+    config.loss.image_weight = 7 / 8
+    config.loss.mask_pads = False
+    config.loss.caption_dropout = 0.1
+
+    config.sample.guidance = 2.0
+    config.sample.temperature = 1.0
+    config.sample.top_k = 0
+    config.sample.top_p = 1.0
+
+    config.optimizer.b2 = 0.96
+    config.optimizer.weight_decay = 0.045
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.schedule.peak = 2e-3
+    config.optimizer.schedule.warmup_steps = 100
+    config.ema.decay = 0.99
+
+    config.checkpoint.every = 600
+    config.evaluate.every = 600
+    config.log.every = 20
+    if argument == "pair32":
+        config.steps = 20000
+    if argument == "debug":
+        config.steps = 4
+        config.batch_size = 8
+        config.models.dalle.width = 32
+        config.models.dalle.depth = 3
+        config.models.dalle.attention = "published"
+        config.frozen.dvae.source = "random"
+        config.checkpoint.every = config.evaluate.every = 2
+        config.evaluate.batches = 1
+        config.evaluate.previews = 4
+        config.log.every = 1
+        config.optimizer.schedule.warmup_steps = 1
+        config.wandb.mode = "disabled"
+    config.lock()
+    return config

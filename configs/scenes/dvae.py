@@ -1,0 +1,79 @@
+"""Stage 1 on `scenes`: a vector-quantized autoencoder, 8 x 8 tokens for a 32 x 32 picture.
+
+Paper: Ramesh et al. 2021, section 2.1 (the discrete VAE); van den Oord et al. 2017 (vector quantization, which small
+budgets need: docs/results.md compares the two).
+
+    python -m scripts.prepare --dataset=scenes/single32
+    python -m train --config=configs/scenes/dvae.py --workdir=runs/dvae
+
+Arguments: `single32` (default; what `make demo` trains), `pair32`, `gumbel` (the published relaxation at the same
+size, on single32), `debug` (seconds).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import check_argument, get_defaults
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """Returns the experiment."""
+    argument = check_argument(argument, ("single32", "pair32", "gumbel", "debug"))
+    config = get_defaults()
+    config.objective = "dvae" if argument == "gumbel" else "vqvae"
+    config.steps = 2400
+    config.batch_size = 64
+
+    config.data.dataset = "scenes/pair32" if argument == "pair32" else "scenes/single32"
+    config.data.image_size = 32
+    config.data.cache = True
+
+    config.models.dvae = ConfigDict()
+    config.models.dvae.name = config.objective
+    config.models.dvae.image_size = 32
+    config.models.dvae.vocab_size = 256
+    config.models.dvae.encoder_hidden = 96
+    config.models.dvae.decoder_hidden = 96
+    config.models.dvae.patch_size = 4
+    config.models.dvae.width_multipliers = (1,)
+    config.models.dvae.blocks_per_group = 2
+    config.models.dvae.input_kernel = 3
+
+    config.loss.reconstruction = "l2"
+    if config.objective == "vqvae":
+        config.models.dvae.code_dim = 16
+        config.loss.commitment = 0.25
+        config.loss.codebook_decay = 0.98
+        config.loss.restart_every = 50
+        config.loss.restart_threshold = 0.1
+    else:
+        config.loss.kl_weight_start = 0.0
+        config.loss.kl_weight = 0.0
+        config.loss.kl_weight_steps = 1000
+        config.loss.temperature_start = 1.0
+        config.loss.temperature = 1 / 16
+        config.loss.temperature_steps = 2000
+        config.loss.straight_through = False
+
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.schedule.peak = 2e-3
+    config.optimizer.schedule.warmup_steps = 50
+    config.ema.decay = 0.99
+
+    config.checkpoint.every = 400
+    config.evaluate.every = 400
+    config.log.every = 20
+    if argument == "pair32":
+        config.steps = 8000
+        config.models.dvae.vocab_size = 512
+    if argument == "debug":
+        config.steps = 4
+        config.batch_size = 8
+        config.models.dvae.encoder_hidden = config.models.dvae.decoder_hidden = 16
+        config.models.dvae.blocks_per_group = 1
+        config.checkpoint.every = config.evaluate.every = 2
+        config.evaluate.batches = 1
+        config.log.every = 1
+        config.optimizer.schedule.warmup_steps = 1
+        config.wandb.mode = "disabled"
+    config.lock()
+    return config

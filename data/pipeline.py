@@ -1,0 +1,233 @@
+"""From a stored dataset to numpy batches: one deterministic stream of examples, batches by row, read ahead by threads.
+
+The stream is a function of an index alone: shuffling, repetition and augmentation are keyed by it. A checkpoint
+therefore needs no iterator state, and a run continues on any number of devices, processes, or batch size.
+"""
+
+import collections
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from data import scenes
+from data.preprocess import choose_caption, picture_transform
+from data.tokenizer import Tokenizer
+
+Example = dict[str, np.ndarray]
+
+# TFDS suggests OpenCV for every source it opens; Pillow is enough.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def dataset_folder(dataset: str, data_dir: str | None) -> Path:
+    """Returns the folder of a prepared dataset, such as `scenes/single32`, in its newest version.
+
+    Args:
+      dataset: a TFDS name, `dataset[/config]`.
+      data_dir: where datasets are kept; None or "" for TFDS's own default.
+
+    Raises:
+      UserError: if it was not prepared.
+    """
+    root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    versions = [path.parent for path in (root / dataset).glob("*/dataset_info.json")]
+    if not versions:
+        raise UserError(
+            f"dataset {dataset} is not in {root}; run `python -m scripts.prepare --dataset={dataset}"
+            + (f" --data_dir={data_dir}`" if data_dir else "`")
+        )
+    return max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
+
+
+def load_tokenizer(dataset: str, data_dir: str | None) -> Tokenizer:
+    """Reads the tokenizer that was trained on a dataset's captions and is stored with it."""
+    return Tokenizer.load(dataset_folder(dataset, data_dir) / "tokenizer.json")
+
+
+class RecordSource:
+    """Random access to one split's records: pictures as uint8, captions as str.
+
+    A record that cannot be decoded is replaced by the next one and counted in `damaged`, so that one bad file does not
+    end a run of days.
+    """
+
+    def __init__(
+        self, dataset: str, split: str, data_dir: str | None = None, cache: bool = False, pictures: bool = True
+    ):
+        """Opens a split.
+
+        Args:
+          dataset: TFDS name.
+          split: TFDS split expression, such as `train` or `train[:90%]`.
+          data_dir: see `dataset_folder`.
+          cache: keep decoded records in memory once read; for datasets that fit there.
+          pictures: decode them; otherwise `image` is left as the bytes of its file.
+
+        Raises:
+          UserError: if the dataset is not prepared or has no such split.
+        """
+        builder = tfds.builder_from_directory(dataset_folder(dataset, data_dir))
+        try:
+            decoders = None if pictures else {"image": tfds.decode.SkipDecoding()}
+            self._source = builder.as_data_source(split=split, decoders=decoders)
+        except ValueError as error:
+            raise UserError(
+                f"dataset {dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}"
+            ) from error
+        if not len(self._source):
+            raise UserError(f"split {split!r} of {dataset} is empty; prepare the dataset again")
+        self.info = builder.info
+        self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
+        self._lock = threading.Lock()
+        self.damaged: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns record `index` as {"image": uint8 [h w c], "captions": tuple of str, ...}."""
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        record = self._read(index)
+        if self._cache is not None:
+            self._cache[index] = record
+        return record
+
+    def _read(self, index: int) -> dict[str, Any]:
+        for attempt in range(len(self)):
+            place = (index + attempt) % len(self)
+            try:
+                record = dict(self._source[place])
+            except (OSError, ValueError, SyntaxError) as error:  # what Pillow and the reader raise for broken bytes
+                with self._lock:
+                    first = not self.damaged
+                    self.damaged.add(place)
+                if first:
+                    print(f"warning: record {place} cannot be read ({error}); the next one takes its place", flush=True)
+                continue
+            captions = record.get("captions", record.get("caption", ()))
+            captions = [captions] if isinstance(captions, str | bytes) else captions
+            record["captions"] = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in captions)
+            return record
+        raise UserError("no record of this split can be read; prepare the dataset again")
+
+
+class ExampleStream:
+    """The endless, index-determined stream of training examples, or one pass over an evaluation split.
+
+    `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] and, with a tokenizer, `text` int32 [L].
+    """
+
+    def __init__(self, config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool):
+        """Builds the stream.
+
+        Args:
+          config: `config.data`: dataset, data_dir, image_size, transform, text_length, bpe_dropout, cache.
+          tokenizer: encodes captions; None leaves text out.
+          split: the split to read.
+          seed: of shuffling and augmentation.
+          train: shuffle and repeat, choose captions and crops at random. Otherwise records come in stored order,
+            repeated too, with the first caption and a central crop.
+        """
+        self.source = RecordSource(config.dataset, split, config.data_dir, config.cache)
+        self._size = config.image_size
+        self._length = config.text_length
+        self._dropout = config.bpe_dropout if train else 0.0
+        self._tokenizer = tokenizer
+        self._train = train
+        self._transform = picture_transform(config.transform if train else "center_square")
+        self._lock = threading.Lock()
+        self.truncated = 0
+        order = grain.MapDataset.source(range(len(self.source))).seed(seed)
+        self._order = (order.shuffle() if train else order).repeat(None)
+        self._seed = seed
+
+    @property
+    def epoch_size(self) -> int:
+        """Number of records in one pass."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.source[int(self._order[index])]
+        rng = np.random.default_rng((self._seed, index)) if self._train else None
+        image = self._transform(record["image"], self._size, rng if rng is not None else np.random.default_rng(0))
+        example: Example = {"image": image, "index": np.int32(index)}
+        if self._tokenizer is not None:
+            caption = choose_caption(record["captions"], rng)
+            ids, truncated = self._tokenizer.encode(caption, self._length, self._dropout, rng)
+            if truncated:
+                with self._lock:
+                    if not self.truncated:
+                        print(f"warning: caption cut to {self._length} tokens: {caption!r}", flush=True)
+                    self.truncated += 1
+            example["text"] = ids
+        return example
+
+    def batch(self, indices: Sequence[int]) -> Example:
+        """Returns the examples of these indices, stacked."""
+        examples = [self[index] for index in indices]
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+class BatchReader(Iterator[Example]):
+    """Batches of a stream, for the rows that one process feeds, read ahead by threads.
+
+    Row r of the global batch that follows `examples_seen` examples is `stream[examples_seen + r]`.
+    """
+
+    def __init__(
+        self,
+        stream: ExampleStream,
+        *,
+        batch_size: int,
+        rows: Sequence[int],
+        examples_seen: int,
+        workers: int = 1,
+        read_ahead: int = 4,
+    ):
+        """Starts reading.
+
+        Args:
+          stream: where examples come from.
+          batch_size: of the global batch.
+          rows: the rows of the global batch to read here, in the order wanted.
+          examples_seen: where to begin.
+          workers: threads that read.
+          read_ahead: batches kept ready.
+        """
+        self._stream = stream
+        self._batch_size = batch_size
+        self._rows = tuple(rows)
+        self._next = examples_seen
+        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="data")
+        self._ready: collections.deque[Future[Example]] = collections.deque()
+        for _ in range(max(1, read_ahead)):
+            self._submit()
+
+    def __next__(self) -> Example:
+        batch = self._ready.popleft().result()
+        self._submit()
+        return batch
+
+    def close(self) -> None:
+        """Stops the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self) -> None:
+        indices = [self._next + row for row in self._rows]
+        self._next += self._batch_size
+        self._ready.append(self._pool.submit(self._stream.batch, indices))
+
+
+def known_datasets() -> tuple[str, ...]:
+    """Names of the datasets that `scripts.prepare` can make without the internet."""
+    return tuple(f"scenes/{name}" for name in scenes.WORLDS)

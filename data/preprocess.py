@@ -1,0 +1,97 @@
+"""What happens to one example before it joins a batch: crops, resizes, flips, and the choice of a caption.
+
+Every function takes a `numpy.random.Generator` keyed by the example's place in the stream, so that augmentation is a
+function of that place alone.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cli.errors import UserError
+
+Picture = UInt8[np.ndarray, "h w c"]
+PictureTransform = Callable[[Picture, int, np.random.Generator], Picture]
+
+
+def center_square(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size c"]:
+    """Cuts the central square and resizes it to `size`; what evaluation and undistorted training use."""
+    del rng
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return _resize(image[top : top + side, left : left + side], size)
+
+
+def dvae_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size c"]:
+    """Augmentation of the discrete VAE (Ramesh et al. 2021, App. A).
+
+    A random square, resized to between 9/8 and 12/8 of `size`, a random crop of `size`, and a horizontal flip in half
+    of the cases.
+    """
+    image = _random_crop(image, min(image.shape[:2]), rng)
+    image = _resize(image, int(rng.integers(size * 9 // 8, size * 12 // 8 + 1)))
+    image = _random_crop(image, size, rng)
+    return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def dalle_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size c"]:
+    """Augmentation of the transformer (Ramesh et al. 2021, App. B).
+
+    A square near the center (its offset between 3/8 and 5/8 of the slack), resized to between 1 and 9/8 of `size`, and
+    a random crop of `size`. No flip: pictures hold text, and captions say left and right.
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    slack = max(height, width) - side
+    offset = int(rng.integers(slack * 3 // 8, max(slack * 5 // 8, slack * 3 // 8) + 1))
+    top, left = (offset, 0) if height > width else (0, offset)
+    image = _resize(image[top : top + side, left : left + side], int(rng.integers(size, size * 9 // 8 + 1)))
+    return _random_crop(image, size, rng)
+
+
+TRANSFORMS: dict[str, PictureTransform] = {
+    "center_square": center_square,
+    "dvae_training": dvae_training,
+    "dalle_training": dalle_training,
+}
+
+
+def picture_transform(name: str) -> PictureTransform:
+    """Returns the transform called `name`.
+
+    Raises:
+      UserError: if there is none; lists the choices.
+    """
+    if name not in TRANSFORMS:
+        raise UserError(f"config.data.transform={name!r} is unknown; choose one of {', '.join(TRANSFORMS)}")
+    return TRANSFORMS[name]
+
+
+def choose_caption(captions: Sequence[str], rng: np.random.Generator | None) -> str:
+    """Picks one of an example's captions: any of them at random, or the first one without a generator.
+
+    Raises:
+      UserError: if the example has no caption.
+    """
+    if not captions:
+        raise UserError("an example has no caption; text models need at least one for every picture")
+    return captions[0 if rng is None else int(rng.integers(len(captions)))]
+
+
+def _random_crop(image: Picture, side: int, rng: np.random.Generator) -> Picture:
+    top = int(rng.integers(image.shape[0] - side + 1))
+    left = int(rng.integers(image.shape[1] - side + 1))
+    return image[top : top + side, left : left + side]
+
+
+def _resize(image: Picture, side: int) -> Picture:
+    """Resizes by area averaging (as the paper does), which is exact when nothing has to change."""
+    if image.shape[:2] == (side, side):
+        return image
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    shrinks = side <= min(image.shape[:2])
+    resized = np.asarray(picture.resize((side, side), Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC))
+    return resized.reshape(side, side, image.shape[-1])

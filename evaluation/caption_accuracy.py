@@ -1,0 +1,79 @@
+"""Do pictures show what captions say? Graded exactly on the embedded dataset."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from data import scenes
+from data.pipeline import RecordSource
+from evaluation.grader import SceneGrader, summarize
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedPictures:
+    """The first records of a split, each with one caption that names every attribute.
+
+    Attributes:
+      captions: n captions; paraphrases take turns.
+      images: what they were written for.
+    """
+
+    captions: tuple[str, ...]
+    images: UInt8[np.ndarray, "n h w 3"]
+
+
+def world_of(config: ConfigDict) -> scenes.World:
+    """The world of a run on the embedded dataset.
+
+    Raises:
+      UserError: for another dataset, which has no grader.
+    """
+    dataset, _, name = config.data.dataset.partition("/")
+    if dataset != "scenes" or name not in scenes.WORLDS:
+        raise UserError(f"captions of {config.data.dataset} cannot be graded; only those of scenes can")
+    return scenes.WORLDS[name]
+
+
+def captioned_pictures(config: ConfigDict, split: str, num: int) -> CaptionedPictures:
+    """Reads the first `num` records of a split.
+
+    Raises:
+      UserError: if the split has fewer records.
+    """
+    world = world_of(config)
+    source = RecordSource(config.data.dataset, split, config.data.data_dir)
+    if num > len(source):
+        raise UserError(f"{split} has {len(source)} records, fewer than --num={num}")
+    captions, images = [], []
+    for index in range(num):
+        record = source[index]
+        complete = [text for text in record["captions"] if scenes.parse_caption(world, text).complete]
+        captions.append(complete[index % len(complete)])
+        images.append(record["image"])
+    return CaptionedPictures(tuple(captions), np.stack(images))
+
+
+def caption_accuracy(
+    config: ConfigDict,
+    captions: Sequence[str],
+    draw: Callable[[Sequence[str]], UInt8[np.ndarray, "n h w 3"]],
+) -> tuple[dict[str, float], UInt8[np.ndarray, "n h w 3"], list[dict[str, bool]]]:
+    """Draws captions and grades the pictures.
+
+    Args:
+      config: of the run.
+      captions: what to draw.
+      draw: the sampler, as a function of captions.
+
+    Returns:
+      Shares of captions with all attributes right (`all`) and with each attribute right; the pictures; and each
+      picture's grades.
+    """
+    images = draw(captions)
+    scores = SceneGrader(world_of(config)).grade(captions, images)
+    shares = {name: right / counted for name, (right, counted) in summarize(scores).items()}
+    return shares, images, scores

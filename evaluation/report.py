@@ -1,0 +1,144 @@
+"""Run folders as one self-contained HTML page: pictures, curves, scores."""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from weights.run import DONE, EVALUATION, SAMPLES, read_metrics
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend is chosen first)
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+img { max-width: 100%; display: block; margin: .5rem 0; } .curves { display: flex; flex-wrap: wrap; gap: 1rem; }
+table { border-collapse: collapse; } td, th { padding: .25rem .9rem; border-bottom: 1px solid #e4e4e4; text-align: left; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; } .note { color: #666; font-size: .9rem; }
+pre { background: #f5f5f2; padding: .8rem; overflow-x: auto; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What the report shows of one run.
+
+    Attributes:
+      title: heading.
+      text: a paragraph under it.
+      folder: the run folder; it may not exist yet.
+      curves: {title: metric}; each is drawn with its `validation/` counterpart.
+      pictures: {title: glob under samples/}; the newest match is shown.
+    """
+
+    title: str
+    text: str
+    folder: Path
+    curves: Mapping[str, str]
+    pictures: Mapping[str, str]
+
+
+def write_report(
+    path: Path, title: str, status: str, sections: Sequence[Section], closing: str = "", refresh: int = 0
+) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+      path: of the HTML file.
+      title: heading.
+      status: one line under it.
+      sections: one for each run.
+      closing: HTML at the end.
+      refresh: seconds after which a browser loads it again; 0 for a finished report.
+    """
+    reload = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    body = "".join(_section(section) for section in sections)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{reload}<title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(status)}</p>"
+        f"{body}{closing}</body></html>"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(page, encoding="utf-8")
+    draft.replace(path)
+
+
+def _section(section: Section) -> str:
+    rows = read_metrics(section.folder)
+    parts = [f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"]
+    if not rows:
+        return "".join([*parts, '<p class="note">Not started.</p>'])
+    step = rows[-1]["step"]
+    state = "finished" if (section.folder / DONE).is_file() else "training"
+    parts.append(f'<p class="note">{state}, step {step:,}</p>')
+    parts.append(_scores(section.folder))
+    for title, pattern in section.pictures.items():
+        found = sorted((section.folder / SAMPLES).glob(pattern))
+        if found:
+            data = base64.b64encode(found[-1].read_bytes()).decode()
+            caption = html.escape(title)
+            parts.append(f'<h3>{caption}</h3><img alt="{caption}" src="data:image/png;base64,{data}">')
+    curves = [_curve(rows, heading, metric) for heading, metric in section.curves.items()]
+    parts.append(f'<div class="curves">{"".join(curves)}</div>')
+    return "".join(parts)
+
+
+def _scores(folder: Path) -> str:
+    """The table of evaluation.json: a column for each split."""
+    path = folder / EVALUATION
+    if not path.is_file():
+        return ""
+    records = json.loads(path.read_text(encoding="utf-8"))
+    newest: dict[str, dict[str, Any]] = {record["split"]: record for record in records}
+    names = list(dict.fromkeys(name for record in newest.values() for name in record["values"]))
+    head = "".join(f"<th>{html.escape(split)} (N = {record['num']})</th>" for split, record in newest.items())
+    lines = []
+    for name in names:
+        cells = "".join(
+            f'<td class="number">{_number(name, record["values"].get(name))}</td>' for record in newest.values()
+        )
+        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    hidden = ("metric", "split", "values", "num")
+    settings = ", ".join(f"{key} {value}" for key, value in records[-1].items() if key not in hidden)
+    return f'<table><tr><th></th>{head}</tr>{"".join(lines)}</table><p class="note">{html.escape(settings)}</p>'
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    is_share = isinstance(value, float) and not name.endswith(("mse", "psnr_db", "perplexity"))
+    return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
+
+
+def _curve(rows: Sequence[Mapping[str, float]], title: str, metric: str) -> str:
+    """One metric over steps, as inline SVG."""
+    figure, axes = pyplot.subplots(figsize=(4.6, 2.7), layout="constrained")
+    try:
+        for name, style in ((metric, {"linewidth": 1.2, "label": "training"}), (
+            f"validation/{metric}", {"marker": "o", "markersize": 3, "label": "validation"}
+        )):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), **style)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+        if all((line.get_ydata() > 0).all() for line in axes.lines) and metric.endswith(("loss", "mse255_hard")):
+            axes.set_yscale("log")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg")
+    finally:
+        pyplot.close(figure)
+    text = buffer.getvalue()
+    return f"<div>{text[text.index('<svg') :]}</div>"

@@ -1,0 +1,56 @@
+"""The networks of Tessera: Flax Linen modules by name.
+
+`create_model` is how every other package gets a network; nothing here knows a loss, a dataset, a config or a file.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax.numpy as jnp
+
+from models.dalle import Dalle
+from models.dvae import DiscreteVAE, VectorQuantizedVAE
+
+MODELS: dict[str, type[nn.Module]] = {
+    "dalle": Dalle,
+    "dvae": DiscreteVAE,
+    "vqvae": VectorQuantizedVAE,
+}
+
+
+def create_model(name: str, **kwargs: Any) -> Any:
+    """Builds the network called `name`.
+
+    Args:
+      name: a key of `MODELS`.
+      **kwargs: fields of the module. Lists become tuples, mappings become FrozenDicts and the fields `dtype` and
+        `param_dtype` may be strings, so values can come straight from a config.
+
+    Returns:
+      The Linen module, without parameters.
+
+    Raises:
+      KeyError: if there is no such network; lists the choices.
+      TypeError: if a keyword is not a field of that network; lists the fields.
+    """
+    if name not in MODELS:
+        raise KeyError(f"no model is called {name!r}; choose one of {', '.join(sorted(MODELS))}")
+    model = MODELS[name]
+    fields = set(model.__dataclass_fields__) - {"parent", "name"}
+    unknown = sorted(set(kwargs) - fields)
+    if unknown:
+        raise TypeError(f"model {name!r} has no field {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+    return model(**{key: _static(key, value) for key, value in kwargs.items()})
+
+
+def _static(key: str, value: Any) -> Any:
+    """Makes a config's value hashable, and a dtype of a dtype's name."""
+    if key in ("dtype", "param_dtype"):
+        return jnp.dtype(value)
+    if isinstance(value, list | tuple):
+        return tuple(_static("", item) for item in value)
+    if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+        return flax.core.freeze({k: _static(k, v) for k, v in value.items()})
+    return value

@@ -1,0 +1,106 @@
+"""What `python -m sample` draws and writes."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cli.errors import UserError
+from data.preprocess import center_square
+from sample.grid import draw_grid, to_uint8
+from sample.trained import TrainedSampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Pictures with what they came from.
+
+    Attributes:
+      images: one picture a record.
+      records: prompt (or file), seed and index of each.
+      settings: run, step, seed and sampler settings of all of them.
+      picture: the labelled grid.
+    """
+
+    images: UInt8[np.ndarray, "n h w c"]
+    records: list[dict[str, Any]]
+    settings: dict[str, Any]
+    picture: Image.Image
+
+
+def draw_prompts(
+    trained: TrainedSampler, prompts: Sequence[str], num: int, seed: int, settings: Mapping[str, Any]
+) -> Drawn:
+    """Draws `num` pictures of each prompt, a row of the grid each (several rows beyond eight).
+
+    Raises:
+      UserError: if the run takes no captions, a prompt is empty or a setting is impossible.
+    """
+    rows = trained.encode([prompt for prompt in prompts for _ in range(num)])
+    indices = list(range(num)) * len(prompts)
+    outputs = trained(rows, seed=seed, indices=indices, **settings)
+    images = to_uint8(outputs["image"])
+    records = [{"prompt": prompt, "seed": seed, "index": index} for prompt in prompts for index in range(num)]
+    columns = min(num, 8) if num > 1 else min(len(prompts), 8)
+    picture = draw_grid(images, columns=columns, labels=[record["prompt"] for record in records])
+    return Drawn(images, records, _describe(trained, seed, settings), picture)
+
+
+def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:
+    """Encodes and decodes pictures; the grid shows each beside its reconstruction.
+
+    Raises:
+      UserError: if the run does not reconstruct, or a file is not a picture.
+    """
+    if trained.tokenizer is not None:
+        raise UserError(f"{trained.run.folder} draws captions and reconstructs nothing; give --prompt=TEXT")
+    size = trained.config.data.image_size
+    images = np.stack([read_picture(name, size) for name in files])
+    outputs = trained({"image": images}, seed=0, indices=range(len(files)))
+    results = to_uint8(outputs["image"])
+    pairs = np.stack([images, results], axis=1).reshape(-1, *images.shape[1:])
+    labels = [label for name in files for label in (Path(name).name, "reconstruction")]
+    records = [{"image": name, "index": index} for index, name in enumerate(files)]
+    return Drawn(results, records, _describe(trained, 0, {}), draw_grid(pairs, columns=2, labels=labels))
+
+
+def read_picture(name: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Reads a picture file as RGB, its central square resized.
+
+    Raises:
+      UserError: if it is missing or not a picture.
+    """
+    try:
+        with Image.open(name) as picture:
+            array = np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"cannot read the picture {name}: {error}") from error
+    return center_square(array, size, np.random.default_rng(0))
+
+
+def write_files(folder: Path, drawn: Drawn) -> None:
+    """Writes each picture, and `samples.json` with prompts, seeds and settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, (image, record) in enumerate(zip(drawn.images, drawn.records, strict=True)):
+        name = f"{number:05d}.png"
+        Image.fromarray(image).save(folder / name)
+        records.append({"file": name, **record})
+    text = json.dumps({"settings": drawn.settings, "samples": records}, indent=2)
+    (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _describe(trained: TrainedSampler, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "run": str(trained.run.folder),
+        "step": trained.weights.step,
+        "ema": trained.weights.ema,
+        "seed": seed,
+        **trained.config.sample.to_dict(),
+        **settings,
+    }

@@ -1,0 +1,94 @@
+"""A run folder made ready to sample: weights, frozen stages, tokenizer, and a compiled sampler."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from data.tokenizer import Tokenizer
+from sample import create_sampler
+from weights.run import Run, RunWeights
+from weights.sources import load_frozen, resolve_frozen
+
+Rows = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class TrainedSampler:
+    """Samples from a run.
+
+    Attributes:
+      run: the folder.
+      config: its config, with frozen stages found.
+      sampler: what `create_sampler(config)` gave.
+      weights: parameters and where they come from.
+      frozen: weights of the frozen stages.
+      tokenizer: of the run; None without text.
+      chunk: images drawn in one call. Requests are padded to it, so one program serves every number of images.
+    """
+
+    run: Run
+    config: ConfigDict
+    sampler: Any
+    weights: RunWeights
+    frozen: Any
+    tokenizer: Tokenizer | None
+    chunk: int
+
+    @classmethod
+    def open(cls, folder: str | Path, *, step: int | None = None, ema: bool = True, chunk: int = 32) -> "TrainedSampler":
+        """Loads a run.
+
+        Raises:
+          UserError: if the run, its checkpoint or a frozen stage is missing.
+        """
+        run = Run.open(folder)
+        config = run.config
+        resolve_frozen(config, near=run.folder)
+        weights = run.load(step, ema)
+        return cls(run, config, create_sampler(config), weights, load_frozen(config), run.tokenizer(), chunk)
+
+    def encode(self, captions: Sequence[str]) -> Rows:
+        """Tokenizes captions for a request: {"text": int32 [n l]}.
+
+        Raises:
+          UserError: if a caption is empty, or the run has no text.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"{self.run.folder} takes no captions; give --image=FILE")
+        if any(not caption.strip() for caption in captions):
+            raise UserError("the prompt is empty; describe a picture, for example --prompt='a small red circle'")
+        length = self.config.data.text_length
+        encoded = [self.tokenizer.encode(caption, length) for caption in captions]
+        for caption, one in zip(captions, encoded, strict=True):
+            if one.truncated:
+                print(f"warning: only the first {length} tokens count of {caption!r}", flush=True)
+        return {"text": np.stack([one.ids for one in encoded])}
+
+    def __call__(self, rows: Rows, *, seed: int, indices: Sequence[int], **settings: Any) -> Rows:
+        """Samples one output for each row.
+
+        Args:
+          rows: arrays with leading dimension n, such as `text`.
+          seed: s; image i of it is drawn with `fold_in(key(s), i)`, whatever else is drawn.
+          indices: i of each row.
+          **settings: overrides of `config.sample`.
+
+        Returns:
+          The sampler's outputs as numpy arrays with leading dimension n.
+        """
+        count = len(indices)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), np.asarray(indices, np.int32))
+        chunks = []
+        for start in range(0, count, self.chunk):
+            places = np.minimum(np.arange(start, start + self.chunk), count - 1)
+            part = {name: value[places] for name, value in rows.items()}
+            request = self.sampler.request(**part, **settings)
+            outputs = self.sampler(self.weights.params, self.weights.variables, self.frozen, request, keys[places])
+            chunks.append(jax.device_get(outputs))
+        return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}

@@ -1,0 +1,1 @@
+"""Commands beside train, sample and evaluation. Nothing imports them."""

@@ -1,0 +1,114 @@
+"""`python -m scripts.describe --config=FILE`: what a config would build, without allocating it."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cli import command
+from cli.config import load_config
+
+_DESCRIPTION = """\
+Shows the module tree, parameters of each part, and matrix FLOPs of a training step. Nothing is allocated, so the
+largest config can be described on a laptop.
+
+  --config=FILE[:ARGUMENT]   the config; --config.KEY=VALUE overrides a key
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and describes."""
+    parser = command.parser("scripts.describe", _DESCRIPTION)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--depth", type=int, default=2, help="levels of the module tree (default 2)")
+    options, rest = parser.parse_known_args(arguments)
+    config = load_config(rest)
+    description = describe(config, options.depth)
+    print(json.dumps(description, indent=2) if options.json else format_description(description))
+
+
+def describe(config: Any, depth: int) -> dict[str, Any]:
+    """Returns parameters of each trained and frozen part by module, and FLOPs of a step.
+
+    Args:
+      config: an experiment; a frozen stage whose run is missing is described from the config itself.
+      depth: levels of the module tree.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from train.flops import matrix_flops
+    from train.objectives import create_objective
+    from weights.sources import abstract_frozen
+
+    objective = create_objective(config)
+    size = config.data.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
+        "index": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
+    if config.data.text_length:
+        batch["text"] = jax.ShapeDtypeStruct((config.batch_size, config.data.text_length), jnp.int32)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    params, variables = jax.eval_shape(objective.init, rng, batch)
+    frozen = abstract_frozen(config)
+
+    def gradient(params: Any, variables: Any, frozen: Any, batch: Any, rng: Any) -> Any:
+        step = jnp.zeros((), jnp.int32)
+        return jax.grad(lambda p: objective.loss(p, variables, frozen, batch, rng, step, True)[0])(params)
+
+    def parts(trees: dict[str, Any]) -> dict[str, Any]:
+        return {
+            part: {"parameters": _size(tree), "modules": _modules(tree, depth)} for part, tree in trees.items()
+        }
+
+    return {
+        "objective": config.objective,
+        "batch_size": config.batch_size,
+        "trained": parts(params),
+        "variables": int(np.sum([math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)])),
+        "frozen": parts({part: trees["params"] for part, trees in frozen.items()}),
+        "matrix_flops_per_step": matrix_flops(gradient, params, variables, frozen, batch, rng),
+        "matrix_flops_forward": matrix_flops(
+            lambda *a: objective.loss(*a, jnp.zeros((), jnp.int32), True)[0], params, variables, frozen, batch, rng
+        ),
+    }
+
+
+def format_description(description: dict[str, Any]) -> str:
+    """Lays a description out for a terminal."""
+    lines = []
+    for kind in ("trained", "frozen"):
+        for part, entry in description[kind].items():
+            lines.append(f"{part} ({kind}): {entry['parameters']:,} parameters")
+            lines += [f"  {name:<40} {count:>18,}" for name, count in entry["modules"].items()]
+    batch = description["batch_size"]
+    lines.append(f"values updated without a gradient: {description['variables']:,}")
+    lines.append(
+        f"matrix FLOPs of a training step at batch size {batch}: {description['matrix_flops_per_step']:.4g} "
+        f"({description['matrix_flops_per_step'] / batch:.4g} an example; forward alone "
+        f"{description['matrix_flops_forward'] / batch:.4g})"
+    )
+    return "\n".join(lines)
+
+
+def _size(tree: Any) -> int:
+    import jax
+
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _modules(tree: Any, depth: int, prefix: str = "") -> dict[str, int]:
+    """Parameters by module path, down to `depth` levels."""
+    sizes: dict[str, int] = {}
+    for name, child in tree.items():
+        path = f"{prefix}{name}"
+        sizes[path] = _size(child)
+        if depth > 1 and isinstance(child, dict):
+            sizes.update(_modules(child, depth - 1, f"{path}/"))
+    return sizes
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,48 @@
+"""Packaging of Tessera: metadata, dependencies with their lower bounds, and extras."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGES = ("cli", "configs", "data", "models", "weights", "sample", "evaluation", "train", "scripts")
+
+setup(
+    name="tessera-jax",
+    version="0.1.0",
+    description="JAX/Flax training research code for the systems that made text-to-image generation.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "beartype>=0.21",
+        "einops>=0.8",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "importlib-resources>=6.0",
+        "jax>=0.10.2",
+        "jaxtyping>=0.3.3",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=11.0",
+        "safetensors>=0.5",
+        "scipy>=1.14",
+        "tensorflow-datasets>=4.9.10",
+        "tokenizers>=0.21",
+        "tqdm>=4.67",
+        "wandb>=0.31",
+    ],
+    extras_require={
+        "dev": ["basedpyright>=1.31", "pre-commit>=4.0", "pytest>=8.4", "ruff>=0.13"],
+        "parity": ["attrs>=25.0", "requests>=2.32", "torch==2.13.0"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tensorflow": ["tensorflow-cpu>=2.21"],
+    },
+)

@@ -1,0 +1,1 @@
+"""The one training loop. `python -m train` runs it."""

@@ -1,0 +1,36 @@
+"""`python -m train --config=FILE[:ARGUMENT] --workdir=FOLDER [--config.KEY=VALUE ...]`."""
+
+from collections.abc import Sequence
+
+from cli import command
+from cli.allocator import reexec_with_fast_allocator
+from cli.config import load_config
+from cli.errors import UserError
+
+_DESCRIPTION = """\
+Trains what a config says, in a run folder; started again, it continues from the newest checkpoint.
+
+  --config=FILE[:ARGUMENT]   the config, such as configs/scenes/dvae.py or configs/scenes/dalle.py:debug
+  --config.KEY=VALUE         overrides one key, such as --config.steps=1000 or --config.optimizer.schedule.peak=1e-3
+
+Exit codes: 0 finished; 75 stopped by a signal, saved, start it again; 2 a mistake, said in one line; 1 anything else.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the command line and trains."""
+    parser = command.parser("train", _DESCRIPTION)
+    parser.add_argument("--workdir", required=True, help="the run folder")
+    options, rest = parser.parse_known_args(arguments)
+    config = load_config(rest)
+    if not options.workdir:
+        raise UserError("--workdir is empty; name a folder such as runs/dvae")
+
+    from train.loop import train  # imports jax, which takes seconds that a mistake should not cost
+
+    return train(config, options.workdir)
+
+
+if __name__ == "__main__":
+    reexec_with_fast_allocator()
+    command.run(main)

@@ -1,0 +1,54 @@
+"""Matrix FLOPs of a traced program: multiplications and additions of its matmuls and convolutions."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
+    """Counts what one call of `function` does in matmuls and convolutions, a multiply-add as two.
+
+    The program is traced, not compiled or run, so any size costs nothing. A scan counts as often as it iterates, a
+    `while` loop once, and of a `cond` the dearer branch.
+
+    Args:
+      function: traceable.
+      *arguments: arrays or ShapeDtypeStructs.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracting)
+        elif name == "conv_general_dilated":
+            # Each output value sums over the kernel: its size without the output features.
+            kernel = equation.invars[1].aval.shape
+            features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+        elif name == "cond":
+            total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
+        else:
+            inner = sum(_count(value) for value in _inner_programs(equation.params))
+            total += inner * (equation.params["length"] if name == "scan" else 1)
+    return total
+
+
+def _inner_programs(parameters: dict[str, Any]) -> list[Jaxpr]:
+    """Programs that an equation holds: of jit, scan, remat, custom derivatives."""
+    programs = []
+    for value in parameters.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                programs.append(item.jaxpr)
+            elif isinstance(item, Jaxpr):
+                programs.append(item)
+    return programs

@@ -1,0 +1,83 @@
+"""Devices as a mesh, and numpy batches onto it."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges devices along `data`, `fsdp` and `tensor`.
+
+    Args:
+      config: `config.mesh` with a size for each axis; one of them may be -1, for all devices that are left.
+      devices: defaults to every device.
+
+    Raises:
+      UserError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config[axis] for axis in AXES]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"config.mesh sizes must be positive, with at most one -1, not {sizes}")
+    given = int(np.prod([size for size in sizes if size != -1]))
+    if len(devices) % given or (-1 not in sizes and given != len(devices)):
+        raise UserError(f"config.mesh {dict(zip(AXES, sizes, strict=True))} does not fit {len(devices)} devices")
+    shape = tuple(len(devices) // given if size == -1 else size for size in sizes)
+    # Explicit axes, the default of jax.make_mesh, would ask every matmul for its output sharding.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch are split over every device that does not share a tensor."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def process_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+    """Rows of the global batch that this process's devices hold, ascending.
+
+    They come from the sharding, not from the process index: the order of devices in a mesh need not follow processes.
+
+    Raises:
+      UserError: if the batch does not divide over the devices.
+    """
+    try:
+        slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    except ValueError as error:
+        shards = sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]
+        raise UserError(f"config.batch_size={batch_size} does not divide over {shards} devices") from error
+    return sorted({row for index in slices if index is not None for row in range(batch_size)[index[0]]})
+
+
+def place_batch(
+    batch: Mapping[str, np.ndarray], rows: Sequence[int], batch_size: int, sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """Builds the global batch from the rows that this process read.
+
+    Args:
+      batch: arrays whose first dimension follows `rows`.
+      rows: what `process_rows` gave.
+      batch_size: of the global batch.
+      sharding: of the first dimension.
+    """
+    place = {row: position for position, row in enumerate(rows)}
+
+    def put(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = [place[row] for row in range(batch_size)[index[0]]]
+            return array[wanted[0] : wanted[-1] + 1]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
+
+    return {name: put(array) for name, array in batch.items()}

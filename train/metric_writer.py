@@ -1,0 +1,163 @@
+"""Where metrics and pictures go: metrics.jsonl, the terminal, PNG files, and Weights & Biases."""
+
+import json
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from weights.run import METRICS, SAMPLES, read_metrics
+
+_LOG = logging.getLogger(__name__)
+
+
+class MetricLog:
+    """`metrics.jsonl`: one JSON object a line, each with its `step`; only fields under `time/` may differ in a rerun."""
+
+    def __init__(self, workdir: Path, resume_step: int):
+        """Opens the log and drops what was written after the checkpoint that the run continues from.
+
+        Args:
+          workdir: the run folder.
+          resume_step: step of that checkpoint; 0 for a new run.
+        """
+        self._path = workdir / METRICS
+        rows = [row for row in read_metrics(workdir) if row["step"] <= resume_step] if resume_step else []
+        draft = self._path.with_suffix(".tmp")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        draft.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one row and hands it to the operating system, so that a killed run keeps it."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class ProgressBar:
+    """A bar with rate, remaining time and loss on a terminal; a line every few seconds elsewhere."""
+
+    def __init__(self, total: int, initial: int, label: str, seconds_between_lines: float = 10.0):
+        """Starts at step `initial` of `total`."""
+        self._bar = tqdm(
+            total=total, initial=initial, desc=label, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self._label, self._total, self._first = label, total, initial
+        self._start = self._last_line = time.monotonic()
+        self._every = seconds_between_lines
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows that `step` updates are done."""
+        if not self._bar.disable:
+            self._bar.set_postfix({"loss": f"{values['loss']:.4f}"}, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self._every or step == self._total:
+            rate = (step - self._first) / max(now - self._start, 1e-9)
+            left = int((self._total - step) / max(rate, 1e-9))
+            print(
+                f"{self._label}: step {step}/{self._total}, {rate:.1f} steps/s, {left // 60}:{left % 60:02d} left, "
+                f"loss {values['loss']:.4f}",
+                flush=True,
+            )
+            self._last_line = now
+
+    def say(self, line: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._bar.disable:
+            print(line, flush=True)
+        else:
+            self._bar.write(line)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+
+class WandbLog:
+    """Weights & Biases from a thread of its own: whatever happens to it, the run neither stops nor waits."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, run_id: str, run_config: Mapping[str, Any]):
+        """Begins to connect in the background.
+
+        Args:
+          config: `config.wandb`: mode (`online`, `offline`, `disabled`), project, entity, name.
+          workdir: the run folder; offline data goes to its `wandb/`.
+          run_id: constant over the life of the run, so that a resumed run is one run there too.
+          run_config: shown as the run's config.
+        """
+        self._queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(maxsize=1000)
+        self._thread = None
+        if config.mode != "disabled":
+            settings = {
+                "mode": config.mode,
+                "project": config.project,
+                "entity": config.entity or None,
+                "name": config.name or workdir.resolve().name,
+                "dir": str(workdir),
+                "id": run_id,
+                "resume": "allow",
+                "config": dict(run_config),
+            }
+            self._thread = threading.Thread(target=self._work, args=(settings,), daemon=True, name="wandb")
+            self._thread.start()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Queues a row; when the queue is full, the row is dropped rather than waited for."""
+        if self._thread is not None:
+            try:
+                self._queue.put_nowait((step, dict(values)))
+            except queue.Full:
+                _LOG.debug("W&B is behind; a row is left out")
+
+    def close(self, seconds: float = 15.0) -> None:
+        """Lets the thread finish, but not for longer than `seconds`."""
+        if self._thread is not None:
+            try:
+                self._queue.put_nowait(None)
+            except queue.Full:
+                return
+            self._thread.join(seconds)
+
+    def _work(self, settings: dict[str, Any]) -> None:
+        try:
+            import wandb  # takes a second to import, which is this thread's to spend
+
+            run = wandb.init(settings=wandb.Settings(silent=True), **settings)
+            while (item := self._queue.get()) is not None:
+                step, values = item
+                run.log({k: wandb.Image(v) if isinstance(v, Image.Image) else v for k, v in values.items()}, step=step)
+            run.finish(quiet=True)
+        except Exception as error:
+            # Any failure of a logging service is less important than the run.
+            _LOG.warning("W&B stopped (%s); metrics.jsonl goes on", str(error).splitlines()[0] if str(error) else error)
+            while self._queue.get() is not None:
+                pass
+
+
+def save_picture(workdir: Path, step: int, name: str, picture: Image.Image) -> Path:
+    """Writes `samples/<step>_<name>.png`."""
+    folder = workdir / SAMPLES
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{step:08d}_{name}.png"
+    picture.save(path)
+    return path
+
+
+def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """Turns (sum, count) pairs, already on the host, into means."""
+    return {name: float(np.asarray(total) / np.maximum(np.asarray(count), 1e-20)) for name, (total, count) in metrics.items()}

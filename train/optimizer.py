@@ -1,0 +1,156 @@
+"""Ordered path-regex rules -> one optax transformation; bounds and moving averages of parameters."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from train.sharding import path_name
+
+Tree = Any
+Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def create_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
+    """Builds a learning-rate schedule.
+
+    Args:
+      config: {name, peak, end, warmup_steps, decay_steps, boundaries, factor}. `constant`: `peak` throughout.
+        `warmup_cosine`: linear from 0 to `peak`, then a half cosine to `end`. `warmup_steps_down`: linear to `peak`,
+        multiplied by `factor` at each of `boundaries`. `decay_steps` counts from step 0; 0 means all of `steps`.
+      steps: length of the run.
+
+    Raises:
+      UserError: unknown name, or a warm-up longer than the schedule.
+    """
+    name, peak, warmup = config["name"], config["peak"], config["warmup_steps"]
+    decay_steps = config["decay_steps"] or steps
+    if name == "constant":
+        return optax.constant_schedule(peak)
+    if warmup >= decay_steps:
+        raise UserError(f"the warm-up of {warmup} steps must be shorter than the schedule of {decay_steps} steps")
+    if name == "warmup_cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if warmup else peak, peak, warmup, decay_steps, end_value=config["end"]
+        )
+    if name == "warmup_steps_down":
+        down = optax.piecewise_constant_schedule(
+            peak, {int(step) - warmup: config["factor"] for step in config["boundaries"]}
+        )
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), down], [warmup])
+    raise UserError(f"unknown schedule {name!r}; choose constant, warmup_cosine or warmup_steps_down")
+
+
+def create_optimizer(config: ConfigDict, params: Tree, steps: int) -> tuple[optax.GradientTransformation, Schedule]:
+    """Builds the optimizer of a run.
+
+    Each rule's parameters are clipped by their own global norm, so one part cannot silence another.
+
+    Args:
+      config: `config.optimizer`: defaults {transform, b1, b2, eps, weight_decay, no_decay, clip_norm, schedule} and
+        `rules`, an ordered tuple of {pattern, ...overrides}; a parameter belongs to the first rule whose pattern is
+        found in its path.
+      params: parameters or their shapes.
+      steps: length of the run.
+
+    Returns:
+      The transformation, and the schedule of the first rule, for the log.
+
+    Raises:
+      UserError: if a parameter matches no rule or a rule matches no parameter.
+    """
+    rules = [_complete(config, rule) for rule in config.rules]
+    labels = jax.tree_util.tree_map_with_path(lambda path, _: _first_match(path_name(path), rules), params)
+    used = set(jax.tree.leaves(labels))
+    for index, rule in enumerate(rules):
+        if index not in used:
+            raise UserError(f"optimizer rule {index} matches no parameter: {rule['pattern']!r}")
+    schedules = [create_schedule(rule["schedule"], steps) for rule in rules]
+    transforms = {
+        index: _transform(rule, schedule) for index, (rule, schedule) in enumerate(zip(rules, schedules, strict=True))
+    }
+    return optax.partition(transforms, labels), schedules[0]
+
+
+def apply_bounds(config: ConfigDict, params: Tree) -> Tree:
+    """Projects parameters into their bounds after an update.
+
+    Args:
+      config: `config.optimizer`, whose `bounds` is a tuple of (pattern, low, high).
+      params: the updated parameters.
+    """
+
+    def project(path: tuple[Any, ...], value: Array) -> Array:
+        for pattern, low, high in config.bounds:
+            if re.search(pattern, path_name(path)):
+                value = jnp.clip(value, low, high)
+        return value
+
+    return jax.tree_util.tree_map_with_path(project, params) if config.bounds else params
+
+
+def update_ema(config: ConfigDict, ema_params: Tree, params: Tree, step: Int[Array, ""]) -> Tree:
+    """Moves the average of parameters.
+
+    Args:
+      config: `config.ema`: `decay`; `warm_up`, whether the decay is min(decay, (1 + n) / (10 + n)) at the n-th update
+        of the average; `every`, steps between updates; `paths`, a regex of the paths averaged (others are copied).
+      ema_params: the average so far.
+      params: parameters after update number `step`.
+      step: updates done, this one included.
+    """
+    count = (step // config.every).astype(jnp.float32)
+    decay = jnp.minimum(config.decay, (1 + count) / (10 + count)) if config.warm_up else jnp.float32(config.decay)
+    decay = jnp.where(step % config.every == 0, decay, 1.0)
+
+    def move(path: tuple[Any, ...], average: Array, value: Array) -> Array:
+        if not re.search(config.paths, path_name(path)):
+            return value
+        return (decay * average + (1 - decay) * value).astype(average.dtype)
+
+    return jax.tree_util.tree_map_with_path(move, ema_params, params)
+
+
+def _complete(config: ConfigDict, rule: Mapping[str, Any]) -> dict[str, Any]:
+    """A rule with the defaults for what it leaves out."""
+    defaults = {key: value for key, value in config.items() if key not in ("rules", "bounds")}
+    unknown = sorted(set(rule) - set(defaults) - {"pattern"})
+    if unknown or "pattern" not in rule:
+        raise UserError(f"optimizer rule {dict(rule)} needs a pattern and may set {', '.join(defaults)}")
+    schedule = {**dict(config.schedule), **dict(rule.get("schedule", {}))}
+    return {**defaults, **dict(rule), "schedule": schedule}
+
+
+def _first_match(name: str, rules: list[dict[str, Any]]) -> int:
+    for index, rule in enumerate(rules):
+        if re.search(rule["pattern"], name):
+            return index
+    raise UserError(f"no optimizer rule matches parameter {name}; end config.optimizer.rules with pattern '.*'")
+
+
+def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransformation:
+    scale = {
+        "adamw": lambda: optax.scale_by_adam(rule["b1"], rule["b2"], rule["eps"]),
+        "lion": lambda: optax.scale_by_lion(rule["b1"], rule["b2"]),
+        "sgd": optax.identity,
+    }
+    if rule["transform"] not in scale:
+        raise UserError(f"unknown optimizer transform {rule['transform']!r}; choose one of {', '.join(scale)}")
+
+    def decayed(params: Tree) -> Tree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: re.search(rule["no_decay"], path_name(path)) is None, params
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(rule["clip_norm"]) if rule["clip_norm"] else optax.identity(),
+        scale[rule["transform"]](),
+        optax.add_decayed_weights(rule["weight_decay"], mask=decayed) if rule["weight_decay"] else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )

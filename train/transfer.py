@@ -1,0 +1,45 @@
+"""Fine-tuning: parts of a new state that start from trained weights."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from train.sharding import path_name
+from train.state import TrainState
+from weights.sources import load_part
+
+
+def initialize_parts(config: ConfigDict, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
+    """Replaces `state.params[part]` by the weights that `config.initialize.<part>` names.
+
+    The moving average and the optimizer start from the new parameters too.
+
+    Raises:
+      UserError: if there is no such part, or its shapes differ (all differences listed).
+    """
+    if not config.initialize:
+        return state
+    params, variables = dict(state.params), dict(state.variables)
+    for name, entry in config.initialize.items():
+        if name not in params:
+            raise UserError(f"config.initialize.{name}: this objective trains {', '.join(params)}")
+        part = load_part(entry, config.seed)
+        have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part.params)}
+        want = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params[name])}
+        wrong = sorted(
+            path for path in want.keys() | have.keys() if path not in want or path not in have
+            or want[path].shape != have[path].shape
+        )
+        if wrong:
+            raise UserError(f"config.initialize.{name}: {entry.source} does not fit at {', '.join(wrong[:8])}")
+        params[name] = jax.tree.map(
+            lambda new, old: jax.device_put(jnp.asarray(new, old.dtype), old.sharding), part.params, params[name]
+        )
+        if name in variables and part.variables:
+            variables[name] = jax.tree.map(
+                lambda new, old: jax.device_put(new, old.sharding), part.variables, variables[name]
+            )
+    ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(state.ema_params) else {}
+    return state.replace(params=params, variables=variables, ema_params=ema, opt_state=optimizer.init(params))

@@ -1,0 +1,170 @@
+"""Checkpoints: the only file that reads and writes Orbax.
+
+A checkpoint is a folder `<step>` of named trees (`params`, `ema_params`, ...), so that a reader takes only the trees it
+wants and needs no code of the training run.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from cli.errors import UserError
+
+Tree = Any
+
+# Orbax and absl report every save at INFO and WARNING; what a user must know is said by this file.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Saving is asynchronous and atomic: a folder has its final name only when it is whole.
+    """
+
+    def __init__(self, folder: str | Path, keep: int | None = None):
+        """Opens `folder`.
+
+        Args:
+          folder: where the step folders are; made by the first save.
+          keep: how many of the newest checkpoints stay; None keeps all (and suits a reader).
+        """
+        self.folder = Path(folder).resolve()
+        self._keep = keep
+        self._writer: ocp.training.Checkpointer | None = None
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder with something in it, newest first."""
+        if not self.folder.is_dir():
+            return []
+        named = [path for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir()]
+        return sorted((int(path.name) for path in named if any(path.iterdir())), reverse=True)
+
+    def save(self, step: int, trees: dict[str, Tree]) -> None:
+        """Begins to save named trees; an error of an earlier background save is raised here or by `close`.
+
+        Raises:
+          UserError: if the folder cannot be written (permissions, disk full).
+        """
+        try:
+            writer = self._open_writer()
+            self._remove_leftovers(step)
+            writer.save_checkpointables_async(step, _without_empty(trees), force=True)
+        except OSError as error:
+            raise UserError(f"cannot save a checkpoint in {self.folder}: {error.strerror or error}") from error
+
+    def restore(self, step: int, abstract: dict[str, Tree]) -> dict[str, Tree]:
+        """Reads named trees into the shapes, dtypes and shardings of `abstract` (ShapeDtypeStructs).
+
+        Raises:
+          UserError: if a tree is missing or has other paths or shapes than wanted (all of them listed), or the
+            checkpoint cannot be read.
+        """
+        wanted = _without_empty(abstract)
+        stored = self.abstract(step)
+        problems = []
+        for name, tree in wanted.items():
+            problems += _differences(name, tree, stored.get(name, {}))
+        if problems:
+            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            raise UserError(f"checkpoint {self.folder / str(step)} does not fit this config: {shown}")
+        try:
+            loaded = ocp.load_checkpointables(self.folder / str(step), wanted)
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        return {name: loaded.get(name, tree) for name, tree in abstract.items()}
+
+    def abstract(self, step: int, sharding: jax.sharding.Sharding | None = None) -> dict[str, Tree]:
+        """Returns the shapes and dtypes of every tree of a checkpoint, optionally to be placed by `sharding`.
+
+        Raises:
+          UserError: if the checkpoint cannot be read.
+        """
+        try:
+            metadata = ocp.checkpointables_metadata(self.folder / str(step)).metadata
+            return {
+                name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+                for name, tree in metadata.items()
+                if name not in _NOT_TREES
+            }
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
+    def load(self, step: int, names: Iterable[str]) -> dict[str, Tree]:
+        """Reads whole trees by name onto the first device; a name that the checkpoint lacks gives {}."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        stored = self.abstract(step, here)
+        wanted = {name: stored[name] for name in names if name in stored}
+        return {**dict.fromkeys(names, {}), **self.restore(step, wanted)}
+
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+          UserError: if a save failed.
+        """
+        if self._writer is not None:
+            try:
+                self._writer.wait()
+            except Exception as error:
+                raise UserError(f"cannot save a checkpoint in {self.folder}: {_root_cause(error)}") from error
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of the folder."""
+        self.wait()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open_writer(self) -> ocp.training.Checkpointer:
+        if self._writer is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            policy = ocp.training.preservation_policies.LatestN(self._keep) if self._keep else None
+            self._writer = ocp.training.Checkpointer(self.folder, preservation_policy=policy)
+        return self._writer
+
+    def _remove_leftovers(self, step: int) -> None:
+        """An empty folder of that name (a crashed copy, say) would be taken for a checkpoint by Orbax."""
+        folder = self.folder / str(step)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def _unreadable(self, step: int, error: BaseException) -> UserError:
+        return UserError(f"checkpoint {self.folder / str(step)} cannot be read: {_root_cause(error)}")
+
+
+_NOT_TREES = ("metrics",)
+
+
+def _without_empty(trees: dict[str, Tree]) -> dict[str, Tree]:
+    """Orbax stores no tree without leaves."""
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+
+def _differences(name: str, wanted: Tree, stored: Tree) -> list[str]:
+    """Says path by path how a stored tree differs from the wanted one."""
+    want, have = _by_path(wanted), _by_path(stored)
+    lines = [f"missing {name}/{path}" for path in want.keys() - have.keys()]
+    lines += [f"unexpected {name}/{path}" for path in have.keys() - want.keys()]
+    lines += [
+        f"{name}/{path} has shape {have[path]}, not {shape}"
+        for path, shape in want.items()
+        if path in have and have[path] != shape
+    ]
+    return sorted(lines)
+
+
+def _by_path(tree: Tree) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the deepest cause: Orbax wraps what went wrong in messages about handlers."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
+    return (str(error) or type(error).__name__).splitlines()[0]
