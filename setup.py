@@ -25,7 +25,7 @@ setup(
         "importlib-resources>=6.0",
         "jax>=0.10.2",
         "jaxtyping>=0.3.3",
-        "matplotlib>=3.9",
+        "matplotlib>=3.10.8",
         "ml-collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.8",

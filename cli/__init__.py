@@ -1,1 +1,1 @@
-"""What every command shares: errors and exit codes, flags, and the process environment. Standard library and absl only."""
+"""What every command shares: errors, exit codes, flags, environment. Standard library, absl, ml_collections."""

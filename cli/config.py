@@ -40,7 +40,7 @@ def load_config(arguments: Sequence[str]) -> ConfigDict:
 
 def from_json(text: str) -> ConfigDict:
     """Reads a config that `to_json` wrote."""
-    return _tuples(ConfigDict(json.loads(text)))
+    return ConfigDict(_tuples(json.loads(text)))
 
 
 def to_json(config: ConfigDict) -> str:
@@ -120,7 +120,7 @@ def _parse(name: str, text: str, kind: type) -> Any:
     if kind is str:
         return text
     try:
-        value = {"true": True, "false": False}.get(text.lower(), None)
+        value = {"true": True, "false": False}.get(text.lower())
         if value is None:
             value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -138,15 +138,8 @@ def _parse(name: str, text: str, kind: type) -> Any:
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: 'a tuple such as "(1, 2)"'}
 
 
-def _tuples(config: Any) -> Any:
+def _tuples(value: Any) -> Any:
     """Turns the lists that JSON knows back into the tuples that configs use."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            _tuples(value)
-        elif isinstance(value, list):
-            config[key] = _as_tuple(value)
-    return config
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -6,6 +6,7 @@ therefore needs no iterator state, and a run continues on any number of devices,
 
 import collections
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ from data.tokenizer import Tokenizer
 
 Example = dict[str, np.ndarray]
 
+DEFAULT_DATA_DIR: str = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS itself has it
+
 # TFDS suggests OpenCV for every source it opens; Pillow is enough.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -38,7 +41,7 @@ def dataset_folder(dataset: str, data_dir: str | None) -> Path:
     Raises:
       UserError: if it was not prepared.
     """
-    root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
     versions = [path.parent for path in (root / dataset).glob("*/dataset_info.json")]
     if not versions:
         raise UserError(
@@ -78,7 +81,7 @@ class RecordSource:
         builder = tfds.builder_from_directory(dataset_folder(dataset, data_dir))
         try:
             decoders = None if pictures else {"image": tfds.decode.SkipDecoding()}
-            self._source = builder.as_data_source(split=split, decoders=decoders)
+            self._source = builder.as_data_source(split, decoders=decoders)
         except ValueError as error:
             raise UserError(
                 f"dataset {dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}"

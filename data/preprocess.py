@@ -12,11 +12,11 @@ from PIL import Image
 
 from cli.errors import UserError
 
-Picture = UInt8[np.ndarray, "h w c"]
+Picture = UInt8[np.ndarray, "_ _ c"]
 PictureTransform = Callable[[Picture, int, np.random.Generator], Picture]
 
 
-def center_square(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size c"]:
+def center_square(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
     """Cuts the central square and resizes it to `size`; what evaluation and undistorted training use."""
     del rng
     height, width = image.shape[:2]
@@ -25,7 +25,7 @@ def center_square(image: Picture, size: int, rng: np.random.Generator) -> UInt8[
     return _resize(image[top : top + side, left : left + side], size)
 
 
-def dvae_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size c"]:
+def dvae_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
     """Augmentation of the discrete VAE (Ramesh et al. 2021, App. A).
 
     A random square, resized to between 9/8 and 12/8 of `size`, a random crop of `size`, and a horizontal flip in half
@@ -37,7 +37,7 @@ def dvae_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[
     return image[:, ::-1] if rng.random() < 0.5 else image
 
 
-def dalle_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size c"]:
+def dalle_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
     """Augmentation of the transformer (Ramesh et al. 2021, App. B).
 
     A square near the center (its offset between 3/8 and 5/8 of the slack), resized to between 1 and 9/8 of `size`, and

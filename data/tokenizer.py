@@ -91,9 +91,7 @@ class Tokenizer:
         """A hash of merges and vocabulary: two tokenizers with one fingerprint give the same ids."""
         return hashlib.sha256(self._model.to_str().encode()).hexdigest()[:16]
 
-    def encode(
-        self, text: str, length: int, dropout: float = 0.0, rng: np.random.Generator | None = None
-    ) -> Encoded:
+    def encode(self, text: str, length: int, dropout: float = 0.0, rng: np.random.Generator | None = None) -> Encoded:
         """Encodes a caption into exactly `length` ids, cutting its end or padding it.
 
         Args:

@@ -20,7 +20,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 img { max-width: 100%; display: block; margin: .5rem 0; } .curves { display: flex; flex-wrap: wrap; gap: 1rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem .9rem; border-bottom: 1px solid #e4e4e4; text-align: left; }
+table { border-collapse: collapse; }
+td, th { padding: .25rem .9rem; border-bottom: 1px solid #e4e4e4; text-align: left; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; } .note { color: #666; font-size: .9rem; }
 pre { background: #f5f5f2; padding: .8rem; overflow-x: auto; }
 """
@@ -122,9 +123,10 @@ def _curve(rows: Sequence[Mapping[str, float]], title: str, metric: str) -> str:
     """One metric over steps, as inline SVG."""
     figure, axes = pyplot.subplots(figsize=(4.6, 2.7), layout="constrained")
     try:
-        for name, style in ((metric, {"linewidth": 1.2, "label": "training"}), (
-            f"validation/{metric}", {"marker": "o", "markersize": 3, "label": "validation"}
-        )):
+        for name, style in (
+            (metric, {"linewidth": 1.2, "label": "training"}),
+            (f"validation/{metric}", {"marker": "o", "markersize": 3, "label": "validation"}),
+        ):
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 axes.plot(*zip(*points, strict=True), **style)

@@ -41,7 +41,9 @@ class TrainedSampler:
     chunk: int
 
     @classmethod
-    def open(cls, folder: str | Path, *, step: int | None = None, ema: bool = True, chunk: int = 32) -> "TrainedSampler":
+    def open(
+        cls, folder: str | Path, *, step: int | None = None, ema: bool = True, chunk: int = 32
+    ) -> "TrainedSampler":
         """Loads a run.
 
         Raises:

@@ -54,14 +54,13 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     params, variables = jax.eval_shape(objective.init, rng, batch)
     frozen = abstract_frozen(config)
 
-    def gradient(params: Any, variables: Any, frozen: Any, batch: Any, rng: Any) -> Any:
-        step = jnp.zeros((), jnp.int32)
-        return jax.grad(lambda p: objective.loss(p, variables, frozen, batch, rng, step, True)[0])(params)
+    def loss(params: Any, variables: Any, frozen: Any, batch: Any, rng: Any) -> Any:
+        return objective.loss(params, variables, frozen, batch, rng, jnp.zeros((), jnp.int32), True)[0]
+
+    inputs = (params, variables, frozen, batch, rng)
 
     def parts(trees: dict[str, Any]) -> dict[str, Any]:
-        return {
-            part: {"parameters": _size(tree), "modules": _modules(tree, depth)} for part, tree in trees.items()
-        }
+        return {part: {"parameters": _size(tree), "modules": _modules(tree, depth)} for part, tree in trees.items()}
 
     return {
         "objective": config.objective,
@@ -69,10 +68,8 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
         "trained": parts(params),
         "variables": int(np.sum([math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)])),
         "frozen": parts({part: trees["params"] for part, trees in frozen.items()}),
-        "matrix_flops_per_step": matrix_flops(gradient, params, variables, frozen, batch, rng),
-        "matrix_flops_forward": matrix_flops(
-            lambda *a: objective.loss(*a, jnp.zeros((), jnp.int32), True)[0], params, variables, frozen, batch, rng
-        ),
+        "matrix_flops_per_step": matrix_flops(jax.grad(loss), *inputs),
+        "matrix_flops_forward": matrix_flops(loss, *inputs),
     }
 
 

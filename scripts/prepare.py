@@ -3,12 +3,10 @@
 import time
 from collections.abc import Sequence
 
-import tensorflow_datasets as tfds
-
 from cli import command
 from cli.errors import UserError
 from data import scenes
-from data.pipeline import RecordSource, dataset_folder, known_datasets
+from data.pipeline import DEFAULT_DATA_DIR, RecordSource, dataset_folder, known_datasets
 from data.tokenizer import Tokenizer
 
 _DESCRIPTION = """\
@@ -20,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parses the command line and prepares."""
     parser = command.parser("scripts.prepare", _DESCRIPTION)
     parser.add_argument("--dataset", default="scenes", help=f"scenes (all of it), or {', '.join(known_datasets())}")
-    parser.add_argument("--data_dir", default="", help=f"where datasets are kept (default {tfds.core.constants.DATA_DIR})")
+    parser.add_argument("--data_dir", default="", help=f"where datasets are kept (default {DEFAULT_DATA_DIR})")
     parser.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer at most (default 512)")
     options = parser.parse_args(arguments)
     names = [name for name in known_datasets() if name == options.dataset or name.startswith(f"{options.dataset}/")]
@@ -34,9 +32,11 @@ def prepare(dataset: str, data_dir: str, vocab_size: int) -> None:
     """Writes one dataset and the tokenizer of its training captions."""
     start = time.monotonic()
     try:
-        scenes.prepare(dataset.removeprefix("scenes/"), data_dir or tfds.core.constants.DATA_DIR)
+        scenes.prepare(dataset.removeprefix("scenes/"), data_dir or DEFAULT_DATA_DIR)
     except OSError as error:
-        raise UserError(f"cannot write the dataset to {data_dir}: {error.strerror}; choose another --data_dir") from error
+        raise UserError(
+            f"cannot write the dataset to {data_dir}: {error.strerror}; choose another --data_dir"
+        ) from error
     folder = dataset_folder(dataset, data_dir)
     path = folder / "tokenizer.json"
     source = RecordSource(dataset, "train", data_dir, pictures=False)

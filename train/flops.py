@@ -27,19 +27,23 @@ def _count(jaxpr: Jaxpr) -> int:
         name = equation.primitive.name
         if name == "dot_general":
             (contracting, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracting)
+            left = _shape(equation.invars[0])
+            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracting)
         elif name == "conv_general_dilated":
             # Each output value sums over the kernel: its size without the output features.
-            kernel = equation.invars[1].aval.shape
+            kernel = _shape(equation.invars[1])
             features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
         elif name == "cond":
             total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
         else:
             inner = sum(_count(value) for value in _inner_programs(equation.params))
             total += inner * (equation.params["length"] if name == "scan" else 1)
     return total
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.aval.shape
 
 
 def _inner_programs(parameters: dict[str, Any]) -> list[Jaxpr]:

@@ -22,7 +22,8 @@ from sample.grid import draw_grid
 from train.environment import describe_environment
 from train.mesh import batch_sharding, make_mesh, place_batch, process_rows, replicated
 from train.metric_writer import MetricLog, ProgressBar, WandbLog, means, save_picture
-from train.objectives import Batch, Preview, create_objective
+from train.objectives import create_objective
+from train.objectives.contract import Batch, Preview
 from train.optimizer import create_optimizer
 from train.preemption import StopSignal
 from train.sharding import shardings
@@ -228,7 +229,9 @@ def _run(
     wandb.close()
     bar.close()
     if training.stream.truncated or training.stream.source.damaged:
-        print(f"captions truncated: {training.stream.truncated}; records damaged: {len(training.stream.source.damaged)}")
+        print(
+            f"captions truncated: {training.stream.truncated}; records damaged: {len(training.stream.source.damaged)}"
+        )
     if step < config.steps:
         print(f"{stop.name}: saved step {step}; continue with: {' '.join(_command())}", file=sys.stderr, flush=True)
         return EXIT_PREEMPTED

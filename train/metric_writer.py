@@ -21,7 +21,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """`metrics.jsonl`: one JSON object a line, each with its `step`; only fields under `time/` may differ in a rerun."""
+    """`metrics.jsonl`: one JSON object a line, each with its `step`.
+
+    Only fields under `time/` may differ in a rerun.
+    """
 
     def __init__(self, workdir: Path, resume_step: int):
         """Opens the log and drops what was written after the checkpoint that the run continues from.
@@ -141,7 +144,7 @@ class WandbLog:
             while (item := self._queue.get()) is not None:
                 step, values = item
                 run.log({k: wandb.Image(v) if isinstance(v, Image.Image) else v for k, v in values.items()}, step=step)
-            run.finish(quiet=True)
+            run.finish()
         except Exception as error:
             # Any failure of a logging service is less important than the run.
             _LOG.warning("W&B stopped (%s); metrics.jsonl goes on", str(error).splitlines()[0] if str(error) else error)
@@ -160,4 +163,7 @@ def save_picture(workdir: Path, step: int, name: str, picture: Image.Image) -> P
 
 def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     """Turns (sum, count) pairs, already on the host, into means."""
-    return {name: float(np.asarray(total) / np.maximum(np.asarray(count), 1e-20)) for name, (total, count) in metrics.items()}
+    return {
+        name: float(np.asarray(total) / np.maximum(np.asarray(count), 1e-20))
+        for name, (total, count) in metrics.items()
+    }

@@ -2,29 +2,28 @@
 
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from flax import struct
 
 Tree = Any
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     """Everything that a checkpoint holds.
 
     Attributes:
-      step: updates done.
-      examples_seen: examples consumed; where the data stream goes on.
+      step: int32 [], updates done.
+      examples_seen: int32 [], examples consumed; where the data stream goes on.
       params: {part: tree}, trained by gradient.
       variables: {part: {collection: tree}}, updated without one; may be empty.
       ema_params: moving average of params, or {} without one.
       opt_state: of the optimizer.
     """
 
-    step: Int[Array, ""]
-    examples_seen: Int[Array, ""]
+    step: Any
+    examples_seen: Any
     params: Tree
     variables: Tree
     ema_params: Tree

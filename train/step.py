@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from train.objectives import Batch, Metrics, Objective
+from train.objectives.contract import Batch, Metrics, Objective
 from train.optimizer import Schedule, apply_bounds, update_ema
 from train.state import TrainState
 
@@ -43,7 +43,7 @@ def make_train_step(
         one = jnp.ones((), jnp.int32)
         metrics = {
             **aux.metrics,
-            "gradient_norm": (optax.global_norm(gradients), one),
+            "gradient_norm": (optax.tree.norm(gradients), one),
             "examples_seen": (examples_seen, one),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
         }
@@ -61,13 +61,11 @@ def make_train_step(
 
 
 def make_eval_step(config: ConfigDict, objective: Objective) -> EvalStep:
-    """Returns `step(state, frozen, batch) -> metrics`, with the weights that inference uses and no noise from `step`."""
+    """Returns `step(state, frozen, batch) -> metrics`, with the weights that inference uses."""
 
     def eval_step(state: TrainState, frozen: Tree, batch: Batch) -> Metrics:
         rng = jax.random.key(config.seed)
-        _, aux = objective.loss(
-            state.inference_params, state.variables, frozen, batch, rng, state.step, False
-        )
+        _, aux = objective.loss(state.inference_params, state.variables, frozen, batch, rng, state.step, False)
         return aux.metrics
 
     return eval_step

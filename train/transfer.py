@@ -1,5 +1,7 @@
 """Fine-tuning: parts of a new state that start from trained weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,8 +31,9 @@ def initialize_parts(config: ConfigDict, state: TrainState, optimizer: optax.Gra
         have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part.params)}
         want = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params[name])}
         wrong = sorted(
-            path for path in want.keys() | have.keys() if path not in want or path not in have
-            or want[path].shape != have[path].shape
+            path
+            for path in want.keys() | have.keys()
+            if path not in want or path not in have or want[path].shape != have[path].shape
         )
         if wrong:
             raise UserError(f"config.initialize.{name}: {entry.source} does not fit at {', '.join(wrong[:8])}")
@@ -42,4 +45,6 @@ def initialize_parts(config: ConfigDict, state: TrainState, optimizer: optax.Gra
                 lambda new, old: jax.device_put(new, old.sharding), part.variables, variables[name]
             )
     ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(state.ema_params) else {}
-    return state.replace(params=params, variables=variables, ema_params=ema, opt_state=optimizer.init(params))
+    return dataclasses.replace(
+        state, params=params, variables=variables, ema_params=ema, opt_state=optimizer.init(params)
+    )

@@ -86,11 +86,15 @@ class CheckpointStore:
         """
         try:
             metadata = ocp.checkpointables_metadata(self.folder / str(step)).metadata
-            return {
+            trees = {
                 name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
                 for name, tree in metadata.items()
                 if name not in _NOT_TREES
             }
+            # Orbax only logs that a metadata file is broken, and takes it for an empty one.
+            if not jax.tree.leaves(trees):
+                raise ValueError("it holds nothing, or its metadata is broken")
+            return trees
         except Exception as error:
             raise self._unreadable(step, error) from error
 

@@ -102,7 +102,7 @@ class Run:
         return RunWeights(trees[name], trees["variables"], step, ema)
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Reads the rows of a run's metrics.jsonl, oldest first; a last line that a crash cut short is left out."""
     path = Path(folder) / METRICS
     rows = []

@@ -1,0 +1,99 @@
+"""A faster memory allocator for training on a CPU.
+
+XLA's CPU backend takes its temporary buffers from malloc at every step and gives them back after it. glibc returns such
+large pieces to the kernel, so that every step touches fresh pages: a quarter of the processor's time goes into page
+faults. The settings below make glibc keep what it has and ask for huge pages (docs/performance.md has the figures).
+glibc reads them once, before Python starts; so a command sets them and executes itself again, as its first act.
+"""
+
+import glob
+import os
+import re
+import sys
+
+# Tunable of glibc -> (value, the older variable that sets the same thing).
+TUNABLES = {
+    "glibc.malloc.hugetlb": ("1", ""),  # transparent huge pages; glibc 2.35 and later
+    "glibc.malloc.arena_max": ("1", "MALLOC_ARENA_MAX"),  # one heap: other arenas cannot grow past 64 MB
+    "glibc.malloc.mmap_max": ("0", "MALLOC_MMAP_MAX_"),  # large pieces come from the heap too
+    "glibc.malloc.trim_threshold": ("100000000000", "MALLOC_TRIM_THRESHOLD_"),  # and are not given back
+    "glibc.malloc.top_pad": ("268435456", "MALLOC_TOP_PAD_"),  # the heap grows by 256 MB at a time
+}
+SWITCH = "TESSERA_ALLOCATOR"  # `default` leaves malloc as it is
+ORIGINAL = "TESSERA_ORIGINAL_GLIBC_TUNABLES"  # set from one execution to the next
+ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/kfd")
+
+_done = False
+
+
+def reexec_with_fast_allocator() -> None:
+    """Executes the running command again with malloc tuned for XLA, or returns.
+
+    To be called before anything imports jax, by a command's main module. The process keeps its id, arguments, working
+    directory, standard streams and exit code. The second execution finds that it is one, gives the environment back its
+    former state, so that child processes start as they would have, and returns.
+
+    It returns at once where it would not help or could do harm: not glibc 2.35 or later on Linux, jax already imported,
+    an accelerator to be used, a spawned worker, an interactive session, a debugger, TESSERA_ALLOCATOR=default. What the
+    user set in GLIBC_TUNABLES or the MALLOC_ variables stays.
+    """
+    global _done
+    if ORIGINAL in os.environ:
+        original = os.environ.pop(ORIGINAL)
+        if original:
+            os.environ["GLIBC_TUNABLES"] = original
+        else:
+            os.environ.pop("GLIBC_TUNABLES", None)
+        _done = True
+    if _done or not _wanted():
+        return
+    original = os.environ.get("GLIBC_TUNABLES", "")
+    environment = {**os.environ, "GLIBC_TUNABLES": tunables(os.environ), ORIGINAL: original}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    except OSError:  # the interpreter has moved, say: the default allocator is slower, not wrong
+        _done = True
+
+
+def tunables(environment: os._Environ[str] | dict[str, str]) -> str:
+    """The value of GLIBC_TUNABLES: the user's, and then each of ours that the user did not set either way."""
+    own = environment.get("GLIBC_TUNABLES", "")
+    added = [
+        f"{name}={value}"
+        for name, (value, variable) in TUNABLES.items()
+        if f"{name}=" not in own and not environment.get(variable)
+    ]
+    return ":".join([own, *added] if own else added)
+
+
+def _wanted() -> bool:
+    """True if this process can be executed again, and gains by it."""
+    main = sys.modules.get("__main__")
+    return (
+        os.environ.get(SWITCH, "") != "default"
+        and _glibc() >= (2, 35)
+        and "jax" not in sys.modules
+        and _runs_on_cpu()
+        and bool(sys.executable)
+        # Not a prompt, a notebook, `-c` or standard input, nor a spawned worker, which imports the main module too.
+        and getattr(main, "__name__", "") == "__main__"
+        and getattr(main, "__file__", None) is not None
+        and sys.gettrace() is None
+    )
+
+
+def _glibc() -> tuple[int, int]:
+    """(major, minor) of the C library if it is glibc, (0, 0) otherwise."""
+    try:
+        found = re.fullmatch(r"glibc (\d+)\.(\d+).*", os.confstr("CS_GNU_LIBC_VERSION") or "")
+    except (AttributeError, OSError, ValueError):
+        found = None
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _runs_on_cpu() -> bool:
+    """True if JAX_PLATFORMS says so, or says nothing and the machine shows no accelerator."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return platforms == "cpu" if platforms else not any(glob.glob(pattern) for pattern in ACCELERATORS)

@@ -1,0 +1,1 @@
+"""What is learned from: datasets, captions, tokenizers and the stream of batches. numpy only; never imports jax."""

@@ -1,0 +1,1 @@
+"""From images, captions and features to numbers."""

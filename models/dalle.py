@@ -1,0 +1,279 @@
+"""The autoregressive transformer of DALL-E over one stream of caption tokens and image tokens.
+
+Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.2 and appendix B. What each index of the stream
+reads and predicts is drawn in `models.layers.attention_masks`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from models.layers.attention import KeyValueCache, SelfAttention
+from models.layers.attention_masks import attention_mask, attention_pattern
+from models.layers.mlp import MLP
+
+INIT_STD = 0.02
+Cache = tuple[KeyValueCache, ...]
+
+
+def position_pads(text: Int[Array, "b t"], vocab_size: int) -> Int[Array, "b t"]:
+    """Gives every text position its own pad token: id 0 at position p becomes vocab_size + p (section 2.2)."""
+    return jnp.where(text == 0, vocab_size + jnp.arange(text.shape[1], dtype=text.dtype), text)
+
+
+@struct.dataclass
+class DalleLogits:
+    """Float32 scores of the next token; each position predicts its own modality only.
+
+    Attributes:
+      text: [B T V_text + T]; entry p predicts caption token p, pads by their id in `position_pads`.
+      image: [B N V_image]; entry j predicts image token j in raster order.
+    """
+
+    text: Float[Array, "b t v"]
+    image: Float[Array, "b n w"]
+
+
+class Block(nn.Module):
+    """A pre-normalization transformer layer; LayerNorm has float32 statistics and epsilon 1e-5.
+
+    Attributes:
+      width, heads, head_dim, mlp_hidden, activation: sizes and activation, as in `Dalle`.
+      depth: of the whole network; projections into the residual stream start smaller by sqrt(2 depth).
+      implementation, dtype, param_dtype: as in `Dalle`.
+    """
+
+    width: int
+    heads: int
+    head_dim: int
+    mlp_hidden: int
+    activation: str
+    depth: int
+    implementation: str = "xla"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        inits = {
+            "kernel_init": nn.initializers.normal(INIT_STD),
+            "out_init": nn.initializers.normal(INIT_STD / (2 * self.depth) ** 0.5),
+        }
+        self.attention_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.attention = SelfAttention(
+            self.width, self.heads, self.head_dim, implementation=self.implementation, **inits, **types
+        )
+        self.mlp_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.mlp = MLP(self.mlp_hidden, self.activation, **inits, **types)
+
+    def __call__(self, x: Float[Array, "b l d"], mask: Array | np.ndarray) -> Float[Array, "b l d"]:
+        """Applies the layer under a mask [L L]."""
+        x = x + self.attention(self.attention_norm(x), mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def prefill(
+        self, x: Float[Array, "b l d"], mask: Array | np.ndarray, length: int
+    ) -> tuple[Float[Array, "b l d"], KeyValueCache]:
+        """As `__call__`, and starts a cache of `length` positions."""
+        y, cache = self.attention.prefill(self.attention_norm(x), mask, length)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+    def decode(
+        self, x: Float[Array, "b 1 d"], mask: Array, position: Int[Array, ""], cache: KeyValueCache
+    ) -> tuple[Float[Array, "b 1 d"], KeyValueCache]:
+        """Applies the layer to one new position; `mask` [1 L] is its row."""
+        y, cache = self.attention.decode(self.attention_norm(x), mask, position, cache)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Dalle(nn.Module):
+    """DALL-E's second stage.
+
+    Weights and embeddings start at N(0, 0.02^2), biases at 0; projections into the residual stream at
+    N(0, 0.02^2 / (2 depth)) (Radford et al. 2019). Captions have learned positions, image tokens a learned row plus a
+    learned column. Text and image have output heads of their own, which equals one untied head over both vocabularies
+    whose logits are masked to the position's modality. Parameters per layer: 12 D^2 + 13 D at the published shape.
+
+    Attributes:
+      text_vocab_size: ids of the tokenizer; id 0 is the pad, replaced by one learned pad per position.
+      text_length: caption tokens T.
+      image_vocab_size: codes of the image tokenizer.
+      image_grid: (height, width) of the image tokens.
+      width: D.
+      depth: number of layers.
+      heads: number of attention heads.
+      head_dim: width of one head; None for width // heads.
+      mlp_ratio: hidden width of the feed-forward block over D.
+      activation: see `models.layers.mlp.ACTIVATIONS`.
+      attention: "published" for `attention_pattern`, one layer type for all layers ("full"), or a tuple of layer types
+        repeated over the depth.
+      conv_kernel: window of "conv" layers.
+      conv_edge: its behavior at the edges, see `attention_mask`.
+      implementation: see `models.layers.attention.attend`.
+      remat: recompute each layer in the backward pass, for memory.
+      dtype: of the computation; LayerNorm statistics, attention scores, softmax and logits are float32 in any case.
+      param_dtype: of the parameters.
+    """
+
+    text_vocab_size: int
+    text_length: int
+    image_vocab_size: int
+    image_grid: tuple[int, int]
+    width: int
+    depth: int
+    heads: int
+    head_dim: int | None = None
+    mlp_ratio: int | float = 4
+    activation: str = "gelu"
+    attention: str | tuple[str, ...] = "published"
+    conv_kernel: int = 11
+    conv_edge: str = "wraparound"
+    implementation: str = "xla"
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @property
+    def image_length(self) -> int:
+        """Image tokens N of a picture."""
+        return self.image_grid[0] * self.image_grid[1]
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The attention type of each layer."""
+        if self.attention == "published":
+            return attention_pattern(self.depth)
+        cycle = (self.attention,) if isinstance(self.attention, str) else self.attention
+        return tuple(cycle[i % len(cycle)] for i in range(self.depth))
+
+    def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`."""
+        shapes = (batch_size, self.text_length), (batch_size, self.image_length)
+        return jax.ShapeDtypeStruct(shapes[0], jnp.int32), jax.ShapeDtypeStruct(shapes[1], jnp.int32)
+
+    def setup(self) -> None:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = nn.initializers.normal(INIT_STD)
+        height, width = self.image_grid
+        text_ids = self.text_vocab_size + self.text_length
+
+        def table(rows: int) -> nn.Embed:
+            return nn.Embed(rows, self.width, embedding_init=init, **types)
+
+        self.bos = table(1)
+        self.text_embedding, self.text_position = table(text_ids), table(self.text_length)
+        self.image_embedding = table(self.image_vocab_size)
+        self.row_position, self.column_position = table(height), table(width)
+        block = nn.remat(Block) if self.remat else Block
+        self.blocks = [
+            block(
+                width=self.width,
+                heads=self.heads,
+                head_dim=self.head_dim or self.width // self.heads,
+                mlp_hidden=round(self.width * self.mlp_ratio),
+                activation=self.activation,
+                depth=self.depth,
+                implementation=self.implementation,
+                **types,
+            )
+            for _ in range(self.depth)
+        ]
+        self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.text_head = nn.Dense(text_ids, kernel_init=init, **types)
+        self.image_head = nn.Dense(self.image_vocab_size, kernel_init=init, **types)
+
+    def __call__(self, text: Int[Array, "b t"], image_tokens: Int[Array, "b n"]) -> DalleLogits:
+        """Scores every token of the stream given the tokens before it.
+
+        Args:
+          text: caption ids, 0 where there is no token.
+          image_tokens: codes in raster order; the last one is predicted but not read.
+
+        Raises:
+          ValueError: if a length is not the network's.
+        """
+        self._check_lengths(text, image_tokens)
+        x = jnp.concatenate([self._embed_text(text), self._embed_image(image_tokens[:, :-1], 0)], axis=1)
+        for block, mask in zip(self.blocks, self._masks(), strict=True):
+            x = block(x, mask)
+        x = self.final_norm(x)
+        text_states, image_states = x[:, : self.text_length], x[:, self.text_length :]
+        return DalleLogits(
+            self.text_head(text_states).astype(jnp.float32), self.image_head(image_states).astype(jnp.float32)
+        )
+
+    def prefill(self, text: Int[Array, "b t"]) -> tuple[Float[Array, "b v"], Cache]:
+        """Reads a caption in one parallel pass.
+
+        Returns:
+          (logits of image token 0, the cache with the caption in it).
+
+        Raises:
+          ValueError: if the caption's length is not the network's.
+        """
+        self._check_lengths(text, None)
+        x = self._embed_text(text)
+        size = x.shape[1]
+        cache = []
+        for block, mask in zip(self.blocks, self._masks(), strict=True):
+            x, layer = block.prefill(x, mask[:size, :size], self.text_length + self.image_length)
+            cache.append(layer)
+        return self._image_logits(x[:, -1:]), tuple(cache)
+
+    def decode_step(
+        self, token: Int[Array, "b"], position: Int[Array, ""], cache: Cache
+    ) -> tuple[Float[Array, "b v"], Cache]:
+        """Reads image token `position` (0 to N - 2) and scores the next one.
+
+        Args:
+          token: the image token at `position`.
+          position: its raster index.
+          cache: from `prefill` or the step before.
+
+        Returns:
+          (logits of image token position + 1, the cache with this token in it).
+        """
+        x = self._embed_image(token[:, None], position)
+        index = self.text_length + 1 + position
+        layers = []
+        for block, mask, layer in zip(self.blocks, self._masks(), cache, strict=True):
+            row = jax.lax.dynamic_slice_in_dim(jnp.asarray(mask), index, 1)
+            x, layer = block.decode(x, row, index, layer)
+            layers.append(layer)
+        return self._image_logits(x), tuple(layers)
+
+    def _image_logits(self, x: Array) -> Array:
+        """Float32 scores of the next image token from one state [B 1 D]."""
+        return self.image_head(self.final_norm(x))[:, 0].astype(jnp.float32)
+
+    def _embed_text(self, text: Array) -> Array:
+        """BOS and the caption, [B T+1 D]."""
+        tokens = self.text_embedding(position_pads(text, self.text_vocab_size))
+        tokens = tokens + self.text_position(jnp.arange(self.text_length))
+        bos = self.bos(jnp.zeros((text.shape[0], 1), jnp.int32))
+        return jnp.concatenate([bos, tokens], axis=1)
+
+    def _embed_image(self, tokens: Array, start: Array | int) -> Array:
+        """Image tokens [B M] at raster indices start .. start + M - 1, as [B M D]."""
+        row, column = jnp.divmod(start + jnp.arange(tokens.shape[1]), self.image_grid[1])
+        return self.image_embedding(tokens) + self.row_position(row) + self.column_position(column)
+
+    def _masks(self) -> list[np.ndarray]:
+        """Each layer's mask, [L L]."""
+        geometry = self.text_length, tuple(self.image_grid), self.conv_kernel, self.conv_edge
+        return [attention_mask(layer_type, *geometry) for layer_type in self.layer_types]
+
+    def _check_lengths(self, text: Array, image_tokens: Array | None) -> None:
+        """Raises ValueError unless captions and pictures have the network's lengths."""
+        if text.shape[1] != self.text_length:
+            raise ValueError(f"captions have {text.shape[1]} tokens, the network's text_length is {self.text_length}")
+        if image_tokens is not None and image_tokens.shape[1] != self.image_length:
+            raise ValueError(
+                f"pictures have {image_tokens.shape[1]} tokens, image_grid {self.image_grid} has {self.image_length}"
+            )

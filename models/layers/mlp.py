@@ -1,0 +1,53 @@
+"""The feed-forward block of a transformer, and activations by name."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Initializer = nn.initializers.Initializer
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, "Primer"
+    "silu": jax.nn.silu,
+}
+
+
+class MLP(nn.Module):
+    """Two dense layers with an activation between them.
+
+    Attributes:
+      hidden: width between the layers.
+      activation: a key of `ACTIVATIONS`; "gelu" is the exact one, "quick_gelu" is CLIP's.
+      kernel_init: initializer of the first layer.
+      out_init: initializer of the second layer.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+
+    Raises:
+      ValueError: when called, if there is no such activation.
+    """
+
+    hidden: int
+    activation: str = "gelu"
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    out_init: Initializer = nn.initializers.normal(0.02)
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Applies the block to each position on its own."""
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        y = nn.Dense(self.hidden, kernel_init=self.kernel_init, name="up", **types)(x)
+        y = ACTIVATIONS[self.activation](y)
+        return nn.Dense(x.shape[-1], kernel_init=self.out_init, name="down", **types)(y)

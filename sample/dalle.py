@@ -1,0 +1,226 @@
+"""Captions -> images with a trained DALL-E: one compiled loop with a key/value cache.
+
+Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.3, without the CLIP reranking. Guidance, top-k and
+top-p are later additions: Crowson's classifier-free guidance for autoregressive models, Fan et al. 2018, and Holtzman
+et al. 2020. The distribution of the next token is shaped in this order: guidance, temperature, top-k, top-p.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from models import create_model
+from models.dalle import Dalle
+
+Tree = Any
+Request = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DalleSampler:
+    """Draws pictures for captions.
+
+    Attributes:
+      model: the transformer; its parameters are `params["dalle"]`.
+      decoder: the image tokenizer, whose `decode_tokens` draws; its weights are `frozen["dvae"]`.
+      guidance: default w of uncond + w (cond - uncond) on the logits, w = 1 meaning none. The unconditional caption
+        is blank: all pads.
+      temperature: default divisor of the logits; 0 takes the most likely token.
+      top_k: default number of most likely tokens to keep (ties are kept), 0 for all.
+      top_p: default probability that the kept tokens reach together, 1 for all.
+    """
+
+    model: Dalle
+    decoder: nn.Module
+    guidance: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "DalleSampler":
+        """Builds the sampler of `config.models.dalle`, `config.frozen.dvae` and the defaults in `config.sample`.
+
+        Raises:
+          UserError: if a default is impossible, or the image tokenizer does not fit the transformer.
+        """
+        model = create_model(**config.models.dalle)
+        decoder = create_model(**{k: v for k, v in config.frozen.dvae.items() if k not in ("source", "part")})
+        check_image_tokens(model, decoder)
+        defaults = {key: config.sample[key] for key in ("guidance", "temperature", "top_k", "top_p")}
+        _check_numbers(defaults)
+        return cls(model, decoder, **defaults)
+
+    def request(self, text: Int[np.ndarray, "b t"], **overrides: Any) -> Request:
+        """A request for one picture per caption.
+
+        Args:
+          text: caption ids, 0 where there is no token.
+          **overrides: guidance, temperature, top_k, top_p, or image_prefix: int [b n], the first n image tokens of
+            each picture in raster order, which the sampler continues.
+
+        Returns:
+          What `__call__` takes as `request`: numpy values; none of them but the shapes leads to a new compilation.
+
+        Raises:
+          UserError: on an unknown override or an impossible value.
+        """
+        text = np.asarray(text)
+        numbers = {key: getattr(self, key) for key in ("guidance", "temperature", "top_k", "top_p")}
+        unknown = sorted(set(overrides) - set(numbers) - {"image_prefix"})
+        if unknown:
+            raise UserError(
+                f"{', '.join(unknown)}: no such sampling option; choose from {', '.join((*numbers, 'image_prefix'))}"
+            )
+        numbers.update({key: value for key, value in overrides.items() if key in numbers})
+        _check_numbers(numbers)
+        if text.ndim != 2 or text.shape[1] != self.model.text_length:
+            raise UserError(f"captions are [batch, {self.model.text_length}] token ids, not {list(text.shape)}")
+        _check_ids("caption", text, self.model.text_vocab_size)
+        prefix = np.asarray(overrides.get("image_prefix", np.zeros((len(text), 0), np.int32)))
+        tokens, length = np.zeros((len(text), self.model.image_length), np.int32), prefix.shape[-1]
+        if prefix.ndim != 2 or len(prefix) != len(text) or length > tokens.shape[1]:
+            raise UserError(
+                f"image_prefix is [{len(text)}, at most {tokens.shape[1]}] image tokens, not {list(prefix.shape)}"
+            )
+        _check_ids("image_prefix", prefix, self.model.image_vocab_size)
+        tokens[:, :length] = prefix
+        return {
+            "text": text.astype(np.int32),
+            "guidance": np.float32(numbers["guidance"]),
+            "temperature": np.float32(numbers["temperature"]),
+            "top_k": np.int32(numbers["top_k"]),
+            "top_p": np.float32(numbers["top_p"]),
+            "image_prefix": tokens,
+            "prefix_length": np.int32(length),
+        }
+
+    def __call__(
+        self, params: Tree, variables: Tree, frozen: Tree, request: Request, keys: Key[Array, "b"]
+    ) -> dict[str, Array]:
+        """Draws one picture per caption; picture i depends on its caption and key alone.
+
+        There are two compiled programs for a batch size: without guidance, and with it at twice the work. Inside
+        another jit, where the value of the guidance is not known, it is always the second.
+
+        Args:
+          params: {"dalle": tree}.
+          variables: unused.
+          frozen: {"dvae": {"params": tree, "variables": collections}}.
+          request: from `request`.
+          keys: one key per picture.
+
+        Returns:
+          {"image": float [b H W c] in [-1, 1], "image_tokens": int32 [b h w]}.
+        """
+        del variables
+        guided = _is_guided(request["guidance"])
+        return _draw(self.model, self.decoder, guided, params["dalle"], frozen["dvae"], request, keys)
+
+
+def check_image_tokens(model: Dalle, tokenizer: nn.Module) -> None:
+    """Raises UserError unless the transformer's image grid and vocabulary are the tokenizer's."""
+    grid, expected = tuple(model.image_grid), tuple(tokenizer.token_grid)
+    if grid != expected:
+        raise UserError(
+            f"config.models.dalle.image_grid is {grid}, but config.frozen.dvae makes {expected} tokens; set it to that"
+        )
+    if model.image_vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"config.models.dalle.image_vocab_size is {model.image_vocab_size}, but config.frozen.dvae has "
+            f"{tokenizer.vocab_size} codes; set it to that"
+        )
+
+
+def filter_logits(logits: Float[Array, "b v"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "b v"]:
+    """Sets all but the likely tokens to -inf.
+
+    Keeps the `top_k` highest scores (0 for all; ties with the last are kept), and of these the smallest set whose
+    probabilities, renormalized after top-k, sum to at least `top_p` (1 for all; never empty).
+    """
+
+    def keep_likely(logits: Array) -> Array:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        rank = jnp.arange(logits.shape[-1])
+        ordered = jnp.where((rank < top_k) | (top_k == 0), ordered, -jnp.inf)
+        probability = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        kept = ((before < top_p) | (top_p >= 1)) & jnp.isfinite(ordered)
+        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+    # A sort of the vocabulary per token is worth skipping; the predicate is one scalar, so only one branch runs.
+    return jax.lax.cond((top_k > 0) | (top_p < 1), keep_likely, lambda logits: logits, logits)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    model: Dalle, decoder: nn.Module, guided: bool, params: Tree, dvae: Tree, request: Request, keys: Array
+) -> dict[str, Array]:
+    """The compiled loop of `DalleSampler.__call__`: caption in parallel, then one image token a step."""
+    text = request["text"]
+    batch = text.shape[0]
+    if guided:
+        # Pairs stay adjacent, so a batch that is sharded over devices keeps both of a pair on one device.
+        text = jnp.stack([text, jnp.zeros_like(text)], axis=1).reshape(2 * batch, -1)
+
+    def choose(logits: Array, position: Array | int) -> Array:
+        """Image token `position` of every picture, [b]."""
+        if guided:
+            cond, uncond = jnp.moveaxis(logits.reshape(batch, 2, -1), 1, 0)
+            logits = uncond + request["guidance"] * (cond - uncond)
+        greedy = request["temperature"] == 0
+        scaled = logits / jnp.where(greedy, 1.0, request["temperature"])
+        scaled = filter_logits(scaled, request["top_k"], request["top_p"])
+        token_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(token_keys)
+        token = jnp.argmax(jnp.where(greedy, logits, scaled + noise), axis=-1).astype(jnp.int32)
+        return jnp.where(position < request["prefix_length"], request["image_prefix"][:, position], token)
+
+    def step(carry: tuple[Array, Tree], position: Array) -> tuple[tuple[Array, Tree], Array]:
+        logits, cache = carry
+        token = choose(logits, position)
+        read = jnp.repeat(token, 2, axis=0) if guided else token
+        return model.apply({"params": params}, read, position, cache, method="decode_step"), token
+
+    carry = model.apply({"params": params}, text, method="prefill")
+    last = model.image_length - 1  # the last token is chosen but never read
+    (logits, _), tokens = jax.lax.scan(step, carry, jnp.arange(last))
+    tokens = jnp.concatenate([tokens.T, choose(logits, last)[:, None]], axis=1).reshape(batch, *model.image_grid)
+    image = decoder.apply({"params": dvae["params"], **dvae["variables"]}, tokens, method="decode_tokens")
+    return {"image": image, "image_tokens": tokens}
+
+
+def _is_guided(guidance: Any) -> bool:
+    """Whether guidance changes anything; True where its value is not known while tracing."""
+    try:
+        return float(guidance) != 1.0
+    except jax.errors.ConcretizationTypeError:
+        return True
+
+
+def _check_numbers(numbers: dict[str, Any]) -> None:
+    """Raises UserError unless the sampling options are possible."""
+    guidance, temperature, top_k, top_p = (numbers[key] for key in ("guidance", "temperature", "top_k", "top_p"))
+    if not 0 <= guidance < float("inf"):
+        raise UserError(f"guidance={guidance} is impossible; 1 means none, more follows the caption more, 0 ignores it")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature={temperature} is impossible; use 0 (most likely token) or more")
+    if top_k < 0 or top_k != int(top_k):
+        raise UserError(f"top_k={top_k} is impossible; use a whole number of tokens, 0 for all")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p} is impossible; use a probability above 0, 1 for all tokens")
+
+
+def _check_ids(what: str, ids: np.ndarray, vocab_size: int) -> None:
+    """Raises UserError unless every id is in the vocabulary."""
+    if ids.size and not (np.issubdtype(ids.dtype, np.integer) and ids.min() >= 0 and ids.max() < vocab_size):
+        raise UserError(f"{what} has ids from {ids.min()} to {ids.max()}; the vocabulary is 0 to {vocab_size - 1}")

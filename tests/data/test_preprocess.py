@@ -1,0 +1,64 @@
+"""Crops, resizes and flips."""
+
+import numpy as np
+import pytest
+
+from cli.errors import UserError
+from data.preprocess import TRANSFORMS, center_square, choose_caption, dalle_training, dvae_training, picture_transform
+
+
+def ramp(height: int, width: int) -> np.ndarray:
+    """A picture that grows brighter to the right and redder downwards."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0] = np.linspace(0, 255, height)[:, None]
+    image[..., 1] = np.linspace(0, 255, width)[None]
+    return image
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50), (16, 20)])
+def test_every_transform_gives_the_size_and_follows_its_generator(name, shape):
+    transform = picture_transform(name)
+    first, again = (transform(ramp(*shape), 32, np.random.default_rng(3)) for _ in range(2))
+    assert first.shape == (32, 32, 3) and first.dtype == np.uint8
+    assert (first == again).all()
+
+
+def test_the_center_square_of_a_picture_of_the_right_size_is_itself():
+    image = ramp(32, 32)
+    assert (center_square(image, 32, np.random.default_rng(0)) == image).all()
+
+
+def test_the_center_square_is_central():
+    image = ramp(32, 64)
+    assert (center_square(image, 32, np.random.default_rng(0)) == image[:, 16:48]).all()
+
+
+def test_only_the_first_stage_flips():
+    flips = {name: set() for name in ("dvae", "dalle")}
+    for seed in range(30):
+        for name, transform in (("dvae", dvae_training), ("dalle", dalle_training)):
+            picture = transform(ramp(48, 48), 32, np.random.default_rng(seed)).astype(int)
+            flips[name].add(bool(picture[16, 0, 1] > picture[16, -1, 1]))
+    assert flips["dvae"] == {True, False}
+    assert flips["dalle"] == {False}
+
+
+def test_the_second_stage_stays_near_the_center():
+    lows = [dalle_training(ramp(32, 96), 32, np.random.default_rng(seed))[0, :, 1].min() for seed in range(40)]
+    # The square's offset is between 3/8 and 5/8 of the 64 pixels of slack: columns 24 to 40 of 96.
+    assert min(lows) >= 255 * 23 / 95 and max(lows) <= 255 * 46 / 95
+    assert len(set(lows)) > 3
+
+
+def test_captions_are_chosen_among_all_and_the_first_without_chance():
+    captions = ("one", "two", "three")
+    assert choose_caption(captions, None) == "one"
+    assert {choose_caption(captions, np.random.default_rng(seed)) for seed in range(30)} == set(captions)
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match="center_square"):
+        picture_transform("nope")
+    with pytest.raises(UserError, match="no caption"):
+        choose_caption((), None)

@@ -1,0 +1,83 @@
+"""Evaluation of real (tiny) runs: what is computed, printed and kept."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cli.config import load_config
+from cli.errors import UserError
+from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
+from evaluation.command import evaluate_run, format_table, write_records
+from evaluation.reconstruction import code_usage, reconstruction_errors
+from sample.trained import TrainedSampler
+from train.loop import train
+
+
+@pytest.fixture(scope="module")
+def stage1(scenes_dir, tmp_path_factory):
+    config = load_config(["--config=configs/scenes/dvae.py:debug", f"--config.data.data_dir={scenes_dir}"])
+    workdir = tmp_path_factory.mktemp("runs") / "dvae"
+    train(config, workdir)
+    return TrainedSampler.open(workdir, chunk=16)
+
+
+@pytest.fixture(scope="module")
+def stage2(scenes_dir, tmp_path_factory):
+    config = load_config(["--config=configs/scenes/dalle.py:debug", f"--config.data.data_dir={scenes_dir}"])
+    workdir = tmp_path_factory.mktemp("runs") / "dalle"
+    train(config, workdir)
+    return TrainedSampler.open(workdir, chunk=16)
+
+
+def test_the_graded_captions_name_every_attribute_and_vary(stage1):
+    pictures = captioned_pictures(stage1.config, "validation", 30)
+    assert len(pictures.captions) == len(pictures.images) == 30
+    assert len({caption.split()[0] for caption in pictures.captions}) > 1
+
+
+def test_true_pictures_are_right_and_swapped_ones_wrong(stage1):
+    pictures = captioned_pictures(stage1.config, "held_out", 40)
+    right, _, _ = caption_accuracy(stage1.config, pictures.captions, lambda captions: pictures.images)
+    assert right["all"] == 1.0
+    wrong, _, _ = caption_accuracy(stage1.config, pictures.captions, lambda captions: np.roll(pictures.images, 1, 0))
+    assert wrong["all"] < 0.3
+
+
+def test_a_tokenizer_run_is_evaluated_on_every_split(stage1):
+    records = evaluate_run(stage1, [], ["validation", "held_out"], 20, 0, {})
+    assert [(record["metric"], record["split"]) for record in records] == [
+        ("reconstruction", "validation"),
+        ("reconstruction", "held_out"),
+    ]
+    assert records[0]["values"]["scene_all"] <= 1 and records[0]["values"]["mse"] > 0
+    assert "scene_shape" in format_table(records) and "+-" in format_table(records)
+
+
+def test_records_carry_what_they_depend_on_and_are_replaced_not_repeated(stage2):
+    for guidance in (1.0, 3.0, 1.0):
+        records = evaluate_run(stage2, ["caption_accuracy"], ["validation"], 20, 5, {"guidance": guidance})
+        write_records(stage2.run, records)
+    stored = json.loads((stage2.run.folder / "evaluation.json").read_text())
+    assert [record["guidance"] for record in stored] == [3.0, 1.0]
+    expected = {"num": 20, "seed": 5, "step": 4, "ema": True, "dataset": "scenes/single32/1.0.0", "temperature": 1.0}
+    assert expected.items() <= stored[0].items()
+    assert set(stored[0]["values"]) == {"all", "count", "background", "shape", "color", "size"}
+    assert (stage2.run.folder / "samples" / "evaluation_validation.png").is_file()
+
+
+def test_mistakes(stage1):
+    with pytest.raises(UserError, match="does not apply"):
+        evaluate_run(stage1, ["caption_accuracy"], ["validation"], 10, 0, {})
+    with pytest.raises(UserError, match="fewer than --num=5000"):
+        evaluate_run(stage1, [], ["validation"], 5000, 0, {})
+    with pytest.raises(UserError, match="no split 'nope'"):
+        evaluate_run(stage1, [], ["nope"], 5, 0, {})
+
+
+def test_errors_and_usage_match_their_definitions():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    errors = reconstruction_errors(images, images + 51)
+    assert errors["mse"] == pytest.approx(0.04) and errors["psnr_db"] == pytest.approx(13.979, abs=1e-3)
+    usage = code_usage(np.array([[0, 0], [3, 3]]), 8)
+    assert usage["codes_used"] == 2 and usage["code_perplexity"] == pytest.approx(2.0)

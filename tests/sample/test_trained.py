@@ -1,0 +1,94 @@
+"""Sampling from a run folder, and what `python -m sample` writes."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli.config import load_config
+from cli.errors import UserError
+from sample.__main__ import main
+from sample.command import draw_prompts, read_picture
+from sample.trained import TrainedSampler
+from train.loop import train
+
+
+@pytest.fixture(scope="module")
+def folder(scenes_dir, tmp_path_factory):
+    config = load_config(["--config=configs/scenes/dalle.py:debug", f"--config.data.data_dir={scenes_dir}"])
+    workdir = tmp_path_factory.mktemp("runs") / "dalle"
+    train(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stage1(scenes_dir, tmp_path_factory):
+    config = load_config(["--config=configs/scenes/dvae.py:debug", f"--config.data.data_dir={scenes_dir}"])
+    workdir = tmp_path_factory.mktemp("runs") / "dvae"
+    train(config, workdir)
+    return workdir
+
+
+def test_a_picture_depends_on_its_prompt_seed_and_index_alone(folder):
+    trained = TrainedSampler.open(folder, chunk=8)
+    many = draw_prompts(trained, ["a red circle", "a large blue star on black"], 7, 3, {})
+    alone = draw_prompts(trained, ["a large blue star on black"], 3, 3, {})
+    assert (alone.images == many.images[7:10]).all()
+    other_seed = draw_prompts(trained, ["a large blue star on black"], 3, 4, {})
+    assert (other_seed.images != alone.images).any()
+
+
+def test_ema_and_parameters_are_told_apart(folder):
+    assert TrainedSampler.open(folder).weights.ema
+    assert not TrainedSampler.open(folder, ema=False).weights.ema
+    with pytest.raises(UserError, match="it has 4, 2"):
+        TrainedSampler.open(folder, step=3)
+
+
+def test_the_command_writes_grid_files_and_settings(folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue star\n")
+    main(
+        [f"--run={folder}", f"--prompt=@{prompts}", "--prompt=a green cross", "--num=2", "--seed=5", "--guidance=3"]
+        + [f"--out={tmp_path}/deep/grid.png", f"--files={tmp_path}/files"]
+    )
+    with Image.open(tmp_path / "deep" / "grid.png") as grid:
+        assert grid.width > 2 * 128 and grid.height > 3 * 128
+    record = json.loads((tmp_path / "files" / "samples.json").read_text())
+    assert record["settings"]["guidance"] == 3 and record["settings"]["step"] == 4
+    assert [sample["prompt"] for sample in record["samples"]] == ["a red circle"] * 2 + ["a blue star"] * 2 + [
+        "a green cross"
+    ] * 2
+    with Image.open(tmp_path / "files" / record["samples"][5]["file"]) as picture:
+        assert picture.size == (32, 32)
+
+
+def test_a_tokenizer_run_reconstructs_pictures(stage1, tmp_path):
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    main([f"--run={stage1}", f"--image={tmp_path}/red.png", f"--out={tmp_path}/grid.png", f"--files={tmp_path}/out"])
+    assert (tmp_path / "out" / "00000.png").is_file()
+    assert read_picture(str(tmp_path / "red.png"), 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run={stage1}", "--prompt=a red circle"], "takes no captions"),
+        (["--run={folder}", "--image=x.png"], "draws captions"),
+        (["--run={folder}", "--prompt=x", "--top_p=0"], "top_p=0"),
+        (["--run={folder}", "--prompt=x", "--out=/proc/nowhere/x.png"], "cannot write"),
+        (["--run={folder}", "--prompt=x", "--out={tmp}/grid.txt"], "cannot write"),
+        (["--run={stage1}", "--image={tmp}/none.png"], "cannot read the picture"),
+    ],
+)
+def test_mistakes(folder, stage1, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        main([argument.format(folder=folder, stage1=stage1, tmp=tmp_path) for argument in arguments])
+
+
+def test_long_prompts_are_cut_with_a_warning(folder, capsys):
+    trained = TrainedSampler.open(folder)
+    ids = trained.encode(["a red circle " * 20])["text"]
+    assert ids.shape == (1, 12) and np.count_nonzero(ids) == 12
+    assert "only the first 12 tokens" in capsys.readouterr().out

@@ -1,0 +1,107 @@
+"""What a clone must hold together: packaging, the lock file, the Makefile and the pages that name its targets."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUP = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+
+
+def setup_arguments() -> dict[str, ast.expr]:
+    """The keyword arguments of setup.py's call of `setup`."""
+    calls = [node for node in ast.walk(SETUP) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"]
+    return {keyword.arg: keyword.value for keyword in calls[0].keywords if keyword.arg}
+
+
+def packages_of_setup() -> set[str]:
+    """The top-level packages that setup.py installs."""
+    values = [
+        node.value for node in SETUP.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PACKAGES"
+    ]
+    return set(ast.literal_eval(values[0]))
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """What setup.py asks for, with these extras."""
+    arguments = setup_arguments()
+    lines = list(ast.literal_eval(arguments["install_requires"]))
+    for extra in extras:
+        lines += ast.literal_eval(arguments["extras_require"])[extra]
+    return [Requirement(line) for line in lines]
+
+
+def locked_versions() -> dict[str, set[Version]]:
+    """Distribution -> the versions that requirements.lock gives it on one platform or another."""
+    versions: dict[str, set[Version]] = {}
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"([A-Za-z0-9._-]+)(?:\[.*\])?==([^ ;]+)", line):
+            versions.setdefault(canonicalize_name(found[1]), set()).add(Version(found[2]))
+    return versions
+
+
+def files_of_repository() -> list[Path]:
+    """Every file that is tracked, or would be: what a clone consists of."""
+    if not (ROOT / ".git").exists():  # an unpacked archive
+        return [
+            path for path in ROOT.rglob("*") if path.is_file() and not path.relative_to(ROOT).parts[0].startswith(".")
+        ]
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def targets() -> set[str]:
+    """The names that `make` knows and the Makefile explains."""
+    return set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_setup_installs_exactly_the_packages_that_exist():
+    assert packages_of_setup() == {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+
+
+def test_every_folder_of_code_is_a_package():
+    """A folder without __init__.py works in a clone and is missing from an installation."""
+    folders = {path.parent for name in packages_of_setup() for path in (ROOT / name).rglob("*.py")}
+    assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize("requirement", requirements("dev", "parity"), ids=lambda requirement: requirement.name)
+def test_lock_has_what_setup_asks_for(requirement: Requirement):
+    versions = locked_versions()[canonicalize_name(requirement.name)]
+    assert all(version in requirement.specifier for version in versions), f"{requirement} but the lock has {versions}"
+
+
+def test_every_dependency_has_a_lower_bound():
+    """Without one, continuous integration could not try the oldest versions that work."""
+    unbounded = [str(each) for each in requirements("dev", "parity") if not re.search(">=|==", str(each.specifier))]
+    assert unbounded == []
+
+
+def test_lock_names_no_index():
+    """A clone installs from whatever index its pip is set up for."""
+    assert "://" not in (ROOT / "requirements.lock").read_text(encoding="utf-8")
+
+
+def test_no_file_is_large():
+    large = [f"{path.relative_to(ROOT)}: {path.stat().st_size}" for path in files_of_repository()]
+    assert [line for line in large if int(line.rsplit(": ")[1]) > 1_000_000] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", ".ci/run", ".github/workflows/ci.yml"])
+def test_pages_name_targets_that_exist(page: str):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^ *(?:- run: )?|`)make ([a-z][a-z-]*)", text, re.MULTILINE))
+    assert named - targets() == set()
+
+
+def test_continuous_integration_runs_every_check():
+    steps = re.search(r"for step in ([a-z -]+);", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert steps and steps[1].split() == ["test", "check", "test-slow", "parity"]
+    assert targets() >= {"demo", "test", "test-slow", "check", "parity", "lock", "clean", "help"}

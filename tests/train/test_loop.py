@@ -1,0 +1,193 @@
+"""The loop on real configs: what a run leaves behind, and that an interrupted run equals an uninterrupted one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cli.config import load_config
+from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
+from train.loop import train
+from weights.checkpoint import CheckpointStore
+from weights.run import Run, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(scenes_dir, *overrides, name="scenes/dvae.py:debug"):
+    return load_config([f"--config={ROOT}/configs/{name}", f"--config.data.data_dir={scenes_dir}", *overrides])
+
+
+def losses(workdir):
+    return [(row["step"], row["loss"]) for row in read_metrics(workdir) if "loss" in row]
+
+
+def trees(workdir, step):
+    return CheckpointStore(workdir / "checkpoints").load(step, ("params", "ema_params", "variables", "opt_state"))
+
+
+def assert_same_trees(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def whole(scenes_dir, tmp_path_factory):
+    """An uninterrupted run of six steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(config(scenes_dir, "--config.steps=6"), workdir) == EXIT_OK
+    return workdir
+
+
+def test_a_run_folder_explains_itself(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert {"config.json", "environment.json", "checkpoints", "metrics.jsonl", "samples", "DONE"} <= names
+    environment = json.loads((whole / "environment.json").read_text())
+    assert environment["packages"]["jax"] == jax.__version__ and environment["devices"]
+    run = Run.open(whole)
+    assert run.config.objective == "vqvae" and run.latest_step() == 6
+    assert [step for step, _ in losses(whole)] == [1, 2, 3, 4, 5, 6]
+    assert {path.name for path in (whole / "samples").iterdir()} == {
+        f"{step:08d}_reconstruction.png" for step in (0, 2, 4, 6)
+    }
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(scenes_dir, whole, tmp_path):
+    workdir = tmp_path / "run"
+    train(config(scenes_dir, "--config.steps=6"), workdir)
+    # As if the process had been killed after step 5, two steps past the checkpoint of step 4.
+    store = CheckpointStore(workdir / "checkpoints")
+    for path in sorted((store.folder / "6").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (store.folder / "6").rmdir()
+    (workdir / "DONE").unlink()
+    assert train(config(scenes_dir, "--config.steps=6"), workdir) == EXIT_OK
+    assert losses(workdir) == losses(whole)
+    assert_same_trees(trees(workdir, 6), trees(whole, 6))
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(scenes_dir, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    settings = ("--config.optimizer.schedule.decay_steps=100",)
+    train(config(scenes_dir, "--config.steps=2", *settings), workdir)
+    train(config(scenes_dir, "--config.steps=2", *settings), workdir)
+    assert "is complete" in capsys.readouterr().out
+    train(config(scenes_dir, "--config.steps=3", *settings), workdir)
+    assert [step for step, _ in losses(workdir)] == [1, 2, 3]
+
+
+def test_another_batch_size_continues_the_stream(scenes_dir, tmp_path):
+    workdir = tmp_path / "run"
+    train(config(scenes_dir, "--config.steps=2"), workdir)
+    train(config(scenes_dir, "--config.steps=4", "--config.batch_size=4"), workdir)
+    assert [row["examples_seen"] for row in read_metrics(workdir) if "loss" in row] == [8, 16, 20, 24]
+
+
+def test_a_changed_config_is_refused_with_the_keys(scenes_dir, whole):
+    with pytest.raises(UserError, match=r"optimizer.schedule.peak: 0.002 -> 0.5"):
+        train(config(scenes_dir, "--config.steps=6", "--config.optimizer.schedule.peak=0.5"), whole)
+
+
+def test_a_broken_newest_checkpoint_is_reported_and_the_one_before_used(scenes_dir, whole, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    train(config(scenes_dir, "--config.steps=6"), workdir)
+    for path in (workdir / "checkpoints" / "6").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert train(config(scenes_dir, "--config.steps=6"), workdir) == EXIT_OK
+    assert "cannot be read" in capsys.readouterr().out
+    assert losses(workdir) == losses(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(scenes_dir, tmp_path):
+    settings = ("--config.steps=6", "--config.optimizer.schedule.peak=1e30", "--config.optimizer.clip_norm=0")
+    with pytest.raises(UserError, match="the last checkpoint is intact"):
+        train(config(scenes_dir, *settings), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.steps=0"], "config.steps must be at least 1"),
+        (["--config.log.every=0"], "config.log.every must be at least 1"),
+        (["--config.objective=gan"], "choose one of dalle"),
+        (["--config.data.split=tests"], "has no split 'tests'"),
+        (["--config.mesh.data=5"], "does not fit"),
+        (["--config.steps=2000000000"], "2\\^31"),
+    ],
+)
+def test_mistakes_are_found_before_training(scenes_dir, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(config(scenes_dir, *overrides), tmp_path / "run")
+
+
+def test_a_missing_frozen_stage_is_named(scenes_dir, tmp_path):
+    settings = ("--config.frozen.dvae.source=runs/nowhere",)
+    with pytest.raises(UserError, match="frozen stage runs/nowhere is missing"):
+        train(config(scenes_dir, *settings, name="scenes/dalle.py:debug"), tmp_path / "run")
+
+
+def test_a_workdir_that_cannot_be_written_is_named(scenes_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the workdir"):
+        train(config(scenes_dir), tmp_path / "file" / "run")
+
+
+def test_stage_two_trains_on_a_stage_one_run_and_is_found_after_a_move(scenes_dir, tmp_path, whole):
+    import shutil
+
+    from sample.trained import TrainedSampler
+
+    shutil.copytree(whole, tmp_path / "before" / "stage1")
+    settings = (f"--config.frozen.dvae.source={tmp_path}/before/stage1", "--config.steps=1")
+    train(config(scenes_dir, *settings, name="scenes/dalle.py:debug"), tmp_path / "before" / "stage2")
+    (tmp_path / "before").rename(tmp_path / "after")
+    trained = TrainedSampler.open(tmp_path / "after" / "stage2", chunk=2)
+    assert trained.config.frozen.dvae.encoder_hidden == 16  # as stage 1 was trained
+    stage1 = Run.open(tmp_path / "after" / "stage1").load()
+    assert_same_trees(trained.frozen["dvae"]["params"], stage1.params["dvae"])
+
+
+LONG = ("--config.steps=150", "--config.checkpoint.every=10", "--config.evaluate.every=1000")
+
+
+@pytest.fixture(scope="module")
+def long_run(scenes_dir, tmp_path_factory):
+    """An uninterrupted run of 150 steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "long"
+    assert train(config(scenes_dir, *LONG), workdir) == EXIT_OK
+    return workdir
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_loses_nothing(scenes_dir, tmp_path, long_run, number):
+    """The real command, stopped by a signal and started again."""
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "train", f"--config={ROOT}/configs/scenes/dvae.py:debug", f"--workdir={workdir}"]
+    command += [f"--config.data.data_dir={scenes_dir}", *LONG]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while len(losses(workdir)) < 30 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        code = process.wait(60)
+    output = (tmp_path / "log").read_text()
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else EXIT_PREEMPTED), output
+    if number != signal.SIGKILL:
+        assert "continue with: python -m train" in output and "Traceback" not in output
+    assert 0 < Run.open(workdir).latest_step() < 150
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == EXIT_OK, again.stderr
+    assert "continuing at step" in again.stdout
+    assert losses(workdir) == losses(long_run)
+    assert_same_trees(trees(workdir, 150), trees(long_run, 150))

@@ -1,0 +1,130 @@
+"""Rules, schedules, clipping, decay masks, bounds and moving averages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cli.errors import UserError
+from configs.common import get_defaults
+from train.optimizer import apply_bounds, create_optimizer, create_schedule, update_ema
+
+PARAMS = {
+    "image": {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}},
+    "text": {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
+}
+
+
+def optimizer_config(**values):
+    config = get_defaults()
+    with config.unlocked():
+        for key, value in values.items():
+            config.optimizer[key] = value
+        config.optimizer.schedule.name = "constant"
+        config.optimizer.schedule.peak = 0.1
+    return config.optimizer
+
+
+def update(config, gradients, params=PARAMS):
+    optimizer, _ = create_optimizer(config, params, steps=10)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    return updates
+
+
+def test_one_rule_is_adamw():
+    config = optimizer_config(weight_decay=0.3, no_decay="bias$")
+    gradients = jax.tree.map(lambda x: x * 0.5, PARAMS)
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "bias", PARAMS)
+    reference = optax.adamw(0.1, weight_decay=0.3, mask=mask)
+    expected, _ = reference.update(gradients, reference.init(PARAMS), PARAMS)
+    for ours, theirs in zip(jax.tree.leaves(update(config, gradients)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_the_first_matching_rule_wins_and_may_override_anything():
+    rules = ({"pattern": "^text/", "schedule": {"peak": 0.0}}, {"pattern": ".*", "transform": "sgd"})
+    updates = update(optimizer_config(rules=rules), jax.tree.map(jnp.ones_like, PARAMS))
+    assert (updates["text"]["dense"]["kernel"] == 0).all()
+    np.testing.assert_allclose(updates["image"]["dense"]["kernel"], -0.1, rtol=1e-6)
+
+
+def test_each_rule_clips_its_own_norm():
+    rules = ({"pattern": "^text/"}, {"pattern": ".*"})
+    config = optimizer_config(rules=rules, transform="sgd", clip_norm=1.0)
+    gradients = {**jax.tree.map(lambda x: 1e-3 * x, PARAMS), "text": jax.tree.map(lambda x: 1e3 * x, PARAMS["text"])}
+    updates = update(config, gradients)
+    np.testing.assert_allclose(optax.tree.norm(updates["text"]), 0.1, rtol=1e-5)
+    # The huge gradient of one part leaves the other's as it was.
+    np.testing.assert_allclose(updates["image"]["dense"]["bias"], -1e-4, rtol=1e-5)
+
+
+def test_rules_that_do_not_fit_are_errors():
+    with pytest.raises(UserError, match="no optimizer rule matches parameter text/dense/bias"):
+        create_optimizer(optimizer_config(rules=({"pattern": "kernel"}, {"pattern": "image"})), PARAMS, 10)
+    with pytest.raises(UserError, match="matches no parameter"):
+        create_optimizer(optimizer_config(rules=({"pattern": ".*"}, {"pattern": "audio"})), PARAMS, 10)
+    with pytest.raises(UserError, match="may set"):
+        create_optimizer(optimizer_config(rules=({"pattern": ".*", "learning_rate": 1},)), PARAMS, 10)
+    with pytest.raises(UserError, match="adamw, lion, sgd"):
+        create_optimizer(optimizer_config(transform="adam2"), PARAMS, 10)
+
+
+def schedule(steps=100, **values):
+    base = {"name": "warmup_cosine", "peak": 1.0, "end": 0.1, "warmup_steps": 10, "decay_steps": 0, "factor": 0.5}
+    return create_schedule({**base, "boundaries": (), **values}, steps)
+
+
+def test_warmup_cosine_goes_through_its_known_points():
+    rate = schedule()
+    assert [float(rate(step)) for step in (0, 5, 10, 55, 100, 200)] == pytest.approx([0, 0.5, 1, 0.55, 0.1, 0.1])
+
+
+def test_decay_steps_end_the_schedule_before_the_run():
+    assert float(schedule(steps=1000, decay_steps=100)(100)) == pytest.approx(0.1)
+
+
+def test_steps_down_multiplies_at_each_boundary():
+    rate = schedule(name="warmup_steps_down", boundaries=(50, 80))
+    assert [float(rate(step)) for step in (5, 49, 51, 79, 81)] == pytest.approx([0.5, 1, 0.5, 0.5, 0.25])
+
+
+def test_impossible_schedules_are_errors():
+    with pytest.raises(UserError, match="warm-up of 10 steps"):
+        schedule(steps=10)
+    with pytest.raises(UserError, match="unknown schedule"):
+        schedule(name="cosine")
+
+
+def test_bounds_project_only_what_they_name():
+    config = optimizer_config(bounds=(("image/.*bias", 0.0, 0.5),))
+    params = apply_bounds(config, PARAMS)
+    assert (params["image"]["dense"]["bias"] == 0.5).all()
+    assert (params["text"]["dense"]["bias"] == 1).all()
+
+
+def ema_config(**values):
+    config = get_defaults().ema
+    with config.unlocked():
+        config.update({"decay": 0.9, "warm_up": False, **values})
+    return config
+
+
+def test_ema_moves_every_few_steps_by_its_decay():
+    ema, params = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
+    config = ema_config(every=25)
+    assert (update_ema(config, ema, params, jnp.int32(24))["a"] == 0).all()
+    np.testing.assert_allclose(update_ema(config, ema, params, jnp.int32(25))["a"], 0.1, rtol=1e-5)
+
+
+def test_ema_warm_up_forgets_the_initialization():
+    ema, params = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
+    moved = update_ema(ema_config(warm_up=True), ema, params, jnp.int32(1))["a"]
+    np.testing.assert_allclose(moved, 1 - 2 / 11, rtol=1e-5)
+
+
+def test_ema_copies_what_its_paths_leave_out():
+    ema, params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}, {"a": jnp.ones(2), "b": jnp.ones(2)}
+    moved = update_ema(ema_config(paths="^a"), ema, params, jnp.int32(1))
+    np.testing.assert_allclose(moved["a"], 0.1, rtol=1e-5)
+    assert (moved["b"] == 1).all()

@@ -1,0 +1,93 @@
+"""Checkpoints: exact, atomic, and honest about what does not fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cli.errors import UserError
+from weights.checkpoint import CheckpointStore
+
+TREES = {
+    "params": {"net": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3, jnp.bfloat16)}},
+    "variables": {},
+    "progress": {"step": jnp.int32(7)},
+}
+
+
+def abstract(trees):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), trees)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    yield store
+    store.close()
+
+
+def test_what_is_saved_is_restored(store):
+    store.save(7, TREES)
+    store.wait()
+    restored = store.restore(7, abstract(TREES))
+    assert restored["variables"] == {}
+    assert restored["params"]["net"]["bias"].dtype == jnp.bfloat16
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(TREES), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+
+
+def test_trees_are_read_by_name_without_the_code_that_wrote_them(store):
+    store.save(1, TREES)
+    store.wait()
+    loaded = CheckpointStore(store.folder).load(1, ("params", "variables"))
+    np.testing.assert_array_equal(loaded["params"]["net"]["kernel"], TREES["params"]["net"]["kernel"])
+    assert loaded["variables"] == {}
+
+
+def test_the_newest_are_kept(store):
+    for step in (1, 2, 3, 4):
+        store.save(step, TREES)
+    store.close()
+    assert store.steps() == [4, 3]
+
+
+def test_every_difference_is_listed(store):
+    store.save(1, TREES)
+    store.wait()
+    wanted = abstract(TREES)
+    wanted["params"] = {"net": {"kernel": jax.ShapeDtypeStruct((2, 4), jnp.float32), "scale": jnp.ones(1)}}
+    with pytest.raises(UserError) as error:
+        store.restore(1, wanted)
+    for part in (
+        "missing params/net/scale",
+        "unexpected params/net/bias",
+        "params/net/kernel has shape (2, 3), not (2, 4)",
+    ):
+        assert part in str(error.value)
+
+
+def test_an_empty_folder_is_no_checkpoint(store):
+    store.save(1, TREES)
+    store.wait()
+    (store.folder / "9").mkdir()
+    assert store.steps() == [1]
+    store.save(9, TREES)
+    store.wait()
+    assert store.steps() == [9, 1]
+
+
+def test_a_broken_checkpoint_says_so(store):
+    store.save(1, TREES)
+    store.wait()
+    for path in sorted(store.folder.rglob("*"), reverse=True):
+        if path.is_file() and path.name != "keep":
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        store.restore(1, abstract(TREES))
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot save"):
+        CheckpointStore(tmp_path / "file" / "checkpoints").save(1, TREES)
