@@ -1,8 +1,12 @@
 """A faster memory allocator for training on a CPU.
 
 XLA's CPU backend takes its temporary buffers from malloc at every step and gives them back after it. glibc returns such
-large pieces to the kernel, so that every step touches fresh pages: a quarter of the processor's time goes into page
-faults. The settings below make glibc keep what it has and ask for huge pages (docs/performance.md has the figures).
+large pieces to the kernel, so that every step touches fresh pages: 10 to 25 % of the processor's time goes into page
+faults. The settings below make glibc keep what it has and ask for huge pages. Two small networks (4 transformer blocks
+of width 160; 6 convolutions at 32 x 32; batch 64, 2 cores) went from 94,000 and 21,000 faults a step to none, and used
+1.2 to 1.3 times less processor time; the process grew by up to 0.7 GB. Fewer settings fared 4 to 8 % worse, and huge
+pages alone worse than none of them.
+
 glibc reads them once, before Python starts; so a command sets them and executes itself again, as its first act.
 """
 
@@ -33,9 +37,9 @@ def reexec_with_fast_allocator() -> None:
     directory, standard streams and exit code. The second execution finds that it is one, gives the environment back its
     former state, so that child processes start as they would have, and returns.
 
-    It returns at once where it would not help or could do harm: not glibc 2.35 or later on Linux, jax already imported,
-    an accelerator to be used, a spawned worker, an interactive session, a debugger, TESSERA_ALLOCATOR=default. What the
-    user set in GLIBC_TUNABLES or the MALLOC_ variables stays.
+    It returns at once where it would not help or could do harm: not glibc 2.35 or later (others are untested), jax
+    already imported, an accelerator to be used, a spawned worker, an interactive session, a debugger,
+    TESSERA_ALLOCATOR=default. What the user set in GLIBC_TUNABLES or the MALLOC_ variables stays.
     """
     global _done
     if ORIGINAL in os.environ:

@@ -81,7 +81,7 @@ class RecordSource:
         builder = tfds.builder_from_directory(dataset_folder(dataset, data_dir))
         try:
             decoders = None if pictures else {"image": tfds.decode.SkipDecoding()}
-            self._source = builder.as_data_source(split, decoders=decoders)
+            self._source = builder.as_data_source(split=split, decoders=decoders)  # pyright: ignore[reportCallIssue]
         except ValueError as error:
             raise UserError(
                 f"dataset {dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}"

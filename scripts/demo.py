@@ -1,5 +1,6 @@
 """`python -m scripts.demo`: captions in, graded pictures out, in minutes on a laptop's CPU."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from cli import command
 from cli.errors import EXIT_OK
 from evaluation.report import Section, write_report
+from weights.run import DONE, EVALUATION
 
 _DESCRIPTION = """\
 Prepares the embedded dataset, trains a discrete image tokenizer and an autoregressive transformer on it, draws
@@ -73,6 +75,9 @@ class _Demo:
             ("stage 2: drawing captions and grading the pictures", ["evaluation", f"--run={dalle}", num]),
         )
         for status, arguments in stages:
+            if arguments[0] == "evaluation" and self._is_graded(Path(arguments[1].removeprefix("--run="))):
+                print(f"\n== {status}: done before", flush=True)
+                continue
             code = self._stage(status, arguments)
             if code != EXIT_OK:
                 self._write(f"Stopped while {status}. The same command continues.", finished=True)
@@ -103,6 +108,16 @@ class _Demo:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _is_graded(self, run: Path) -> bool:
+        """Whether the run's last checkpoint has been graded on as many captions as wanted."""
+        path = run / EVALUATION
+        if not path.is_file() or not (run / DONE).is_file():
+            return False
+        last = int((run / DONE).read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8"))
+        graded = {record["split"] for record in records if record["step"] == last and record["num"] >= self._num}
+        return graded == {"validation", "held_out"}
 
     def _write(self, status: str, finished: bool = False) -> None:
         sections = (

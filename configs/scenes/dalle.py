@@ -19,7 +19,7 @@ def get_config(argument: str = "") -> ConfigDict:
     stage1 = dvae.get_config(argument)
     config = get_defaults()
     config.objective = "dalle"
-    config.steps = 3600
+    config.steps = 2400
     config.batch_size = 32
 
     config.data.dataset = stage1.data.dataset
@@ -50,8 +50,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.loss.mask_pads = False
     config.loss.caption_dropout = 0.1
 
-    config.sample.guidance = 2.0
-    config.sample.temperature = 1.0
+    config.sample.guidance = 1.5
+    config.sample.temperature = 0.5
     config.sample.top_k = 0
     config.sample.top_p = 1.0
 

@@ -20,7 +20,7 @@ def get_config(argument: str = "") -> ConfigDict:
     argument = check_argument(argument, ("single32", "pair32", "gumbel", "debug"))
     config = get_defaults()
     config.objective = "dvae" if argument == "gumbel" else "vqvae"
-    config.steps = 2400
+    config.steps = 2000
     config.batch_size = 64
 
     config.data.dataset = "scenes/pair32" if argument == "pair32" else "scenes/single32"
