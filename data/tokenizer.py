@@ -79,7 +79,10 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes one JSON file that the `tokenizers` library reads too."""
-        Path(path).write_text(self._model.to_str(), encoding="utf-8")
+        path = Path(path)
+        draft = path.with_suffix(".tmp")
+        draft.write_text(self._model.to_str(), encoding="utf-8")
+        draft.replace(path)
 
     @property
     def vocab_size(self) -> int:

@@ -32,10 +32,11 @@ def main(arguments: Sequence[str]) -> None:
     if options.num < 1:
         raise UserError(f"--num must be at least 1, not {options.num}")
 
-    from evaluation.command import evaluate_run, format_table, write_records  # imports jax
+    from evaluation.command import evaluate_run  # imports jax
+    from evaluation.records import format_table, write_records
     from sample.trained import TrainedSampler
 
-    trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema, chunk=min(options.num, 128))
+    trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
     names = ("guidance", "temperature", "top_k", "top_p")
     settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     metrics = [name for name in options.metrics.split(",") if name]

@@ -57,23 +57,41 @@ def captioned_pictures(config: ConfigDict, split: str, num: int) -> CaptionedPic
     return CaptionedPictures(tuple(captions), np.stack(images))
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionAccuracy:
+    """What came of drawing captions.
+
+    Attributes:
+      shares: of captions with all attributes right (`all`), and with each attribute right.
+      counted: captions that each share is of: a caption that names no relation does not count for it.
+      images: the pictures.
+      scores: the grades of each.
+    """
+
+    shares: dict[str, float]
+    counted: dict[str, int]
+    images: UInt8[np.ndarray, "n h w 3"]
+    scores: list[dict[str, bool]]
+
+
 def caption_accuracy(
     config: ConfigDict,
     captions: Sequence[str],
     draw: Callable[[Sequence[str]], UInt8[np.ndarray, "n h w 3"]],
-) -> tuple[dict[str, float], UInt8[np.ndarray, "n h w 3"], list[dict[str, bool]]]:
+) -> CaptionAccuracy:
     """Draws captions and grades the pictures.
 
     Args:
       config: of the run.
       captions: what to draw.
       draw: the sampler, as a function of captions.
-
-    Returns:
-      Shares of captions with all attributes right (`all`) and with each attribute right; the pictures; and each
-      picture's grades.
     """
     images = draw(captions)
     scores = SceneGrader(world_of(config)).grade(captions, images)
-    shares = {name: right / counted for name, (right, counted) in summarize(scores).items()}
-    return shares, images, scores
+    totals = summarize(scores)
+    return CaptionAccuracy(
+        shares={name: right / counted for name, (right, counted) in totals.items()},
+        counted={name: counted for name, (_, counted) in totals.items()},
+        images=images,
+        scores=scores,
+    )

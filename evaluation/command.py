@@ -1,7 +1,5 @@
-"""What `python -m evaluation` computes, prints and writes."""
+"""What `python -m evaluation` computes."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +10,10 @@ from cli.errors import UserError
 from data.pipeline import dataset_folder
 from evaluation.caption_accuracy import CaptionedPictures, caption_accuracy, captioned_pictures
 from evaluation.reconstruction import code_usage, reconstruction_errors
+from evaluation.records import Record
 from sample.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
-from weights.run import EVALUATION, SAMPLES, Run
-
-Record = dict[str, Any]
+from weights.run import SAMPLES
 
 METRICS: Mapping[str, tuple[str, ...]] = {
     "dalle": ("caption_accuracy",),
@@ -65,34 +62,6 @@ def evaluate_run(
     return records
 
 
-def write_records(run: Run, records: Sequence[Record]) -> None:
-    """Adds records to `evaluation.json`; one with the same metric, split and settings is replaced."""
-    path = run.folder / EVALUATION
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-    def identity(record: Record) -> str:
-        return json.dumps({key: value for key, value in record.items() if key != "values"}, sort_keys=True)
-
-    new = {identity(record) for record in records}
-    kept = [record for record in earlier if identity(record) not in new]
-    path.write_text(json.dumps([*kept, *records], indent=2) + "\n", encoding="utf-8")
-
-
-def format_table(records: Sequence[Record]) -> str:
-    """Lays records out for a terminal, shares with their standard error."""
-    lines = []
-    for record in records:
-        settings = {k: v for k, v in record.items() if k not in ("metric", "split", "values")}
-        lines.append(f"{record['metric']} on {record['split']} ({json.dumps(settings)})")
-        for name, value in record["values"].items():
-            if isinstance(value, float) and not name.endswith(("mse", "psnr_db", "perplexity")):
-                error = math.sqrt(max(value * (1 - value), 0) / record["num"])
-                lines.append(f"  {name:<28} {100 * value:6.1f} %  +- {100 * error:.1f}")
-            else:
-                lines.append(f"  {name:<28} {value:10.5g}")
-    return "\n".join(lines)
-
-
 def _caption_accuracy(
     trained: TrainedSampler, pictures: CaptionedPictures, split: str, seed: int, settings: Mapping[str, Any]
 ) -> Record:
@@ -102,7 +71,8 @@ def _caption_accuracy(
         outputs = trained(trained.encode(captions), seed=seed, indices=range(len(captions)), **settings)
         return to_uint8(outputs["image"])
 
-    shares, images, scores = caption_accuracy(trained.config, pictures.captions, draw)
+    accuracy = caption_accuracy(trained.config, pictures.captions, draw)
+    images, scores = accuracy.images, accuracy.scores
     shown = min(32, len(images))
     wrong = [[name for name, right in score.items() if not right and name != "all"] for score in scores[:shown]]
     labels = [
@@ -112,8 +82,9 @@ def _caption_accuracy(
     grid = draw_grid(images[:shown], columns=8, labels=labels, marks=[not names for names in wrong])
     folder = trained.run.folder / SAMPLES
     folder.mkdir(exist_ok=True)
-    grid.save(folder / f"evaluation_{split}.png")
-    return {"values": shares}
+    name = f"evaluation_{split}.png" if not settings else f"evaluation_{split}_{_spell(settings)}.png"
+    grid.save(folder / name)
+    return {"values": accuracy.shares, "counted": accuracy.counted}
 
 
 def _reconstruction(trained: TrainedSampler, pictures: CaptionedPictures) -> Record:
@@ -125,13 +96,17 @@ def _reconstruction(trained: TrainedSampler, pictures: CaptionedPictures) -> Rec
         tokens.append(outputs["tokens"])
         return to_uint8(outputs["image"])
 
-    shares, images, _ = caption_accuracy(trained.config, pictures.captions, draw)
+    accuracy = caption_accuracy(trained.config, pictures.captions, draw)
     values = {
-        **reconstruction_errors(pictures.images, images),
+        **reconstruction_errors(pictures.images, accuracy.images),
         **code_usage(tokens[0], trained.config.models.dvae.vocab_size),
-        **{f"scene_{name}": share for name, share in shares.items()},
+        **{f"scene_{name}": share for name, share in accuracy.shares.items()},
     }
-    return {"values": values}
+    return {"values": values, "counted": {f"scene_{name}": n for name, n in accuracy.counted.items()}}
+
+
+def _spell(settings: Mapping[str, Any]) -> str:
+    return "_".join(f"{key}_{value}" for key, value in settings.items())
 
 
 def _provenance(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Record:

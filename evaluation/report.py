@@ -11,7 +11,8 @@ from typing import Any
 
 import matplotlib
 
-from weights.run import DONE, EVALUATION, SAMPLES, read_metrics
+from evaluation.records import is_share
+from weights.run import DONE, EVALUATION, SAMPLES, Run, read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend is chosen first)
@@ -92,13 +93,23 @@ def _section(section: Section) -> str:
     return "".join(parts)
 
 
-def _scores(folder: Path) -> str:
-    """The table of evaluation.json: a column for each split."""
+def headline_records(folder: Path) -> list[dict[str, Any]]:
+    """Records of evaluation.json that were made with the run's own sampling settings, the newest of each split."""
     path = folder / EVALUATION
     if not path.is_file():
-        return ""
+        return []
+    settings = Run.open(folder).config.sample.to_dict()
     records = json.loads(path.read_text(encoding="utf-8"))
-    newest: dict[str, dict[str, Any]] = {record["split"]: record for record in records}
+    newest = {r["split"]: r for r in records if all(r[key] == value for key, value in settings.items())}
+    return list(newest.values())
+
+
+def _scores(folder: Path) -> str:
+    """The table of evaluation.json: a column for each split."""
+    records = headline_records(folder)
+    if not records:
+        return ""
+    newest = {record["split"]: record for record in records}
     names = list(dict.fromkeys(name for record in newest.values() for name in record["values"]))
     head = "".join(f"<th>{html.escape(split)} (N = {record['num']})</th>" for split, record in newest.items())
     lines = []
@@ -107,7 +118,7 @@ def _scores(folder: Path) -> str:
             f'<td class="number">{_number(name, record["values"].get(name))}</td>' for record in newest.values()
         )
         lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    hidden = ("metric", "split", "values", "num")
+    hidden = ("metric", "split", "values", "counted", "num")
     settings = ", ".join(f"{key} {value}" for key, value in records[-1].items() if key not in hidden)
     return f'<table><tr><th></th>{head}</tr>{"".join(lines)}</table><p class="note">{html.escape(settings)}</p>'
 
@@ -115,8 +126,7 @@ def _scores(folder: Path) -> str:
 def _number(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    is_share = isinstance(value, float) and not name.endswith(("mse", "psnr_db", "perplexity"))
-    return f"{100 * value:.1f} %" if is_share else f"{value:.4g}"
+    return f"{100 * value:.1f} %" if is_share(name, value) else f"{value:.4g}"
 
 
 def _curve(rows: Sequence[Mapping[str, float]], title: str, metric: str) -> str:
@@ -136,8 +146,6 @@ def _curve(rows: Sequence[Mapping[str, float]], title: str, metric: str) -> str:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-        if all((line.get_ydata() > 0).all() for line in axes.lines) and metric.endswith(("loss", "mse255_hard")):
-            axes.set_yscale("log")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg")
     finally:

@@ -185,8 +185,10 @@ class Dalle(nn.Module):
             for _ in range(self.depth)
         ]
         self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
-        self.text_head = nn.Dense(text_ids, kernel_init=init, **types)
-        self.image_head = nn.Dense(self.image_vocab_size, kernel_init=init, **types)
+        # In float32 whatever the blocks compute in: bfloat16 logits near 16 would be steps of 1/8.
+        heads = {"kernel_init": init, "dtype": jnp.float32, "param_dtype": self.param_dtype}
+        self.text_head = nn.Dense(text_ids, **heads)
+        self.image_head = nn.Dense(self.image_vocab_size, **heads)
 
     def __call__(self, text: Int[Array, "b t"], image_tokens: Int[Array, "b n"]) -> DalleLogits:
         """Scores every token of the stream given the tokens before it.
@@ -204,9 +206,7 @@ class Dalle(nn.Module):
             x = block(x, mask)
         x = self.final_norm(x)
         text_states, image_states = x[:, : self.text_length], x[:, self.text_length :]
-        return DalleLogits(
-            self.text_head(text_states).astype(jnp.float32), self.image_head(image_states).astype(jnp.float32)
-        )
+        return DalleLogits(self.text_head(text_states), self.image_head(image_states))
 
     def prefill(self, text: Int[Array, "b t"]) -> tuple[Float[Array, "b v"], Cache]:
         """Reads a caption in one parallel pass.
@@ -250,7 +250,7 @@ class Dalle(nn.Module):
 
     def _image_logits(self, x: Array) -> Array:
         """Float32 scores of the next image token from one state [B 1 D]."""
-        return self.image_head(self.final_norm(x))[:, 0].astype(jnp.float32)
+        return self.image_head(self.final_norm(x))[:, 0]
 
     def _embed_text(self, text: Array) -> Array:
         """BOS and the caption, [B T+1 D]."""

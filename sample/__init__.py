@@ -5,22 +5,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from sample.dalle import DalleSampler
-from sample.dvae import ReconstructionSampler
-
-SAMPLERS: dict[str, Any] = {
-    "dalle": DalleSampler,
-    "dvae": ReconstructionSampler,
-    "vqvae": ReconstructionSampler,
-}
 
 
 def create_sampler(config: ConfigDict) -> Any:
     """Builds the sampler of a run: `sampler(params, variables, frozen, request, keys) -> outputs`.
 
     Raises:
-      UserError: if nothing can be sampled from `config.objective`.
+      UserError: if nothing can be sampled from `config.objective`, or its networks cannot be built.
     """
-    if config.objective not in SAMPLERS:
-        raise UserError(f"nothing can be sampled from objective {config.objective!r}; only from {', '.join(SAMPLERS)}")
-    return SAMPLERS[config.objective].from_config(config)
+    # Imported here: a command imports this package before it may import JAX (see cli/allocator.py).
+    from sample.dalle import DalleSampler
+    from sample.dvae import ReconstructionSampler
+
+    samplers = {"dalle": DalleSampler, "dvae": ReconstructionSampler, "vqvae": ReconstructionSampler}
+    if config.objective not in samplers:
+        raise UserError(f"nothing can be sampled from objective {config.objective!r}; only from {', '.join(samplers)}")
+    return samplers[config.objective].from_config(config)

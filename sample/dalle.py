@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from models import create_model
 from models.dalle import Dalle
+from weights.sources import model_of
 
 Tree = Any
 Request = dict[str, Any]
@@ -53,7 +54,7 @@ class DalleSampler:
           UserError: if a default is impossible, or the image tokenizer does not fit the transformer.
         """
         model = create_model(**config.models.dalle)
-        decoder = create_model(**{k: v for k, v in config.frozen.dvae.items() if k not in ("source", "part")})
+        decoder = create_model(**model_of(config.frozen.dvae))
         check_image_tokens(model, decoder)
         defaults = {key: config.sample[key] for key in ("guidance", "temperature", "top_k", "top_p")}
         _check_numbers(defaults)

@@ -19,11 +19,6 @@ def from_uint8(images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_uint8(images: Float[Array, "*b h w c"]) -> UInt8[Array, "*b h w c"]:
-    """Maps [-1, 1] to bytes, rounding to nearest; what lies outside is clipped."""
-    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
-
-
 @dataclasses.dataclass(frozen=True)
 class ReconstructionSampler:
     """Encodes images to tokens and decodes the tokens.

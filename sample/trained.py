@@ -17,6 +17,9 @@ from weights.sources import load_frozen, resolve_frozen
 
 Rows = dict[str, np.ndarray]
 
+# One size for every command, so that a picture comes out of the same program whichever command draws it.
+CHUNK = 64
+
 
 @dataclasses.dataclass
 class TrainedSampler:
@@ -42,7 +45,7 @@ class TrainedSampler:
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, step: int | None = None, ema: bool = True, chunk: int = 32
+        cls, folder: str | Path, *, step: int | None = None, ema: bool = True, chunk: int = CHUNK
     ) -> "TrainedSampler":
         """Loads a run.
 

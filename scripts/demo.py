@@ -1,6 +1,5 @@
 """`python -m scripts.demo`: captions in, graded pictures out, in minutes on a laptop's CPU."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -9,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import command
-from cli.errors import EXIT_OK
-from evaluation.report import Section, write_report
-from weights.run import DONE, EVALUATION
+from cli.errors import EXIT_FAILURE, EXIT_OK, UserError
+from evaluation.report import Section, headline_records, write_report
+from weights.run import DONE
+
+_LARGEST_NUM = 2000
 
 _DESCRIPTION = """\
 Prepares the embedded dataset, trains a discrete image tokenizer and an autoregressive transformer on it, draws
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--num", type=int, default=500, help="captions graded of each split (default 500)")
     parser.add_argument("--debug", action="store_true", help="tiny sizes: the whole path in under a minute or two")
     options = parser.parse_args(arguments)
+    if not 1 <= options.num <= _LARGEST_NUM:
+        raise UserError(f"--num must be between 1 and {_LARGEST_NUM}, the size of a split, not {options.num}")
     return _Demo(Path(options.workdir), options.data_dir, options.num, options.debug).run()
 
 
@@ -50,6 +53,10 @@ class _Demo:
 
     def run(self) -> int:
         """Runs every stage; returns the exit code of the first that does not succeed."""
+        try:
+            self._write("Starting.")
+        except OSError as error:
+            raise UserError(f"cannot write {self.report}: {error.strerror}; choose another --workdir") from error
         print(f"report: {self.report.resolve()} (open it in a browser; it refreshes itself)", flush=True)
         data = [f"--config.data.data_dir={self._data_dir}"] if self._data_dir else []
         where = [f"--data_dir={self._data_dir}"] if self._data_dir else []
@@ -91,32 +98,36 @@ class _Demo:
     def _stage(self, status: str, arguments: Sequence[str]) -> int:
         """Runs one command as a user would type it, writing the report every few seconds."""
         print(f"\n== {status}\n$ python -m {' '.join(arguments)}", flush=True)
-        child = subprocess.Popen([sys.executable, "-m", *arguments])
+        # In a session of its own, so that Ctrl-C reaches the child once, through `forward`, and not from the terminal
+        # as well: a second one would interrupt it before it has saved.
+        child = subprocess.Popen([sys.executable, "-m", *arguments], start_new_session=True)
 
         def forward(number: int, frame: object) -> None:
             child.send_signal(number)
 
-        # Ctrl-C reaches the child by itself; what is sent to this process alone is handed on.
         before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while True:
                 self._write(f"Now: {status}. {(time.monotonic() - self._start) / 60:.1f} minutes so far.")
                 try:
-                    return child.wait(timeout=10)
+                    code = child.wait(timeout=20)
+                    return code if code >= 0 else EXIT_FAILURE  # negative: killed by a signal
                 except subprocess.TimeoutExpired:
                     continue
         finally:
+            if child.poll() is None:
+                child.terminate()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _is_graded(self, run: Path) -> bool:
         """Whether the run's last checkpoint has been graded on as many captions as wanted."""
-        path = run / EVALUATION
-        if not path.is_file() or not (run / DONE).is_file():
+        if not (run / DONE).is_file():
             return False
         last = int((run / DONE).read_text(encoding="utf-8"))
-        records = json.loads(path.read_text(encoding="utf-8"))
-        graded = {record["split"] for record in records if record["step"] == last and record["num"] >= self._num}
+        graded = {
+            record["split"] for record in headline_records(run) if record["step"] == last and record["num"] >= self._num
+        }
         return graded == {"validation", "held_out"}
 
     def _write(self, status: str, finished: bool = False) -> None:
@@ -144,7 +155,7 @@ class _Demo:
             ),
         )
         closing = _CLOSING.format(dvae=self.dvae, dalle=self.dalle)
-        write_report(self.report, "Tessera: captions to pictures", status, sections, closing, 0 if finished else 10)
+        write_report(self.report, "Tessera: captions to pictures", status, sections, closing, 0 if finished else 20)
 
 
 if __name__ == "__main__":

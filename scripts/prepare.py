@@ -31,11 +31,12 @@ def main(arguments: Sequence[str]) -> None:
 def prepare(dataset: str, data_dir: str, vocab_size: int) -> None:
     """Writes one dataset and the tokenizer of its training captions."""
     start = time.monotonic()
+    print(f"preparing {dataset} (nothing is downloaded)", flush=True)
     try:
         scenes.prepare(dataset.removeprefix("scenes/"), data_dir or DEFAULT_DATA_DIR)
     except OSError as error:
         raise UserError(
-            f"cannot write the dataset to {data_dir}: {error.strerror}; choose another --data_dir"
+            f"cannot write the dataset to {data_dir or DEFAULT_DATA_DIR}: {error.strerror}; choose another --data_dir"
         ) from error
     folder = dataset_folder(dataset, data_dir)
     path = folder / "tokenizer.json"

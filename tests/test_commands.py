@@ -48,6 +48,8 @@ MISTAKES = {
     "missing prompt file": (["sample", "--run={tmp}/no", "--prompt=@{tmp}/none.txt"], "no prompt file"),
     "no prompt": (["sample", "--run={tmp}/no"], "give --prompt"),
     "no pictures": (["sample", "--run={tmp}/no", "--prompt=x", "--num=0"], "--num must be at least 1"),
+    "demo that cannot write": (["scripts.demo", "--workdir=/proc/nowhere"], "cannot write /proc/nowhere/report.html"),
+    "demo with too many captions": (["scripts.demo", "--num=9999"], "--num must be between"),
     "unknown dataset": (["scripts.prepare", "--dataset=mnist"], "unknown dataset 'mnist'"),
     "unknown flag": (["evaluation", "--rum=x", "--run=y"], "--rum"),
 }
@@ -61,6 +63,12 @@ def test_a_mistake_gets_one_line_and_exit_code_2(name, tmp_path):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluation"])
+def test_a_command_can_set_its_allocator_before_jax_is_imported(command):
+    program = f"import sys, {command}.__main__; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
 
 
 def test_main_functions_end_through_the_same_door():

@@ -1,12 +1,13 @@
 """The one loop: restore, then evaluate, save, take a batch, step, log."""
 
+import contextlib
 import dataclasses
 import json
-import os
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cli.config import flatten, from_json, to_json
+from cli.config import flatten
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
-from data.pipeline import BatchReader, ExampleStream, dataset_folder, load_tokenizer
+from data.pipeline import BatchReader, ExampleStream
 from data.tokenizer import Tokenizer
 from sample.grid import draw_grid
 from train.environment import describe_environment
@@ -30,14 +31,12 @@ from train.sharding import shardings
 from train.state import TrainState, create_state
 from train.step import make_eval_step, make_train_step
 from train.transfer import initialize_parts
-from weights.checkpoint import CheckpointStore
-from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, TOKENIZER
-from weights.sources import load_frozen, resolve_frozen
+from train.workdir import copy_tokenizer, open_workdir, pin_frozen, wandb_id
+from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
+from weights.run import CHECKPOINTS, DONE, ENVIRONMENT
+from weights.sources import load_frozen
 
 Tree = Any
-
-# What may change between the starts of one run: nothing that an update depends on, but for its length and batch size.
-CHANGEABLE = ("steps", "batch_size", "mesh.", "log.", "checkpoint.", "wandb.", "data.workers", "data.data_dir")
 
 
 def train(config: ConfigDict, workdir: str | Path) -> int:
@@ -51,20 +50,21 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     """
     workdir = Path(workdir)
     _check_config(config)
-    resolve_frozen(config, near=workdir)
     store = CheckpointStore(workdir / CHECKPOINTS, keep=config.checkpoint.keep)
     steps = store.steps()
-    _open_workdir(workdir, config, resuming=bool(steps))
-    tokenizer = _copy_tokenizer(config, workdir)
-    training = _prepare(config, tokenizer)
-
-    state, start = _restore(training, store, steps)
-    if start == config.steps and (workdir / DONE).is_file():
-        print(f"{workdir} is complete: {start} steps; raise config.steps to train further")
-        return EXIT_OK
-    (workdir / DONE).unlink(missing_ok=True)
-    (workdir / ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
-    return _run(config, workdir, training, store, state, start)
+    with StopSignal() as stop:
+        pin_frozen(config, workdir, resuming=bool(steps))
+        open_workdir(workdir, config, resuming=bool(steps))
+        tokenizer = copy_tokenizer(config, workdir, resuming=bool(steps))
+        training = _prepare(config, tokenizer)
+        state, start = _restore(training, store, steps)
+        if start >= config.steps:
+            (workdir / DONE).write_text(f"{start}\n", encoding="utf-8")
+            print(f"{workdir} is complete: {start} steps; raise config.steps to train further")
+            return EXIT_OK
+        (workdir / DONE).unlink(missing_ok=True)
+        (workdir / ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
+        return _run(config, workdir, training, store, state, start, stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,13 @@ class _Training:
     eval_step: Any
     initialize: Any
     abstract_state: TrainState
-    validation: Sequence[Batch]
+    validation: Callable[[], Iterator[Batch]]
     preview_batch: Batch
 
 
 def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
+    _check_parts(config, tokenizer)
     mesh = make_mesh(config.mesh)
     rows_sharding, whole = batch_sharding(mesh), replicated(mesh)
     objective = create_objective(config)
@@ -99,7 +100,10 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
         for name, value in example.items()
     }
     init_rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # apart from every step's key
-    abstract_params, _ = jax.eval_shape(objective.init, init_rng, abstract_batch)
+    try:
+        abstract_params, _ = jax.eval_shape(objective.init, init_rng, abstract_batch)
+    except (KeyError, ValueError) as error:  # a field of a network has a value that it does not know
+        raise UserError(f"config.models cannot be built: {str(error).splitlines()[0]}") from error
     optimizer, schedule = create_optimizer(config.optimizer, abstract_params, config.steps)
 
     def init(batch: Batch) -> TrainState:
@@ -124,16 +128,12 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
         config.data, tokenizer, split=config.data.validation_split, seed=config.seed, train=False
     )
     rows = process_rows(rows_sharding, config.batch_size)
-    count = min(config.evaluate.batches, max(1, validation_stream.epoch_size // config.batch_size))
-    validation = [
-        place_batch(
-            validation_stream.batch([number * config.batch_size + row for row in rows]),
-            rows,
-            config.batch_size,
-            rows_sharding,
-        )
-        for number in range(count)
-    ]
+
+    def validation() -> Iterator[Batch]:
+        for number in range(min(config.evaluate.batches, max(1, validation_stream.epoch_size // config.batch_size))):
+            batch = validation_stream.batch([number * config.batch_size + row for row in rows])
+            yield place_batch(batch, rows, config.batch_size, rows_sharding)
+
     preview_batch = jax.device_put(validation_stream.batch(range(config.evaluate.previews)), whole)
     return _Training(
         mesh=mesh,
@@ -155,13 +155,30 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     )
 
 
+def _check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
+    """Raises UserError where the sizes of networks, data and tokenizer disagree."""
+    for group in ("models", "frozen"):
+        for part, model in config[group].items():
+            for key in ("text_length", "image_size"):
+                if key in model and model[key] != config.data[key]:
+                    raise UserError(
+                        f"config.{group}.{part}.{key} is {model[key]}, but config.data.{key} is {config.data[key]}; "
+                        "they must be equal"
+                    )
+            if tokenizer is not None and model.get("text_vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
+                raise UserError(
+                    f"config.{group}.{part}.text_vocab_size is {model.text_vocab_size}, but the tokenizer has "
+                    f"{tokenizer.vocab_size} ids; set it to at least that"
+                )
+
+
 def _restore(training: _Training, store: CheckpointStore, steps: Sequence[int]) -> tuple[TrainState, int]:
     """Reads the newest checkpoint that can be read, or makes a new state."""
     for step in steps:
         try:
             trees = store.restore(step, training.abstract_state.as_trees())
-        except UserError as error:
-            if "cannot be read" not in str(error) or step == steps[-1]:
+        except UnreadableCheckpoint as error:
+            if step == steps[-1]:
                 raise
             print(f"warning: {error}; the one before it is used", flush=True)
             shutil.move(store.folder / str(step), store.folder / f"{step}.unreadable")
@@ -171,48 +188,62 @@ def _restore(training: _Training, store: CheckpointStore, steps: Sequence[int]) 
 
 
 def _run(
-    config: ConfigDict, workdir: Path, training: _Training, store: CheckpointStore, state: TrainState, start: int
+    config: ConfigDict,
+    workdir: Path,
+    training: _Training,
+    store: CheckpointStore,
+    state: TrainState,
+    start: int,
+    stop: StopSignal,
 ) -> int:
     """Trains from step `start`."""
     rows_sharding = batch_sharding(training.mesh)
     rows = process_rows(rows_sharding, config.batch_size)
-    reader = BatchReader(
-        training.stream,
-        batch_size=config.batch_size,
-        rows=rows,
-        examples_seen=int(state.examples_seen),
-        workers=config.data.workers,
-        read_ahead=config.data.read_ahead,
-    )
-    log = MetricLog(workdir, start)
-    wandb = WandbLog(config.wandb, workdir, _wandb_id(workdir), flatten(config))
-    bar = ProgressBar(config.steps, start, workdir.name)
-    bar.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
+    step, metrics, pending, clock = start, {}, None, (time.monotonic(), start)
+    with contextlib.ExitStack() as resources:
+        # Closed in reverse order, also when a step fails: a checkpoint that is being written is finished first.
+        log = resources.enter_context(contextlib.closing(MetricLog(workdir, start)))
+        wandb = WandbLog(config.wandb, workdir, wandb_id(workdir), flatten(config))
+        resources.callback(wandb.close)
+        bar = resources.enter_context(contextlib.closing(ProgressBar(config.steps, start, workdir.name)))
+        reader = BatchReader(
+            training.stream,
+            batch_size=config.batch_size,
+            rows=rows,
+            examples_seen=int(state.examples_seen),
+            workers=config.data.workers,
+            read_ahead=config.data.read_ahead,
+        )
+        resources.callback(reader.close)
+        resources.callback(store.close)
+        bar.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
 
-    def evaluate(step: int) -> None:
-        values = _evaluate(training, state)
-        if values:
+        def evaluate(step: int) -> None:
+            values = _evaluate(training, state)
             log.write(step, values)
-        pictures = _previews(config, training, state)
-        for name, picture in pictures.items():
-            save_picture(workdir, step, name, picture)
-        wandb.write(step, {**values, **{f"samples/{name}": picture for name, picture in pictures.items()}})
+            pictures = _previews(config, training, state)
+            for name, picture in pictures.items():
+                save_picture(workdir, step, name, picture)
+            wandb.write(step, {**values, **{f"samples/{name}": picture for name, picture in pictures.items()}})
 
-    # ORDER OF EVENTS. Evaluation and saving come before the next batch is taken, so a checkpoint of step k says all
-    # about step k: its rows are in the log, and the data stream goes on at its `examples_seen`. On resume at k both
-    # have been done. The metrics of an update are read one update later, while the device works on the next.
-    step, pending, clock = start, None, (time.monotonic(), start)
-    with StopSignal() as stop:
+        # ORDER OF EVENTS. Evaluation and saving come before the next batch is taken, so a checkpoint of step k says
+        # all about step k: its rows are in the log, and the data stream goes on at its `examples_seen`. On resume at
+        # k both have been done. The metrics of an update are read one update later, while the device works on the
+        # next.
         while True:
-            due = step != start or start == 0
             last = step == config.steps
-            if due and (last or step % config.evaluate.every == 0):
+            evaluation_due = (step > start or start == 0) and (last or step % config.evaluate.every == 0)
+            save_due = step > start and (last or stop.name or step % config.checkpoint.every == 0)
+            if evaluation_due or save_due:
                 pending, clock = _flush(pending, config, log, wandb, bar, clock)
+                if step > start:
+                    _require_finite(step, means(jax.device_get(metrics)))
+            if evaluation_due:
                 evaluate(step)
-            save_due = due and step > 0 and (last or step % config.checkpoint.every == 0)
-            if save_due or (stop.name and step > start):
-                pending, clock = _flush(pending, config, log, wandb, bar, clock)
+            if save_due:
                 store.save(step, state.as_trees())
+            if evaluation_due or save_due:
+                clock = (time.monotonic(), step)  # a rate is of training alone
             if last or stop.name:
                 break
             batch = place_batch(next(reader), rows, config.batch_size, rows_sharding)
@@ -223,17 +254,12 @@ def _run(
             if step % config.log.every == 0 or step == config.steps:
                 pending = (step, metrics)
 
-    reader.close()
-    store.close()
-    log.close()
-    wandb.close()
-    bar.close()
     if training.stream.truncated or training.stream.source.damaged:
-        print(
-            f"captions truncated: {training.stream.truncated}; records damaged: {len(training.stream.source.damaged)}"
-        )
+        damaged = len(training.stream.source.damaged)
+        print(f"captions truncated: {training.stream.truncated}; records damaged: {damaged}")
     if step < config.steps:
-        print(f"{stop.name}: saved step {step}; continue with: {' '.join(_command())}", file=sys.stderr, flush=True)
+        saved = f"saved step {step}" if step else "nothing to save yet"
+        print(f"{stop.name}: {saved}; continue with: {shlex.join(_command())}", file=sys.stderr, flush=True)
         return EXIT_PREEMPTED
     (workdir / DONE).write_text(f"{step}\n", encoding="utf-8")
     print(f"done: {step} steps, {workdir}")
@@ -259,11 +285,7 @@ def _flush(
     values = means(jax.device_get(metrics))
     now = time.monotonic()
     seconds, steps = now - clock[0], step - clock[1]
-    if not np.isfinite(values["loss"]) or not np.isfinite(values["gradient_norm"]):
-        raise UserError(
-            f"step {step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; "
-            "lower the learning rate or the clip norm; the last checkpoint is intact"
-        )
+    _require_finite(step, values)
     rate = {
         "time/now": time.time(),
         "time/examples_per_second": steps * config.batch_size / max(seconds, 1e-9),
@@ -274,10 +296,19 @@ def _flush(
     return None, (now, step)
 
 
+def _require_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raises UserError if an update's loss or gradient is not finite; nothing of it is saved."""
+    if not np.isfinite(values["loss"]) or not np.isfinite(values["gradient_norm"]):
+        raise UserError(
+            f"step {step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; "
+            "lower the learning rate or the clip norm; the last checkpoint is intact"
+        )
+
+
 def _evaluate(training: _Training, state: TrainState) -> dict[str, float]:
     """Mean metrics over the validation batches, named `validation/...`."""
     totals: dict[str, tuple[Any, Any]] = {}
-    for batch in training.validation:
+    for batch in training.validation():
         for name, pair in jax.device_get(training.eval_step(state, training.frozen, batch)).items():
             before = totals.get(name, (0.0, 0.0))
             totals[name] = (before[0] + pair[0], before[1] + pair[1])
@@ -307,53 +338,17 @@ def _check_config(config: ConfigDict) -> None:
     for key in ("steps", "batch_size"):
         if config[key] < 1:
             raise UserError(f"config.{key} must be at least 1, not {config[key]}")
+    if config.seed < 0:
+        raise UserError(f"config.seed must not be negative, not {config.seed}")
+    if config.evaluate.previews < 1:
+        raise UserError(f"config.evaluate.previews must be at least 1, not {config.evaluate.previews}")
+    if jax.process_count() > 1:
+        raise UserError("training over several processes is not there yet; start one process, with all its devices")
     for group in ("log", "evaluate", "checkpoint", "ema"):
         if config[group].every < 1:
             raise UserError(f"config.{group}.every must be at least 1, not {config[group].every}")
     if config.steps * config.batch_size >= 2**31:
         raise UserError("config.steps * config.batch_size must stay below 2^31, the largest example number")
-
-
-def _open_workdir(workdir: Path, config: ConfigDict, resuming: bool) -> None:
-    """Makes the run folder, or checks that it belongs to this config."""
-    path = workdir / CONFIG
-    if resuming and path.is_file():
-        before, now = flatten(from_json(path.read_text(encoding="utf-8"))), flatten(config)
-        changed = sorted(
-            key
-            for key in before.keys() | now.keys()
-            if before.get(key) != now.get(key) and not key.startswith(CHANGEABLE)
-        )
-        if changed:
-            shown = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-            raise UserError(f"{workdir} was started with another config ({shown}); use a new --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(to_json(config), encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write the workdir {workdir}: {error.strerror}; choose another --workdir") from error
-
-
-def _copy_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer | None:
-    """Copies the dataset's tokenizer into the run, for configs with text."""
-    if not config.data.text_length:
-        return None
-    own = workdir / TOKENIZER
-    if not own.is_file():
-        load_tokenizer(config.data.dataset, config.data.data_dir)
-        shutil.copyfile(dataset_folder(config.data.dataset, config.data.data_dir) / TOKENIZER, own)
-    return Tokenizer.load(own)
-
-
-def _wandb_id(workdir: Path) -> str:
-    """An id that stays with the run folder."""
-    path = workdir / "wandb" / "id"
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(os.urandom(4).hex(), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
 
 
 def _command() -> list[str]:

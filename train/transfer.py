@@ -21,10 +21,11 @@ def initialize_parts(config: ConfigDict, state: TrainState, optimizer: optax.Gra
     Raises:
       UserError: if there is no such part, or its shapes differ (all differences listed).
     """
-    if not config.initialize:
+    entries = {name: entry for name, entry in config.initialize.items() if entry.source}
+    if not entries:
         return state
     params, variables = dict(state.params), dict(state.variables)
-    for name, entry in config.initialize.items():
+    for name, entry in entries.items():
         if name not in params:
             raise UserError(f"config.initialize.{name}: this objective trains {', '.join(params)}")
         part = load_part(entry, config.seed)
@@ -46,5 +47,5 @@ def initialize_parts(config: ConfigDict, state: TrainState, optimizer: optax.Gra
             )
     ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(state.ema_params) else {}
     return dataclasses.replace(
-        state, params=params, variables=variables, ema_params=ema, opt_state=optimizer.init(params)
+        state, params=params, variables=variables, ema_params=ema, opt_state=jax.jit(optimizer.init)(params)
     )

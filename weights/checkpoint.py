@@ -20,6 +20,10 @@ Tree = Any
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+class UnreadableCheckpoint(UserError):
+    """A checkpoint is damaged; an older one may be whole."""
+
+
 class CheckpointStore:
     """The checkpoints of one run.
 
@@ -61,8 +65,8 @@ class CheckpointStore:
         """Reads named trees into the shapes, dtypes and shardings of `abstract` (ShapeDtypeStructs).
 
         Raises:
-          UserError: if a tree is missing or has other paths or shapes than wanted (all of them listed), or the
-            checkpoint cannot be read.
+          UserError: if a tree is missing or has other paths or shapes than wanted (all of them listed).
+          UnreadableCheckpoint: if it is damaged.
         """
         wanted = _without_empty(abstract)
         stored = self.abstract(step)
@@ -82,7 +86,7 @@ class CheckpointStore:
         """Returns the shapes and dtypes of every tree of a checkpoint, optionally to be placed by `sharding`.
 
         Raises:
-          UserError: if the checkpoint cannot be read.
+          UnreadableCheckpoint: if it is damaged.
         """
         try:
             metadata = ocp.checkpointables_metadata(self.folder / str(step)).metadata
@@ -137,8 +141,8 @@ class CheckpointStore:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-    def _unreadable(self, step: int, error: BaseException) -> UserError:
-        return UserError(f"checkpoint {self.folder / str(step)} cannot be read: {_root_cause(error)}")
+    def _unreadable(self, step: int, error: BaseException) -> UnreadableCheckpoint:
+        return UnreadableCheckpoint(f"checkpoint {self.folder / str(step)} cannot be read: {_root_cause(error)}")
 
 
 _NOT_TREES = ("metrics",)

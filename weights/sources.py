@@ -16,7 +16,7 @@ from weights.run import Run
 Tree = Any
 
 RANDOM = "random"
-_NOT_FIELDS = ("source", "part")
+_NOT_FIELDS = ("source", "part", "step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,27 +65,30 @@ def find_source(source: str, near: Path | None = None) -> str:
 
 
 def resolve_frozen(config: ConfigDict, near: Path | None = None) -> None:
-    """Fills `config.frozen.<part>` with the network's arguments as its source trained it.
+    """Fills `config.frozen.<part>` with the network's arguments as its source trained it, and pins its checkpoint.
 
-    Afterwards the config alone says which networks there are. What the config said before of a network that was
-    trained elsewhere only serves to describe it without its run.
+    Afterwards the config alone says which networks there are, and `step` says with which weights: a source that is
+    trained further does not change the runs that use it. What the config said before of a network that was trained
+    elsewhere only serves to describe it without its run.
 
     Args:
-      config: changed in place.
+      config: changed in place. An entry's `step` of 0 means the newest checkpoint.
       near: see `find_source`.
 
     Raises:
-      UserError: if a source is missing or has no such part.
+      UserError: if a source is missing or has no such part or checkpoint.
     """
     for entry in config.frozen.values():
         if entry.source == RANDOM:
             continue
         folder = find_source(entry.source, near)
-        trained = _trained_model(Run.open(folder), entry.part)
+        run = Run.open(folder)
+        trained = _trained_model(run, entry.part)
         with config.unlocked():
             for key, value in trained.items():
                 entry[key] = value
             entry.source = folder
+            entry.step = entry.get("step", 0) or run.latest_step()
 
 
 def load_frozen(config: ConfigDict, seed: int = 0) -> dict[str, dict[str, Tree]]:
@@ -102,7 +105,7 @@ def abstract_frozen(config: ConfigDict) -> dict[str, dict[str, Tree]]:
 
 
 def load_part(entry: ConfigDict, seed: int = 0) -> Part:
-    """Loads one part from {name, ..., source, part}.
+    """Loads one part from {name, ..., source, part, step}; a step of 0 or none is the newest.
 
     Raises:
       UserError: if the source is missing or has no such part.
@@ -112,7 +115,7 @@ def load_part(entry: ConfigDict, seed: int = 0) -> Part:
         return random_part(model_of(entry), seed)
     run = Run.open(find_source(entry.source))
     model = _trained_model(run, entry.part)
-    weights = run.load()
+    weights = run.load(entry.get("step", 0) or None)
     return Part(model, weights.params[entry.part], weights.variables.get(entry.part, {}))
 
 

@@ -36,6 +36,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.frozen.dvae = ConfigDict(stage1.models.dvae.to_dict())
     config.frozen.dvae.source = "runs/dvae_paper"
     config.frozen.dvae.part = "dvae"
+    config.frozen.dvae.step = 0  # its newest checkpoint when this run begins
 
     config.models.dalle = ConfigDict()
     config.models.dalle.name = "dalle"
@@ -50,6 +51,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.dalle.activation = "gelu"
     config.models.dalle.attention = "published"
     config.models.dalle.conv_kernel = 11
+    config.models.dalle.conv_edge = "wraparound"
+    config.models.dalle.implementation = "xla"
     config.models.dalle.remat = True
     config.models.dalle.dtype = "bfloat16"
 

@@ -4,7 +4,10 @@ Paper: Ramesh et al. 2021, section 2.2.
 
     python -m train --config=configs/scenes/dalle.py --workdir=runs/dalle      (needs runs/dvae)
 
-Arguments: `single32` (default; what `make demo` trains), `pair32`, `debug` (seconds; needs no other run).
+Hardware and time: 2 CPU cores, 7 minutes. Expect 86 % of validation captions with every attribute right and 61 % of
+held-out ones (`python -m evaluation --run=runs/dalle --num=500`).
+
+Arguments: `single32` (default; what `make demo` trains), `pair32` (not measured), `debug` (seconds; needs no other run).
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +34,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.frozen.dvae = ConfigDict(stage1.models.dvae.to_dict())  # the run's own sizes replace these
     config.frozen.dvae.source = "runs/dvae"
     config.frozen.dvae.part = "dvae"
+    config.frozen.dvae.step = 0  # its newest checkpoint when this run begins
 
+    config.initialize.dalle = ConfigDict({"source": "", "part": "dalle"})  # a run to fine-tune from
     config.models.dalle = ConfigDict()
     config.models.dalle.name = "dalle"
     config.models.dalle.text_vocab_size = 512
@@ -44,6 +49,11 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.dalle.mlp_ratio = 3.0
     config.models.dalle.activation = "relu_squared"
     config.models.dalle.attention = "full"
+    config.models.dalle.conv_kernel = 5
+    config.models.dalle.conv_edge = "wraparound"
+    config.models.dalle.implementation = "xla"
+    config.models.dalle.remat = False
+    config.models.dalle.dtype = "float32"
 
     config.loss.text_weight = 1 / 8
     config.loss.image_weight = 7 / 8

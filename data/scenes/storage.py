@@ -1,5 +1,7 @@
 """Writes the embedded dataset to disk, once."""
 
+import contextlib
+import io
 import os
 import shutil
 from pathlib import Path
@@ -42,7 +44,8 @@ def prepare(config_name: str, data_dir: str | os.PathLike[str], **sizes: int) ->
     if not folder.exists():
         tfds.disable_progress_bar()
         try:
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; there is none
+                builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         except OSError:  # another process may have been first to give the folder its name
             builder = Builder(config=config_name, data_dir=data_dir, file_format="array_record", sizes=sizes)
             if not _is_whole(builder):

@@ -8,8 +8,9 @@ import pytest
 from cli.config import load_config
 from cli.errors import UserError
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
-from evaluation.command import evaluate_run, format_table, write_records
+from evaluation.command import evaluate_run
 from evaluation.reconstruction import code_usage, reconstruction_errors
+from evaluation.records import format_table, write_records
 from sample.trained import TrainedSampler
 from train.loop import train
 
@@ -38,10 +39,10 @@ def test_the_graded_captions_name_every_attribute_and_vary(stage1):
 
 def test_true_pictures_are_right_and_swapped_ones_wrong(stage1):
     pictures = captioned_pictures(stage1.config, "held_out", 40)
-    right, _, _ = caption_accuracy(stage1.config, pictures.captions, lambda captions: pictures.images)
-    assert right["all"] == 1.0
-    wrong, _, _ = caption_accuracy(stage1.config, pictures.captions, lambda captions: np.roll(pictures.images, 1, 0))
-    assert wrong["all"] < 0.3
+    right = caption_accuracy(stage1.config, pictures.captions, lambda captions: pictures.images)
+    assert right.shares["all"] == 1.0 and right.counted["all"] == 40
+    wrong = caption_accuracy(stage1.config, pictures.captions, lambda captions: np.roll(pictures.images, 1, 0))
+    assert wrong.shares["all"] < 0.3
 
 
 def test_a_tokenizer_run_is_evaluated_on_every_split(stage1):
@@ -60,10 +61,10 @@ def test_records_carry_what_they_depend_on_and_are_replaced_not_repeated(stage2)
         write_records(stage2.run, records)
     stored = json.loads((stage2.run.folder / "evaluation.json").read_text())
     assert [record["guidance"] for record in stored] == [3.0, 1.0]
-    expected = {"num": 20, "seed": 5, "step": 4, "ema": True, "dataset": "scenes/single32/1.0.0", "temperature": 1.0}
-    assert expected.items() <= stored[0].items()
+    expected = {"num": 20, "seed": 5, "step": 4, "ema": True, "dataset": "scenes/single32/1.0.0", "temperature": 0.5}
+    assert {key: stored[0][key] for key in expected} == expected
     assert set(stored[0]["values"]) == {"all", "count", "background", "shape", "color", "size"}
-    assert (stage2.run.folder / "samples" / "evaluation_validation.png").is_file()
+    assert (stage2.run.folder / "samples" / "evaluation_validation_guidance_3.0.png").is_file()
 
 
 def test_mistakes(stage1):

@@ -1,13 +1,29 @@
 """The demo, whole, at debug size."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_demo_after_a_save(tmp_path):
+    command = [sys.executable, "-m", "scripts.demo", f"--workdir={tmp_path}/demo", f"--data_dir={tmp_path}/data"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = tmp_path / "demo" / "dvae" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and '"step": 20' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to every process of the group
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "SIGINT: saved step" in errors and "the same command continues" in errors and "Traceback" not in errors
 
 
 @pytest.mark.slow

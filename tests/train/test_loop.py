@@ -107,10 +107,16 @@ def test_a_broken_newest_checkpoint_is_reported_and_the_one_before_used(scenes_d
     assert losses(workdir) == losses(whole)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(scenes_dir, tmp_path):
-    settings = ("--config.steps=6", "--config.optimizer.schedule.peak=1e30", "--config.optimizer.clip_norm=0")
+def test_a_loss_that_is_not_finite_is_never_saved(scenes_dir, tmp_path, monkeypatch):
+    mean = jax.numpy.mean
+    workdir = tmp_path / "run"
+    settings = ("--config.steps=6", "--config.log.every=100", "--config.optimizer.schedule.decay_steps=100")
+    train(config(scenes_dir, *settings, "--config.steps=2"), workdir)
+    monkeypatch.setattr(jax.numpy, "mean", lambda *args, **kwargs: mean(*args, **kwargs) * np.nan)
     with pytest.raises(UserError, match="the last checkpoint is intact"):
-        train(config(scenes_dir, *settings), tmp_path / "run")
+        train(config(scenes_dir, *settings), workdir)
+    # No metrics were due, and yet nothing of it was saved.
+    assert Run.open(workdir).latest_step() == 2
 
 
 @pytest.mark.parametrize(
@@ -122,6 +128,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(scenes_dir, tmp_path):
         (["--config.data.split=tests"], "has no split 'tests'"),
         (["--config.mesh.data=5"], "does not fit"),
         (["--config.steps=2000000000"], "2\\^31"),
+        (["--config.seed=-1"], "must not be negative"),
+        (["--config.evaluate.previews=0"], "previews must be at least 1"),
+        (["--config.data.image_size=64"], "config.data.image_size is 64; they must be equal"),
+        (["--config.models.dvae.name=gan"], "no model is called 'gan'"),
+        (["--config.loss.reconstruction=l7"], "choose one of"),
     ],
 )
 def test_mistakes_are_found_before_training(scenes_dir, tmp_path, overrides, message):
@@ -133,6 +144,20 @@ def test_a_missing_frozen_stage_is_named(scenes_dir, tmp_path):
     settings = ("--config.frozen.dvae.source=runs/nowhere",)
     with pytest.raises(UserError, match="frozen stage runs/nowhere is missing"):
         train(config(scenes_dir, *settings, name="scenes/dalle.py:debug"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.data.text_length=16"], "config.data.text_length is 16; they must be equal"),
+        (["--config.models.dalle.text_vocab_size=300"], "the tokenizer has 351 ids"),
+        (["--config.models.dalle.activation=softest"], "softest"),
+        (["--config.models.dalle.image_vocab_size=77"], "has 256 codes"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_named(scenes_dir, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(config(scenes_dir, *overrides, name="scenes/dalle.py:debug"), tmp_path / "run")
 
 
 def test_a_workdir_that_cannot_be_written_is_named(scenes_dir, tmp_path):
@@ -147,13 +172,45 @@ def test_stage_two_trains_on_a_stage_one_run_and_is_found_after_a_move(scenes_di
     from sample.trained import TrainedSampler
 
     shutil.copytree(whole, tmp_path / "before" / "stage1")
-    settings = (f"--config.frozen.dvae.source={tmp_path}/before/stage1", "--config.steps=1")
+    settings = (f"--config.frozen.dvae.source={tmp_path}/before/stage1", "--config.steps=2")
     train(config(scenes_dir, *settings, name="scenes/dalle.py:debug"), tmp_path / "before" / "stage2")
     (tmp_path / "before").rename(tmp_path / "after")
     trained = TrainedSampler.open(tmp_path / "after" / "stage2", chunk=2)
     assert trained.config.frozen.dvae.encoder_hidden == 16  # as stage 1 was trained
     stage1 = Run.open(tmp_path / "after" / "stage1").load()
     assert_same_trees(trained.frozen["dvae"]["params"], stage1.params["dvae"])
+    # The same command, told where stage 1 is now or not, continues.
+    longer = (*settings, "--config.steps=3")
+    assert train(config(scenes_dir, *longer, name="scenes/dalle.py:debug"), tmp_path / "after" / "stage2") == EXIT_OK
+
+
+@pytest.mark.slow
+def test_a_frozen_stage_that_is_trained_further_does_not_change_who_uses_it(scenes_dir, tmp_path):
+    from sample.trained import TrainedSampler
+
+    fixed = "--config.optimizer.schedule.decay_steps=100"
+    train(config(scenes_dir, fixed, "--config.steps=2"), tmp_path / "stage1")
+    settings = (f"--config.frozen.dvae.source={tmp_path}/stage1", fixed)
+    train(config(scenes_dir, *settings, "--config.steps=2", name="scenes/dalle.py:debug"), tmp_path / "stage2")
+    before = TrainedSampler.open(tmp_path / "stage2").frozen
+    train(config(scenes_dir, fixed, "--config.steps=4"), tmp_path / "stage1")
+    assert_same_trees(TrainedSampler.open(tmp_path / "stage2").frozen, before)
+    train(config(scenes_dir, *settings, "--config.steps=3", name="scenes/dalle.py:debug"), tmp_path / "stage2")
+    assert Run.open(tmp_path / "stage2").config.frozen.dvae.step == 2
+    # Once the checkpoint that it was trained with is gone, it says so.
+    train(config(scenes_dir, fixed, "--config.steps=6"), tmp_path / "stage1")
+    with pytest.raises(UserError, match="has no checkpoint 2; it has 6, 4"):
+        TrainedSampler.open(tmp_path / "stage2")
+
+
+def test_fine_tuning_starts_from_another_run(scenes_dir, whole, tmp_path):
+    settings = (f"--config.initialize.dvae.source={whole}", "--config.steps=2", "--config.optimizer.schedule.peak=0.0")
+    train(config(scenes_dir, *settings), tmp_path / "run")
+    # With a learning rate of zero, what it started from is what it has.
+    assert_same_trees(Run.open(tmp_path / "run").load(ema=False).params, Run.open(whole).load().params)
+    other = (f"--config.initialize.dvae.source={whole}", "--config.models.dvae.encoder_hidden=32")
+    with pytest.raises(UserError, match="does not fit at .*encoder/"):
+        train(config(scenes_dir, *other), tmp_path / "other")
 
 
 LONG = ("--config.steps=150", "--config.checkpoint.every=10", "--config.evaluate.every=1000")
@@ -167,7 +224,12 @@ def long_run(scenes_dir, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW), pytest.param(signal.SIGKILL, marks=SLOW)]
+)
 def test_a_signal_loses_nothing(scenes_dir, tmp_path, long_run, number):
     """The real command, stopped by a signal and started again."""
     workdir = tmp_path / "run"

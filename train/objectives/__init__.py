@@ -25,4 +25,13 @@ def create_objective(config: ConfigDict) -> Objective:
     """
     if config.objective not in OBJECTIVES:
         raise UserError(f"config.objective={config.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[config.objective].from_config(config)
+    try:
+        return OBJECTIVES[config.objective].from_config(config)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # what building a network or reading a key raises
+        reason = error.args[0] if error.args else error
+        raise UserError(f"objective {config.objective!r} cannot be built from this config: {reason}") from error

@@ -23,7 +23,8 @@ import models
 from cli.errors import UserError
 from models.dvae import DiscreteVAE, map_pixels, unmap_pixels
 from models.layers.quantizer import straight_through
-from sample.dvae import ReconstructionSampler, from_uint8, to_uint8
+from sample.dvae import ReconstructionSampler, from_uint8
+from sample.grid import to_uint8
 from train.objectives.contract import Aux, Batch, Metrics, Preview, Tree, example_keys
 
 RECONSTRUCTIONS = ("logit_laplace", "l2")
@@ -109,7 +110,7 @@ def check_reconstruction(kind: str) -> None:
 
 def to_host(images: Float[Array, "b h w c"]) -> np.ndarray:
     """Images in [-1, 1] as bytes in numpy, the whole batch on every process: a collective call."""
-    return np.asarray(multihost_utils.process_allgather(to_uint8(images), tiled=True))
+    return to_uint8(np.asarray(multihost_utils.process_allgather(images, tiled=True)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""Results at rest: `evaluation.json`, and the same for a terminal."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from weights.run import EVALUATION, Run
+
+Record = dict[str, Any]
+
+
+def is_share(name: str, value: Any) -> bool:
+    """Whether a value is a share of pictures, shown as a percentage, rather than an error or a count."""
+    return isinstance(value, float) and not name.endswith(("mse", "psnr_db", "perplexity"))
+
+
+def write_records(run: Run, records: Sequence[Record]) -> None:
+    """Adds records to `evaluation.json`; one with the same metric, split and settings is replaced."""
+    path = run.folder / EVALUATION
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def identity(record: Record) -> str:
+        return json.dumps(
+            {key: value for key, value in record.items() if key not in ("values", "counted")}, sort_keys=True
+        )
+
+    new = {identity(record) for record in records}
+    kept = [record for record in earlier if identity(record) not in new]
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps([*kept, *records], indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def format_table(records: Sequence[Record]) -> str:
+    """Lays records out for a terminal, shares with their standard error."""
+    lines = []
+    for record in records:
+        settings = {k: v for k, v in record.items() if k not in ("metric", "split", "values", "counted")}
+        lines.append(f"{record['metric']} on {record['split']} ({json.dumps(settings)})")
+        for name, value in record["values"].items():
+            if is_share(name, value):
+                error = math.sqrt(max(value * (1 - value), 0) / record["counted"][name])
+                lines.append(f"  {name:<28} {100 * value:6.1f} %  +- {100 * error:.1f}")
+            else:
+                lines.append(f"  {name:<28} {value:10.5g}")
+    return "\n".join(lines)
