@@ -1,1 +1,1 @@
-"""What every command shares: errors, exit codes, flags, environment. Standard library, absl, ml_collections."""
+"""What every command shares: errors, exit codes, flags, environment. Standard library and ml_collections."""

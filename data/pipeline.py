@@ -88,7 +88,6 @@ class RecordSource:
             ) from error
         if not len(self._source):
             raise UserError(f"split {split!r} of {dataset} is empty; prepare the dataset again")
-        self.info = builder.info
         self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
         self._lock = threading.Lock()
         self.damaged: set[int] = set()

@@ -1,7 +1,6 @@
 """Byte-pair encoding of captions: train, encode (with BPE dropout), decode."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,11 +87,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, padding included."""
         return self._model.get_vocab_size()
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of merges and vocabulary: two tokenizers with one fingerprint give the same ids."""
-        return hashlib.sha256(self._model.to_str().encode()).hexdigest()[:16]
 
     def encode(self, text: str, length: int, dropout: float = 0.0, rng: np.random.Generator | None = None) -> Encoded:
         """Encodes a caption into exactly `length` ids, cutting its end or padding it.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from cli import command
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
+from sample.arguments import add_sampling_arguments, sampling_settings
 
 _DESCRIPTION = """\
 Evaluates a run and writes evaluation.json beside its checkpoints.
@@ -17,17 +18,10 @@ reconstruction     error of an image tokenizer, codes it uses, and scenes still 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and evaluates."""
     parser = command.parser("evaluation", _DESCRIPTION)
-    parser.add_argument("--run", required=True, help="the run folder")
+    add_sampling_arguments(parser)
     parser.add_argument("--metrics", default="", help="comma-separated (default: all that apply)")
     parser.add_argument("--splits", default="validation,held_out", help="comma-separated (default validation,held_out)")
     parser.add_argument("--num", type=int, default=1000, help="pictures of each split (default 1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, help="default: the run's config.sample.guidance")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's config")
-    parser.add_argument("--top_k", type=int, help="0 for all; default: the run's config")
-    parser.add_argument("--top_p", type=float, help="1 for all; default: the run's config")
-    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    parser.add_argument("--no_ema", action="store_true", help="use the parameters, not their moving average")
     options = parser.parse_args(arguments)
     if options.num < 1:
         raise UserError(f"--num must be at least 1, not {options.num}")
@@ -37,8 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
-    names = ("guidance", "temperature", "top_k", "top_p")
-    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = sampling_settings(options)
     metrics = [name for name in options.metrics.split(",") if name]
     records = evaluate_run(trained, metrics, options.splits.split(","), options.num, options.seed, settings)
     write_records(trained.run, records)

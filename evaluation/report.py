@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 from evaluation.records import is_share
 from weights.run import DONE, EVALUATION, SAMPLES, Run, read_metrics
@@ -146,6 +147,9 @@ def _curve(rows: Sequence[Mapping[str, float]], title: str, metric: str) -> str:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
+        values = np.concatenate([line.get_ydata() for line in axes.lines] or [np.ones(1)])
+        if values.min() > 0 and values.max() > 20 * values.min():
+            axes.set_yscale("log")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg")
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 from cli import command
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
+from sample.arguments import add_sampling_arguments, sampling_settings
 
 _DESCRIPTION = """\
 Draws captions with a trained run, or passes pictures through a trained image tokenizer, and writes a labelled grid.
@@ -17,17 +18,10 @@ Image i of a seed is the same whatever else is drawn. Guidance is uncond + w * (
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and samples."""
     parser = command.parser("sample", _DESCRIPTION)
-    parser.add_argument("--run", required=True, help="the run folder")
+    add_sampling_arguments(parser)
     parser.add_argument("--prompt", action="append", default=[], help="a caption, or @FILE with one a line; repeatable")
     parser.add_argument("--image", action="append", default=[], help="a picture to reconstruct; repeatable")
     parser.add_argument("--num", type=int, default=8, help="pictures for each prompt (default 8)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, help="default: the run's config.sample.guidance")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's config")
-    parser.add_argument("--top_k", type=int, help="0 for all; default: the run's config")
-    parser.add_argument("--top_p", type=float, help="1 for all; default: the run's config")
-    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    parser.add_argument("--no_ema", action="store_true", help="use the parameters, not their moving average")
     parser.add_argument("--out", default="grid.png", help="the grid (default grid.png)")
     parser.add_argument("--files", default="", help="also write each picture and samples.json to this folder")
     options = parser.parse_args(arguments)
@@ -43,8 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
-    names = ("guidance", "temperature", "top_k", "top_p")
-    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = sampling_settings(options)
     if prompts:
         drawn = draw_prompts(trained, prompts, options.num, options.seed, settings)
     else:

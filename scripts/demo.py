@@ -148,7 +148,7 @@ class _Demo:
                 self.dalle,
                 {"loss per image token (nats)": "image_loss", "loss per text token (nats)": "text_loss"},
                 {
-                    "Drawn for captions of the validation split": "evaluation_validation.png",
+                    "Drawn for validation captions (green frame: all right)": "evaluation_validation.png",
                     "Combinations never trained on": "evaluation_held_out.png",
                     "While training": "[0-9]*.png",
                 },

@@ -32,7 +32,7 @@ PROJECT_IMPORTS = {
 
 # Folder -> the only libraries that its files may import, beside the standard library.
 LIBRARIES = {
-    "cli": {"absl", "ml_collections"},
+    "cli": {"ml_collections"},
     "configs": {"ml_collections"},
     "models": {"einops", "flax", "jax", "jaxtyping", "numpy"},
     "diffusion": {"einops", "jax", "jaxtyping", "numpy"},
@@ -190,7 +190,7 @@ def test_planted_import_is_found(tmp_path: Path, path: str, text: str, module: s
     ("path", "text"),
     [
         ("configs/scenes/a.py", "import math\nfrom ml_collections import ConfigDict\nfrom configs import common"),
-        ("cli/a.py", "import signal\nfrom absl import flags\nfrom cli.errors import UserError"),
+        ("cli/a.py", "import signal\nfrom ml_collections import ConfigDict\nfrom cli.errors import UserError"),
         ("models/a.py", "import flax.linen as nn\nfrom einops import rearrange\nfrom .layers import attention"),
         ("diffusion/a.py", "import jax.numpy as jnp\nfrom diffusion import schedule"),
         ("data/a.py", "import grain\nimport numpy as np\nimport tensorflow_datasets as tfds\nimport cli.errors"),

@@ -72,7 +72,6 @@ class SelfAttention(nn.Module):
       width: input and output width D.
       heads: number of heads N.
       head_dim: width K of one head; N K need not be D.
-      use_bias: biases in both projections.
       kernel_init: initializer of the query/key/value projection.
       out_init: initializer of the output projection.
       implementation: see `attend`.
@@ -83,7 +82,6 @@ class SelfAttention(nn.Module):
     width: int
     heads: int
     head_dim: int
-    use_bias: bool = True
     kernel_init: Initializer = nn.initializers.normal(0.02)
     out_init: Initializer = nn.initializers.normal(0.02)
     implementation: str = "xla"
@@ -93,7 +91,6 @@ class SelfAttention(nn.Module):
     def setup(self) -> None:
         self.query_key_value = nn.DenseGeneral(
             (3, self.heads, self.head_dim),
-            use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -101,7 +98,6 @@ class SelfAttention(nn.Module):
         self.out = nn.DenseGeneral(
             self.width,
             axis=(-2, -1),
-            use_bias=self.use_bias,
             kernel_init=self.out_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

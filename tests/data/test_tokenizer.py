@@ -66,13 +66,14 @@ def test_dropout_of_one_gives_bytes(tokenizer):
 def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     again = Tokenizer.load(tmp_path / "tokenizer.json")
-    assert again.fingerprint == tokenizer.fingerprint
     assert again.vocab_size == tokenizer.vocab_size <= 400
     assert (again.encode(TEXTS[0], 8).ids == tokenizer.encode(TEXTS[0], 8).ids).all()
 
 
 def test_training_is_deterministic(tokenizer):
-    assert Tokenizer.train(TEXTS, 400).fingerprint == tokenizer.fingerprint
+    again = Tokenizer.train(TEXTS, 400)
+    assert again.vocab_size == tokenizer.vocab_size
+    assert all((again.encode(text, 16).ids == tokenizer.encode(text, 16).ids).all() for text in TEXTS)
 
 
 def test_mistakes(tmp_path):
