@@ -21,7 +21,6 @@ def get_config(argument=""):
     config.grid = (8, 8)
     config.limit = config_dict.placeholder(int)
     config.model = ConfigDict({"width": 4, "rules": ((".*", ()),)})
-    config.lock()
     return config
 """
 
