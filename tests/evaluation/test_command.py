@@ -7,6 +7,7 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
+from data import scenes
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.command import evaluate_run
 from evaluation.reconstruction import code_usage, reconstruction_errors
@@ -35,6 +36,8 @@ def test_the_graded_captions_name_every_attribute_and_vary(stage1):
     pictures = captioned_pictures(stage1.config, "validation", 30)
     assert len(pictures.captions) == len(pictures.images) == 30
     assert len({caption.split()[0] for caption in pictures.captions}) > 1
+    world = scenes.WORLDS["single32"]
+    assert all(scenes.parse_caption(world, caption).complete for caption in pictures.captions)
 
 
 def test_true_pictures_are_right_and_swapped_ones_wrong(stage1):
