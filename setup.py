@@ -32,6 +32,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=11.0",
         "safetensors>=0.5",
+        "psutil>=6.0",
         "scipy>=1.14",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.21",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
@@ -135,6 +136,12 @@ class WandbLog:
             except queue.Full:
                 return
             self._thread.join(seconds)
+            if self._thread.is_alive():
+                _LOG.warning("W&B did not finish in %.0f s and is left behind; metrics.jsonl is complete", seconds)
+                # At exit W&B waits for its service process, for as long as the network takes to give up.
+                for child in psutil.Process().children(recursive=True):
+                    if "wandb" in child.name():
+                        child.kill()
 
     def _work(self, settings: dict[str, Any]) -> None:
         try:
@@ -147,7 +154,7 @@ class WandbLog:
             run.finish()
         except Exception as error:
             # Any failure of a logging service is less important than the run.
-            _LOG.warning("W&B stopped (%s); metrics.jsonl goes on", str(error).splitlines()[0] if str(error) else error)
+            _LOG.warning("W&B stopped (%s); metrics.jsonl goes on", (str(error) or repr(error)).splitlines()[0])
             while self._queue.get() is not None:
                 pass
 
