@@ -8,19 +8,19 @@ import collections
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data import scenes
-from data.preprocess import choose_caption, picture_transform
+from data.preprocess import center_square, choose_caption, picture_transform
 from data.tokenizer import Tokenizer
 
 Example = dict[str, np.ndarray]
@@ -28,7 +28,7 @@ Example = dict[str, np.ndarray]
 DEFAULT_DATA_DIR: str = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS itself has it
 
 # TFDS suggests OpenCV for every source it opens; Pillow is enough.
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def dataset_folder(dataset: str, data_dir: str | None) -> Path:
@@ -51,6 +51,25 @@ def dataset_folder(dataset: str, data_dir: str | None) -> Path:
     return max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
 
 
+def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """What a batch of RGB pictures holds, told from its config alone: no dataset is opened.
+
+    Args:
+      config: `config.data`, as `ExampleStream` takes it; text is there where `text_length` is positive.
+
+    Returns:
+      name -> (shape of one example, dtype), in the order of `ExampleStream`.
+    """
+    size, length = config.image_size, config.text_length
+    spec: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        "image": ((size, size, 3), np.dtype(np.uint8)),
+        "index": ((), np.dtype(np.int32)),
+    }
+    if length:
+        spec["text"] = ((length,), np.dtype(np.int32))
+    return spec
+
+
 def load_tokenizer(dataset: str, data_dir: str | None) -> Tokenizer:
     """Reads the tokenizer that was trained on a dataset's captions and is stored with it."""
     return Tokenizer.load(dataset_folder(dataset, data_dir) / "tokenizer.json")
@@ -64,7 +83,13 @@ class RecordSource:
     """
 
     def __init__(
-        self, dataset: str, split: str, data_dir: str | None = None, cache: bool = False, pictures: bool = True
+        self,
+        dataset: str,
+        split: str,
+        data_dir: str | None = None,
+        cache: bool = False,
+        pictures: bool = True,
+        fields: Collection[str] | None = None,
     ):
         """Opens a split.
 
@@ -74,20 +99,28 @@ class RecordSource:
           data_dir: see `dataset_folder`.
           cache: keep decoded records in memory once read; for datasets that fit there.
           pictures: decode them; otherwise `image` is left as the bytes of its file.
+          fields: names of the stored fields to decode, where the dataset has them; None for all. The others then cost
+            neither time nor memory.
 
         Raises:
           UserError: if the dataset is not prepared or has no such split.
         """
         builder = tfds.builder_from_directory(dataset_folder(dataset, data_dir))
         try:
-            decoders = None if pictures else {"image": tfds.decode.SkipDecoding()}
-            self._source = builder.as_data_source(split=split, decoders=decoders)  # pyright: ignore[reportCallIssue]
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            self._source = builder.as_data_source(split=split, deserialize_method=raw)  # pyright: ignore[reportCallIssue]
         except ValueError as error:
             raise UserError(
                 f"dataset {dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             ) from error
         if not len(self._source):
             raise UserError(f"split {split!r} of {dataset} is empty; prepare the dataset again")
+        stored: Any = builder.info.features
+        self._features = tfds.features.FeaturesDict(
+            {name: stored[name] for name in stored if fields is None or name in fields}
+        )
+        skips = not pictures and "image" in self._features
+        self._decoders = {"image": tfds.decode.SkipDecoding()} if skips else None
         self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
         self._lock = threading.Lock()
         self.damaged: set[int] = set()
@@ -97,18 +130,19 @@ class RecordSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns record `index` as {"image": uint8 [h w c], "captions": tuple of str, ...}."""
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        record = self._read(index)
-        if self._cache is not None:
-            self._cache[index] = record
+        if self._cache is None:
+            return self._read(index)
+        record = self._cache.get(index)
+        if record is None:
+            record = self._cache[index] = self._read(index)
         return record
 
     def _read(self, index: int) -> dict[str, Any]:
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
             try:
-                record = dict(self._source[place])
+                raw = self._source[place]
+                record: Any = self._features.deserialize_example_np(raw, decoders=self._decoders)
             except (OSError, ValueError, SyntaxError) as error:  # what Pillow and the reader raise for broken bytes
                 with self._lock:
                     first = not self.damaged
@@ -140,28 +174,42 @@ class ExampleStream:
           train: shuffle and repeat, choose captions and crops at random. Otherwise records come in stored order,
             repeated too, with the first caption and a central crop.
         """
-        self.source = RecordSource(config.dataset, split, config.data_dir, config.cache)
+        fields = {"image"} if tokenizer is None else {"image", "captions", "caption"}
+        self.source = RecordSource(config.dataset, split, config.data_dir, config.cache, fields=fields)
         self._size = config.image_size
         self._length = config.text_length
         self._dropout = config.bpe_dropout if train else 0.0
         self._tokenizer = tokenizer
         self._train = train
-        self._transform = picture_transform(config.transform if train else "center_square")
+        transform = picture_transform(config.transform if train else "center_square")
+        self._augment = None if transform is center_square else transform
+        # Making a generator takes longer than all else about an example that is kept: only for what draws from it.
+        self._draws = train and (self._augment is not None or tokenizer is not None)
         self._lock = threading.Lock()
         self.truncated = 0
-        order = grain.MapDataset.source(range(len(self.source))).seed(seed)
-        self._order = (order.shuffle() if train else order).repeat(None)
         self._seed = seed
+        # The order of `grain.MapDataset.seed(seed).shuffle().repeat()`, without the statistics it keeps of each read.
+        self._order_seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
     @property
     def epoch_size(self) -> int:
         """Number of records in one pass."""
         return len(self.source)
 
+    def place(self, index: int) -> int:
+        """Returns which record example `index` is made of; every epoch has each record once."""
+        epoch, place = divmod(index, len(self.source))
+        if not self._train:
+            return place
+        return index_shuffle(place, max_index=len(self.source) - 1, seed=(self._order_seed + epoch) % 2**32, rounds=4)
+
     def __getitem__(self, index: int) -> Example:
-        record = self.source[int(self._order[index])]
-        rng = np.random.default_rng((self._seed, index)) if self._train else None
-        image = self._transform(record["image"], self._size, rng if rng is not None else np.random.default_rng(0))
+        record = self.source[self.place(index)]
+        rng = np.random.default_rng((self._seed, index)) if self._draws else None
+        if self._augment is None or rng is None:
+            image = center_square(record["image"], self._size)
+        else:
+            image = self._augment(record["image"], self._size, rng)
         example: Example = {"image": image, "index": np.int32(index)}
         if self._tokenizer is not None:
             caption = choose_caption(record["captions"], rng)

@@ -16,10 +16,14 @@ Picture = UInt8[np.ndarray, "_ _ c"]
 PictureTransform = Callable[[Picture, int, np.random.Generator], Picture]
 
 
-def center_square(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
-    """Cuts the central square and resizes it to `size`; what evaluation and undistorted training use."""
+def center_square(
+    image: Picture, size: int, rng: np.random.Generator | None = None
+) -> UInt8[np.ndarray, "{size} {size} c"]:
+    """Cuts the central square and resizes it to `size`; what evaluation and undistorted training use. Draws nothing."""
     del rng
     height, width = image.shape[:2]
+    if height == width == size:
+        return image
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return _resize(image[top : top + side, left : left + side], size)

@@ -1,13 +1,16 @@
 """One deterministic stream: what an example is depends on its index alone."""
 
+import hashlib
 import itertools
 
+import grain
 import numpy as np
 import pytest
 
 from cli.errors import UserError
 from configs.scenes.dalle import get_config
-from data.pipeline import BatchReader, ExampleStream, RecordSource, dataset_folder, load_tokenizer
+from data.pipeline import BatchReader, ExampleStream, RecordSource, batch_spec, dataset_folder, load_tokenizer
+from data.preprocess import choose_caption, picture_transform
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,64 @@ def test_an_example_depends_on_its_index_alone(data_config, tokenizer):
     assert one[700]["index"] == 700
 
 
+def test_the_stream_is_what_it_always_was(data_config, tokenizer):
+    """A run that goes on under a newer version of a library must not see another order or other captions."""
+    plain = data_config.copy_and_resolve_references()
+    with plain.unlocked():
+        plain.transform, plain.bpe_dropout = "center_square", 0.0
+    summary = hashlib.sha256()
+    for split, train in (("train", True), ("validation", False)):
+        stream = make_stream(plain, tokenizer, split=split, train=train, seed=7)
+        for index in (0, 1, 2, 299, 300, 301, 4000):
+            example = stream[index]
+            # Neither resized pixels nor ids: those are another library's to change.
+            summary.update(example["image"].tobytes() + tokenizer.decode(example["text"]).encode())
+    assert summary.hexdigest()[:16] == "88b9f3f98796cea6"
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+@pytest.mark.parametrize("split", ["train", "train[:1]", "train[:37]"])
+def test_the_order_is_the_one_that_grain_shuffles(data_config, seed, split):
+    stream = make_stream(data_config, None, seed=seed, split=split)
+    order = grain.MapDataset.source(range(stream.epoch_size)).seed(seed).shuffle().repeat(None)
+    for index in (*range(50), 299, 300, 601, 10**6, 2**40):  # the last wraps the seed of an epoch
+        assert stream.place(index) == order[index]
+
+
+@pytest.mark.parametrize("transform", ["center_square", "dvae_training", "dalle_training"])
+def test_crop_caption_and_merges_draw_in_turn_from_one_generator(data_config, tokenizer, transform):
+    config = data_config.copy_and_resolve_references()
+    with config.unlocked():
+        config.transform = transform
+    stream = make_stream(config, tokenizer, seed=5)
+    for index in range(20):
+        record, rng = stream.source[stream.place(index)], np.random.default_rng((5, index))
+        image = picture_transform(transform)(record["image"], 32, rng)
+        text = tokenizer.encode(choose_caption(record["captions"], rng), 48, 0.3, rng).ids
+        assert equal(stream[index], {"image": image, "index": np.int32(index), "text": text})
+
+
+def test_text_does_not_change_the_pictures(data_config, tokenizer):
+    with_text, without = make_stream(data_config, tokenizer), make_stream(data_config, None)
+    assert "text" not in without[3]
+    assert all((with_text[index]["image"] == without[index]["image"]).all() for index in range(8))
+
+
+@pytest.mark.parametrize("text_length", [0, 9])
+@pytest.mark.parametrize("train", [True, False])
+def test_the_spec_is_that_of_a_real_batch(data_config, tokenizer, text_length, train):
+    config = data_config.copy_and_resolve_references()
+    with config.unlocked():
+        config.text_length, config.image_size = text_length, 24
+    batch = make_stream(config, tokenizer if text_length else None, train=train).batch(range(3))
+    assert batch_spec(config) == {name: (value.shape[1:], value.dtype) for name, value in batch.items()}
+    assert list(batch_spec(config)) == list(batch)
+
+
 def test_an_epoch_holds_each_record_once_and_the_next_has_another_order(data_config, tokenizer):
     stream = make_stream(data_config, tokenizer)
     size = stream.epoch_size
-    order = [int(stream._order[index]) for index in range(2 * size)]
+    order = [stream.place(index) for index in range(2 * size)]
     assert sorted(order[:size]) == sorted(order[size:]) == list(range(size))
     assert order[:size] != order[size:]
     assert order[:size] != list(range(size))
@@ -66,10 +123,10 @@ def test_an_evaluation_stream_has_no_chance(data_config, tokenizer):
 def test_captions_take_turns(data_config, tokenizer):
     stream = make_stream(data_config, tokenizer)
     size = stream.epoch_size
-    place = int(stream._order[0])
+    place = stream.place(0)
     texts = set()
     for epoch in range(12):
-        index = next(i for i in range(epoch * size, (epoch + 1) * size) if int(stream._order[i]) == place)
+        index = next(i for i in range(epoch * size, (epoch + 1) * size) if stream.place(i) == place)
         texts.add(tokenizer.decode(stream[index]["text"]))
     assert len(texts) > 2
     assert texts <= set(stream.source[place]["captions"])
@@ -110,7 +167,8 @@ def test_long_captions_are_cut_and_counted(data_config, tokenizer, capsys):
             data_config.text_length = length
 
 
-def test_a_damaged_record_is_replaced_and_counted(scenes_dir, capsys):
+@pytest.mark.parametrize(("damage", "message"), [("reader", "broken file"), ("picture", "cannot identify image")])
+def test_a_damaged_record_is_replaced_and_counted(scenes_dir, capsys, damage, message):
     source = RecordSource("scenes/single32", "train", str(scenes_dir))
     healthy = source[4]
 
@@ -119,20 +177,30 @@ def test_a_damaged_record_is_replaced_and_counted(scenes_dir, capsys):
             return len(inner)
 
         def __getitem__(self, index):
-            if index == 3:
-                raise OSError("broken PNG")
-            return inner[index]
+            if index == 3 and damage == "reader":
+                raise OSError("broken file")
+            return inner[index].replace(b"PNG", b"GNP") if index == 3 else inner[index]
 
     inner, source._source = source._source, Damaged()
     assert (source[3]["image"] == healthy["image"]).all()
     assert source.damaged == {3}
-    assert "broken PNG" in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 def test_cached_records_are_the_same(scenes_dir):
     plain, cached = (RecordSource("scenes/single32", "train", str(scenes_dir), cache=cache) for cache in (False, True))
     assert (plain[7]["image"] == cached[7]["image"]).all()
     assert cached[7] is cached[7]
+
+
+def test_only_the_fields_asked_for_are_decoded(scenes_dir, data_config, tokenizer):
+    whole = RecordSource("scenes/single32", "train", str(scenes_dir))[7]
+    assert whole["id"] and whole["objects"]["color"]
+    part = RecordSource("scenes/single32", "train", str(scenes_dir), fields=("captions", "caption"))[7]
+    assert part == {"captions": whole["captions"]}
+    stored = make_stream(data_config, tokenizer).source[7]  # what a cache keeps
+    assert stored.keys() == {"image", "captions"}
+    assert (stored["image"] == whole["image"]).all() and stored["captions"] == whole["captions"]
 
 
 def test_mistakes(scenes_dir, tmp_path):
