@@ -4,6 +4,10 @@ Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.2 and append
 reads and predicts is drawn in `models.layers.attention_masks`.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,11 +16,17 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models.layers.attention import KeyValueCache, SelfAttention
+from models.layers.attention import KeyValueCache, MaskChoice, SelfAttention
 from models.layers.attention_masks import attention_mask, attention_pattern
 from models.layers.mlp import MLP
+from models.layers.partitioning import shard_rows
 
 INIT_STD = 0.02
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 Cache = tuple[KeyValueCache, ...]
 
 
@@ -70,26 +80,26 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(epsilon=1e-5, **types)
         self.mlp = MLP(self.mlp_hidden, self.activation, **inits, **types)
 
-    def __call__(self, x: Float[Array, "b l d"], mask: Array | np.ndarray) -> Float[Array, "b l d"]:
+    def __call__(self, x: Float[Array, "b l d"], mask: np.ndarray | MaskChoice) -> Float[Array, "b l d"]:
         """Applies the layer under a mask [L L]."""
-        x = x + self.attention(self.attention_norm(x), mask)
-        return x + self.mlp(self.mlp_norm(x))
+        x = shard_rows(x + self.attention(self.attention_norm(x), mask))
+        return shard_rows(x + self.mlp(self.mlp_norm(x)))
 
     def prefill(
-        self, x: Float[Array, "b l d"], mask: Array | np.ndarray, length: int
+        self, x: Float[Array, "b l d"], mask: np.ndarray, length: int
     ) -> tuple[Float[Array, "b l d"], KeyValueCache]:
         """As `__call__`, and starts a cache of `length` positions."""
         y, cache = self.attention.prefill(self.attention_norm(x), mask, length)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = shard_rows(x + y)
+        return shard_rows(x + self.mlp(self.mlp_norm(x))), cache
 
     def decode(
         self, x: Float[Array, "b 1 d"], mask: Array, position: Int[Array, ""], cache: KeyValueCache
     ) -> tuple[Float[Array, "b 1 d"], KeyValueCache]:
         """Applies the layer to one new position; `mask` [1 L] is its row."""
         y, cache = self.attention.decode(self.attention_norm(x), mask, position, cache)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = shard_rows(x + y)
+        return shard_rows(x + self.mlp(self.mlp_norm(x))), cache
 
 
 class Dalle(nn.Module):
@@ -115,8 +125,13 @@ class Dalle(nn.Module):
         repeated over the depth.
       conv_kernel: window of "conv" layers.
       conv_edge: its behavior at the edges, see `attention_mask`.
-      implementation: see `models.layers.attention.attend`.
-      remat: recompute each layer in the backward pass, for memory.
+      implementation: see `models.layers.attention.attend`; sampling uses the plain one.
+      scan: trace and compile one layer for all of them (`jax.lax.scan`): large depths compile faster, and parameters
+        that are split over devices are gathered one layer at a time. It copies the layers' parameters, in `dtype`, once
+        a call, and without `remat` keeps more for the backward pass than layers one by one do. The parameters' names
+        and shapes do not depend on it, nor do sampling and initialization.
+      remat: what each layer recomputes in the backward pass, for memory: "none"; "full", all but its input; "dots", all
+        but the outputs of its dense layers (`jax.checkpoint_policies.dots_with_no_batch_dims_saveable`).
       dtype: of the computation; LayerNorm statistics, attention scores, softmax and logits are float32 in any case.
       param_dtype: of the parameters.
     """
@@ -135,7 +150,8 @@ class Dalle(nn.Module):
     conv_kernel: int = 11
     conv_edge: str = "wraparound"
     implementation: str = "xla"
-    remat: bool = False
+    scan: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -158,6 +174,8 @@ class Dalle(nn.Module):
         return jax.ShapeDtypeStruct(shapes[0], jnp.int32), jax.ShapeDtypeStruct(shapes[1], jnp.int32)
 
     def setup(self) -> None:
+        if self.remat not in REMAT:
+            raise ValueError(f"unknown remat {self.remat!r}; choose one of {', '.join(REMAT)}")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(INIT_STD)
         height, width = self.image_grid
@@ -170,20 +188,7 @@ class Dalle(nn.Module):
         self.text_embedding, self.text_position = table(text_ids), table(self.text_length)
         self.image_embedding = table(self.image_vocab_size)
         self.row_position, self.column_position = table(height), table(width)
-        block = nn.remat(Block) if self.remat else Block
-        self.blocks = [
-            block(
-                width=self.width,
-                heads=self.heads,
-                head_dim=self.head_dim or self.width // self.heads,
-                mlp_hidden=round(self.width * self.mlp_ratio),
-                activation=self.activation,
-                depth=self.depth,
-                implementation=self.implementation,
-                **types,
-            )
-            for _ in range(self.depth)
-        ]
+        self.blocks = [Block(**self._block_fields) for _ in range(self.depth)]
         self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
         # In float32 whatever the blocks compute in: bfloat16 logits near 16 would be steps of 1/8.
         heads = {"kernel_init": init, "dtype": jnp.float32, "param_dtype": self.param_dtype}
@@ -202,11 +207,15 @@ class Dalle(nn.Module):
         """
         self._check_lengths(text, image_tokens)
         x = jnp.concatenate([self._embed_text(text), self._embed_image(image_tokens[:, :-1], 0)], axis=1)
-        for block, mask in zip(self.blocks, self._masks(), strict=True):
-            x = block(x, mask)
+        x = shard_rows(x)
+        if self.is_initializing() or (self.remat == "none" and not self.scan):
+            for block, mask in zip(self.blocks, self._layer_masks(), strict=True):
+                x = block(x, mask)
+        else:
+            x = self._apply_blocks(x)
         x = self.final_norm(x)
         text_states, image_states = x[:, : self.text_length], x[:, self.text_length :]
-        return DalleLogits(self.text_head(text_states), self.image_head(image_states))
+        return DalleLogits(shard_rows(self.text_head(text_states)), shard_rows(self.image_head(image_states)))
 
     def prefill(self, text: Int[Array, "b t"]) -> tuple[Float[Array, "b v"], Cache]:
         """Reads a caption in one parallel pass.
@@ -218,10 +227,10 @@ class Dalle(nn.Module):
           ValueError: if the caption's length is not the network's.
         """
         self._check_lengths(text, None)
-        x = self._embed_text(text)
+        x = shard_rows(self._embed_text(text))
         size = x.shape[1]
         cache = []
-        for block, mask in zip(self.blocks, self._masks(), strict=True):
+        for block, mask in zip(self.blocks, self._layer_masks(), strict=True):
             x, layer = block.prefill(x, mask[:size, :size], self.text_length + self.image_length)
             cache.append(layer)
         return self._image_logits(x[:, -1:]), tuple(cache)
@@ -239,12 +248,13 @@ class Dalle(nn.Module):
         Returns:
           (logits of image token position + 1, the cache with this token in it).
         """
-        x = self._embed_image(token[:, None], position)
+        x = shard_rows(self._embed_image(token[:, None], position))
         index = self.text_length + 1 + position
+        masks, kinds = self._masks()
+        rows = [jax.lax.dynamic_slice_in_dim(jnp.asarray(mask), index, 1) for mask in masks]
         layers = []
-        for block, mask, layer in zip(self.blocks, self._masks(), cache, strict=True):
-            row = jax.lax.dynamic_slice_in_dim(jnp.asarray(mask), index, 1)
-            x, layer = block.decode(x, row, index, layer)
+        for block, kind, layer in zip(self.blocks, kinds, cache, strict=True):
+            x, layer = block.decode(x, rows[kind], index, layer)
             layers.append(layer)
         return self._image_logits(x), tuple(layers)
 
@@ -264,10 +274,71 @@ class Dalle(nn.Module):
         row, column = jnp.divmod(start + jnp.arange(tokens.shape[1]), self.image_grid[1])
         return self.image_embedding(tokens) + self.row_position(row) + self.column_position(column)
 
-    def _masks(self) -> list[np.ndarray]:
-        """Each layer's mask, [L L]."""
+    @property
+    def _block_fields(self) -> dict[str, Any]:
+        """What every layer is made with."""
+        return {
+            "width": self.width,
+            "heads": self.heads,
+            "head_dim": self.head_dim or self.width // self.heads,
+            "mlp_hidden": round(self.width * self.mlp_ratio),
+            "activation": self.activation,
+            "depth": self.depth,
+            "implementation": self.implementation,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+
+    def _apply_blocks(self, x: Array) -> Array:
+        """All layers as pure functions of their parameters, so that they can be scanned and recomputed."""
+        layer = Block(**self._block_fields, parent=None)
+        params = [block.variables["params"] for block in self.blocks]
+        masks, kinds = self._masks()
+
+        def apply(x: Array, params: Any, mask: np.ndarray | MaskChoice) -> Array:
+            return layer.apply({"params": params}, x, mask)
+
+        if not self.scan:
+            layers = [self._rematerialized(functools.partial(apply, mask=mask)) for mask in masks]
+            for kind, tree in zip(kinds, params, strict=True):
+                x = layers[kind](x, tree)
+            return x
+
+        def body(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
+            params, kind = inputs
+            return apply(x, params, masks[0] if len(masks) == 1 else MaskChoice(masks, kind)), None
+
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(self._cast_dense, params))
+        # Between iterations there are no common subexpressions, so nothing needs to stop their elimination.
+        x, _ = jax.lax.scan(self._rematerialized(body, prevent_cse=False), x, (stacked, jnp.array(kinds)))
+        return x
+
+    def _rematerialized(self, function: Callable[..., Any], prevent_cse: bool = True) -> Callable[..., Any]:
+        """A layer's function under the policy of `remat`."""
+        if self.remat == "none":
+            return function
+        return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=prevent_cse)
+
+    def _cast_dense(self, params: Any) -> Any:
+        """A layer's parameters; those of dense layers as these would cast them, so that a copy takes less memory."""
+        dense = ("attention", "mlp")  # LayerNorm computes with the parameters as they are
+        return {
+            name: jax.tree.map(lambda leaf: leaf.astype(self.dtype), tree) if name in dense else tree
+            for name, tree in params.items()
+        }
+
+    def _masks(self) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
+        """The different masks, each [L L], and which of them each layer has."""
+        types = self.layer_types
+        different = tuple(dict.fromkeys(types))
         geometry = self.text_length, tuple(self.image_grid), self.conv_kernel, self.conv_edge
-        return [attention_mask(layer_type, *geometry) for layer_type in self.layer_types]
+        masks = tuple(attention_mask(layer_type, *geometry) for layer_type in different)
+        return masks, tuple(different.index(layer_type) for layer_type in types)
+
+    def _layer_masks(self) -> list[np.ndarray]:
+        """Each layer's mask."""
+        masks, kinds = self._masks()
+        return [masks[kind] for kind in kinds]
 
     def _check_lengths(self, text: Array, image_tokens: Array | None) -> None:
         """Raises ValueError unless captions and pictures have the network's lengths."""

@@ -1,18 +1,40 @@
 """Scaled dot-product attention and the self-attention layer built on it, with a key/value cache for decoding."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-Initializer = nn.initializers.Initializer
-Mask = Bool[Array, "..."] | Bool[np.ndarray, "..."]
+from models.layers.partitioning import device_platform, map_rows_and_heads
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+Initializer = nn.initializers.Initializer
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash", "splash_interpreted")
 _HIDDEN = -1e30  # finite, so that a gradient through a hidden score is 0 and not NaN
+_SPLASH_BLOCKS = (512, 384, 256, 128)  # the kernel's lanes come in 128
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskChoice:
+    """One of a few masks: what a layer inside `jax.lax.scan` has, which knows its place only when it runs.
+
+    Attributes:
+      masks: the masks that there are, each [L M].
+      index: which of them holds.
+    """
+
+    masks: tuple[Bool[np.ndarray, "l m"], ...]
+    index: Int[Array, ""]
+
+
+Mask = Bool[Array, "..."] | Bool[np.ndarray, "..."] | MaskChoice
 
 
 def attend(
@@ -24,32 +46,150 @@ def attend(
 ) -> Float[Array, "b l n k"]:
     """Softmax attention, softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, equation 1); scores and softmax in float32.
 
-    "xla" puts the heads next to the batch before two batched matrix products: at B 32, L 80, N 2 to 4 and K 64 to 80
-    forward and backward take about 0.85 of the time of `jax.nn.dot_product_attention` on a CPU. "cudnn" is that
-    function's fused kernel on NVIDIA GPUs (bfloat16 or float16, K a multiple of 8).
+    * "xla" puts the heads next to the batch before two batched matrix products: at B 32, L 80, N 2 to 4 and K 64 to 80
+      forward and backward take about 0.85 of the time of `jax.nn.dot_product_attention` on a CPU.
+    * "cudnn" is that function's fused kernel on NVIDIA GPUs: bfloat16 or float16, K a multiple of 8, at most 128 (256
+      from Hopper on).
+    * "splash" is JAX's block-sparse kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`): scores never
+      reach memory, and blocks that the mask hides entirely are not computed. The mask must be known while tracing.
+    * "splash_interpreted" is the same program step by step on any device: slow, for tests.
+
+    Which device the program is for is asked of the mesh in context (see `device_platform`).
 
     Args:
       q: queries.
       k: keys.
       v: values.
-      mask: True = attend, broadcastable to [b n l m]. A row without any True gives the mean of `v`.
+      mask: True = attend, broadcastable to [b n l m]. A row without any True gives the mean of `v` in "xla", and is
+        undefined in the others.
       implementation: one of `IMPLEMENTATIONS`.
 
     Raises:
-      ValueError: on an unknown implementation.
+      ValueError: on an unknown implementation, or on one that cannot run on this device or with these arguments.
     """
+    if implementation == "xla":
+        return _attend_xla(q, k, v, mask)
     if implementation == "cudnn":
-        if mask is not None:
-            mask = jnp.asarray(mask)[(None,) * (4 - mask.ndim)]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    if implementation != "xla":
+        return _attend_cudnn(q, k, v, mask)
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    return _attend_splash(q, k, v, mask, implementation == "splash_interpreted")
+
+
+def _attend_xla(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
+    """Attention that the compiler fuses as it can."""
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
     scores = jnp.einsum("bnlk,bnmk->bnlm", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores += jnp.where(mask, 0.0, _HIDDEN)
+        scores += jnp.where(_array(mask), 0.0, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnlm,bnmk->bnlk", weights, v).transpose(0, 2, 1, 3)
+
+
+def _attend_cudnn(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
+    """The fused attention of cuDNN. Raises ValueError where it cannot run."""
+    _require_platform("cudnn", "gpu", "an NVIDIA GPU")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"attention 'cudnn' computes in bfloat16 or float16, not {q.dtype}; set implementation='xla'")
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        raise ValueError(
+            f"attention 'cudnn' needs heads whose width is a multiple of 8, at most 256, not {q.shape[-1]}; "
+            "set implementation='xla'"
+        )
+    length = q.shape[1]
+    if mask is not None:
+        mask = jnp.asarray(_array(mask))
+        mask = mask[(None,) * (4 - mask.ndim)]
+        # Its backward pass takes a mask of even sides only. A padded query sees what the last one does; its output is
+        # cut off, so it has no gradient.
+        rows, columns = length % 2, k.shape[1] % 2
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, k.shape[1]))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, rows), (0, 0)), mode="edge")
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, columns)))
+        q = _pad_length(q, length + rows)
+        k, v = (_pad_length(x, x.shape[1] + columns) for x in (k, v))
+    try:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :length]
+    except (NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"attention 'cudnn' cannot run here ({reason}); set implementation='xla'") from error
+
+
+def _attend_splash(q: Array, k: Array, v: Array, mask: Mask | None, interpret: bool) -> Array:
+    """JAX's block-sparse TPU kernel, on each device's own rows and heads. Raises ValueError where it cannot run."""
+    if not interpret:
+        _require_platform("splash", "tpu", "a TPU (tests on other devices: 'splash_interpreted')")
+    if mask is None:
+        mask = np.ones((q.shape[1], k.shape[1]), bool)
+
+    def attend_under(mask: np.ndarray, q: Array, k: Array, v: Array) -> Array:
+        return map_rows_and_heads(functools.partial(_splash, mask=mask, interpret=interpret), q, k, v)
+
+    if isinstance(mask, MaskChoice):
+        # The kernel's list of blocks differs in length between masks, so each has a kernel of its own.
+        return jax.lax.switch(mask.index, [functools.partial(attend_under, m) for m in mask.masks], q, k, v)
+    if not isinstance(mask, np.ndarray) or mask.shape != (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"attention 'splash' needs a numpy mask [{q.shape[1]}, {k.shape[1]}], the same for all examples and heads, "
+            f"not {type(mask).__name__} {list(mask.shape)}; set implementation='xla'"
+        )
+    return attend_under(mask, q, k, v)
+
+
+def _splash(q: Array, k: Array, v: Array, *, mask: np.ndarray, interpret: bool) -> Array:
+    """The kernel on arrays that one device holds, lengths padded to whole blocks."""
+    length, memory = mask.shape
+    heads = q.shape[2]
+    block_q, block_kv = _splash_block(length), _splash_block(memory)
+    padded = np.pad(mask, ((0, -length % block_q), (0, -memory % block_kv)))
+    padded[length:, 0] = True  # a row that sees nothing divides by zero; these rows are cut off again
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.NumpyMask(padded)] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    q = q * q.shape[-1] ** -0.5  # which the kernel leaves to its caller
+    q, k, v = (
+        _pad_length(x, size).transpose(0, 2, 1, 3)
+        for x, size in zip((q, k, v), (padded.shape[0], padded.shape[1], padded.shape[1]), strict=True)
+    )
+    out: Array = jax.vmap(kernel)(q, k, v)
+    return out.transpose(0, 2, 1, 3)[:, :length]
+
+
+def _splash_block(length: int) -> int:
+    """The side of the kernel's blocks: of those that pad the length least, the largest."""
+    return min(_SPLASH_BLOCKS, key=lambda block: (length + -length % block, -block))
+
+
+def _pad_length(x: Array, length: int) -> Array:
+    """Appends zeros to x [b l n k] up to a length."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+
+
+def _array(mask: Mask) -> Array | np.ndarray:
+    """The mask itself, of a choice the chosen one."""
+    if isinstance(mask, MaskChoice):
+        return jnp.asarray(np.stack(mask.masks))[mask.index]
+    return mask
+
+
+def _require_platform(implementation: str, platform: str, device: str) -> None:
+    """Raises ValueError unless the program is for this platform."""
+    found = device_platform()
+    if found != platform:
+        raise ValueError(
+            f"attention {implementation!r} needs {device}, and this program is for {found}; set implementation='xla'"
+        )
 
 
 @struct.dataclass
@@ -74,7 +214,7 @@ class SelfAttention(nn.Module):
       head_dim: width K of one head; N K need not be D.
       kernel_init: initializer of the query/key/value projection.
       out_init: initializer of the output projection.
-      implementation: see `attend`.
+      implementation: see `attend`; of `__call__`.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
@@ -106,16 +246,21 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "b l d"], mask: Mask | None = None) -> Float[Array, "b l d"]:
         """Attends within x. `mask` as in `attend`."""
         q, k, v = self._project(x)
-        return self.out(attend(q, k, v, mask, self.implementation))
+        # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
+        implementation = "xla" if self.is_initializing() else self.implementation
+        return self.out(attend(q, k, v, mask, implementation))
 
     def prefill(
         self, x: Float[Array, "b l d"], mask: Mask | None, length: int
     ) -> tuple[Float[Array, "b l d"], KeyValueCache]:
-        """As `__call__`, and returns the keys and values in a cache with room for `length` positions."""
+        """As `__call__`, and returns the keys and values in a cache with room for `length` positions.
+
+        Attention is the plain one here and in `decode`, whatever `implementation` says: a network that was trained with
+        a fused kernel decodes on any device, and one query against a long cache has nothing to gain from one.
+        """
         q, k, v = self._project(x)
-        room = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))
-        y = self.out(attend(q, k, v, mask, self.implementation))
-        return y, KeyValueCache(jnp.pad(k, room), jnp.pad(v, room))
+        y = self.out(attend(q, k, v, mask))
+        return y, KeyValueCache(_pad_length(k, length), _pad_length(v, length))
 
     def decode(
         self, x: Float[Array, "b 1 d"], mask: Mask, position: Int[Array, ""], cache: KeyValueCache
@@ -134,7 +279,6 @@ class SelfAttention(nn.Module):
         q, k, v = self._project(x)
         key = jax.lax.dynamic_update_slice_in_dim(cache.key, k.astype(cache.key.dtype), position, axis=1)
         value = jax.lax.dynamic_update_slice_in_dim(cache.value, v.astype(cache.value.dtype), position, axis=1)
-        # One query against a long cache: the fused kernels have nothing to gain there.
         return self.out(attend(q, key, value, mask)), KeyValueCache(key, value)
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:

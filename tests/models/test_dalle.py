@@ -1,6 +1,10 @@
-"""DALL-E's transformer: published sizes, causality, the sight of the text, pads, heads, cache and precision."""
+"""DALL-E's transformer: published sizes, causality, the sight of the text, pads, heads, cache, scan and precision."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,7 @@ import pytest
 from models.dalle import Dalle, DalleLogits, position_pads
 from models.layers.attention_masks import LAYER_TYPES, attention_pattern
 
+ROOT = Path(__file__).resolve().parents[2]
 T, GRID, N = 4, (3, 4), 12
 TEXT_VOCAB, IMAGE_VOCAB = 11, 7
 KEY = jax.random.key(0)
@@ -171,15 +176,142 @@ def test_residual_projections_start_smaller():
         assert np.std(kernel) == pytest.approx(std, rel=0.05), name
 
 
-def test_recomputing_layers_changes_no_gradient():
-    text, image = batch()
+def loss_and_gradient(model):
+    """Of a function of all logits, float32."""
 
-    def gradient(model):
-        score = jax.grad(lambda params: jnp.mean(model.apply({"params": params}, text, image).image ** 2))
-        return jax.jit(score)(random_params(tiny()))
+    def score(params):
+        logits: DalleLogits = model.apply({"params": params}, *batch())
+        return jnp.mean(jnp.sin(logits.text)) + jnp.mean(jnp.sin(logits.image))
 
-    for ours, theirs in zip(*(jax.tree.leaves(gradient(tiny(remat=r))) for r in (True, False)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    return jax.jit(jax.value_and_grad(score))(random_params(model))
+
+
+@functools.cache
+def plain_loss_and_gradient(dtype):
+    """Of four layers with three different masks, one after the other."""
+    return loss_and_gradient(tiny(attention="published", depth=4, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scan": True},
+        {"remat": "full"},
+        {"scan": True, "remat": "dots"},
+        {"scan": True, "remat": "full", "implementation": "splash_interpreted"},
+        {"scan": True, "dtype": jnp.bfloat16},
+    ],
+    ids=str,
+)
+def test_how_layers_are_run_changes_no_logit_and_no_gradient(fields):
+    # Relative to the largest of an array: rounding, of float32 or of bfloat16 (8 bits).
+    tolerance = 1e-6 if "dtype" not in fields else 0.03
+    loss, gradient = plain_loss_and_gradient(fields.get("dtype", jnp.float32))
+    value, ours = loss_and_gradient(tiny(attention="published", depth=4, **fields))
+    assert value == pytest.approx(float(loss), abs=tolerance)
+    for path, x in jax.tree_util.tree_leaves_with_path(gradient):
+        y = functools.reduce(lambda tree, entry: tree[entry.key], path, ours)
+        assert y.dtype == jnp.float32
+        if "norm" in path[-2].key:  # of dense layers these are bfloat16 numbers where that is what they compute in
+            assert np.any(y != y.astype(jnp.bfloat16))
+        np.testing.assert_allclose(y, x, rtol=0, atol=tolerance * np.max(np.abs(x)), err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_scanned_network_traces_one_layer_for_all():
+    inputs = batch()
+    traced = {}
+    for scan in (False, True):
+        model = tiny(attention="published", depth=6, scan=scan)
+        program = jax.make_jaxpr(lambda params, m=model: m.apply({"params": params}, *inputs))(random_params(model))
+        traced[scan] = str(program).count(" erfc ")
+    assert traced == {False: 6, True: 1}
+
+
+def test_parameters_do_not_depend_on_how_layers_are_run():
+    plain, scanned = tiny(depth=1), tiny(depth=1, scan=True, remat="full")
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in plain.example_inputs(1)]
+    trees = [jax.jit(model.init)(KEY, *inputs) for model in (plain, scanned)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+    assert "blocks_0" in trees[0]["params"]
+
+
+def test_an_unknown_rematerialization_is_refused():
+    model = tiny(remat="some")
+    with pytest.raises(ValueError, match="unknown remat 'some'; choose one of none, full, dots"):
+        jax.eval_shape(model.init, KEY, *model.example_inputs(1))
+
+
+ON_EIGHT_DEVICES = """
+import re, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from models.dalle import Dalle
+
+fsdp, tensor, implementation = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+model = Dalle(
+    text_vocab_size=32, text_length=6, image_vocab_size=16, image_grid=(4, 4), width=32, depth=5, heads=2,
+    conv_kernel=3, scan=True, remat="full", implementation=implementation,
+)
+rng = np.random.default_rng(0)
+text, image = rng.integers(0, 32, (16, 6), np.int32), rng.integers(0, 16, (16, 16), np.int32)
+shapes = jax.eval_shape(model.init, jax.random.key(0), text[:1], image[:1])["params"]
+params = jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(np.float32), shapes)
+
+def step(params, text, image):
+    def loss(params):
+        logits = model.apply({"params": params}, text, image)
+        return jnp.mean(jnp.sin(logits.text)) + jnp.mean(jnp.sin(logits.image))
+    return jax.value_and_grad(loss)(params)
+
+RULES = (
+    ("query_key_value/kernel", P("fsdp", None, "tensor")), ("out/kernel", P("tensor", None, "fsdp")),
+    ("up/kernel", P("fsdp", "tensor")), ("down/kernel", P("tensor", "fsdp")), ("", P()),
+)
+mesh = jax.make_mesh((8 // fsdp // tensor, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+def sharding(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return NamedSharding(mesh, next(spec for pattern, spec in RULES if pattern in name))
+
+places = jax.tree_util.tree_map_with_path(sharding, shapes)
+rows = NamedSharding(mesh, P(("data", "fsdp")))
+with jax.set_mesh(mesh):
+    program = jax.jit(step, in_shardings=(places, rows, rows), out_shardings=(None, places))
+    loss, gradient = program(params, text, image)
+    compiled = program.lower(params, text, image).compile().as_text()
+expected, expected_gradient = jax.jit(step)(params, text, image)
+np.testing.assert_allclose(loss, expected, atol=1e-6)
+for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.max(np.abs(y)))
+
+# A layer's weights are gathered in the loop over layers, one layer at a time.
+gathers = {"entry": [], "loop": []}
+for line in compiled.splitlines():
+    if line.endswith("{"):
+        where = "entry" if line.startswith("ENTRY") else "loop"
+    found = re.search(r"= f32\\[([0-9,]*)\\]\\S* all-gather", line)
+    if found:
+        gathers[where].append(tuple(map(int, found[1].split(","))))
+layer = {(32, 3, 2 // tensor, 16), (2 // tensor, 16, 32), (32, 128 // tensor), (128 // tensor, 32)}
+assert layer <= set(gathers["loop"]), gathers
+assert not [shape for shape in gathers["entry"] if np.prod(shape) >= 32 * 32], gathers
+# Nothing has a stack of whole layers, neither of weights nor of gradients.
+whole = ["5," + ",".join(map(str, shape)) for shape in layer]
+assert not [shape for shape in whole if f"[{shape}]" in compiled], whole
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [("8", "1", "xla"), ("4", "2", "xla"), ("4", "2", "splash_interpreted")], ids=" ".join
+)
+def test_eight_devices_gather_one_layer_at_a_time(arguments):
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES, *arguments]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_bfloat16_keeps_float32_parameters_and_logits():

@@ -1,21 +1,28 @@
-"""Attention against JAX's own, its masks and precision, and decoding from a cache."""
+"""Attention against JAX's own, its masks and precision, the fused kernels, and decoding from a cache."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from models.layers.attention import SelfAttention, attend
+from models.layers.attention import MaskChoice, SelfAttention, attend
+from models.layers.attention_masks import attention_mask
 
+ROOT = Path(__file__).resolve().parents[3]
 KEY = jax.random.key(0)
 CAUSAL = np.tri(6, dtype=bool)
 
 
-def inputs(dtype=jnp.float32, scale=1.0):
-    """q, k, v of shape [2 6 3 8]."""
-    q, k, v = np.random.default_rng(0).normal(scale=scale, size=(3, 2, 6, 3, 8))
+def inputs(dtype=jnp.float32, scale=1.0, length=6, width=8):
+    """q, k, v of shape [2 length 3 width]."""
+    q, k, v = np.random.default_rng(0).normal(scale=scale, size=(3, 2, length, 3, width))
     return jnp.asarray(q, dtype), jnp.asarray(k, dtype), jnp.asarray(v, dtype)
 
 
@@ -66,8 +73,167 @@ def test_large_bfloat16_scores_stay_finite():
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="choose one of xla, cudnn"):
+    with pytest.raises(ValueError, match="choose one of xla, cudnn, splash"):
         attend(*inputs(), None, "flash")
+
+
+def on(platform):
+    """Tracing for one device of a platform that this host may lack."""
+    device = AbstractDevice(f"some {platform}", 1, platform)
+    axes = ("data", "fsdp", "tensor")
+    return use_abstract_mesh(AbstractMesh((1, 1, 1), axes, axis_types=(AxisType.Auto,) * 3, abstract_device=device))
+
+
+def assert_same_attention(ours, theirs, *arguments):
+    """Outputs agree to 1e-6 of the largest, and gradients of a function of them to 2e-6."""
+
+    def run(function):
+        gradients = jax.grad(lambda *x: jnp.sum(jnp.sin(function(*x))), argnums=(0, 1, 2))
+        return jax.jit(lambda *x: (function(*x), *gradients(*x)))(*arguments)
+
+    for name, tolerance, x, y in zip("oqkv", (1e-6, 2e-6, 2e-6, 2e-6), run(ours), run(theirs), strict=True):
+        np.testing.assert_allclose(x, y, atol=tolerance * np.max(np.abs(y)), rtol=0, err_msg=name)
+
+
+# 84 positions are one padded block, 606 are five blocks a side, of which "column" and "conv" masks hide some.
+@pytest.mark.parametrize(
+    ("layer_type", "text_length", "grid"),
+    [("full", 20, (8, 8)), ("row", 20, (8, 8)), ("column", 30, (24, 24)), ("conv", 30, (24, 24))],
+)
+def test_block_sparse_attention_and_its_gradients_are_the_plain_ones(layer_type, text_length, grid):
+    mask = attention_mask(layer_type, text_length, grid)
+    arguments = inputs(length=len(mask), width=16)
+    sparse, plain = (
+        functools.partial(attend, mask=mask, implementation=name) for name in ("splash_interpreted", "xla")
+    )
+    assert_same_attention(sparse, plain, *arguments)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash_interpreted"])
+def test_a_mask_can_be_chosen_while_the_program_runs(implementation):
+    masks = tuple(attention_mask(layer_type, 2, (2, 3)) for layer_type in ("row", "column"))
+    arguments = inputs(length=8)
+    for index, mask in enumerate(masks):
+        chosen = jax.jit(lambda i, *x: attend(*x, MaskChoice(masks, i), implementation))(index, *arguments)
+        np.testing.assert_allclose(chosen, attend(*arguments, mask), atol=1e-6)
+
+
+def test_block_sparse_bfloat16_is_as_exact_as_the_plain_one():
+    mask = attention_mask("row", 20, (8, 8))
+    low = inputs(jnp.bfloat16, length=len(mask))
+    out = jax.jit(lambda *x: attend(*x, mask, "splash_interpreted"))(*low)
+    assert out.dtype == jnp.bfloat16
+    exact = attend(*(x.astype(jnp.float32) for x in low), mask)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
+
+
+def test_the_tpu_kernel_is_refused_elsewhere_in_one_line():
+    for platform, message in (("cpu", "needs a TPU .* program is for cpu"), ("gpu", "program is for gpu")):
+        with on(platform), pytest.raises(ValueError, match=message) as error:
+            attend(*inputs(), CAUSAL, "splash")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="needs a TPU"):
+        attend(*inputs(), CAUSAL, "splash")
+    with on("tpu"):  # this host has none, but can trace for one
+        assert jax.eval_shape(lambda *x: attend(*x, CAUSAL, "splash"), *inputs()).shape == (2, 6, 3, 8)
+
+
+def test_a_mask_that_is_not_known_while_tracing_is_refused_by_the_tpu_kernel():
+    for mask in (jnp.asarray(CAUSAL), CAUSAL[None], CAUSAL[:, :5]):
+        with pytest.raises(ValueError, match=r"needs a numpy mask \[6, 6\]"):
+            attend(*inputs(), mask, "splash_interpreted")
+
+
+@pytest.mark.parametrize("length", [6, 7])
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_is_given_to_cudnn_means_plain_attention(monkeypatch, length, masked):
+    given = []
+
+    def record(q, k, v, mask, implementation):
+        assert implementation == "cudnn"
+        given.append((q, k, v, mask))
+        return reference(q, k, v, mask=mask, implementation="xla")
+
+    reference = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    mask = np.tri(length, dtype=bool) if masked else None
+    arguments = inputs(jnp.bfloat16, length=length)
+    with on("gpu"):
+        out = attend(*arguments, mask, "cudnn")
+    assert out.shape == arguments[0].shape
+    exact = attend(*(x.astype(jnp.float32) for x in arguments), mask)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
+    (q, k, v, seen), *_ = given
+    if masked:  # cuDNN's backward pass wants even sides of a mask
+        even = length + length % 2
+        assert q.shape[1] == k.shape[1] == v.shape[1] == even
+        assert seen.shape == (1, 1, even, even)
+        assert np.all(np.any(seen, axis=-1))  # no query without a key
+
+
+def test_cudnn_says_in_one_line_why_it_cannot_run():
+    low = inputs(jnp.bfloat16)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, and this program is for cpu") as error:
+        attend(*low, CAUSAL, "cudnn")
+    assert "\n" not in str(error.value)
+    with on("gpu"):
+        with pytest.raises(ValueError, match="bfloat16 or float16, not float32"):
+            attend(*inputs(), CAUSAL, "cudnn")
+        with pytest.raises(ValueError, match="multiple of 8, at most 256, not 12"):
+            attend(*inputs(jnp.bfloat16, width=12), CAUSAL, "cudnn")
+        with pytest.raises(ValueError, match="cannot run here .*cuDNN is not detected"):
+            attend(*low, CAUSAL, "cudnn")
+
+
+FOR_TPU = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from models.layers.attention import attend
+from models.layers.attention_masks import attention_mask
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = Mesh(np.array(devices).reshape(1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+for layer_type, text_length, width, dtype in (("row", 256, 64, "bfloat16"), ("conv", 20, 80, "float32")):
+    mask = attention_mask(layer_type, text_length, (32, 32))
+    sharding = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+    x = jax.ShapeDtypeStruct((4, len(mask), 2, width), jnp.dtype(dtype), sharding=sharding)
+    loss = lambda *x: jnp.sum(attend(*x, mask, "splash").astype(jnp.float32))
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile().as_text()
+    # Forward, and backward for queries and for keys; every device on its own.
+    assert program.count('custom_call_target="tpu_custom_call"') == 3, program.count("tpu_custom_call")
+    assert "all-gather" not in program and "all-to-all" not in program
+"""
+
+
+@pytest.mark.slow
+def test_the_tpu_kernel_compiles_for_a_tpu():
+    environment = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
+    command = [sys.executable, "-c", FOR_TPU]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_layer_made_for_a_tpu_has_its_parameters_and_decodes_anywhere():
+    layer = SelfAttention(width=12, heads=3, head_dim=8, implementation="splash")
+    x = jnp.zeros((2, 6, 12))
+    params = jax.eval_shape(layer.init, KEY, x, CAUSAL)
+
+    def prefill(params, x):
+        y, cache = layer.apply(params, x, CAUSAL[:2, :2], 6, method="prefill")
+        return y, cache.key
+
+    assert [out.shape for out in jax.eval_shape(prefill, params, x[:, :2])] == [(2, 2, 12), (2, 6, 3, 8)]
+    with pytest.raises(ValueError, match="needs a TPU"):
+        jax.eval_shape(lambda p, x: layer.apply(p, x, CAUSAL), params, x)
 
 
 def test_decoding_from_a_cache_is_attention_in_parallel():

@@ -1,0 +1,75 @@
+"""Where activations lie on the devices of the mesh in context (`jax.set_mesh`).
+
+The axes are those of the design: a batch is split over `data` and `fsdp`, heads over `tensor`. Without a mesh that has
+them, as on one device or when sampling, nothing here changes anything.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jaxtyping import Array, Float, Shaped
+
+ROW_AXES = ("data", "fsdp")
+HEAD_AXES = ("tensor",)
+
+
+def shard_rows(x: Shaped[Array, "b *rest"]) -> Shaped[Array, "b *rest"]:
+    """Splits the leading dimension over `data` and `fsdp`; how the other dimensions lie is left to the compiler.
+
+    A network does this to its residual stream. Parameters that are split over `fsdp` are then gathered where they are
+    used; unconstrained, the compiler may instead spread the activations over the width and exchange these.
+
+    Returns:
+      x, as it was where there is no such mesh or where the batch does not divide over it.
+    """
+    mesh = _mesh_in_context(ROW_AXES)
+    axes = _dividing(mesh, ROW_AXES, x.shape[0])
+    if mesh is None or axes is None:
+        return x
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
+
+
+def map_rows_and_heads(function: Callable[..., Array], *arrays: Float[Array, "b _ n _"]) -> Float[Array, "b _ n _"]:
+    """Calls `function` on each device's own rows and heads, for what the compiler cannot split: a Pallas kernel.
+
+    A dimension that does not divide over its axes is whole on every device, which then all do the same work.
+
+    Args:
+      function: from arrays [b l n k] to one such array; rows and heads do not depend on each other.
+      *arrays: its arguments, of one batch and one number of heads.
+    """
+    mesh = _mesh_in_context(ROW_AXES + HEAD_AXES)
+    if mesh is None:
+        return function(*arrays)
+    batch, _, heads, _ = arrays[0].shape
+    spec = PartitionSpec(_dividing(mesh, ROW_AXES, batch), None, _dividing(mesh, HEAD_AXES, heads), None)
+    # A Pallas call does not say over which axes its results vary, so that cannot be checked.
+    return jax.shard_map(function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
+
+
+def device_platform() -> str:
+    """The platform that a program is traced for, such as "cpu", "gpu" or "tpu".
+
+    It is that of the mesh in context, which may be a topology that this host does not have (compilation ahead of
+    time), and else of JAX's default device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _mesh_in_context(axes: tuple[str, ...]) -> AbstractMesh | None:
+    """The mesh in context if its axes include these and are the compiler's to use (not so inside a shard_map)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(axes) <= set(mesh.axis_names):
+        return None
+    return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def _dividing(mesh: AbstractMesh | None, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """The axes if `size` divides over them, else None."""
+    if mesh is None or size % math.prod(mesh.shape[axis] for axis in axes):
+        return None
+    return axes
