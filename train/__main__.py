@@ -21,13 +21,23 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the command line and trains."""
     parser = command.parser("train", _DESCRIPTION)
     parser.add_argument("--workdir", required=True, help="the run folder")
+    parser.add_argument(
+        "--distributed",
+        default="",
+        metavar="WHERE",
+        help="how the processes of a run find each other: HOST:PORT,PROCESSES,INDEX, or auto, or none "
+        "(default: auto on Cloud TPU and in a SLURM step of several tasks, else none)",
+    )
     options, rest = parser.parse_known_args(arguments)
     config = load_config(rest)
     if not options.workdir:
         raise UserError("--workdir is empty; name a folder such as runs/dvae")
 
-    from train.loop import train  # imports jax, which takes seconds that a mistake should not cost
+    # These import jax, which takes seconds that a mistake should not cost.
+    from train.loop import train
+    from train.processes import join_processes
 
+    join_processes(options.distributed)
     return train(config, options.workdir)
 
 

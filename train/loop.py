@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,24 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cli.config import flatten
+from cli.config import from_json, to_json
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from data.pipeline import BatchReader, ExampleStream
 from data.tokenizer import Tokenizer
 from sample.grid import draw_grid
 from train.environment import describe_environment
-from train.mesh import batch_sharding, make_mesh, place_batch, process_rows, replicated
-from train.metric_writer import MetricLog, ProgressBar, WandbLog, means, save_picture
-from train.objectives import create_objective
+from train.health import MODES, HealthCheck
+from train.mesh import make_mesh, place_batch, process_rows
+from train.metric_writer import RunLog, SilentLog, means
 from train.objectives.contract import Batch, Preview
-from train.optimizer import create_optimizer
 from train.preemption import StopSignal
-from train.sharding import shardings
-from train.state import TrainState, create_state
-from train.step import make_eval_step, make_train_step
+from train.processes import all_agree, from_first, is_first
+from train.program import Program, create_program
+from train.state import TrainState
 from train.transfer import initialize_parts
-from train.workdir import copy_tokenizer, open_workdir, pin_frozen, wandb_id
+from train.workdir import copy_tokenizer, open_workdir, pin_frozen, storage_errors, wandb_id
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
-from weights.run import CHECKPOINTS, DONE, ENVIRONMENT
+from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, TOKENIZER
 from weights.sources import load_frozen
 
 Tree = Any
@@ -41,6 +40,8 @@ Tree = Any
 
 def train(config: ConfigDict, workdir: str | Path) -> int:
     """Trains what `config` says in `workdir`, from its newest checkpoint if it has one.
+
+    To be called by every process of a run alike; they share the folder.
 
     Returns:
       EXIT_OK when all steps are done, EXIT_PREEMPTED when a signal ended the run after a save.
@@ -50,36 +51,49 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     """
     workdir = Path(workdir)
     _check_config(config)
-    store = CheckpointStore(workdir / CHECKPOINTS, keep=config.checkpoint.keep)
-    steps = store.steps()
-    with StopSignal() as stop:
-        pin_frozen(config, workdir, resuming=bool(steps))
-        open_workdir(workdir, config, resuming=bool(steps))
-        tokenizer = copy_tokenizer(config, workdir, resuming=bool(steps))
+    with StopSignal() as stop, storage_errors(workdir):
+        store = CheckpointStore(workdir / CHECKPOINTS, keep=config.checkpoint.keep)
+        config, steps = _open(config, workdir, store)
+        tokenizer = Tokenizer.load(workdir / TOKENIZER) if config.data.text_length else None
         training = _prepare(config, tokenizer)
-        state, start = _restore(training, store, steps)
+        state, start = _restore(config, training, store, steps)
         if start >= config.steps:
-            (workdir / DONE).write_text(f"{start}\n", encoding="utf-8")
-            print(f"{workdir} is complete: {start} steps; raise config.steps to train further")
+            if is_first():
+                (workdir / DONE).write_text(f"{start}\n", encoding="utf-8")
+                print(f"{workdir} is complete: {start} steps; raise config.steps to train further")
             return EXIT_OK
-        (workdir / DONE).unlink(missing_ok=True)
-        (workdir / ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
+        if is_first():
+            (workdir / DONE).unlink(missing_ok=True)
+            (workdir / ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
         return _run(config, workdir, training, store, state, start, stop)
+
+
+def _open(config: ConfigDict, workdir: Path, store: CheckpointStore) -> tuple[ConfigDict, list[int]]:
+    """Makes or checks the run folder; every process gets the config as process 0 stored it, and the checkpoints."""
+
+    def prepare() -> tuple[str, list[int]]:
+        with storage_errors(workdir):
+            steps = store.steps()
+            pin_frozen(config, workdir, resuming=bool(steps))
+            open_workdir(workdir, config, resuming=bool(steps))
+            copy_tokenizer(config, workdir, resuming=bool(steps))
+            return to_json(config), steps
+
+    text, steps = from_first(prepare)
+    if not all_agree((workdir / CONFIG).is_file()):
+        raise UserError(f"{workdir} is not the same folder on every process; give a --workdir that they all share")
+    return from_json(text), steps
 
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
     """What the loop needs beside the state."""
 
-    mesh: jax.sharding.Mesh
-    objective: Any
+    program: Program
     stream: ExampleStream
     tokenizer: Tokenizer | None
+    rows: list[int]
     frozen: Tree
-    train_step: Any
-    eval_step: Any
-    initialize: Any
-    abstract_state: TrainState
     validation: Callable[[], Iterator[Batch]]
     preview_batch: Batch
 
@@ -87,71 +101,27 @@ class _Training:
 def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
     _check_parts(config, tokenizer)
-    mesh = make_mesh(config.mesh)
-    rows_sharding, whole = batch_sharding(mesh), replicated(mesh)
-    objective = create_objective(config)
+    program = create_program(config, make_mesh(config.mesh))
     stream = ExampleStream(config.data, tokenizer, split=config.data.split, seed=config.seed, train=True)
-    frozen = load_frozen(config, config.seed)
-    frozen = jax.device_put(frozen, shardings(frozen, config.mesh.rules, mesh))
-
-    example = stream.batch([0])
-    abstract_batch = {
-        name: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype)
-        for name, value in example.items()
-    }
-    init_rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # apart from every step's key
-    try:
-        abstract_params, _ = jax.eval_shape(objective.init, init_rng, abstract_batch)
-    except (KeyError, ValueError) as error:  # a field of a network has a value that it does not know
-        raise UserError(f"config.models cannot be built: {str(error).splitlines()[0]}") from error
-    optimizer, schedule = create_optimizer(config.optimizer, abstract_params, config.steps)
-
-    def init(batch: Batch) -> TrainState:
-        params, variables = objective.init(init_rng, batch)
-        return create_state(params, variables, optimizer.init(params), ema=config.ema.decay > 0)
-
-    abstract_state = jax.eval_shape(init, abstract_batch)
-    state_shardings = shardings(abstract_state, config.mesh.rules, mesh)
-    abstract_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_state,
-        state_shardings,
-    )
-
-    def initialize() -> TrainState:
-        rows = process_rows(rows_sharding, config.batch_size)
-        batch = place_batch(stream.batch(rows), rows, config.batch_size, rows_sharding)
-        state = jax.jit(init, out_shardings=state_shardings)(batch)
-        return initialize_parts(config, state, optimizer)
-
     validation_stream = ExampleStream(
         config.data, tokenizer, split=config.data.validation_split, seed=config.seed, train=False
     )
-    rows = process_rows(rows_sharding, config.batch_size)
+    size, rows = config.batch_size, process_rows(program.rows, config.batch_size)
 
     def validation() -> Iterator[Batch]:
-        for number in range(min(config.evaluate.batches, max(1, validation_stream.epoch_size // config.batch_size))):
-            batch = validation_stream.batch([number * config.batch_size + row for row in rows])
-            yield place_batch(batch, rows, config.batch_size, rows_sharding)
+        for number in range(min(config.evaluate.batches, max(1, validation_stream.epoch_size // size))):
+            batch = validation_stream.batch([number * size + row for row in rows])
+            yield place_batch(batch, rows, size, program.rows)
 
-    preview_batch = jax.device_put(validation_stream.batch(range(config.evaluate.previews)), whole)
+    previews = range(config.evaluate.previews)
     return _Training(
-        mesh=mesh,
-        objective=objective,
+        program=program,
         stream=stream,
         tokenizer=tokenizer,
-        frozen=frozen,
-        # The state is donated: its memory is the next state's.
-        train_step=jax.jit(
-            make_train_step(config, objective, optimizer, schedule),
-            donate_argnums=0,
-            out_shardings=(state_shardings, whole),
-        ),
-        eval_step=jax.jit(make_eval_step(config, objective), out_shardings=whole),
-        initialize=initialize,
-        abstract_state=abstract_state,
+        rows=rows,
+        frozen=load_frozen(config, config.seed, program.abstract_frozen),
         validation=validation,
-        preview_batch=preview_batch,
+        preview_batch=place_batch(validation_stream.batch(previews), previews, len(previews), program.whole),
     )
 
 
@@ -172,19 +142,28 @@ def _check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
                 )
 
 
-def _restore(training: _Training, store: CheckpointStore, steps: Sequence[int]) -> tuple[TrainState, int]:
-    """Reads the newest checkpoint that can be read, or makes a new state."""
+def _restore(
+    config: ConfigDict, training: _Training, store: CheckpointStore, steps: list[int]
+) -> tuple[TrainState, int]:
+    """Reads the newest checkpoint that every process can read, or makes a new state."""
+    program = training.program
     for step in steps:
+        trees, problem = None, f"another process cannot read checkpoint {store.folder / str(step)}"
         try:
-            trees = store.restore(step, training.abstract_state.as_trees())
+            trees = store.restore(step, program.abstract_state.as_trees())
         except UnreadableCheckpoint as error:
-            if step == steps[-1]:
-                raise
-            print(f"warning: {error}; the one before it is used", flush=True)
+            problem = str(error)
+        if all_agree(trees is not None) and trees is not None:
+            return TrainState.from_trees(trees), step
+        if step == steps[-1]:
+            raise UnreadableCheckpoint(f"{problem}; no older one is left")
+        if is_first():
+            print(f"warning: {problem}; the one before it is used", flush=True)
             shutil.move(store.folder / str(step), store.folder / f"{step}.unreadable")
-            continue
-        return TrainState.from_trees(trees), step
-    return training.initialize(), 0
+    batch = training.stream.batch(training.rows)
+    with program.in_mesh():
+        state = program.init(place_batch(batch, training.rows, config.batch_size, program.rows))
+    return initialize_parts(config, state, program.init_optimizer), 0
 
 
 def _run(
@@ -197,15 +176,13 @@ def _run(
     stop: StopSignal,
 ) -> int:
     """Trains from step `start`."""
-    rows_sharding = batch_sharding(training.mesh)
-    rows = process_rows(rows_sharding, config.batch_size)
-    step, metrics, pending, clock = start, {}, None, (time.monotonic(), start)
+    program, rows = training.program, training.rows
+    step, pending, clock = start, None, _Clock(config.batch_size, start)
     with contextlib.ExitStack() as resources:
         # Closed in reverse order, also when a step fails: a checkpoint that is being written is finished first.
-        log = resources.enter_context(contextlib.closing(MetricLog(workdir, start)))
-        wandb = WandbLog(config.wandb, workdir, wandb_id(workdir), flatten(config))
-        resources.callback(wandb.close)
-        bar = resources.enter_context(contextlib.closing(ProgressBar(config.steps, start, workdir.name)))
+        log = RunLog(config, workdir, start, wandb_id(workdir)) if is_first() else SilentLog()
+        resources.callback(log.close)
+        health = HealthCheck(config.nonfinite, state.params, log.say)
         reader = BatchReader(
             training.stream,
             batch_size=config.batch_size,
@@ -216,100 +193,88 @@ def _run(
         )
         resources.callback(reader.close)
         resources.callback(store.close)
-        bar.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
+        log.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
 
-        def evaluate(step: int) -> None:
-            values = _evaluate(training, state)
-            log.write(step, values)
-            pictures = _previews(config, training, state)
-            for name, picture in pictures.items():
-                save_picture(workdir, step, name, picture)
-            wandb.write(step, {**values, **{f"samples/{name}": picture for name, picture in pictures.items()}})
+        def write(pending: tuple[int, Any]) -> None:
+            number, metrics = pending
+            health.settle(number)
+            values = means(jax.device_get(metrics))
+            # Only a skipped update has values that are not finite, which JSON cannot hold.
+            row = {name: value for name, value in values.items() if np.isfinite(value)}
+            log.write(number, {**row, **clock.rate(number)})
 
         # ORDER OF EVENTS. Evaluation and saving come before the next batch is taken, so a checkpoint of step k says
         # all about step k: its rows are in the log, and the data stream goes on at its `examples_seen`. On resume at
         # k both have been done. The metrics of an update are read one update later, while the device works on the
-        # next.
+        # next. Nothing is saved before the health of every update in it was read.
         while True:
-            last = step == config.steps
+            last, stopping = step == config.steps, stop.is_due(step)
             evaluation_due = (step > start or start == 0) and (last or step % config.evaluate.every == 0)
-            save_due = step > start and (last or stop.name or step % config.checkpoint.every == 0)
+            save_due = step > start and (last or stopping or step % config.checkpoint.every == 0)
+            if stopping:
+                log.mark_preempting()
             if evaluation_due or save_due:
-                pending, clock = _flush(pending, config, log, wandb, bar, clock)
-                if step > start:
-                    _require_finite(step, means(jax.device_get(metrics)))
+                if pending is not None:
+                    write(pending)
+                    pending = None
+                health.settle(step)
             if evaluation_due:
-                evaluate(step)
+                log.write_evaluation(step, _evaluate(training, state), _previews(config, training, state))
             if save_due:
+                log.sync()
                 store.save(step, state.as_trees())
             if evaluation_due or save_due:
-                clock = (time.monotonic(), step)  # a rate is of training alone
-            if last or stop.name:
+                clock.restart(step)  # a rate is of training alone
+            if last or stopping:
                 break
-            batch = place_batch(next(reader), rows, config.batch_size, rows_sharding)
-            state, metrics = training.train_step(state, training.frozen, batch)
+            batch = place_batch(next(reader), rows, config.batch_size, program.rows)
+            with program.in_mesh():
+                state, metrics, verdict = program.train_step(state, training.frozen, batch)
             step += 1
-            previous, pending = pending, None
-            _, clock = _flush(previous, config, log, wandb, bar, clock)
-            if step % config.log.every == 0 or step == config.steps:
-                pending = (step, metrics)
+            health.add(step, metrics, verdict)
+            if pending is not None:
+                write(pending)
+            pending = (step, metrics) if step % config.log.every == 0 or step == config.steps else None
 
     if training.stream.truncated or training.stream.source.damaged:
         damaged = len(training.stream.source.damaged)
         print(f"captions truncated: {training.stream.truncated}; records damaged: {damaged}")
     if step < config.steps:
         saved = f"saved step {step}" if step else "nothing to save yet"
-        print(f"{stop.name}: {saved}; continue with: {shlex.join(_command())}", file=sys.stderr, flush=True)
+        if is_first():
+            print(f"{stop.name}: {saved}; continue with: {shlex.join(_command())}", file=sys.stderr, flush=True)
         return EXIT_PREEMPTED
-    (workdir / DONE).write_text(f"{step}\n", encoding="utf-8")
-    print(f"done: {step} steps, {workdir}")
+    if is_first():
+        (workdir / DONE).write_text(f"{step}\n", encoding="utf-8")
+        print(f"done: {step} steps, {workdir}")
     return EXIT_OK
 
 
-def _flush(
-    pending: tuple[int, Any] | None,
-    config: ConfigDict,
-    log: MetricLog,
-    wandb: WandbLog,
-    bar: ProgressBar,
-    clock: tuple[float, int],
-) -> tuple[None, tuple[float, int]]:
-    """Writes the metrics of an update, if one waits to be written.
+class _Clock:
+    """The rate of training."""
 
-    Raises:
-      UserError: if its loss is not finite; the last checkpoint is intact.
-    """
-    if pending is None:
-        return None, clock
-    step, metrics = pending
-    values = means(jax.device_get(metrics))
-    now = time.monotonic()
-    seconds, steps = now - clock[0], step - clock[1]
-    _require_finite(step, values)
-    rate = {
-        "time/now": time.time(),
-        "time/examples_per_second": steps * config.batch_size / max(seconds, 1e-9),
-    }
-    log.write(step, {**values, **rate})
-    wandb.write(step, {**values, **rate})
-    bar.update(step, values)
-    return None, (now, step)
+    def __init__(self, batch_size: int, step: int):
+        self._batch_size = batch_size
+        self.restart(step)
 
+    def restart(self, step: int) -> None:
+        """Begins to count at this step."""
+        self._since, self._step = time.monotonic(), step
 
-def _require_finite(step: int, values: Mapping[str, float]) -> None:
-    """Raises UserError if an update's loss or gradient is not finite; nothing of it is saved."""
-    if not np.isfinite(values["loss"]) or not np.isfinite(values["gradient_norm"]):
-        raise UserError(
-            f"step {step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; "
-            "lower the learning rate or the clip norm; the last checkpoint is intact"
-        )
+    def rate(self, step: int) -> dict[str, float]:
+        """The fields of a row that may differ between reruns."""
+        seconds, steps = time.monotonic() - self._since, step - self._step
+        self.restart(step)
+        return {"time/now": time.time(), "time/examples_per_second": steps * self._batch_size / max(seconds, 1e-9)}
 
 
 def _evaluate(training: _Training, state: TrainState) -> dict[str, float]:
     """Mean metrics over the validation batches, named `validation/...`."""
     totals: dict[str, tuple[Any, Any]] = {}
     for batch in training.validation():
-        for name, pair in jax.device_get(training.eval_step(state, training.frozen, batch)).items():
+        with training.program.in_mesh():
+            metrics = training.program.eval_step(state, training.frozen, batch)
+        for name, pair in jax.device_get(metrics).items():
             before = totals.get(name, (0.0, 0.0))
             totals[name] = (before[0] + pair[0], before[1] + pair[1])
     return {f"validation/{name}": value for name, value in means(totals).items()}
@@ -318,10 +283,10 @@ def _evaluate(training: _Training, state: TrainState) -> dict[str, float]:
 def _previews(config: ConfigDict, training: _Training, state: TrainState) -> dict[str, Any]:
     """The objective's previews as pictures; every process computes them, and process 0 keeps them."""
     rng = jax.random.key(config.seed)
-    previews = training.objective.preview(
+    previews = training.program.objective.preview(
         state.inference_params, state.variables, training.frozen, training.preview_batch, rng
     )
-    if jax.process_index():
+    if not is_first():
         return {}
     return {name: _draw(preview, training.tokenizer) for name, preview in previews.items()}
 
@@ -342,8 +307,8 @@ def _check_config(config: ConfigDict) -> None:
         raise UserError(f"config.seed must not be negative, not {config.seed}")
     if config.evaluate.previews < 1:
         raise UserError(f"config.evaluate.previews must be at least 1, not {config.evaluate.previews}")
-    if jax.process_count() > 1:
-        raise UserError("training over several processes is not there yet; start one process, with all its devices")
+    if config.nonfinite not in MODES:
+        raise UserError(f"config.nonfinite={config.nonfinite!r} is unknown; choose one of {', '.join(MODES)}")
     for group in ("log", "evaluate", "checkpoint", "ema"):
         if config[group].every < 1:
             raise UserError(f"config.{group}.every must be at least 1, not {config[group].every}")

@@ -44,20 +44,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def process_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
-    """Rows of the global batch that this process's devices hold, ascending.
+def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError unless the batch divides into microbatches, and those over the devices."""
+    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.mesh.microbatches
+    if parts < 1:
+        raise UserError(f"config.mesh.microbatches must be at least 1, not {parts}")
+    if config.batch_size % (shards * parts):
+        times = f" x {parts} microbatches" if parts > 1 else ""
+        raise UserError(f"config.batch_size={config.batch_size} does not divide over {shards} devices{times}")
+
+
+def process_rows(sharding: NamedSharding, batch_size: int, process: int | None = None) -> list[int]:
+    """Rows of the global batch that the devices of a process hold, ascending.
 
     They come from the sharding, not from the process index: the order of devices in a mesh need not follow processes.
 
-    Raises:
-      UserError: if the batch does not divide over the devices.
+    Args:
+      sharding: of a batch.
+      batch_size: of the global batch; must divide.
+      process: index of the process; None for this one.
     """
-    try:
-        slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    except ValueError as error:
-        shards = sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]
-        raise UserError(f"config.batch_size={batch_size} does not divide over {shards} devices") from error
-    return sorted({row for index in slices if index is not None for row in range(batch_size)[index[0]]})
+    process = jax.process_index() if process is None else process
+    places = sharding.devices_indices_map((batch_size,))
+    slices = [index[0] for device, index in places.items() if device.process_index == process]
+    return sorted({row for piece in slices for row in range(batch_size)[piece]})
 
 
 def place_batch(

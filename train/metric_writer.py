@@ -1,12 +1,14 @@
 """Where metrics and pictures go: metrics.jsonl, the terminal, PNG files, and Weights & Biases."""
 
+import functools
 import json
 import logging
+import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
+from cli.config import flatten
 from weights.run import METRICS, SAMPLES, read_metrics
 
 _LOG = logging.getLogger(__name__)
@@ -45,6 +48,10 @@ class MetricLog:
         """Appends one row and hands it to the operating system, so that a killed run keeps it."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Puts the rows on disk, also where that is far away: before a checkpoint that relies on them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
@@ -104,7 +111,7 @@ class WandbLog:
           run_id: constant over the life of the run, so that a resumed run is one run there too.
           run_config: shown as the run's config.
         """
-        self._queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(maxsize=1000)
+        self._queue: queue.Queue[Callable[[Any], object] | None] = queue.Queue(maxsize=1000)
         self._thread = None
         if config.mode != "disabled":
             settings = {
@@ -122,9 +129,16 @@ class WandbLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Queues a row; when the queue is full, the row is dropped rather than waited for."""
+        self._put(functools.partial(_log_to_wandb, step, dict(values)))
+
+    def mark_preempting(self) -> None:
+        """Tells a sweep that this run was stopped from outside and is to be started again."""
+        self._put(_mark_preempting)
+
+    def _put(self, action: Callable[[Any], object]) -> None:
         if self._thread is not None:
             try:
-                self._queue.put_nowait((step, dict(values)))
+                self._queue.put_nowait(action)
             except queue.Full:
                 _LOG.debug("W&B is behind; a row is left out")
 
@@ -148,15 +162,92 @@ class WandbLog:
             import wandb  # takes a second to import, which is this thread's to spend
 
             run = wandb.init(settings=wandb.Settings(silent=True), **settings)
-            while (item := self._queue.get()) is not None:
-                step, values = item
-                run.log({k: wandb.Image(v) if isinstance(v, Image.Image) else v for k, v in values.items()}, step=step)
+            while (action := self._queue.get()) is not None:
+                action(run)
             run.finish()
         except Exception as error:
             # Any failure of a logging service is less important than the run.
             _LOG.warning("W&B stopped (%s); metrics.jsonl goes on", (str(error) or repr(error)).splitlines()[0])
             while self._queue.get() is not None:
                 pass
+
+
+def _log_to_wandb(step: int, values: Mapping[str, Any], run: Any) -> None:
+    import wandb
+
+    run.log({k: wandb.Image(v) if isinstance(v, Image.Image) else v for k, v in values.items()}, step=step)
+
+
+def _mark_preempting(run: Any) -> None:
+    run.mark_preempting()
+
+
+class RunLog:
+    """All the places where a run reports, as one."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, start: int, run_id: str):
+        """Opens them for a run that begins or goes on at step `start`."""
+        self._workdir = workdir
+        self._bar = ProgressBar(config.steps, start, workdir.name)
+        self._metrics = MetricLog(workdir, start)
+        self._wandb = WandbLog(config.wandb, workdir, run_id, flatten(config))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Reports the metrics of an update."""
+        self._metrics.write(step, values)
+        self._wandb.write(step, values)
+        if "loss" in values:
+            self._bar.update(step, values)
+
+    def write_evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
+        """Reports an evaluation, and saves its pictures."""
+        self._metrics.write(step, values)
+        for name, picture in pictures.items():
+            save_picture(self._workdir, step, name, picture)
+        self._wandb.write(step, {**values, **{f"samples/{name}": picture for name, picture in pictures.items()}})
+
+    def say(self, line: str) -> None:
+        """Prints a line."""
+        self._bar.say(line)
+
+    def sync(self) -> None:
+        """See `MetricLog.sync`."""
+        self._metrics.sync()
+
+    def mark_preempting(self) -> None:
+        """See `WandbLog.mark_preempting`."""
+        self._wandb.mark_preempting()
+
+    def close(self) -> None:
+        """Closes them all."""
+        self._wandb.close()
+        self._metrics.close()
+        self._bar.close()
+
+
+class SilentLog(RunLog):
+    """The log of a process that is not the first: it says nothing."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def write_evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
+        """Does nothing."""
+
+    def say(self, line: str) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+    def mark_preempting(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def save_picture(workdir: Path, step: int, name: str, picture: Image.Image) -> Path:

@@ -37,6 +37,8 @@ def shardings(tree: Tree, rules: tuple[tuple[str, tuple[str | None, ...]], ...],
             if re.search(pattern, name):
                 spec = axes[: len(leaf.shape)]
                 for size, axis in zip(leaf.shape, spec, strict=False):
+                    if axis is not None and axis not in mesh.shape:
+                        raise UserError(f"rule {pattern!r} names an axis {axis!r}; a mesh has {', '.join(mesh.shape)}")
                     if axis is not None and size % mesh.shape[axis]:
                         raise UserError(
                             f"{name}: dimension {size} does not divide over {mesh.shape[axis]} devices of axis "

@@ -1,11 +1,14 @@
-"""One update, and one evaluation of a batch: pure functions to be jitted by the loop."""
+"""One update, and one evaluation of a batch: pure functions to be jitted by the program."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
@@ -14,48 +17,94 @@ from train.optimizer import Schedule, apply_bounds, update_ema
 from train.state import TrainState
 
 Tree = Any
-TrainStep = Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
+
+
+@struct.dataclass
+class Health:
+    """Whether an update was finite, and where it was not.
+
+    Attributes:
+      loss: float32 [], of the batch.
+      leaf_norms: float32 [n], norm of the gradient of each parameter, in the order of `jax.tree.leaves(params)`.
+      applied: bool [], False if the update was not finite and was left out (`config.nonfinite` = "skip").
+    """
+
+    loss: Any
+    leaf_norms: Any
+    applied: Any
+
+
+TrainStep = Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics, Health]]
 EvalStep = Callable[[TrainState, Tree, Batch], Metrics]
 
 
 def make_train_step(
-    config: ConfigDict, objective: Objective, optimizer: optax.GradientTransformation, schedule: Schedule
+    config: ConfigDict,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    rows: NamedSharding,
 ) -> TrainStep:
-    """Returns `step(state, frozen, batch) -> (state, metrics)`.
+    """Returns `step(state, frozen, batch) -> (state, metrics, health)`.
 
     Randomness is `fold_in(key(config.seed), state.step)`: nothing is stored, and a resumed run repeats it exactly.
-    """
 
-    def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
+    With `config.mesh.microbatches` above 1 the gradient is the mean of those of so many parts of the batch, taken in
+    turn. That is the gradient of the whole batch for every loss that is a mean over examples. It is not for what the
+    examples of a batch decide together, such as a codebook moved by their codes: each part then stands alone.
+
+    Args:
+      config: of the run.
+      objective: gives the loss.
+      optimizer: of all trained parameters.
+      schedule: learning rate, for the log.
+      rows: sharding of a batch.
+    """
+    microbatches = config.mesh.microbatches
+
+    def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics, Health]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-        def loss_of(params: Tree) -> tuple[Array, Any]:
-            return objective.loss(params, state.variables, frozen, batch, rng, state.step, True)
+        def loss_of(params: Tree, variables: Tree, batch: Batch) -> tuple[Array, Any]:
+            return objective.loss(params, variables, frozen, batch, rng, state.step, True)
 
-        (_, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        if microbatches == 1:
+            (loss, aux), gradients = gradient_of(state.params, state.variables, batch)
+            metrics, variables = aux.metrics, aux.variables
+        else:
+            loss, metrics, variables, gradients = _accumulate(gradient_of, state, batch, microbatches, rows)
+
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = apply_bounds(config.optimizer, optax.apply_updates(state.params, updates))
         step = state.step + 1
         ema = state.ema_params
         if jax.tree.leaves(ema):
             ema = update_ema(config.ema, ema, params, step)
-        examples_seen = state.examples_seen + batch["index"].shape[0]
-        one = jnp.ones((), jnp.int32)
-        metrics = {
-            **aux.metrics,
-            "gradient_norm": (optax.tree.norm(gradients), one),
-            "examples_seen": (examples_seen, one),
-            "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
-        }
-        state = TrainState(
+        new = TrainState(
             step=step,
-            examples_seen=examples_seen,
+            examples_seen=state.examples_seen + batch["index"].shape[0],
             params=params,
-            variables=aux.variables,
+            variables=variables,
             ema_params=ema,
             opt_state=opt_state,
         )
-        return state, metrics
+
+        leaf_norms = jnp.stack([optax.tree.norm(gradient) for gradient in jax.tree.leaves(gradients)])
+        norm = jnp.sqrt(jnp.sum(jnp.square(leaf_norms)))
+        applied = jnp.ones((), bool)
+        if config.nonfinite == "skip":
+            applied = jnp.isfinite(loss) & jnp.isfinite(norm)
+            kept = dataclasses.replace(state, step=new.step, examples_seen=new.examples_seen)
+            new = jax.tree.map(lambda after, before: jnp.where(applied, after, before), new, kept)
+        one = jnp.ones((), jnp.int32)
+        metrics = {
+            **metrics,
+            "gradient_norm": (norm, one),
+            "examples_seen": (new.examples_seen, one),
+            "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
+        }
+        return new, metrics, Health(loss=loss, leaf_norms=leaf_norms, applied=applied)
 
     return train_step
 
@@ -69,3 +118,30 @@ def make_eval_step(config: ConfigDict, objective: Objective) -> EvalStep:
         return aux.metrics
 
     return eval_step
+
+
+def _accumulate(
+    gradient_of: Callable[..., Any], state: TrainState, batch: Batch, count: int, rows: NamedSharding
+) -> tuple[Array, Metrics, Tree, Tree]:
+    """Mean loss and gradients, summed metrics, and the last variables of `count` microbatches in turn."""
+
+    def split(value: Array) -> Array:
+        # Every count-th row, so that each device takes its part of a microbatch from the rows it already holds.
+        parts = value.reshape(value.shape[0] // count, count, *value.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(parts, NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec)))
+
+    def values_of(variables: Tree, microbatch: Batch) -> tuple[Any, Tree]:
+        (loss, aux), gradients = gradient_of(state.params, variables, microbatch)
+        return (loss, aux.metrics, gradients), aux.variables
+
+    def add(carry: tuple[Any, Tree], microbatch: Batch) -> tuple[tuple[Any, Tree], None]:
+        sums, variables = carry
+        values, variables = values_of(variables, microbatch)
+        return (jax.tree.map(jnp.add, sums, values), variables), None
+
+    parts = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda value: value[0], parts)
+    shapes, _ = jax.eval_shape(values_of, state.variables, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    ((loss, metrics, gradients), variables), _ = jax.lax.scan(add, (zeros, state.variables), parts)
+    return loss / count, metrics, variables, jax.tree.map(lambda gradient: gradient / count, gradients)

@@ -1,19 +1,22 @@
 """Fine-tuning: parts of a new state that start from trained weights."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from train.sharding import path_name
 from train.state import TrainState
-from weights.sources import load_part
+from weights.sources import load_part, place_whole
+
+Tree = Any
 
 
-def initialize_parts(config: ConfigDict, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
+def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Callable[[Tree], Tree]) -> TrainState:
     """Replaces `state.params[part]` by the weights that `config.initialize.<part>` names.
 
     The moving average and the optimizer start from the new parameters too.
@@ -38,14 +41,10 @@ def initialize_parts(config: ConfigDict, state: TrainState, optimizer: optax.Gra
         )
         if wrong:
             raise UserError(f"config.initialize.{name}: {entry.source} does not fit at {', '.join(wrong[:8])}")
-        params[name] = jax.tree.map(
-            lambda new, old: jax.device_put(jnp.asarray(new, old.dtype), old.sharding), part.params, params[name]
-        )
+        params[name] = jax.tree.map(place_whole, part.params, params[name])
         if name in variables and part.variables:
-            variables[name] = jax.tree.map(
-                lambda new, old: jax.device_put(new, old.sharding), part.variables, variables[name]
-            )
+            variables[name] = jax.tree.map(place_whole, part.variables, variables[name])
     ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(state.ema_params) else {}
-    return dataclasses.replace(
-        state, params=params, variables=variables, ema_params=ema, opt_state=jax.jit(optimizer.init)(params)
-    )
+    as_before = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
+    opt_state = jax.jit(init_optimizer, out_shardings=as_before)(params)
+    return dataclasses.replace(state, params=params, variables=variables, ema_params=ema, opt_state=opt_state)

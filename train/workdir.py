@@ -1,7 +1,10 @@
 """The run folder from the side of training: made, checked against the config, and completed."""
 
+import contextlib
+import errno
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -9,14 +12,13 @@ from ml_collections import ConfigDict
 from cli.config import flatten, from_json, to_json
 from cli.errors import UserError
 from data.pipeline import load_tokenizer
-from data.tokenizer import Tokenizer
 from weights.run import CONFIG, TOKENIZER, Run
 from weights.sources import resolve_frozen
 
-# What may change between the starts of one run: nothing that an update depends on, but for its length and batch size.
+# What may change between the starts of one run: its length and batch size, what no update depends on, where things are
+# (a run may move; the step of a frozen stage is pinned), and what to do about an update that was not finite.
 CHANGEABLE = re.compile(
-    r"(steps|batch_size|group|(mesh|log|checkpoint|evaluate|wandb)\..*|data\.(workers|read_ahead|cache|data_dir)"
-    r"|frozen\.\w+\.source)"  # a run may move; the step of a frozen stage is pinned
+    r"steps|batch_size|nonfinite|(mesh|log|checkpoint|wandb)\..*|data\.(workers|data_dir)|frozen\.\w+\.source"
 )
 
 
@@ -44,23 +46,41 @@ def open_workdir(workdir: Path, config: ConfigDict, resuming: bool) -> None:
         if changed:
             shown = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
             raise UserError(f"{workdir} was started with another config ({shown}); use a new --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(to_json(config), encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write the workdir {workdir}: {error.strerror}; choose another --workdir") from error
+    workdir.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(to_json(config), encoding="utf-8")
+    draft.replace(path)
 
 
-def copy_tokenizer(config: ConfigDict, workdir: Path, resuming: bool) -> Tokenizer | None:
+def copy_tokenizer(config: ConfigDict, workdir: Path, resuming: bool) -> None:
     """Copies the dataset's tokenizer into the run, for configs with text."""
-    if not config.data.text_length:
-        return None
     own = workdir / TOKENIZER
-    if not (resuming and own.is_file()):
+    if config.data.text_length and not (resuming and own.is_file()):
         load_tokenizer(config.data.dataset, config.data.data_dir).save(own)
-    return Tokenizer.load(own)
+
+
+@contextlib.contextmanager
+def storage_errors(workdir: Path) -> Iterator[None]:
+    """Turns an error of the file system that a user can mend into one line.
+
+    Raises:
+      UserError: in place of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        raise UserError(
+            f"cannot write the workdir {workdir}: {error.strerror}; free space or allow writing there (or choose "
+            "another --workdir), and start the same command again; checkpoints that were finished are intact"
+        ) from error
+
+
+_STORAGE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EEXIST),  # a file stands where the folder should be
+}
 
 
 def wandb_id(workdir: Path) -> str:

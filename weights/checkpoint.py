@@ -16,8 +16,9 @@ from cli.errors import UserError
 
 Tree = Any
 
-# Orbax and absl report every save at INFO and WARNING; what a user must know is said by this file.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports every save, and logs the traceback of an error that it raises as well; what a user must know is said by
+# this file.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class UnreadableCheckpoint(UserError):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -91,9 +92,15 @@ def resolve_frozen(config: ConfigDict, near: Path | None = None) -> None:
             entry.step = entry.get("step", 0) or run.latest_step()
 
 
-def load_frozen(config: ConfigDict, seed: int = 0) -> dict[str, dict[str, Tree]]:
-    """Loads every part of a resolved `config.frozen`: {part: {"params": tree, "variables": tree}}."""
-    return {part: load_part(entry, seed).trees() for part, entry in config.frozen.items()}
+def load_frozen(config: ConfigDict, seed: int = 0, abstract: Tree = None) -> dict[str, dict[str, Tree]]:
+    """Loads every part of a resolved `config.frozen`: {part: {"params": tree, "variables": tree}}.
+
+    Args:
+      config: the experiment.
+      seed: of parts whose source is "random".
+      abstract: `abstract_frozen` with shardings, onto which the parts are loaded; None for the first device.
+    """
+    return {part: load_part(entry, seed, abstract and abstract[part]).trees() for part, entry in config.frozen.items()}
 
 
 def abstract_frozen(config: ConfigDict) -> dict[str, dict[str, Tree]]:
@@ -104,19 +111,38 @@ def abstract_frozen(config: ConfigDict) -> dict[str, dict[str, Tree]]:
     }
 
 
-def load_part(entry: ConfigDict, seed: int = 0) -> Part:
+def load_part(entry: ConfigDict, seed: int = 0, abstract: Tree = None) -> Part:
     """Loads one part from {name, ..., source, part, step}; a step of 0 or none is the newest.
+
+    Args:
+      entry: names the part.
+      seed: of a part whose source is "random".
+      abstract: {"params", "variables"} by shape and sharding, onto which it is loaded; None for the first device.
 
     Raises:
       UserError: if the source is missing or has no such part.
     """
     if entry.source == RANDOM:
         logging.getLogger(__name__).warning("part %r has random weights, as its source says", entry.part)
-        return random_part(model_of(entry), seed)
+        model = model_of(entry)
+        if abstract is None:
+            return random_part(model, seed)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        trees = jax.jit(lambda: random_part(model, seed).trees(), out_shardings=shardings)()
+        return Part(model, **trees)
     run = Run.open(find_source(entry.source))
     model = _trained_model(run, entry.part)
     weights = run.load(entry.get("step", 0) or None)
-    return Part(model, weights.params[entry.part], weights.variables.get(entry.part, {}))
+    part = Part(model, weights.params[entry.part], weights.variables.get(entry.part, {}))
+    if abstract is None:
+        return part
+    return Part(model, **jax.tree.map(place_whole, part.trees(), abstract))
+
+
+def place_whole(value: Any, like: Any) -> jax.Array:
+    """Places an array that every process holds whole, with the dtype and sharding of `like`."""
+    whole = np.asarray(value, like.dtype)
+    return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
 
 
 def random_part(model: dict[str, Any], seed: int) -> Part:

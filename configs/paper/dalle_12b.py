@@ -14,6 +14,7 @@ per block, PowerSGD) is replaced by bfloat16. `debug` runs a tiny size on `scene
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults
+from configs.mesh_rules import CONVOLUTIONS, TRANSFORMER, WHOLE
 from configs.paper import dvae
 
 
@@ -53,7 +54,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.dalle.conv_kernel = 11
     config.models.dalle.conv_edge = "wraparound"
     config.models.dalle.implementation = "xla"
-    config.models.dalle.remat = True
+    config.models.dalle.scan = True
+    config.models.dalle.remat = "full"
     config.models.dalle.dtype = "bfloat16"
 
     config.loss.text_weight = 1 / 8
@@ -78,6 +80,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.ema.every = 25
     config.ema.warm_up = False
 
+    config.mesh.rules = TRANSFORMER + CONVOLUTIONS + WHOLE
+    config.mesh.fsdp = 64  # must divide 3968 = 2^7 31, and 64, the narrowest layer of the discrete VAE
+    config.mesh.topology = "v5e:16x16"  # see docs/tpu.md
+
     config.checkpoint.every = 1_000
     config.evaluate.every = 5_000
     if argument == "debug":
@@ -94,6 +100,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.models.dalle.width = 32
         config.models.dalle.heads = 2
         config.models.dalle.depth = 3
+        config.mesh.fsdp = 1
+        config.mesh.topology = "v5e:2x2"
         config.optimizer.schedule.warmup_steps = 1
         config.checkpoint.every = config.evaluate.every = 1
         config.evaluate.batches = 1

@@ -12,6 +12,7 @@ Parameters: 53,786,240 (encoder) + 43,829,766 (decoder). The dataset is the user
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults
+from configs.mesh_rules import CONVOLUTIONS, WHOLE
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -55,6 +56,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.ema.decay = 0.999
     config.ema.warm_up = False
 
+    config.mesh.rules = CONVOLUTIONS + WHOLE
+    config.mesh.topology = "v5e:8x8"  # see docs/tpu.md
+
     config.checkpoint.every = 5_000
     config.evaluate.every = 10_000
     if argument == "debug":
@@ -67,6 +71,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.models.dvae.encoder_hidden = config.models.dvae.decoder_hidden = 8
         config.models.dvae.decoder_init = 8
         config.models.dvae.blocks_per_group = 1
+        config.mesh.topology = "v5e:2x2"
         config.checkpoint.every = config.evaluate.every = 1
         config.evaluate.batches = 1
         config.log.every = 1

@@ -14,6 +14,7 @@ run).
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults
+from configs.mesh_rules import CONVOLUTIONS, TRANSFORMER, WHOLE
 from configs.scenes import dvae
 
 
@@ -53,7 +54,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.dalle.conv_kernel = 5
     config.models.dalle.conv_edge = "wraparound"
     config.models.dalle.implementation = "xla"
-    config.models.dalle.remat = False
+    config.models.dalle.scan = False
+    config.models.dalle.remat = "none"
     config.models.dalle.dtype = "float32"
 
     config.loss.text_weight = 1 / 8
@@ -72,6 +74,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.schedule.peak = 2e-3
     config.optimizer.schedule.warmup_steps = 100
     config.ema.decay = 0.99
+
+    config.mesh.rules = TRANSFORMER + CONVOLUTIONS + WHOLE
 
     config.checkpoint.every = 600
     config.evaluate.every = 600

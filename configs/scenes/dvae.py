@@ -16,6 +16,7 @@ at the same size, on single32), `debug` (seconds).
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults
+from configs.mesh_rules import CONVOLUTIONS, WHOLE
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -64,6 +65,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.schedule.peak = 2e-3
     config.optimizer.schedule.warmup_steps = 50
     config.ema.decay = 0.99
+
+    config.mesh.rules = CONVOLUTIONS + WHOLE
 
     config.checkpoint.every = 400
     config.evaluate.every = 400

@@ -1,5 +1,6 @@
-"""One run on many devices is the run on one device."""
+"""One run on many devices, or in two processes, is the run on one device."""
 
+import json
 import os
 import subprocess
 import sys
@@ -30,22 +31,93 @@ def losses(workdir: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(workdir) if "loss" in row]
 
 
+# Widths that every axis divides.
+DVAE = ("--config.models.dvae.encoder_hidden=32", "--config.models.dvae.decoder_hidden=32")
+FROZEN = ("--config.frozen.dvae.encoder_hidden=32", "--config.frozen.dvae.decoder_hidden=32")
+CONFIGS = {
+    "dvae": ("--config=configs/scenes/dvae.py:gumbel", *DVAE, "--config.batch_size=16"),
+    "vqvae": ("--config=configs/scenes/dvae.py:debug", *DVAE, "--config.batch_size=16"),
+    "dalle": ("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=16"),
+    "dalle, scanned": (
+        *("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=16"),
+        *("--config.models.dalle.scan=True", "--config.models.dalle.remat=full"),
+    ),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scenes/dvae.py:gumbel", "scenes/dvae.py:debug", "scenes/dalle.py:debug"])
-def test_eight_devices_give_the_losses_of_one(name, scenes_dir, tmp_path):
-    overrides = ["--config.steps=8", "--config.batch_size=16", "--config.log.every=1", "--config.wandb.mode=disabled"]
+def test_a_step_on_every_mesh_is_that_of_one_device():
+    """Loss, metrics, norms and first moments of the gradients; the same noise is a part of the same loss."""
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "tests/train/compare_meshes.py", json.dumps(list(CONFIGS.values()))],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == 5 * len(CONFIGS)
+    for row in rows:
+        assert row.pop("split") > 0 or row["mesh"] in ("one", "data"), row
+        assert row.pop("initial") == 0, row  # parameters are created alike, bit for bit
+        assert max(row[key] for key in ("loss", "metrics", "gradients", "moments")) <= 1e-5, row
+
+
+LAYOUTS = {
+    "data": ("--config.mesh.data=8",),
+    "fsdp": ("--config.mesh.data=1", "--config.mesh.fsdp=8"),
+    "fsdp x tensor": ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dvae", "dalle"])
+def test_one_loss_curve_on_every_layout(name, scenes_dir, start_pair, tmp_path):
+    config, *overrides = CONFIGS[name]
+    overrides += ["--config.steps=20", "--config.log.every=1", "--config.wandb.mode=disabled"]
     overrides += ["--config.evaluate.every=1000", "--config.optimizer.schedule.warmup_steps=1"]
-    for devices in (1, 8):
-        run_on(devices, f"configs/{name}", scenes_dir, tmp_path / str(devices), *overrides)
-    assert losses(tmp_path / "8") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+    config = config.removeprefix("--config=")
+    run_on(1, config, scenes_dir, tmp_path / "one", *overrides)
+    expected = losses(tmp_path / "one")
+    assert len(expected) == 20
+    for layout, mesh in LAYOUTS.items():
+        run_on(8, config, scenes_dir, tmp_path / layout, *overrides, *mesh)
+        assert losses(tmp_path / layout) == pytest.approx(expected, rel=1e-5), layout
+    pair = start_pair(config, tmp_path / "pair", *overrides)
+    assert pair.codes() == [0, 0], pair.output()
+    assert losses(tmp_path / "pair") == pytest.approx(expected, rel=1e-5)
+    # Each example once: both processes together counted what one did.
+    assert [row["examples_seen"] for row in read_metrics(tmp_path / "pair") if "loss" in row] == [
+        16 * step for step in range(1, 21)
+    ]
+
+
+MOVES = [
+    (8, LAYOUTS["data"], 1, ()),
+    (1, (), 8, LAYOUTS["fsdp"]),
+    (8, LAYOUTS["fsdp"], 8, ("--config.mesh.data=4", "--config.mesh.tensor=2")),
+]
 
 
 @pytest.mark.slow
-def test_a_checkpoint_moves_between_numbers_of_devices(scenes_dir, tmp_path):
-    config = "configs/scenes/dvae.py:debug"
-    fixed = "--config.optimizer.schedule.decay_steps=100"
-    run_on(8, config, scenes_dir, tmp_path / "moved", fixed, "--config.steps=3")
-    run_on(1, config, scenes_dir, tmp_path / "moved", fixed, "--config.steps=6")
-    run_on(1, config, scenes_dir, tmp_path / "stayed", fixed, "--config.steps=6")
+@pytest.mark.parametrize(("devices", "mesh", "devices_after", "mesh_after"), MOVES)
+def test_a_checkpoint_moves_between_meshes(devices, mesh, devices_after, mesh_after, scenes_dir, tmp_path, stayed):
+    config, fixed = CONFIGS["dvae"][0].removeprefix("--config="), FIXED
+    run_on(devices, config, scenes_dir, tmp_path / "moved", *fixed, *mesh, "--config.steps=3")
+    run_on(devices_after, config, scenes_dir, tmp_path / "moved", *fixed, *mesh_after, "--config.steps=6")
     assert Run.open(tmp_path / "moved").latest_step() == 6
-    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "stayed"), rel=1e-4)
+    assert losses(tmp_path / "moved") == pytest.approx(losses(stayed), rel=1e-5)
+
+
+FIXED = (*CONFIGS["dvae"][1:], "--config.optimizer.schedule.decay_steps=100", "--config.log.every=1")
+
+
+@pytest.fixture(scope="module")
+def stayed(scenes_dir, tmp_path_factory):
+    """Six steps on one device without a move."""
+    workdir = tmp_path_factory.mktemp("runs") / "stayed"
+    run_on(1, CONFIGS["dvae"][0].removeprefix("--config="), scenes_dir, workdir, *FIXED, "--config.steps=6")
+    return workdir

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from cli.config import load_config
-from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
+from cli.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from train.loop import train
+from train.objectives.vqvae import VectorQuantizedVAEObjective
 from weights.checkpoint import CheckpointStore
 from weights.run import Run, read_metrics
 
@@ -92,8 +94,41 @@ def test_another_batch_size_continues_the_stream(scenes_dir, tmp_path):
 
 
 def test_a_changed_config_is_refused_with_the_keys(scenes_dir, whole):
-    with pytest.raises(UserError, match=r"optimizer.schedule.peak: 0.002 -> 0.5"):
-        train(config(scenes_dir, "--config.steps=6", "--config.optimizer.schedule.peak=0.5"), whole)
+    changed = ("--config.optimizer.schedule.peak=0.5", "--config.group=other", "--config.evaluate.batches=2")
+    message = r"evaluate.batches: 1 -> 2, group: '' -> 'other', optimizer.schedule.peak: 0.002 -> 0.5\)"
+    with pytest.raises(UserError, match=message):
+        train(config(scenes_dir, "--config.steps=6", *changed), whole)
+
+
+def test_what_no_update_depends_on_may_change(scenes_dir, whole):
+    changed = ["mesh.microbatches=2", "log.every=7", "checkpoint.keep=5", "data.workers=2", "batch_size=4"]
+    assert train(config(scenes_dir, "--config.steps=6", *[f"--config.{key}" for key in changed]), whole) == EXIT_OK
+    train(config(scenes_dir, "--config.steps=6"), whole)  # and back, for the tests that follow
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(scenes_dir, tmp_path):
+    """A limit on the size of files stands for the disk: no checkpoint can be written, small files can."""
+    workdir = tmp_path / "run"
+    command = ["-m", "train", f"--config={ROOT}/configs/scenes/dvae.py:debug", f"--workdir={workdir}"]
+    command += [f"--config.data.data_dir={scenes_dir}", "--config.optimizer.schedule.decay_steps=100"]
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    limit += "sys.argv = sys.argv[1:]; runpy.run_module('train', run_name='__main__', alter_sys=True)"
+    for steps, code in ((2, EXIT_OK), (4, EXIT_USER_ERROR), (4, EXIT_OK)):
+        prefix = ["-c", limit, "train", *command[2:]] if code == EXIT_USER_ERROR else command
+        result = subprocess.run(
+            [sys.executable, *prefix, f"--config.steps={steps}"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_COMPILATION_CACHE_DIR": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == code, result.stderr
+        if code == EXIT_USER_ERROR:
+            assert "Traceback" not in result.stderr and "cannot" in result.stderr.splitlines()[-1], result.stderr
+            assert "File too large" in result.stderr.splitlines()[-1]
+            assert Run.open(workdir).latest_step() == 2
+    assert [step for step, _ in losses(workdir)] == [1, 2, 3, 4]
 
 
 def test_a_broken_newest_checkpoint_is_reported_and_the_one_before_used(scenes_dir, whole, tmp_path, capsys):
@@ -107,16 +142,28 @@ def test_a_broken_newest_checkpoint_is_reported_and_the_one_before_used(scenes_d
     assert losses(workdir) == losses(whole)
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(scenes_dir, tmp_path, monkeypatch):
-    mean = jax.numpy.mean
+def test_an_update_that_is_not_finite_is_named_and_never_saved_or_else_skipped(
+    scenes_dir, tmp_path, monkeypatch, capsys
+):
     workdir = tmp_path / "run"
     settings = ("--config.steps=6", "--config.log.every=100", "--config.optimizer.schedule.decay_steps=100")
     train(config(scenes_dir, *settings, "--config.steps=2"), workdir)
-    monkeypatch.setattr(jax.numpy, "mean", lambda *args, **kwargs: mean(*args, **kwargs) * np.nan)
-    with pytest.raises(UserError, match="the last checkpoint is intact"):
+    loss = VectorQuantizedVAEObjective.loss
+
+    def broken(self, params, variables, frozen, batch, rng, step, train):
+        value, aux = loss(self, params, variables, frozen, batch, rng, step, train)
+        return value * jax.numpy.where(step == 3, jax.numpy.nan, 1), aux  # the fourth update
+
+    monkeypatch.setattr(VectorQuantizedVAEObjective, "loss", broken)
+    with pytest.raises(UserError, match=r"step 4 is not finite: .*the gradient is not finite at dvae/.*is intact"):
         train(config(scenes_dir, *settings), workdir)
     # No metrics were due, and yet nothing of it was saved.
     assert Run.open(workdir).latest_step() == 2
+    skipping = ("--config.nonfinite=skip", "--config.log.every=1")
+    assert train(config(scenes_dir, *settings, *skipping), workdir) == EXIT_OK
+    assert "warning: step 4 is not finite" in capsys.readouterr().out
+    assert [step for step, _ in losses(workdir)] == [2, 3, 4, 5, 6]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees(workdir, 6)["params"]))
 
 
 @pytest.mark.parametrize(
@@ -167,8 +214,6 @@ def test_a_workdir_that_cannot_be_written_is_named(scenes_dir, tmp_path):
 
 
 def test_stage_two_trains_on_a_stage_one_run_and_is_found_after_a_move(scenes_dir, tmp_path, whole):
-    import shutil
-
     from sample.trained import TrainedSampler
 
     shutil.copytree(whole, tmp_path / "before" / "stage1")

@@ -82,6 +82,23 @@ def test_rows_reach_wandb_under_a_constant_id(tmp_path, monkeypatch):
     assert calls == [("abc", "offline", "allow"), (1, {"loss": 2.0}), (2, {"loss": 1.0}), "finished"]
 
 
+def test_a_sweep_is_told_of_a_preemption(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def mark_preempting(self):
+            calls.append("preempting")
+
+        def finish(self):
+            calls.append("finished")
+
+    fake_wandb(monkeypatch, init=lambda **settings: Run())
+    log = WandbLog(wandb_config(), tmp_path, "abc", {})
+    log.mark_preempting()
+    log.close()
+    assert calls == ["preempting", "finished"]
+
+
 def test_a_wandb_that_fails_neither_stops_nor_delays(tmp_path, monkeypatch, caplog):
     def init(**settings):
         raise RuntimeError("no network")

@@ -1,0 +1,29 @@
+"""Which mesh axis holds which dimension of a parameter, for each family of networks: `config.mesh.rules`.
+
+A rule is (path pattern, mesh axis of each leading dimension); the first pattern found in a path decides. `fsdp` splits
+the input width of what reads the residual stream and the output width of what writes to it, `tensor` the heads and the
+hidden width, so that an attention or feed-forward block needs one sum over `tensor`. Norms and biases are small and
+stay whole. With an axis of size 1 a rule changes nothing.
+"""
+
+WHOLE = ((".*", ()),)
+
+TRANSFORMER = (
+    (r"attention/query_key_value/kernel", ("fsdp", None, "tensor")),
+    (r"attention/query_key_value/bias", (None, "tensor")),
+    (r"attention/out/kernel", ("tensor", None, "fsdp")),
+    (r"mlp/up/kernel", ("fsdp", "tensor")),
+    (r"mlp/up/bias", ("tensor",)),
+    (r"mlp/down/kernel", ("tensor", "fsdp")),
+    (r"(embedding|position|bos)/embedding", (None, "fsdp")),
+    (r"_head/kernel", ("fsdp", "tensor")),
+    (r"_head/bias", ("tensor",)),
+)
+
+# Pixels and statistics have 3 and 6 channels, which no axis divides: there the other side of the kernel is split.
+CONVOLUTIONS = (
+    (r"encoder/input/kernel", (None, None, None, "fsdp")),
+    (r"decoder/output/kernel", (None, None, "fsdp")),
+    (r"decoder/input/kernel", ("tensor", "fsdp")),
+    (r"(conv_\d|id_path|encoder/output)/kernel", (None, None, "fsdp", "tensor")),
+)

@@ -1,0 +1,84 @@
+"""Run by test_devices.py with eight simulated devices: a step on every mesh against the step on one device.
+
+Prints one JSON line per config and mesh: the largest relative differences of loss, metrics and gradients.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from cli.config import load_config
+from train.mesh import make_mesh, place_batch
+from train.program import Program, create_program
+from train.sharding import path_name
+
+MESHES = {
+    "one": {"data": 1},
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def main() -> None:
+    for arguments in json.loads(sys.argv[1]):
+        reference = None
+        for name, sizes in MESHES.items():
+            config = load_config(arguments)
+            config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, **sizes})
+            count = int(np.prod([config.mesh[axis] for axis in ("data", "fsdp", "tensor")]))
+            program = create_program(config, make_mesh(config.mesh, jax.devices()[:count]))
+            values = step(program, config)
+            reference = reference or values
+            differences = {key: difference(values[key], reference[key]) for key in values}
+            print(json.dumps({"config": arguments[0], "mesh": name, "split": split(program), **differences}))
+
+
+def step(program: Program, config) -> dict:
+    """Loss, gradient and new state of the first step, as numpy."""
+    rng = np.random.default_rng(0)
+    batch = {name: rng.integers(0, 200, leaf.shape).astype(leaf.dtype) for name, leaf in program.abstract_batch.items()}
+    batch["index"] = np.arange(config.batch_size, dtype=np.int32)
+    placed = place_batch(batch, range(config.batch_size), config.batch_size, program.rows)
+
+    def frozen():
+        from weights.sources import load_frozen
+
+        return load_frozen(config, 0, program.abstract_frozen)
+
+    with program.in_mesh():
+        state = program.init(placed)
+        params = jax.device_get(state.params)
+        state, metrics, health = program.train_step(state, frozen(), placed)
+    return {
+        "initial": params,
+        "loss": np.asarray(health.loss),
+        "metrics": jax.device_get(metrics),
+        "gradients": np.asarray(health.leaf_norms),
+        # The first moment of Adam is a multiple of the gradient.
+        "moments": [leaf for path, leaf in named(state.opt_state) if "/mu/" in path],
+    }
+
+
+def named(tree):
+    return [(path_name(path), jax.device_get(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def difference(value, reference) -> float:
+    """Largest difference over a tree, each leaf relative to its largest value."""
+    worst = 0.0
+    for one, other in zip(jax.tree.leaves(value), jax.tree.leaves(reference), strict=True):
+        scale = max(float(np.max(np.abs(other))), 1e-12)
+        worst = max(worst, float(np.max(np.abs(np.asarray(one, np.float64) - other))) / scale)
+    return worst
+
+
+def split(program: Program) -> int:
+    """How many parameters are split over devices."""
+    return sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(program.abstract_state.params))
+
+
+main()

@@ -1,0 +1,86 @@
+"""What a benchmark counts: batches that a step can take, FLOPs of the mathematics, errors in one line."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cli.config import load_config
+from cli.errors import UserError
+from train import costs
+from train.mesh import make_mesh
+from train.peak_flops import Peak
+from train.program import create_program
+from train.timing import Spread
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config_of(name: str, **overrides):
+    return load_config(
+        [f"--config={ROOT}/configs/{name}:debug", *(f"--config.{key}={value}" for key, value in overrides.items())]
+    )
+
+
+def test_figures_of_a_step():
+    figures = costs.step_figures(
+        Spread(median=2.0, low=1.0, high=4.0), batch_size=8, tokens=10, flops=4000, devices=5, peak=Peak(1e3, "a table")
+    )
+    assert figures["seconds"] == {"median": 2.0, "low": 1.0, "high": 4.0}
+    assert figures["examples_per_second"] == {"median": 4.0, "low": 2.0, "high": 8.0}
+    assert figures["tokens_per_second"] == {"median": 40.0, "low": 20.0, "high": 80.0}
+    assert figures["flops_per_second"] == {"median": 2000.0, "low": 1000.0, "high": 4000.0}
+    assert figures["mfu"] == {"median": 0.4, "low": 0.2, "high": 0.8}
+    assert figures["peak_flops_per_second"] == 5e3 and figures["peak_source"] == "a table, times 5"
+
+
+def test_a_made_up_batch_is_what_the_step_takes():
+    config = costs.without_sources(config_of("scenes/dalle.py", **{"models.dalle.text_vocab_size": 3}))
+    program = create_program(config, make_mesh(config.mesh))
+    batch = jax.device_get(costs.made_up_batch(program, config))
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in program.abstract_batch.items()
+    }
+    assert set(np.unique(batch["text"])) == {0, 1, 2}
+    assert batch["index"].tolist() == list(range(8))
+    assert batch["image"].min() < 10 and batch["image"].max() > 245
+
+
+def test_no_other_run_is_needed_and_the_config_stays():
+    config = config_of("scenes/dalle.py", **{"frozen.dvae.source": "runs/nowhere"})
+    assert costs.without_sources(config).frozen.dvae.source == "random"
+    assert config.frozen.dvae.source == "runs/nowhere"
+
+
+def test_flops_are_those_of_the_mathematics():
+    flops = costs.model_flops(config_of("scenes/dalle.py"))
+    again = {"models.dalle.remat": "full", "models.dalle.scan": "true", "mesh.microbatches": 2}
+    assert costs.model_flops(config_of("scenes/dalle.py", **again)) == flops
+    assert costs.model_flops(config_of("scenes/dalle.py", batch_size=16)) == 2 * flops
+    # More than three times the forward products of the dense layers: 12 D^2 a position and layer, D = 32.
+    assert flops > 3 * 8 * 76 * 3 * 2 * 10 * 32**2
+
+
+def test_tokens_and_dtype_are_the_trained_networks():
+    dalle = config_of("scenes/dalle.py", **{"models.dalle.dtype": "bfloat16"})
+    assert costs.tokens_of(dalle) == 12 + 64 and costs.dtype_of(dalle) == "bfloat16"
+    dvae = config_of("scenes/dvae.py")
+    assert costs.tokens_of(dvae) == 0 and costs.dtype_of(dvae) == "float32"
+
+
+def test_what_does_not_fit_is_a_line_that_says_what_to_do(monkeypatch):
+    def load(*arguments):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(costs, "load_frozen", load)
+    monkeypatch.setattr(costs, "made_up_batch", lambda program, config: {})
+    message = "RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes"
+    config = config_of("scenes/dvae.py")
+    with pytest.raises(UserError, match="batch_size=8 does not fit 1 x cpu; lower config.batch_size"):
+        costs.measure_step(config, windows=1, steps=1, warmup=0)
+    with pytest.raises(UserError, match="drawing 64 pictures at once does not fit"):
+        costs.measure_sample(config, windows=1)
+    message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        costs.measure_sample(config, windows=1)
