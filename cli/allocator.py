@@ -10,10 +10,11 @@ pages alone worse than none of them.
 glibc reads them once, before Python starts; so a command sets them and executes itself again, as its first act.
 """
 
-import glob
 import os
 import re
 import sys
+
+from cli.accelerators import has_accelerator
 
 # Tunable of glibc -> (value, the older variable that sets the same thing).
 TUNABLES = {
@@ -25,7 +26,6 @@ TUNABLES = {
 }
 SWITCH = "TESSERA_ALLOCATOR"  # `default` leaves malloc as it is
 ORIGINAL = "TESSERA_ORIGINAL_GLIBC_TUNABLES"  # set from one execution to the next
-ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 _done = False
 
@@ -100,4 +100,4 @@ def _glibc() -> tuple[int, int]:
 def _runs_on_cpu() -> bool:
     """True if JAX_PLATFORMS says so, or says nothing and the machine shows no accelerator."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    return platforms == "cpu" if platforms else not any(glob.glob(pattern) for pattern in ACCELERATORS)
+    return platforms == "cpu" if platforms else not has_accelerator()

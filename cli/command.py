@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from cli.accelerators import spare_the_search_for_a_tpu
+from cli.compilation_cache import keep_compiled_programs
 from cli.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 
 
@@ -30,6 +32,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     A UserError becomes one line on stderr and exit code 2. Ctrl-C outside a training loop ends quietly with 130. Any
     other exception keeps its traceback and Python's exit code 1.
     """
+    spare_the_search_for_a_tpu()
+    keep_compiled_programs()
     try:
         code = main(sys.argv[1:])
     except UserError as error:

@@ -78,22 +78,25 @@ class Chaos:
 
     def _wait(self, process: "subprocess.Popen[bytes]", startup: float, share: float) -> str:
         """Waits for the moment to kill and returns its phase."""
-        draw, begun = self.random.random(), time.monotonic()
+        draw, begun, before = self.random.random(), time.monotonic(), self._log_file()
         if draw < 0.1:
             end = begun + self.random.uniform(0, startup)
             self._until(process, lambda: time.monotonic() > end)
             return "starting"
+        # A run that goes on writes its log anew, up to its checkpoint.
+        self._until(process, lambda: self._log_file() != before)
         first = self._step()
         self._until(process, lambda: self._step() > first)
+        # On average one share of what is left for each kill; the end of the run must stay out of reach.
+        goal = min(first + self.random.uniform(0, 2 * share), 0.97 * self.steps)
         if draw < 0.5:
-            self._until(process, self._is_saving)
-            pause = time.monotonic() + self.random.uniform(0, 0.1)
-            self._until(process, lambda: time.monotonic() > pause or not self._is_saving())
+            self._until(process, lambda: self._is_saving() or self._step() >= goal)
+            pause = self.random.uniform(0, 0.1)
         else:
-            goal = first + self.random.uniform(0, 2 * share)
             self._until(process, lambda: self._step() >= goal)
-            pause = time.monotonic() + self.random.uniform(0, 0.2)
-            self._until(process, lambda: time.monotonic() > pause)
+            pause = self.random.uniform(0, 0.2)
+        end = time.monotonic() + pause
+        self._until(process, lambda: time.monotonic() > end)
         return "saving" if self._is_saving() else "training"
 
     def _until(self, process: "subprocess.Popen[bytes]", condition: Callable[[], bool]) -> None:
@@ -103,6 +106,11 @@ class Chaos:
     def _is_saving(self) -> bool:
         folder = self.workdir / "checkpoints"
         return folder.is_dir() and any("tmp" in path.name for path in folder.iterdir())
+
+    def _log_file(self) -> int:
+        """Which file the log is now."""
+        path = self.workdir / "metrics.jsonl"
+        return path.stat().st_ino if path.exists() else 0
 
     def _step(self) -> int:
         """The last update that the log knows."""
@@ -177,12 +185,12 @@ def main(arguments: Sequence[str]) -> int:
     phases = chaos.run(options.kills, lambda line: print(line, flush=True))
     differences = compare_runs(folder / "whole", folder / "killed")
     ids = {path.name.rsplit("-", 1)[1] for path in (folder / "killed").glob("wandb/offline-run-*")}
-    if len(ids) > 1:
-        differences.append(f"W&B ids {', '.join(sorted(ids))}")
+    if len(ids) != (config.wandb.mode == "offline"):
+        differences.append(f"W&B ids: {', '.join(sorted(ids)) or 'none'}")
     if phases.total() < options.kills:
         differences.append(f"the run was over after {phases.total()} kills: raise config.steps")
     shown = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
-    print(f"killed {phases.total()} times ({shown})")
+    print(f"killed {phases.total()} times ({shown}){'; one W&B id' if len(ids) == 1 else ''}")
     print("alike to the bit" if not differences else f"different: {'; '.join(differences[:8])}")
     return EXIT_FAILURE if differences else EXIT_OK
 

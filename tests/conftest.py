@@ -4,7 +4,10 @@ Shape annotations (jaxtyping) cost nothing in production; here an import hook ma
 package of the project. Both must happen before anything imports JAX or the project, hence at import of this file.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,6 +15,11 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["MPLBACKEND"] = "agg"
 # Optimizing takes most of a tiny program's time; the arithmetic it would change is not what tests are about.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+# Programs that many tests compile are compiled once, also by the commands that tests start; nobody's own cache is used.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tessera-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

@@ -1,11 +1,14 @@
 """`python -m train --config=FILE[:ARGUMENT] --workdir=FOLDER [--config.KEY=VALUE ...]`."""
 
+import signal
+import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from cli import command
 from cli.allocator import reexec_with_fast_allocator
 from cli.config import load_config
-from cli.errors import UserError
+from cli.errors import EXIT_PREEMPTED, UserError
 
 _DESCRIPTION = """\
 Trains what a config says, in a run folder; started again, it continues from the newest checkpoint.
@@ -33,12 +36,19 @@ def main(arguments: Sequence[str]) -> int:
     if not options.workdir:
         raise UserError("--workdir is empty; name a folder such as runs/dvae")
 
+    # Until there is something to save, a stop loses nothing.
+    signal.signal(signal.SIGTERM, _leave)
     # These import jax, which takes seconds that a mistake should not cost.
     from train.loop import train
     from train.processes import join_processes
 
     join_processes(options.distributed)
     return train(config, options.workdir)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    print("SIGTERM: training had not begun; start the same command again", file=sys.stderr)
+    sys.exit(EXIT_PREEMPTED)
 
 
 if __name__ == "__main__":

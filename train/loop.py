@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +48,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     Raises:
       UserError: a mistake in the config, the workdir or a source; the run folder stays as it was.
     """
+    if "://" in str(workdir):
+        raise UserError(f"--workdir={workdir} is not a folder; mount the bucket, see docs/resume_and_tpu.md")
     workdir = Path(workdir)
     _check_config(config)
     with StopSignal() as stop, storage_errors(workdir):
@@ -74,6 +75,8 @@ def _open(config: ConfigDict, workdir: Path, store: CheckpointStore) -> tuple[Co
     def prepare() -> tuple[str, list[int]]:
         with storage_errors(workdir):
             steps = store.steps()
+            for name in store.unfinished():
+                print(f"warning: {store.folder / name} was not finished when the run ended; it is not used", flush=True)
             pin_frozen(config, workdir, resuming=bool(steps))
             open_workdir(workdir, config, resuming=bool(steps))
             copy_tokenizer(config, workdir, resuming=bool(steps))
@@ -101,8 +104,9 @@ class _Training:
 def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
     _check_parts(config, tokenizer)
-    program = create_program(config, make_mesh(config.mesh))
     stream = ExampleStream(config.data, tokenizer, split=config.data.split, seed=config.seed, train=True)
+    example = {name: (value.shape[1:], value.dtype) for name, value in stream.batch([0]).items()}
+    program = create_program(config, make_mesh(config.mesh), example)
     validation_stream = ExampleStream(
         config.data, tokenizer, split=config.data.validation_split, seed=config.seed, train=False
     )
@@ -147,19 +151,35 @@ def _restore(
 ) -> tuple[TrainState, int]:
     """Reads the newest checkpoint that every process can read, or makes a new state."""
     program = training.program
+    abstract = program.abstract_state.as_trees()
+    damaged: list[int] = []
     for step in steps:
-        trees, problem = None, f"another process cannot read checkpoint {store.folder / str(step)}"
+        problem, trees = "another process cannot read it", None
         try:
-            trees = store.restore(step, program.abstract_state.as_trees())
+            store.check(step, abstract)
         except UnreadableCheckpoint as error:
             problem = str(error)
-        if all_agree(trees is not None) and trees is not None:
+            fine = False
+        else:
+            fine = True
+        # Reading is collective: they begin it together or not at all.
+        if all_agree(fine):
+            try:
+                trees = store.restore(step, abstract)
+            except UnreadableCheckpoint as error:
+                problem = str(error)
+                if jax.process_count() > 1:  # the others may be waiting inside: only a new start can go on
+                    store.set_aside(step)
+                    raise UserError(f"{problem}; it was set aside, start the same command again") from error
+        if trees is not None:
+            for number in damaged if is_first() else ():
+                store.set_aside(number)
             return TrainState.from_trees(trees), step
+        damaged.append(step)
         if step == steps[-1]:
             raise UnreadableCheckpoint(f"{problem}; no older one is left")
         if is_first():
             print(f"warning: {problem}; the one before it is used", flush=True)
-            shutil.move(store.folder / str(step), store.folder / f"{step}.unreadable")
     batch = training.stream.batch(training.rows)
     with program.in_mesh():
         state = program.init(place_batch(batch, training.rows, config.batch_size, program.rows))
@@ -211,7 +231,7 @@ def _run(
             last, stopping = step == config.steps, stop.is_due(step)
             evaluation_due = (step > start or start == 0) and (last or step % config.evaluate.every == 0)
             save_due = step > start and (last or stopping or step % config.checkpoint.every == 0)
-            if stopping:
+            if stopping and not last:
                 log.mark_preempting()
             if evaluation_due or save_due:
                 if pending is not None:
@@ -235,6 +255,8 @@ def _run(
             if pending is not None:
                 write(pending)
             pending = (step, metrics) if step % config.log.every == 0 or step == config.steps else None
+
+        log.exit_code = EXIT_OK if step == config.steps else EXIT_PREEMPTED
 
     if training.stream.truncated or training.stream.source.damaged:
         damaged = len(training.stream.source.damaged)

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli.config import flatten
+from cli.errors import EXIT_FAILURE
 from weights.run import METRICS, SAMPLES, read_metrics
 
 _LOG = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class WandbLog:
           run_config: shown as the run's config.
         """
         self._queue: queue.Queue[Callable[[Any], object] | None] = queue.Queue(maxsize=1000)
-        self._thread = None
+        self._thread, self._exit_code = None, 0
         if config.mode != "disabled":
             settings = {
                 "mode": config.mode,
@@ -142,9 +143,15 @@ class WandbLog:
             except queue.Full:
                 _LOG.debug("W&B is behind; a row is left out")
 
-    def close(self, seconds: float = 15.0) -> None:
-        """Lets the thread finish, but not for longer than `seconds`."""
+    def close(self, exit_code: int = 0, seconds: float = 15.0) -> None:
+        """Lets the thread finish, but not for longer than `seconds`.
+
+        Args:
+          exit_code: how the run ended: W&B shows it, and a sweep starts a preempted run again only if it is not 0.
+          seconds: how long to wait.
+        """
         if self._thread is not None:
+            self._exit_code = exit_code
             try:
                 self._queue.put_nowait(None)
             except queue.Full:
@@ -164,7 +171,7 @@ class WandbLog:
             run = wandb.init(settings=wandb.Settings(silent=True), **settings)
             while (action := self._queue.get()) is not None:
                 action(run)
-            run.finish()
+            run.finish(exit_code=self._exit_code)
         except Exception as error:
             # Any failure of a logging service is less important than the run.
             _LOG.warning("W&B stopped (%s); metrics.jsonl goes on", (str(error) or repr(error)).splitlines()[0])
@@ -187,6 +194,7 @@ class RunLog:
 
     def __init__(self, config: ConfigDict, workdir: Path, start: int, run_id: str):
         """Opens them for a run that begins or goes on at step `start`."""
+        self.exit_code = EXIT_FAILURE  # until the run says that it ended otherwise
         self._workdir = workdir
         self._bar = ProgressBar(config.steps, start, workdir.name)
         self._metrics = MetricLog(workdir, start)
@@ -220,9 +228,9 @@ class RunLog:
 
     def close(self) -> None:
         """Closes them all."""
-        self._wandb.close()
         self._metrics.close()
         self._bar.close()
+        self._wandb.close(self.exit_code)
 
 
 class SilentLog(RunLog):
@@ -230,6 +238,7 @@ class SilentLog(RunLog):
 
     def __init__(self) -> None:
         """Opens nothing."""
+        self.exit_code = EXIT_FAILURE
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Does nothing."""

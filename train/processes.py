@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cli.accelerators import has_tpu
 from cli.errors import UserError
 
 # A process that says nothing for this long is taken for dead, and the others end.
@@ -106,20 +107,10 @@ def _parse(where: str) -> dict[str, Any]:
 
 def _in_cluster() -> bool:
     """Whether this process was started as one of several, or on a Cloud TPU, where one process is the special case."""
-    if os.environ.get("JAX_PLATFORMS", "") not in ("", "tpu"):
-        return _in_step()
-    return _in_step() or _on_cloud_tpu()
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return _in_step() or (("tpu" in platforms.split(",") or not platforms) and has_tpu())
 
 
 def _in_step() -> bool:
     """Inside an srun step of several tasks. A batch script itself has SLURM's other variables, but is one process."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-
-
-def _on_cloud_tpu() -> bool:
-    """On a machine with a Cloud TPU: the driver's devices are there, and so is the library."""
-    import glob
-    import importlib.util
-
-    devices = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    return bool(devices) and importlib.util.find_spec("libtpu") is not None

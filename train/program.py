@@ -5,10 +5,11 @@ compiled, measured or described where it could not run.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -61,8 +62,15 @@ class Program:
         return jax.set_mesh(self.mesh)
 
 
-def create_program(config: ConfigDict, mesh: Mesh) -> Program:
+def create_program(
+    config: ConfigDict, mesh: Mesh, example: Mapping[str, tuple[tuple[int, ...], np.dtype]] | None = None
+) -> Program:
     """Builds the program of a config whose frozen stages are resolved, or described by the config itself.
+
+    Args:
+      config: of the run.
+      mesh: the devices.
+      example: shape and dtype of each field of an example, where a dataset is at hand; else what the config says of it.
 
     Raises:
       UserError: if the networks cannot be built, a rule does not fit, or the batch does not divide.
@@ -72,7 +80,7 @@ def create_program(config: ConfigDict, mesh: Mesh) -> Program:
     rows, whole = batch_sharding(mesh), replicated(mesh)
     abstract_batch = {
         name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
-        for name, (shape, dtype) in batch_spec(config.data).items()
+        for name, (shape, dtype) in (example or batch_spec(config.data)).items()
     }
     init_rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # apart from every step's key
     try:

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from cli.config import flatten, from_json, to_json
 from cli.errors import UserError
 from data.pipeline import load_tokenizer
-from weights.run import CONFIG, TOKENIZER, Run
+from weights.run import CONFIG, IDENTITY, TOKENIZER, Run
 from weights.sources import resolve_frozen
 
 # What may change between the starts of one run: its length and batch size, what no update depends on, where things are
-# (a run may move; the step of a frozen stage is pinned), and what to do about an update that was not finite.
+# (a run may move; identity and step of a frozen stage are pinned), and what to do about an update that is not finite.
 CHANGEABLE = re.compile(
     r"steps|batch_size|nonfinite|(mesh|log|checkpoint|wandb)\..*|data\.(workers|data_dir)|frozen\.\w+\.source"
 )
@@ -69,7 +69,8 @@ def storage_errors(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _STORAGE:
+        elsewhere = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(workdir)
+        if error.errno not in _STORAGE or elsewhere:
             raise
         raise UserError(
             f"cannot write the workdir {workdir}: {error.strerror}; free space or allow writing there (or choose "
@@ -85,8 +86,12 @@ _STORAGE = {
 
 def wandb_id(workdir: Path) -> str:
     """An id that stays with the run folder."""
-    path = workdir / "wandb" / "id"
-    if not path.is_file():
+    run_id = Run(workdir, ConfigDict()).identity()
+    if not run_id:
+        run_id = os.urandom(4).hex()
+        path = workdir / IDENTITY
         path.parent.mkdir(exist_ok=True)
-        path.write_text(os.urandom(4).hex(), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+        draft = path.with_suffix(".tmp")
+        draft.write_text(run_id, encoding="utf-8")
+        draft.replace(path)
+    return run_id

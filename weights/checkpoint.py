@@ -4,6 +4,7 @@ A checkpoint is a folder `<step>` of named trees (`params`, `ema_params`, ...), 
 wants and needs no code of the training run.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,6 +50,22 @@ class CheckpointStore:
         named = [path for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir()]
         return sorted((int(path.name) for path in named if any(path.iterdir())), reverse=True)
 
+    def unfinished(self) -> list[str]:
+        """Names of what a save left behind that was cut short: a folder under a temporary name, or an empty one."""
+        if not self.folder.is_dir():
+            return []
+        folders = [path for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(
+            path.name
+            for path in folders
+            if _TEMPORARY in path.name or (path.name.isdigit() and not any(path.iterdir()))
+        )
+
+    def set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, so that it is no longer one but can be looked at."""
+        with contextlib.suppress(FileNotFoundError):  # another process may have been quicker
+            (self.folder / str(step)).rename(self.folder / f"{step}.unreadable")
+
     def save(self, step: int, trees: dict[str, Tree]) -> None:
         """Begins to save named trees; an error of an earlier background save is raised here or by `close`.
 
@@ -59,29 +76,37 @@ class CheckpointStore:
             writer = self._open_writer()
             self._remove_leftovers(step)
             writer.save_checkpointables_async(step, _without_empty(trees), force=True)
-        except OSError as error:
-            raise UserError(f"cannot save a checkpoint in {self.folder}: {error.strerror or error}") from error
+        except Exception as error:  # also what an earlier save in the background met
+            raise UserError(f"cannot save a checkpoint in {self.folder}: {_root_cause(error)}") from error
 
     def restore(self, step: int, abstract: dict[str, Tree]) -> dict[str, Tree]:
         """Reads named trees into the shapes, dtypes and shardings of `abstract` (ShapeDtypeStructs).
 
         Raises:
+          UserError: see `check`.
+          UnreadableCheckpoint: if it is damaged.
+        """
+        self.check(step, abstract)
+        try:
+            loaded = ocp.load_checkpointables(self.folder / str(step), _without_empty(abstract))
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        return {name: loaded.get(name, tree) for name, tree in abstract.items()}
+
+    def check(self, step: int, abstract: dict[str, Tree]) -> None:
+        """Looks at what a checkpoint says of itself, which each process can do on its own: reading it is collective.
+
+        Raises:
           UserError: if a tree is missing or has other paths or shapes than wanted (all of them listed).
           UnreadableCheckpoint: if it is damaged.
         """
-        wanted = _without_empty(abstract)
         stored = self.abstract(step)
         problems = []
-        for name, tree in wanted.items():
+        for name, tree in _without_empty(abstract).items():
             problems += _differences(name, tree, stored.get(name, {}))
         if problems:
             shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise UserError(f"checkpoint {self.folder / str(step)} does not fit this config: {shown}")
-        try:
-            loaded = ocp.load_checkpointables(self.folder / str(step), wanted)
-        except Exception as error:
-            raise self._unreadable(step, error) from error
-        return {name: loaded.get(name, tree) for name, tree in abstract.items()}
 
     def abstract(self, step: int, sharding: jax.sharding.Sharding | None = None) -> dict[str, Tree]:
         """Returns the shapes and dtypes of every tree of a checkpoint, optionally to be placed by `sharding`.
@@ -139,14 +164,22 @@ class CheckpointStore:
     def _remove_leftovers(self, step: int) -> None:
         """An empty folder of that name (a crashed copy, say) would be taken for a checkpoint by Orbax."""
         folder = self.folder / str(step)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # another process may have been quicker
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
-    def _unreadable(self, step: int, error: BaseException) -> UnreadableCheckpoint:
-        return UnreadableCheckpoint(f"checkpoint {self.folder / str(step)} cannot be read: {_root_cause(error)}")
+    def _unreadable(self, step: int, error: Exception) -> Exception:
+        """What to raise for an error of reading: damage, unless it is the machine's trouble and not the file's."""
+        text = _root_cause(error)
+        if isinstance(error, jax.errors.JaxRuntimeError | MemoryError) or any(word in text for word in _NOT_DAMAGE):
+            return UserError(f"checkpoint {self.folder / str(step)} cannot be read here: {text}")
+        return UnreadableCheckpoint(f"checkpoint {self.folder / str(step)} cannot be read: {text}")
 
 
 _NOT_TREES = ("metrics",)
+_TEMPORARY = "orbax-checkpoint-tmp"
+# Of errors that say nothing about the file: no right to read it, no room for it, other processes that do not answer.
+_NOT_DAMAGE = ("PERMISSION_DENIED", "Permission denied", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
 def _without_empty(trees: dict[str, Tree]) -> dict[str, Tree]:

@@ -21,6 +21,7 @@ EVALUATION = "evaluation.json"
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+IDENTITY = "wandb/id"
 DONE = "DONE"
 
 
@@ -69,6 +70,11 @@ class Run:
         """The tokenizer that was copied into the run, or None for a run without text."""
         path = self.folder / TOKENIZER
         return Tokenizer.load(path) if path.is_file() else None
+
+    def identity(self) -> str:
+        """The run's id, random, constant over its life and carried along by a copy or a move; "" if it has none."""
+        path = self.folder / IDENTITY
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
 
     def latest_step(self) -> int:
         """Step of the newest checkpoint.

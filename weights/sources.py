@@ -17,7 +17,7 @@ from weights.run import Run
 Tree = Any
 
 RANDOM = "random"
-_NOT_FIELDS = ("source", "part", "step")
+_NOT_FIELDS = ("source", "part", "step", "run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +68,9 @@ def find_source(source: str, near: Path | None = None) -> str:
 def resolve_frozen(config: ConfigDict, near: Path | None = None) -> None:
     """Fills `config.frozen.<part>` with the network's arguments as its source trained it, and pins its checkpoint.
 
-    Afterwards the config alone says which networks there are, and `step` says with which weights: a source that is
-    trained further does not change the runs that use it. What the config said before of a network that was trained
-    elsewhere only serves to describe it without its run.
+    Afterwards the config alone says which networks there are, and `run` and `step` say with which weights: a source
+    that is trained further does not change the runs that use it, nor does another run take its place. What the config
+    said before of a network that was trained elsewhere only serves to describe it without its run.
 
     Args:
       config: changed in place. An entry's `step` of 0 means the newest checkpoint.
@@ -90,6 +90,7 @@ def resolve_frozen(config: ConfigDict, near: Path | None = None) -> None:
                 entry[key] = value
             entry.source = folder
             entry.step = entry.get("step", 0) or run.latest_step()
+            entry.run = run.identity()
 
 
 def load_frozen(config: ConfigDict, seed: int = 0, abstract: Tree = None) -> dict[str, dict[str, Tree]]:

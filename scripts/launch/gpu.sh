@@ -78,7 +78,8 @@ train() {
 
 # detach: this command again, apart from the terminal.
 detach() {
-  local self=(bash "$ROOT/scripts/launch/gpu.sh" "$COMMAND" "--pause=$PAUSE" "--max_stalled=$MAX_STALLED") session
+  local self=(bash "$ROOT/scripts/launch/gpu.sh" "$COMMAND" "--pause=$PAUSE" "--max_stalled=$MAX_STALLED"
+    "--detach=") session
   LOG=${LOG:-${WORKDIR%/}.log}
   [[ $DETACH =~ ^(tmux|nohup)$ ]] || mistake "--detach=$DETACH is neither tmux nor nohup"
   execute mkdir -p "$(dirname "$LOG")"

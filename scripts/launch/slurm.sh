@@ -77,6 +77,8 @@ job() {
     JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((GPUS_PER_NODE - 1)))
     export JAX_LOCAL_DEVICE_IDS
   fi
+  # srun does not take this over from sbatch.
+  if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
   before=$(newest_step "$WORKDIR")
   # A task that has saved and ended must not take the others with it while they close their files.
   run_watched srun --kill-on-bad-exit=0 --wait=600 "$PYTHON" -m train "${ARGUMENTS[@]}" || code=$?

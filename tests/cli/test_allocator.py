@@ -116,7 +116,7 @@ def test_signals_and_exit_code_pass_through(tmp_path: Path):
         ("os.confstr = lambda name: 'glibc 2.34'", {}),
         ("sys.settrace(lambda *_: None)", {}),
         ("del __file__", {}),
-        ("import cli.allocator; cli.allocator.ACCELERATORS = ('/dev/nul?',)", {"JAX_PLATFORMS": ""}),
+        ("import cli.accelerators; cli.accelerators.DEVICES = ('/dev/nul?',)", {"JAX_PLATFORMS": ""}),
     ],
 )
 def test_command_runs_once_where_the_allocator_does_not_apply(tmp_path: Path, before: str, environment: dict):
@@ -126,7 +126,7 @@ def test_command_runs_once_where_the_allocator_does_not_apply(tmp_path: Path, be
 
 
 def test_machine_without_an_accelerator_needs_no_variable(tmp_path: Path):
-    before = "import cli.allocator; cli.allocator.ACCELERATORS = ('/dev/no-such-device[0-9]*',)"
+    before = "import cli.accelerators; cli.accelerators.DEVICES = ('/dev/no-such-device[0-9]*',)"
     said, _ = run(tmp_path, before=before, JAX_PLATFORMS="")
     assert said["executions"] == 2
 

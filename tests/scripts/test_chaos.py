@@ -17,10 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_ten_kills_change_nothing(scenes_dir, tmp_path):
     command = [sys.executable, "-m", "scripts.chaos", "--config=configs/scenes/dvae.py:debug", "--kills=10"]
     command += [f"--workdir={tmp_path / 'chaos'}", f"--config.data.data_dir={scenes_dir}"]
-    command += ["--config.steps=400", "--config.checkpoint.every=10", "--config.evaluate.every=100"]
+    command += [
+        "--config.steps=400",
+        "--config.checkpoint.every=10",
+        "--config.evaluate.every=100",
+        "--config.wandb.mode=offline",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "killed 10 times" in result.stdout and "saving" in result.stdout and "alike to the bit" in result.stdout
+    assert "one W&B id" in result.stdout
 
     # And a difference would have been seen.
     whole, killed = tmp_path / "chaos" / "whole", tmp_path / "chaos" / "killed"

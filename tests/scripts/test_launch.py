@@ -692,3 +692,11 @@ def test_gpu_goes_on_without_its_terminal(stage):
     assert stage.run(*command[command.index("bash") :]).returncode == 0
     assert stage.record() == [["python", "-m", "train", *HERE]]
     until(lambda: "third" in log.read_text())
+
+
+def test_gpu_detaches_once_though_a_variable_says_so(stage):
+    stage.rules((r"^python", [{"out": "only\n"}]))
+    assert stage.launch("gpu", "train", "--", *HERE, TESSERA_DETACH="nohup").returncode == 0
+    log = stage.clone / "runs" / "x.log"
+    until(lambda: "exit code 0" in log.read_text())
+    assert stage.record() == [["python", "-m", "train", *HERE]]

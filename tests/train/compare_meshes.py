@@ -20,6 +20,7 @@ MESHES = {
     "fsdp": {"data": 1, "fsdp": 8},
     "tensor": {"data": 4, "tensor": 2},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
+    "microbatches": {"data": 2, "fsdp": 2, "tensor": 2, "microbatches": 2},
 }
 
 
@@ -28,6 +29,8 @@ def main() -> None:
         reference = None
         for name, sizes in MESHES.items():
             config = load_config(arguments)
+            if name == "microbatches" and config.objective == "vqvae":
+                continue
             config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, **sizes})
             count = int(np.prod([config.mesh[axis] for axis in ("data", "fsdp", "tensor")]))
             program = create_program(config, make_mesh(config.mesh, jax.devices()[:count]))

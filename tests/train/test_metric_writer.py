@@ -67,8 +67,8 @@ def test_rows_reach_wandb_under_a_constant_id(tmp_path, monkeypatch):
         def log(self, values, step):
             calls.append((step, values))
 
-        def finish(self):
-            calls.append("finished")
+        def finish(self, exit_code):
+            calls.append(f"finished with {exit_code}")
 
     def init(**settings):
         calls.append((settings["id"], settings["mode"], settings["resume"]))
@@ -79,7 +79,7 @@ def test_rows_reach_wandb_under_a_constant_id(tmp_path, monkeypatch):
     log.write(1, {"loss": 2.0})
     log.write(2, {"loss": 1.0})
     log.close()
-    assert calls == [("abc", "offline", "allow"), (1, {"loss": 2.0}), (2, {"loss": 1.0}), "finished"]
+    assert calls == [("abc", "offline", "allow"), (1, {"loss": 2.0}), (2, {"loss": 1.0}), "finished with 0"]
 
 
 def test_a_sweep_is_told_of_a_preemption(tmp_path, monkeypatch):
@@ -89,14 +89,14 @@ def test_a_sweep_is_told_of_a_preemption(tmp_path, monkeypatch):
         def mark_preempting(self):
             calls.append("preempting")
 
-        def finish(self):
-            calls.append("finished")
+        def finish(self, exit_code):
+            calls.append(f"finished with {exit_code}")
 
     fake_wandb(monkeypatch, init=lambda **settings: Run())
     log = WandbLog(wandb_config(), tmp_path, "abc", {})
     log.mark_preempting()
-    log.close()
-    assert calls == ["preempting", "finished"]
+    log.close(exit_code=75)
+    assert calls == ["preempting", "finished with 75"]  # a sweep takes 0 for done, and does not start it again
 
 
 def test_a_wandb_that_fails_neither_stops_nor_delays(tmp_path, monkeypatch, caplog):

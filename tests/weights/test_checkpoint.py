@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from weights.checkpoint import CheckpointStore
+from weights import checkpoint
+from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
 
 TREES = {
     "params": {"net": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3, jnp.bfloat16)}},
@@ -91,3 +92,45 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot save"):
         CheckpointStore(tmp_path / "file" / "checkpoints").save(1, TREES)
+
+
+def test_what_a_cut_short_save_left_is_no_checkpoint_but_is_known(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save(1, TREES)
+    store.close()
+    (tmp_path / "2").mkdir()
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    assert store.steps() == [1] and store.unfinished() == ["2", "3.orbax-checkpoint-tmp"]
+    store.set_aside(1)
+    store.set_aside(1)  # another process was quicker
+    assert store.steps() == [] and (tmp_path / "1.unreadable").is_dir()
+
+
+@pytest.mark.parametrize("message", ["PERMISSION_DENIED: no", "RESOURCE_EXHAUSTED: out of memory"])
+def test_trouble_of_the_machine_is_not_taken_for_damage(tmp_path, monkeypatch, message):
+    store = CheckpointStore(tmp_path)
+    store.save(1, TREES)
+    store.close()
+
+    def load(*arguments):
+        raise ValueError(message)
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", load)
+    with pytest.raises(UserError, match="cannot be read here") as raised:
+        store.load(1, ("params",))
+    assert not isinstance(raised.value, UnreadableCheckpoint)
+
+
+def test_a_failed_save_in_the_background_is_one_line_at_the_next(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    store.save(1, TREES)
+    store.wait()
+
+    def save(*arguments, **settings):
+        raise ValueError("OUT_OF_RANGE: No space left on device")
+
+    monkeypatch.setattr(store._writer, "save_checkpointables_async", save)
+    with pytest.raises(UserError, match="cannot save a checkpoint in .*No space left"):
+        store.save(2, TREES)
+    monkeypatch.undo()
+    store.close()

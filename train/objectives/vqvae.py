@@ -4,7 +4,8 @@
 
 The codebook has no gradient. Each step moves it to the means of what was encoded to each code (App. A.1), starts it
 from encoder outputs if it has never been used, and moves dead codes onto encoder outputs. All of that is sums over the
-global batch in plain jax.numpy, so it is the same for any sharding.
+global batch in plain jax.numpy, so it is the same for any sharding. It is not the same in microbatches, which move the
+codebook one after the other.
 """
 
 import dataclasses
