@@ -20,6 +20,7 @@ setup(
         "array-record>=0.8",
         "beartype>=0.21",
         "einops>=0.8",
+        "filelock>=3.16",  # of JAX's compilation cache, once it has a bound
         "flax>=0.12.8",
         "grain>=0.2.18",
         "importlib-resources>=6.0",

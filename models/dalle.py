@@ -126,7 +126,7 @@ class Dalle(nn.Module):
       conv_kernel: window of "conv" layers.
       conv_edge: its behavior at the edges, see `attention_mask`.
       implementation: see `models.layers.attention.attend`; sampling uses the plain one.
-      scan: trace and compile one layer for all of them (`jax.lax.scan`): large depths compile faster, and parameters
+      scan: trace and compile one layer for all of them (`jax.lax.scan`): a TPU program compiles faster, and parameters
         that are split over devices are gathered one layer at a time. It copies the layers' parameters, in `dtype`, once
         a call, and without `remat` keeps more for the backward pass than layers one by one do. The parameters' names
         and shapes do not depend on it, nor do sampling and initialization.

@@ -10,7 +10,10 @@ import pytest
 from cli.command import run as run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "sample", "evaluation", "scripts.prepare", "scripts.describe", "scripts.demo")
+COMMANDS = (
+    *("train", "sample", "evaluation", "scripts.prepare", "scripts.describe", "scripts.demo"),
+    *("scripts.fit", "scripts.benchmark", "scripts.chaos"),
+)
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,19 +6,42 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from ml_collections import ConfigDict
 
 
 def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Counts what one call of `function` does in matmuls and convolutions, a multiply-add as two.
 
     The program is traced, not compiled or run, so any size costs nothing. A scan counts as often as it iterates, a
-    `while` loop once, and of a `cond` the dearer branch.
+    `while` loop once, and of a `cond` the dearer branch. What a Pallas kernel does inside is not seen: trace networks
+    under `plain_config`.
 
     Args:
       function: traceable.
       *arguments: arrays or ShapeDtypeStructs.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def plain_config(config: ConfigDict, recompute: bool = True) -> ConfigDict:
+    """A copy of an experiment whose networks have their products in sight of `matrix_flops`.
+
+    Networks with an `implementation` use the plain one, which multiplies all pairs of positions, also those that a mask
+    hides and a fused kernel may pass over.
+
+    Args:
+      config: the experiment.
+      recompute: False also switches off `remat`, which does products a second time to save memory: what is left is what
+        the step's mathematics asks for.
+    """
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+        for network in (*plain.models.values(), *plain.frozen.values()):
+            if "implementation" in network:
+                network.implementation = "xla"
+            if "remat" in network and not recompute:
+                network.remat = "none"
+    return plain
 
 
 def _count(jaxpr: Jaxpr) -> int:

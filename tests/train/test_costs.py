@@ -1,6 +1,7 @@
 """What a benchmark counts: batches that a step can take, FLOPs of the mathematics, errors in one line."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -67,6 +68,17 @@ def test_tokens_and_dtype_are_the_trained_networks():
     assert costs.tokens_of(dalle) == 12 + 64 and costs.dtype_of(dalle) == "bfloat16"
     dvae = config_of("scenes/dvae.py")
     assert costs.tokens_of(dvae) == 0 and costs.dtype_of(dvae) == "float32"
+
+
+def test_memory_counts_donated_arguments_once_and_temporary_buffers_on_every_backend():
+    def planned(peak, temp):
+        names = ("argument", "output", "alias", "temp")
+        sizes = dict(zip((f"{name}_size_in_bytes" for name in names), (10, 9, 8, temp), strict=True))
+        return SimpleNamespace(peak_memory_in_bytes=peak, **sizes)
+
+    assert costs.program_bytes(planned(peak=11, temp=100)) == 111  # as a CPU reports
+    assert costs.program_bytes(planned(peak=75, temp=0)) == 75  # as a TPU may
+    assert costs.program_bytes(None) is None
 
 
 def test_what_does_not_fit_is_a_line_that_says_what_to_do(monkeypatch):

@@ -77,7 +77,9 @@ def test_each_kind_sends_what_its_definition_says():
 
 def test_a_tuple_is_the_sum_of_its_arrays():
     text = module(
-        entry(f"ROOT %b = (f32[8,16]{{1,0}}, bf16[4]{{0:T(8)}}, /*index=2*/pred[2]{{0}}) all-reduce(%p, %p, %p), {GROUPS}")
+        entry(
+            f"ROOT %b = (f32[8,16]{{1,0}}, bf16[4]{{0:T(8)}}, /*index=2*/pred[2]{{0}}) all-reduce(%p, %p, %p), {GROUPS}"
+        )
     )
     assert found(text) == {"all-reduce": (1, 2 * (512 + 8 + 2) * 3 // 4)}
 
@@ -90,7 +92,7 @@ def test_start_and_done_are_one_collective():
         + GROUPS
         + ", dimensions={0}, to_apply=%add\n}",
         entry(
-            f"%a = (f32[8,16]{{1,0}}, f32[32,16]{{1,0}}) all-gather-start(%p), channel_id=1, {GROUPS}, dimensions={{0}}",
+            f"%a = (f32[8,16]{{1,0}}, f32[32,16]{{1,0}}) all-gather-start(%p), {GROUPS}, dimensions={{0}}",
             "%b = f32[32,16]{1,0} all-gather-done(%a)",
             "%c = ((f32[8,16]{1,0}), f32[2,16]{1,0}, u32[]) async-start(%p), calls=%wrapped",
             "%d = ((f32[8,16]{1,0}), f32[2,16]{1,0}, u32[]) async-update(%c), calls=%wrapped",
@@ -101,7 +103,9 @@ def test_start_and_done_are_one_collective():
 
 
 def test_a_loop_counts_as_often_as_xla_noted():
-    test, body, call = loop("  ROOT %r = pred[] custom-call(%i)", "1", attributes=', backend_config={"known_trip_count":{"n":"7"}}')
+    test, body, call = loop(
+        "  ROOT %r = pred[] custom-call(%i)", "1", attributes=', backend_config={"known_trip_count":{"n":"7"}}'
+    )
     assert found(module(test, body, entry(call))) == {"all-reduce": (7, 7 * 768)}
 
 
@@ -174,12 +178,12 @@ def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
 
 
 def test_the_dearest_branch_of_a_conditional_counts():
+    shape = "f32[8,16]{1,0}"
+    cheap = f"  ROOT %r = {shape} all-to-all(%q), {GROUPS}"
+    dear = f"  %s = {shape} all-reduce(%q), {GROUPS}\n  ROOT %t = {shape} all-reduce(%s), {GROUPS}"
     branches = [
-        f"%{name} (q: f32[8,16]) -> f32[8,16] {{\n  %q = f32[8,16]{{1,0}} parameter(0)\n{lines}}}"
-        for name, lines in (
-            ("cheap", f"  ROOT %r = f32[2,16]{{1,0}} all-to-all(%q), {GROUPS}\n"),
-            ("dear", f"  %s = f32[8,16]{{1,0}} all-reduce(%q), {GROUPS}\n  ROOT %t = f32[8,16]{{1,0}} all-reduce(%s), {GROUPS}\n"),
-        )
+        f"%{name} (q: f32[8,16]) -> f32[8,16] {{\n  %q = {shape} parameter(0)\n{lines}\n}}"
+        for name, lines in (("cheap", cheap), ("dear", dear))
     ]
     index = "%i = s32[] constant(0)"
     for called in (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from train import peak_flops
-from train.peak_flops import published_peak
+from train.peak_flops import Peak, published_peak
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_nothing_is_guessed_for_other_devices(kind):
     assert published_peak(kind, "bfloat16") is None
 
 
-def test_a_device_without_a_published_peak_is_measured():
+def test_only_a_device_without_a_published_peak_is_measured(monkeypatch):
     asked = []
 
     def measure(dtype: str, size: int) -> float:
@@ -51,6 +51,10 @@ def test_a_device_without_a_published_peak_is_measured():
     peak = peak_flops.peak_flops(jax.devices()[0], "bfloat16", measure)
     assert peak.flops == 7.0 and asked == [("bfloat16", 2048)]
     assert peak.source == "cpu: measured bfloat16 matmul of 2048 x 2048"
+
+    published = Peak(5.0, "a table")
+    monkeypatch.setattr(peak_flops, "published_peak", lambda kind, dtype, cores: published)
+    assert peak_flops.peak_flops(jax.devices()[0], "bfloat16", measure) == published and len(asked) == 1
 
 
 def test_the_measured_rate_is_two_n_cubed_over_the_fastest_product(monkeypatch):

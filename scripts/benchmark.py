@@ -1,0 +1,166 @@
+"""`python -m scripts.benchmark --config=FILE`: what a config costs on the devices at hand."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cli import command
+from cli.allocator import reexec_with_fast_allocator
+from cli.config import load_config
+from cli.errors import UserError
+
+_DESCRIPTION = """\
+Measures a training step (time, examples, tokens and matrix FLOPs a second, share of the device's peak, memory,
+compilation), the data pipeline alone, and sampling. Median, and least to greatest, of several windows after a warm-up.
+Steps run on made-up batches with random frozen stages, so only `data` needs a prepared dataset; none needs a run.
+
+  --config=FILE[:ARGUMENT]   the config; --config.KEY=VALUE overrides a key
+"""
+_PARTS = ("step", "data", "sample")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and measures."""
+    parser = command.parser("scripts.benchmark", _DESCRIPTION)
+    parser.add_argument(
+        "--measure", default="step,data", metavar="PARTS", help=f"some of {','.join(_PARTS)} (default step,data)"
+    )
+    parser.add_argument("--windows", type=int, default=5, help="measurements of each (default 5)")
+    parser.add_argument("--steps", type=int, default=10, help="updates in a window (default 10)")
+    parser.add_argument("--warmup", type=int, default=5, help="updates before the first window (default 5)")
+    parser.add_argument(
+        "--distributed", default="", metavar="WHERE", help="where several processes meet, as for `python -m train`"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options, rest = parser.parse_known_args(arguments)
+    config = load_config(rest)
+    parts = tuple(part for part in options.measure.split(",") if part)
+    if not parts or not set(parts) <= set(_PARTS):
+        raise UserError(f"--measure={options.measure} is not a choice of {','.join(_PARTS)}")
+    if min(options.windows, options.steps) < 1 or options.warmup < 0:
+        raise UserError("--windows and --steps must be at least 1, --warmup at least 0")
+
+    import jax
+
+    from train.processes import join_processes
+
+    join_processes(options.distributed)
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured too
+    report = benchmark(config, parts, windows=options.windows, steps=options.steps, warmup=options.warmup)
+    if jax.process_index() == 0:
+        print(json.dumps(report, indent=2) if options.json else format_report(report))
+
+
+def benchmark(config: Any, parts: Sequence[str], *, windows: int, steps: int, warmup: int) -> dict[str, Any]:
+    """Measures parts of a config's work.
+
+    Args:
+      config: an experiment.
+      parts: of "step", "data", "sample".
+      windows: how many times to measure each.
+      steps: updates in a window.
+      warmup: updates before the first one.
+
+    Returns:
+      environment, objective, batch_size, dtype, and the report of each part; `data` is {"missing": why} if the dataset
+      was not prepared.
+    """
+    from data.pipeline import dataset_folder
+    from train.costs import describe_devices, dtype_of, measure_data, measure_sample, measure_step
+
+    report: dict[str, Any] = {
+        "objective": config.objective,
+        "batch_size": config.batch_size,
+        "dtype": dtype_of(config),
+        "environment": describe_devices(),
+    }
+    if "step" in parts:
+        report["step"] = measure_step(config, windows=windows, steps=steps, warmup=warmup)
+    if "data" in parts:
+        try:
+            dataset_folder(config.data.dataset, config.data.data_dir)
+        except UserError as error:
+            report["data"] = {"missing": str(error)}
+        else:
+            report["data"] = measure_data(config, windows=windows)
+            if "step" in report:
+                consumed = report["step"]["examples_per_second"]["median"]
+                for name, rate in (
+                    ("ratio_to_step", report["data"]["examples_per_second"]["median"]),
+                    ("first_pass_ratio_to_step", report["data"]["first_pass_examples_per_second"]),
+                ):
+                    report["data"][name] = rate / consumed
+    if "sample" in parts:
+        report["sample"] = measure_sample(config, windows=windows)
+    return report
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Lays a report out for a terminal."""
+    machine = report["environment"]
+    load = f", load average {machine['load_average']:.1f}" if machine["load_average"] is not None else ""
+    packages = machine["packages"]
+    lines = [
+        f"{report['objective']}, batch size {report['batch_size']}, {report['dtype']}",
+        f"{machine['device_count']} x {machine['device_kind']} ({machine['cores']} cores{load}), "
+        f"jax {packages['jax']}, flax {packages['flax']}, commit {(machine['commit'] or 'unknown')[:12]}"
+        + (" with changes" if machine["dirty"] else ""),
+    ]
+    if "step" in report:
+        lines += _step_lines(report["step"])
+    if "data" in report:
+        lines += _data_lines(report["data"])
+    if "sample" in report:
+        sample = report["sample"]
+        lines.append(
+            f"sampling        {_spread(sample['images_per_second'])} images/s ({sample['images']} in a call, after "
+            f"{sample['compile_seconds']:.1f} s of compilation)"
+        )
+    return "\n".join(lines)
+
+
+def _step_lines(step: dict[str, Any]) -> list[str]:
+    memory = step["memory"]
+    planned = {
+        "on a device": memory["device_peak_bytes"],
+        "planned by the compiler for a device": memory["program_peak_bytes"],
+        "resident in the process": memory["resident_peak_bytes"],
+    }
+    lines = [
+        f"compilation     {step['compile_seconds']:.1f} s, after {step['trace_seconds']:.1f} s of tracing",
+        f"step            {_spread(step['seconds'], 1e3)} ms ({step['windows']} windows of {step['steps_per_window']})",
+        f"examples        {_spread(step['examples_per_second'])} /s",
+    ]
+    if "tokens_per_second" in step:
+        lines.append(f"tokens          {_spread(step['tokens_per_second'])} /s")
+    return [
+        *lines,
+        f"matrix FLOPs    {_spread(step['flops_per_second'], 1e-9)} GFLOP/s, "
+        f"{step['matrix_flops_per_step'] / 1e9:,.4g} GFLOP a step",
+        f"MFU             {_spread(step['mfu'], 1e2)} % of {step['peak_flops_per_second'] / 1e9:,.4g} GFLOP/s "
+        f"({step['peak_source']})",
+        "peak memory     "
+        + "; ".join(f"{size / 2**20:,.0f} MiB {what}" for what, size in planned.items() if size is not None),
+    ]
+
+
+def _data_lines(data: dict[str, Any]) -> list[str]:
+    if "missing" in data:
+        return [f"data            not measured: {data['missing']}"]
+    ratio = f", {data['ratio_to_step']:.1f} times what a step takes" if "ratio_to_step" in data else ""
+    first = f" ({data['first_pass_ratio_to_step']:.1f} times)" if "first_pass_ratio_to_step" in data else ""
+    return [
+        f"data            {_spread(data['examples_per_second'])} examples/s{ratio}; first pass "
+        f"{data['first_pass_examples_per_second']:,.0f}{first}"
+    ]
+
+
+def _spread(figure: dict[str, float], unit: float = 1.0) -> str:
+    """`median (low to high)`, four digits of each, times `unit`."""
+    median, low, high = (f"{figure[key] * unit:,.4g}" for key in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    reexec_with_fast_allocator()
+    command.run(main)

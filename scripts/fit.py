@@ -1,0 +1,294 @@
+"""`python -m scripts.fit --config=FILE`: whether a training step fits on a slice of TPUs, without having one."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cli import command
+from cli.config import flatten, load_config
+from cli.errors import EXIT_OK, UserError
+from train.chips import GIB, chip_of
+
+EXIT_DOES_NOT_FIT = 1
+
+_DESCRIPTION = """\
+Compiles the real training step of a config with the TPU compiler, on this machine's CPU, for a slice of TPUs that need
+not be there. Shows memory, matrix FLOPs, what the collectives send, and the least time that a step can take. Nothing
+is allocated or run: no dataset and no other run is needed. A large step takes minutes to compile.
+
+  --config=FILE[:ARGUMENT]   the config; --config.KEY=VALUE overrides a key, such as --config.mesh.fsdp=8
+
+The exit code is 0 if the step fits into the memory of its devices and 1 if it does not.
+"""
+
+# What XLA's TPU plugin asks of a TPU machine; it is told once and for all, and does not look for one.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU here, so nobody else's is taken
+}
+
+COLUMNS = (
+    "config",
+    "topology",
+    "data x fsdp x tensor",
+    "microbatches",
+    "parameters",
+    "memory / HBM, GiB",
+    "fits",
+    "PFLOPs a step",
+    "sent, GB",
+    "bound",
+    "MFU at bound",
+    "compiled in",
+    "jax, libtpu",
+    "hashes",
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the command line, compiles or finds the row of the table, and prints."""
+    parser = command.parser("scripts.fit", _DESCRIPTION)
+    parser.add_argument("--topology", default="", help="a slice such as v5e:4x4 (default: config.mesh.topology)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--table", type=Path, help="write a row into this page, unless it is there and still holds")
+    options, rest = parser.parse_known_args(arguments)
+    config = load_config(rest)
+    topology = options.topology or config.mesh.topology
+    if not topology:
+        raise UserError("config.mesh.topology names no slice; give one, such as --topology=v5e:4x4")
+    chip_of(topology)
+    with config.unlocked():
+        config.mesh.topology = topology
+    name = " ".join(rest).replace("--config=", "").replace("--config ", "")
+    hashes = row_hashes(config)
+
+    if options.table:
+        row = find_row(options.table, name, topology)
+        if row and row["hashes"] == hashes:
+            print(
+                json.dumps({"cached": True, **row}, indent=2) if options.json else f"cached: {' | '.join(row.values())}"
+            )
+            return EXIT_OK if row["fits"] == "yes" else EXIT_DOES_NOT_FIT
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is missing: pip install libtpu, or this project's dev extra")
+    os.environ.update(ENVIRONMENT)  # read when jax is imported
+    import jax
+
+    from train.compiled import fit
+
+    # An entry would hide how long compiling takes, and a program for absent devices cannot be loaded from one.
+    jax.config.update("jax_enable_compilation_cache", False)
+    report = describe(name, fit(config, topology), hashes)
+    print(json.dumps(report, indent=2) if options.json else format_report(report))
+    if options.table:
+        write_row(options.table, table_row(report))
+    return EXIT_OK if report["fits"] else EXIT_DOES_NOT_FIT
+
+
+def describe(name: str, fitted: Any, hashes: str) -> dict[str, Any]:
+    """Returns what the command reports, ready for JSON.
+
+    Args:
+      name: the config and its overrides, as they were typed.
+      fitted: a `train.compiled.Fit`.
+      hashes: of `row_hashes`.
+    """
+    compilation, bound = fitted.compilation, fitted.bound
+    return {
+        "config": name,
+        "topology": fitted.topology,
+        "chips": fitted.devices // fitted.chip.devices,
+        "devices": fitted.devices,
+        "mesh": fitted.mesh,
+        "batch_size": fitted.batch_size,
+        "parameters": {"trained": fitted.trained_parameters, "frozen": fitted.frozen_parameters},
+        "fits": compilation.fits,
+        "memory_bytes": compilation.memory_bytes,
+        "hbm_bytes": compilation.available_bytes or fitted.chip.hbm_bytes,
+        "argument_bytes": compilation.argument_bytes,
+        "argument_bytes_without_padding": fitted.shape_bytes,
+        "matrix_flops_per_step": fitted.step_flops,
+        "matrix_flops_with_recomputation": fitted.compute_flops,
+        "collectives": compilation.collectives
+        and {
+            each.kind: {"count": each.count, "sent_bytes": each.sent_bytes} for each in compilation.collectives.traffic
+        },
+        "loops_of_unknown_length": compilation.collectives and compilation.collectives.unknown_loops,
+        "bound": bound
+        and {
+            "seconds": bound.seconds,
+            "by": bound.name,
+            "compute_seconds": bound.compute,
+            "memory_seconds": bound.memory,
+            "interconnect_seconds": bound.interconnect,
+            "mfu": fitted.utilization,
+        },
+        "compile_seconds": compilation.seconds,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "hashes": hashes,
+    }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Lays a report out for a terminal."""
+    needed, hbm = report["memory_bytes"], report["hbm_bytes"]
+    verdict = (
+        f"fits, {_memory(hbm - needed)} left" if report["fits"] else f"does not fit: {_memory(needed - hbm)} too much"
+    )
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if axis != "microbatches")
+    unpadded, padded = report["argument_bytes_without_padding"], report["argument_bytes"]
+    laid_out = f", {_memory(padded)} as laid out" if padded else ""
+    flops, computed = report["matrix_flops_per_step"], report["matrix_flops_with_recomputation"]
+    lines = {
+        "config": report["config"],
+        "topology": f"{report['topology']}: {report['chips']} chips, {report['devices']} devices",
+        "mesh": f"{mesh}; {report['mesh']['microbatches']} microbatch(es) of a batch of {report['batch_size']}",
+        "parameters": f"{report['parameters']['trained']:,} trained, {report['parameters']['frozen']:,} frozen",
+        "memory of a device": f"{_memory(needed)} of {_memory(hbm)}: {verdict}",
+        "  of it arguments": f"{_memory(unpadded)} by their shapes{laid_out}",
+        "matrix FLOPs of a step": f"{flops:.4g}; {computed:.4g} with what is computed again to save memory",
+    }
+    for kind, each in (report["collectives"] or {}).items():
+        lines[f"  {kind}"] = f"{each['count']} a step, {each['sent_bytes'] / 1e9:.4g} GB sent by a device"
+    if report["loops_of_unknown_length"]:
+        lines["  incomplete"] = f"{report['loops_of_unknown_length']} loops of unknown length are counted once"
+    if bound := report["bound"]:
+        parts = ", ".join(f"{part} {bound[f'{part}_seconds']:.4g}" for part in ("compute", "memory", "interconnect"))
+        lines["step time at least"] = f"{bound['seconds']:.4g} s, by {bound['by']} ({parts})"
+        lines["MFU at most"] = f"{bound['mfu']:.1%} (compiled, not run)"
+    lines["compiled in"] = f"{report['compile_seconds']:.0f} s, {_versions(report)}"
+    return "\n".join(f"{name:<24}{text}" for name, text in lines.items())
+
+
+def row_hashes(config: Any) -> str:
+    """Two short hashes: of what the compiled step depends on in the config, and of that with the compiler's versions.
+
+    Where data lies, how often a run is saved, evaluated or logged, and which run a frozen stage comes from make no
+    difference to the step.
+    """
+    apart = ("group.", "seed.", "log.", "checkpoint.", "evaluate.", "wandb.", "sample.", "initialize.")
+    flat = {f"{key}.": value for key, value in flatten(config).items()}
+    kept = {
+        key: value
+        for key, value in sorted(flat.items())
+        if not key.startswith(apart)
+        and not (key.startswith("data.") and key not in ("data.image_size.", "data.text_length."))
+        and not (key.startswith("frozen.") and key.endswith((".source.", ".step.")))
+    }
+    versions = [importlib.metadata.version(name) for name in ("jax", "libtpu") if importlib.util.find_spec(name)]
+    return f"{_short_hash(kept)} {_short_hash([kept, versions])}"
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
+def table_row(report: Mapping[str, Any]) -> dict[str, str]:
+    """A report as a row of the table: column -> text."""
+    bound, traffic = report["bound"], report["collectives"]
+    mesh = report["mesh"]
+    sent = sum(each["sent_bytes"] for each in traffic.values()) if traffic is not None else None
+    texts = (
+        report["config"],
+        report["topology"],
+        f"{mesh['data']} x {mesh['fsdp']} x {mesh['tensor']}",
+        str(mesh["microbatches"]),
+        _count(report["parameters"]["trained"]),
+        f"{report['memory_bytes'] / GIB:.2f} / {report['hbm_bytes'] / GIB:.2f}",
+        "yes" if report["fits"] else "no",
+        f"{report['matrix_flops_per_step'] / 1e15:.4g}",
+        "-" if sent is None else f"{sent / 1e9:.3g}",
+        f"{bound['seconds']:.3g} s, {bound['by']}" if bound else "-",
+        f"{bound['mfu']:.0%}" if bound else "-",
+        f"{report['compile_seconds']:.0f} s",
+        ", ".join(report["versions"].values()),
+        report["hashes"],
+    )
+    return dict(zip(COLUMNS, texts, strict=True))
+
+
+def read_table(page: Path) -> list[dict[str, str]]:
+    """Reads the rows of a page's table.
+
+    Raises:
+      UserError: if the page is missing or has no such table.
+    """
+    lines = _lines(page)
+    rows = []
+    for line in lines[_header(page, lines) + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append(dict(zip(COLUMNS, (cell.strip() for cell in line.strip("|").split("|")), strict=True)))
+    return rows
+
+
+def find_row(page: Path, config: str, topology: str) -> dict[str, str] | None:
+    """The row of a config, with its overrides, on a slice."""
+    return next((row for row in read_table(page) if (row["config"], row["topology"]) == (config, topology)), None)
+
+
+def write_row(page: Path, row: Mapping[str, str]) -> None:
+    """Puts a row in the place of the one for the same config and slice, or after the last one.
+
+    Raises:
+      UserError: if the page is missing or has no such table.
+    """
+    lines = _lines(page)
+    rows = read_table(page)
+    first = _header(page, lines) + 2
+    keys = [(each["config"], each["topology"]) for each in rows]
+    key = (row["config"], row["topology"])
+    place = keys.index(key) if key in keys else len(rows)
+    lines[first + place : first + place + (key in keys)] = [_line(row[column] for column in COLUMNS)]
+    new = page.with_suffix(".tmp")
+    new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    new.replace(page)
+
+
+def _lines(page: Path) -> list[str]:
+    try:
+        return page.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {page} ({error.strerror}); --table names a page that has the table") from error
+
+
+def _header(page: Path, lines: list[str]) -> int:
+    """Number of the line with the column names."""
+    if _line(COLUMNS) not in lines:
+        raise UserError(f"{page} has no table with the columns {', '.join(COLUMNS)}; docs/tpu.md has")
+    return lines.index(_line(COLUMNS))
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _count(number: int) -> str:
+    """`12.29 B`, `97.6 M`, `512 K`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return str(number)
+
+
+def _memory(size: int) -> str:
+    """`15.75 GiB`, `3.1 MiB`."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _versions(report: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+
+
+if __name__ == "__main__":
+    command.run(main)

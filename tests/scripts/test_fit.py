@@ -1,0 +1,244 @@
+"""The command that compiles for a TPU without one: its table, its errors, and the real compiler."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.config import load_config
+from cli.errors import UserError
+from scripts import fit
+from scripts.describe import describe
+from train.chips import GIB
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "tpu.md"
+PAPERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs" / "paper").glob("[a-z]*.py"))
+CONFIG = "configs/paper/dalle_12b.py:debug"
+
+
+def config_of(*overrides: str):
+    return load_config([f"--config={ROOT / CONFIG}", *overrides])
+
+
+def report_of(**changes):
+    report = {
+        "config": CONFIG,
+        "topology": "v5e:2x2",
+        "chips": 4,
+        "devices": 4,
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 1, "microbatches": 3},
+        "batch_size": 8,
+        "parameters": {"trained": 12_293_853_056, "frozen": 97_616_006},
+        "fits": True,
+        "memory_bytes": 12 * GIB,
+        "hbm_bytes": int(15.75 * GIB),
+        "argument_bytes": 3 * GIB,
+        "argument_bytes_without_padding": 2 * GIB,
+        "matrix_flops_per_step": 2.5e15,
+        "matrix_flops_with_recomputation": 3e15,
+        "collectives": {
+            "all-reduce": {"count": 7, "sent_bytes": 3_000_000_000},
+            "all-gather": {"count": 2, "sent_bytes": 500_000_000},
+        },
+        "loops_of_unknown_length": 0,
+        "bound": {
+            "seconds": 3.8,
+            "by": "compute",
+            "compute_seconds": 3.8,
+            "memory_seconds": 0.1,
+            "interconnect_seconds": 0.2,
+            "mfu": 0.834,
+        },
+        "compile_seconds": 61.2,
+        "versions": {"jax": "1.2.3", "libtpu": "4.5.6"},
+        "hashes": "aaaaaaaa bbbbbbbb",
+    }
+    return {**report, **changes}
+
+
+REFUSED = {"fits": False, "memory_bytes": 96 * GIB, "argument_bytes": None, "collectives": None, "bound": None}
+
+
+@pytest.fixture
+def page(tmp_path):
+    path = tmp_path / "page.md"
+    rule = "|---" * len(fit.COLUMNS) + "|"
+    path.write_text(f"# Title\n\nText.\n\n| {' | '.join(fit.COLUMNS)} |\n{rule}\n\nMore text.\n")
+    return path
+
+
+def test_a_row_says_what_the_report_says():
+    row = fit.table_row(report_of())
+    assert row["data x fsdp x tensor"] == "2 x 2 x 1" and row["microbatches"] == "3"
+    assert row["parameters"] == "12.29 B" and row["memory / HBM, GiB"] == "12.00 / 15.75"
+    assert (row["fits"], row["PFLOPs a step"], row["sent, GB"]) == ("yes", "2.5", "3.5")
+    assert (row["bound"], row["MFU at bound"]) == ("3.8 s, compute", "83%")
+    assert (row["compiled in"], row["jax, libtpu"]) == ("61 s", "1.2.3, 4.5.6")
+    refused = fit.table_row(report_of(**REFUSED))
+    assert (refused["fits"], refused["memory / HBM, GiB"]) == ("no", "96.00 / 15.75")
+    assert refused["bound"] == refused["sent, GB"] == refused["MFU at bound"] == "-"
+
+
+def test_a_report_says_by_how_much_a_step_fits_or_not():
+    text = fit.format_report(report_of())
+    assert "12.00 GiB of 15.75 GiB: fits, 3.75 GiB left" in text
+    assert "3.8 s, by compute" in text and "83.4% (compiled, not run)" in text
+    text = fit.format_report(report_of(**REFUSED))
+    assert "96.00 GiB of 15.75 GiB: does not fit: 80.25 GiB too much" in text and "MFU" not in text
+
+
+def test_a_table_is_written_a_row_at_a_time(page):
+    first, other = (fit.table_row(report_of(topology=topology)) for topology in ("v5e:2x2", "v6e:2x2"))
+    fit.write_row(page, first)
+    fit.write_row(page, other)
+    assert fit.read_table(page) == [first, other]
+    changed = fit.table_row(report_of(compile_seconds=9.0))
+    fit.write_row(page, changed)
+    assert fit.read_table(page) == [changed, other]
+    assert fit.find_row(page, CONFIG, "v6e:2x2") == other
+    assert fit.find_row(page, CONFIG, "v4:2x2x1") is None
+    lines = page.read_text().splitlines()
+    assert lines[:3] == ["# Title", "", "Text."] and lines[-2:] == ["", "More text."]
+
+
+@pytest.mark.parametrize(("changes", "code"), [({}, 0), (REFUSED, 1)])
+def test_a_row_that_still_holds_is_not_compiled_again(page, capsys, changes, code):
+    arguments = [f"--config={CONFIG}", "--config.mesh.fsdp=2"]
+    hashes = fit.row_hashes(load_config(arguments))
+    name = f"{CONFIG} --config.mesh.fsdp=2"
+    fit.write_row(page, fit.table_row(report_of(config=name, hashes=hashes, **changes)))
+    before = page.read_text()
+    assert fit.main([*arguments, f"--table={page}"]) == code
+    assert capsys.readouterr().out.startswith("cached: ")
+    assert fit.main([*arguments, f"--table={page}", "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["cached"] is True
+    assert page.read_text() == before
+
+
+def test_a_hash_follows_what_the_compiled_step_depends_on():
+    hashes = fit.row_hashes(config_of())
+    apart = ("log.every=7", "seed=3", "data.data_dir=/d", "frozen.dvae.source=runs/x", "checkpoint.keep=9")
+    assert fit.row_hashes(config_of(*(f"--config.{each}" for each in apart))) == hashes
+    for each in ("batch_size=8", "models.dalle.width=64", "mesh.fsdp=2", "data.image_size=64", "optimizer.b1=0.5"):
+        of_config, of_all = fit.row_hashes(config_of(f"--config.{each}")).split()
+        assert of_config not in hashes and of_all not in hashes
+    topology = fit.row_hashes(config_of("--config.mesh.topology=v6e:2x2"))
+    assert topology != hashes
+
+
+def test_a_hash_follows_the_compilers_versions(monkeypatch):
+    of_config, of_all = fit.row_hashes(config_of()).split()
+    monkeypatch.setattr(fit.importlib.metadata, "version", lambda name: "9.9")
+    new_config, new_all = fit.row_hashes(config_of()).split()
+    assert new_config == of_config and new_all != of_all
+
+
+def test_mistakes_are_one_line(page, monkeypatch):
+    with pytest.raises(UserError, match="unknown topology 'v5litepod:2x2'; choose one of v3:2x2 .* v5e:4x4"):
+        fit.main([f"--config={CONFIG}", "--topology=v5litepod:2x2"])
+    with pytest.raises(UserError, match="config.mesh.topology names no slice"):
+        fit.main(["--config=configs/scenes/dvae.py"])
+    with pytest.raises(UserError, match="cannot read .*none.md"):
+        fit.main([f"--config={CONFIG}", f"--table={page.parent / 'none.md'}"])
+    page.write_text("no table")
+    with pytest.raises(UserError, match="has no table with the columns config, topology"):
+        fit.main([f"--config={CONFIG}", f"--table={page}"])
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UserError, match="the TPU compiler is missing: pip install libtpu"):
+        fit.main([f"--config={CONFIG}"])
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_paper_config_names_a_slice_and_fits_there(name):
+    """The row is of the config as it is now: `python -m scripts.fit --config=... --table=docs/tpu.md` renews it."""
+    config = load_config([f"--config={ROOT / name}"])
+    row = fit.find_row(PAGE, name, config.mesh.topology)
+    assert row is not None, f"docs/tpu.md has no row of {name} on {config.mesh.topology}"
+    assert row["hashes"].split()[0] == fit.row_hashes(config).split()[0], f"the row of {name} is out of date"
+    assert row["fits"] == "yes"
+
+
+def test_the_12_billion_transformer_does_not_fit_16_chips():
+    """Both answers are on the page, and arithmetic gives the second too."""
+    name = "configs/paper/dalle_12b.py"
+    row = fit.find_row(PAGE, f"{name} --config.mesh.fsdp=16", "v5e:4x4")
+    assert row is not None and row["fits"] == "no"
+    needed, available = (float(part) for part in row["memory / HBM, GiB"].split(" / "))
+    # Parameters, two moments and the moving average, 4 bytes each; a layer's input for each of 64 layers, in bfloat16.
+    state = 16 * 12_293_853_056 / 16 / GIB
+    inputs = 64 * (1024 / 16) * 1280 * 3968 * 2 / GIB
+    assert needed > state + inputs > available
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-m", "scripts.fit", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_real_compiler_answers(page):
+    arguments = (f"--config={CONFIG}", "--config.frozen.dvae.source=runs/nowhere", f"--table={page}")
+    result = run_command(*arguments, "--json")
+    assert result.returncode == 0 and result.stderr == ""
+    report = json.loads(result.stdout)
+    expected = describe(config_of("--config.models.dalle.remat=none"), depth=1)
+    assert report["parameters"]["trained"] == expected["trained"]["dalle"]["parameters"]
+    assert report["matrix_flops_per_step"] == expected["matrix_flops_per_step"]
+    assert (report["chips"], report["devices"], report["mesh"]["data"]) == (4, 4, 4)
+    assert report["fits"] and report["loops_of_unknown_length"] == 0
+    # Tiles pad small arrays to many times their size; activations of one example are small too.
+    assert report["argument_bytes_without_padding"] < report["argument_bytes"] < report["memory_bytes"] < 64 * 2**20
+    # Data parallel: float32 gradients of all parameters are summed over 4 devices, and a few metrics.
+    gradients = 2 * 4 * report["parameters"]["trained"] * 3 // 4
+    assert set(report["collectives"]) == {"all-reduce"}
+    assert gradients / 2 <= report["collectives"]["all-reduce"]["sent_bytes"] < 1.1 * gradients
+    again = run_command(*arguments)
+    assert again.returncode == 0 and again.stdout.startswith("cached: ")
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_exits_with_1():
+    # The pictures alone, 2^25 of 32 x 32 bytes x 3, are 24 GiB on each of four devices.
+    result = run_command("--config=configs/paper/dvae.py:debug", "--config.batch_size=33554432")
+    assert result.returncode == 1 and result.stderr == "", result.stderr
+    assert "of 15.75 GiB: does not fit: " in result.stdout
+
+
+UNROLLED = """
+import json, os, sys
+from scripts.fit import ENVIRONMENT
+os.environ.update(ENVIRONMENT)
+from cli.config import load_config
+from train.compiled import step_flops, topology_devices
+from train.mesh import make_mesh
+from train.program import create_program
+config = load_config(sys.argv[1:])
+mesh = make_mesh(config.mesh, topology_devices("v5e:2x2"))
+program = create_program(config, mesh)
+with program.in_mesh():
+    step = program.train_step.lower(program.abstract_state, program.abstract_frozen, program.abstract_batch).compile()
+print(json.dumps([step_flops(config, mesh), 4 * step.cost_analysis()["flops"]]))
+"""
+
+
+@pytest.mark.slow
+def test_matrix_flops_are_what_the_compiler_counts_where_it_counts_right():
+    sizes = {"width": 512, "heads": 8, "depth": 2, "remat": "none", "scan": "false", "dtype": "float32"}
+    overrides = [f"--config.models.dalle.{name}={value}" for name, value in sizes.items()]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(
+        [sys.executable, "-c", UNROLLED, f"--config={CONFIG}", "--config.batch_size=64", *overrides],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    counted, compiled = json.loads(result.stdout)
+    assert counted == pytest.approx(compiled, rel=0.05)

@@ -1,0 +1,134 @@
+"""What one TPU device has and can do at best, and the step time that follows from it.
+
+Nothing here was measured: the rates are the vendor's, and a bound is what no program can beat on such a device.
+"""
+
+import dataclasses
+import re
+
+from cli.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of TPU. A device is what JAX calls one: a whole chip, or one of its two cores.
+
+    Attributes:
+      name: what a topology's name begins with.
+      devices: on a chip. Ahead of time, v3, v4 and TPU7x give two devices a chip, v5p one for both cores.
+      hbm_bytes: of a device, as far as a program may use it: what the compiler names as available when memory runs out
+        (libtpu 0.0.42.1). The published capacity of the chip is a little more.
+      flops: dense bfloat16 FLOPs a second of a device.
+      hbm_rate: bytes a second between a device and its memory.
+      interconnect_rate: bytes a second that a device can send over all its links in a slice, in one direction.
+      topologies: slices by name; others that the compiler takes are fine too.
+    """
+
+    name: str
+    devices: int
+    hbm_bytes: int
+    flops: float
+    hbm_rate: float
+    interconnect_rate: float
+    topologies: tuple[str, ...]
+
+
+_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
+
+def _chip(
+    name: str, devices: int, hbm_gib: float, tflops: int, hbm_gb: int, links_gb: int, shapes: tuple[str, ...]
+) -> Chip:
+    """A row of the table: rates of a whole chip, in TFLOP/s and GB/s, memory of a device in GiB."""
+    return Chip(
+        name=name,
+        devices=devices,
+        hbm_bytes=int(hbm_gib * GIB),
+        flops=tflops * 1e12 / devices,
+        hbm_rate=hbm_gb * 1e9 / devices,
+        interconnect_rate=links_gb * 1e9 / devices,
+        topologies=shapes,
+    )
+
+
+# Rates of a chip by the page of its name under docs.cloud.google.com/tpu/docs (v3, v4, v5e, v5p-training, v6e, tpu7x).
+# Of the interconnect's bandwidth in both directions together (v5e 400, v5p 1200, v6e 800, TPU7x 1200 GB/s), half. The
+# pages of v3 and v4 only have the all-reduce bandwidth of a pod (340 TB/s, 1.1 PB/s), which is taken over its chips
+# (1024, 4096); for v5e and v6e that gives the same half.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        _chip("v3", 2, 15.48, 123, 900, 332, ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16", "16x32", "32x32")),
+        _chip("v4", 2, 15.25, 275, 1200, 268, _CUBE),
+        _chip("v5e", 1, 15.75, 197, 819, 200, ("1x1", *_PLANE)),
+        _chip("v5p", 1, 95.74, 459, 2765, 600, _CUBE),
+        _chip("v6e", 1, 31.25, 918, 1638, 400, ("1x1", *_PLANE)),
+        _chip("tpu7x", 2, 94.75, 2307, 7380, 600, _CUBE),
+    )
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """Returns the chip of a topology such as `v5e:4x4`.
+
+    Raises:
+      UserError: if it is not written so, or there is no such chip; lists what there is.
+    """
+    found = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", topology)
+    if found is None or found[1] not in CHIPS:
+        raise UserError(f"unknown topology {topology!r}; choose one of {known_topologies()}")
+    return CHIPS[found[1]]
+
+
+def known_topologies() -> str:
+    """The names that a user can choose from, in one line."""
+    return "; ".join(" ".join(f"{chip.name}:{shape}" for shape in chip.topologies) for chip in CHIPS.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A lower bound of the time that a step takes (Williams et al. 2009, "Roofline").
+
+    Attributes:
+      compute: seconds for the matrix FLOPs at the device's peak.
+      memory: seconds to read every argument and write every result once.
+      interconnect: seconds to send what the collectives send, over all links at once.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @property
+    def seconds(self) -> float:
+        """The largest of the three: a step takes at least so long, as if all else were hidden behind it."""
+        return max(self.compute, self.memory, self.interconnect)
+
+    @property
+    def name(self) -> str:
+        """Which of the three that is."""
+        return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
+
+    def utilization(self, chip: Chip, flops: int | float) -> float:
+        """The share of its peak that a device reaches at this bound.
+
+        Args:
+          chip: the kind of device.
+          flops: of a step and device, without what is computed a second time (Chowdhery et al. 2022, "PaLM", app. B).
+        """
+        return flops / chip.flops / self.seconds
+
+
+def roofline(chip: Chip, *, flops: int | float, hbm_bytes: int | float, sent_bytes: int | float) -> Bound:
+    """The bound of a step, from what one device does in it.
+
+    Args:
+      chip: the kind of device.
+      flops: matrix FLOPs, those that are computed a second time included.
+      hbm_bytes: arguments and results of the step.
+      sent_bytes: by the collectives.
+    """
+    return Bound(flops / chip.flops, hbm_bytes / chip.hbm_rate, sent_bytes / chip.interconnect_rate)

@@ -1,0 +1,61 @@
+"""Wall-clock time of repeated work, in windows."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What several windows gave.
+
+    Attributes:
+      median: of the windows.
+      low: the least of them.
+      high: the greatest.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of one value for each window."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def rate(self, amount: float | int) -> "Spread":
+        """How much is done a second, if this is the seconds that `amount` takes."""
+        return Spread(amount / self.median, amount / self.high, amount / self.low)
+
+    def over(self, unit: float | int) -> "Spread":
+        """This, in units of `unit`."""
+        return Spread(self.median / unit, self.low / unit, self.high / unit)
+
+
+def time_windows(
+    run: Callable[[int], None],
+    *,
+    windows: int,
+    steps: int,
+    warmup: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Spread:
+    """Seconds that one step takes.
+
+    Args:
+      run: does so many steps, and returns when the last is done.
+      windows: how many times to measure.
+      steps: in a window; nothing waits for a device between them.
+      warmup: steps before the first window.
+      clock: seconds.
+    """
+    if warmup:
+        run(warmup)
+    seconds = []
+    for _ in range(windows):
+        start = clock()
+        run(steps)
+        seconds.append((clock() - start) / steps)
+    return Spread.of(seconds)
