@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cli.errors import UserError
@@ -74,6 +75,23 @@ class HealthCheck:
                 raise UserError(f"{PATIENCE} updates in a row were not finite and skipped; the last: {what}")
             self._say(f"warning: {what}; this update is left out")
 
+    def check_state(self, step: int, params: Tree, variables: Tree) -> None:
+        """Looks at what is about to be saved: a finite gradient, too, can make an update that overflows.
+
+        Raises:
+          UserError: names the first values that are not finite.
+        """
+        tree = {"params": params, "variables": variables}
+        finite = np.asarray(_are_finite(jax.tree.leaves(tree)))
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        broken = [path for path, fine in zip(paths, finite, strict=True) if not fine]
+        if broken:
+            rest = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise UserError(
+                f"step {step}: {', '.join(broken[:3])}{rest} is no longer finite, though every gradient was; lower the "
+                "learning rate; nothing of it is saved, the last checkpoint is intact"
+            )
+
     def _describe(self, step: int, metrics: Metrics, norms: np.ndarray) -> str:
         values = means(jax.device_get(metrics))
         shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if name not in _NOT_SHOWN)
@@ -81,6 +99,12 @@ class HealthCheck:
         rest = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         where = f"; the gradient is not finite at {', '.join(broken[:3])}{rest}" if broken else ""
         return f"step {step} is not finite: {shown}{where}"
+
+
+@jax.jit
+def _are_finite(leaves: list[Any]) -> Any:
+    """Whether each array is finite, bool [n]."""
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
 
 
 _NOT_SHOWN = ("examples_seen", "learning_rate")

@@ -241,6 +241,7 @@ def _run(
             if evaluation_due:
                 log.write_evaluation(step, _evaluate(training, state), _previews(config, training, state))
             if save_due:
+                health.check_state(step, state.params, state.variables)
                 log.sync()
                 store.save(step, state.as_trees())
             if evaluation_due or save_due:

@@ -53,6 +53,9 @@ def make_train_step(
     turn. That is the gradient of the whole batch for every loss that is a mean over examples. It is not for what the
     examples of a batch decide together, such as a codebook moved by their codes: each part then stands alone.
 
+    An update that is skipped leaves everything as it was but `step` and `examples_seen`: the optimizer's own count,
+    which its schedule follows, stays, so that the schedule lags the logged step by the updates skipped.
+
     Args:
       config: of the run.
       objective: gives the loss.

@@ -72,7 +72,7 @@ def test_a_step_on_every_mesh_is_that_of_one_device():
 LAYOUTS = {
     "data": ("--config.mesh.data=8",),
     "fsdp": ("--config.mesh.data=1", "--config.mesh.fsdp=8"),
-    "fsdp x tensor": ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"),
+    "fsdp x tensor": ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=4"),
 }
 
 
@@ -80,6 +80,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", ["dvae", "dalle"])
 def test_one_loss_curve_on_every_layout(name, scenes_dir, start_pair, tmp_path):
     config, *overrides = CONFIGS[name]
+    overrides += ["--config.models.dalle.heads=4"] if name == "dalle" else []
     overrides += ["--config.steps=20", "--config.log.every=1", "--config.wandb.mode=disabled"]
     overrides += ["--config.evaluate.every=1000", "--config.optimizer.schedule.warmup_steps=1"]
     config = config.removeprefix("--config=")

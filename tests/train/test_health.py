@@ -44,6 +44,16 @@ def test_norms_whose_squares_overflow_are_not_finite_as_in_the_step():
         check.settle(1)
 
 
+def test_a_state_that_overflowed_is_not_saved():
+    check = HealthCheck("stop", PARAMS, print)
+    fine = {"net": {"a": jnp.ones(2), "n": jnp.int32(3)}}
+    check.check_state(1, fine, {})
+    with pytest.raises(UserError, match="step 2: params/net/a is no longer finite"):
+        check.check_state(2, {"net": {**fine["net"], "a": jnp.asarray([1.0, jnp.inf])}}, {})
+    with pytest.raises(UserError, match="step 3: variables/codebook is no longer finite"):
+        check.check_state(3, fine, {"codebook": jnp.asarray(jnp.nan)})
+
+
 def test_skipped_updates_are_reported_until_there_are_too_many():
     said = []
     check = HealthCheck("skip", PARAMS, said.append)

@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from train import processes
 from train.processes import END_SECONDS, HEARTBEAT_SECONDS, join_processes
 from weights.run import Run, read_metrics
 
@@ -28,8 +30,33 @@ def test_without_a_cluster_a_process_is_on_its_own(monkeypatch):
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
     join_processes("")
     join_processes("none")
+
+    def initialize(**arguments):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match="finds no cluster"):
         join_processes("auto")
+
+
+@pytest.mark.parametrize(
+    ("variables", "tpu", "joined"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2"}, False, True),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False, False),  # a batch script, which is one process
+        ({"JAX_PLATFORMS": ""}, True, True),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, True, True),
+        ({"JAX_PLATFORMS": "cpu"}, True, False),
+    ],
+)
+def test_slurm_and_cloud_tpu_are_detected(monkeypatch, variables, tpu, joined):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(processes, "has_tpu", lambda: tpu)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    join_processes("")
+    assert len(calls) == joined and not any("coordinator_address" in call for call in calls)
 
 
 @pytest.mark.slow
