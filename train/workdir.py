@@ -46,7 +46,10 @@ def open_workdir(workdir: Path, config: ConfigDict, resuming: bool) -> None:
         if changed:
             shown = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
             raise UserError(f"{workdir} was started with another config ({shown}); use a new --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the workdir {workdir}: {error.strerror}; choose another --workdir") from error
     draft = path.with_suffix(".tmp")
     draft.write_text(to_json(config), encoding="utf-8")
     draft.replace(path)
@@ -78,10 +81,7 @@ def storage_errors(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-_STORAGE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.ENOTDIR, errno.EEXIST),  # a file stands where the folder should be
-}
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def wandb_id(workdir: Path) -> str:
