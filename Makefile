@@ -26,7 +26,7 @@ demo: $(VENV)/.base  ## train the small systems on the embedded data and draw th
 test: $(VENV)/.dev  ## the fast tests
 	@$(RUN) pytest -m "not slow and not parity"
 
-test-slow: $(VENV)/.dev  ## the slow tests: killed runs, many devices, the whole demo at debug size
+test-slow: $(VENV)/.dev  ## the slow tests: killed runs, many devices and processes, the TPU compiler, the whole demo at debug size
 	@$(RUN) pytest -m slow
 
 check: $(VENV)/.dev  ## lint, formatting, types
