@@ -14,7 +14,7 @@ per block, PowerSGD) is replaced by bfloat16. `debug` runs a tiny size on `scene
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults
-from configs.mesh_rules import CONVOLUTIONS, TRANSFORMER, WHOLE
+from configs.mesh_rules import FROZEN_CONVOLUTIONS, TRANSFORMER, WHOLE
 from configs.paper import dvae
 
 
@@ -80,7 +80,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.ema.every = 25
     config.ema.warm_up = False
 
-    config.mesh.rules = TRANSFORMER + CONVOLUTIONS + WHOLE
+    config.mesh.rules = TRANSFORMER + FROZEN_CONVOLUTIONS + WHOLE
     config.mesh.fsdp = 64  # must divide 3968 = 2^7 31, and 64, the narrowest layer of the discrete VAE
     config.mesh.topology = "v5e:16x16"  # see docs/tpu.md
 

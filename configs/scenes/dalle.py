@@ -14,7 +14,7 @@ run).
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults
-from configs.mesh_rules import CONVOLUTIONS, TRANSFORMER, WHOLE
+from configs.mesh_rules import FROZEN_CONVOLUTIONS, TRANSFORMER, WHOLE
 from configs.scenes import dvae
 
 
@@ -75,7 +75,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.schedule.warmup_steps = 100
     config.ema.decay = 0.99
 
-    config.mesh.rules = TRANSFORMER + CONVOLUTIONS + WHOLE
+    config.mesh.rules = TRANSFORMER + FROZEN_CONVOLUTIONS + WHOLE
 
     config.checkpoint.every = 600
     config.evaluate.every = 600

@@ -35,11 +35,11 @@ def losses(workdir: Path) -> list[float]:
 DVAE = ("--config.models.dvae.encoder_hidden=32", "--config.models.dvae.decoder_hidden=32")
 FROZEN = ("--config.frozen.dvae.encoder_hidden=32", "--config.frozen.dvae.decoder_hidden=32")
 CONFIGS = {
-    "dvae": ("--config=configs/scenes/dvae.py:gumbel", *DVAE, "--config.batch_size=16"),
-    "vqvae": ("--config=configs/scenes/dvae.py:debug", *DVAE, "--config.batch_size=16"),
-    "dalle": ("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=16"),
+    "dvae": ("--config=configs/scenes/dvae.py:gumbel", *DVAE, "--config.batch_size=8"),
+    "vqvae": ("--config=configs/scenes/dvae.py:debug", *DVAE, "--config.batch_size=8"),
+    "dalle": ("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=8"),
     "dalle, scanned": (
-        *("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=16"),
+        *("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=8"),
         *("--config.models.dalle.scan=True", "--config.models.dalle.remat=full"),
     ),
 }
@@ -81,7 +81,7 @@ LAYOUTS = {
 def test_one_loss_curve_on_every_layout(name, scenes_dir, start_pair, tmp_path):
     config, *overrides = CONFIGS[name]
     overrides += ["--config.models.dalle.heads=4"] if name == "dalle" else []
-    overrides += ["--config.steps=20", "--config.log.every=1", "--config.wandb.mode=disabled"]
+    overrides += ["--config.batch_size=16", "--config.steps=20", "--config.log.every=1", "--config.wandb.mode=disabled"]
     overrides += ["--config.evaluate.every=1000", "--config.optimizer.schedule.warmup_steps=1"]
     config = config.removeprefix("--config=")
     run_on(1, config, scenes_dir, tmp_path / "one", *overrides)
