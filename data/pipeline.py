@@ -8,6 +8,7 @@ import collections
 import logging
 import os
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,8 @@ from data.preprocess import center_square, choose_caption, picture_transform
 from data.tokenizer import Tokenizer
 
 Example = dict[str, np.ndarray]
+
+READ_AGAIN = (0.1, 1.0)  # seconds to wait before a record that could not be read is read again
 
 DEFAULT_DATA_DIR: str = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS itself has it
 
@@ -78,8 +81,8 @@ def load_tokenizer(dataset: str, data_dir: str | None) -> Tokenizer:
 class RecordSource:
     """Random access to one split's records: pictures as uint8, captions as str.
 
-    A record that cannot be decoded is replaced by the next one and counted in `damaged`, so that one bad file does not
-    end a run of days.
+    A record that cannot be decoded, or read in a few attempts, is replaced by the next one and counted in `damaged`, so
+    that one bad file does not end a run of days, and a storage that fails for a moment does not change the stream.
     """
 
     def __init__(
@@ -141,7 +144,7 @@ class RecordSource:
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
             try:
-                raw = self._source[place]
+                raw = self._fetch(place)
                 record: Any = self._features.deserialize_example_np(raw, decoders=self._decoders)
             except (OSError, ValueError, SyntaxError) as error:  # what Pillow and the reader raise for broken bytes
                 with self._lock:
@@ -155,6 +158,15 @@ class RecordSource:
             record["captions"] = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in captions)
             return record
         raise UserError("no record of this split can be read; prepare the dataset again")
+
+    def _fetch(self, place: int) -> Any:
+        """The bytes of a record, asked for more than once unless it is known to be damaged."""
+        for seconds in () if place in self.damaged else READ_AGAIN:
+            try:
+                return self._source[place]
+            except (OSError, ValueError):
+                time.sleep(seconds)
+        return self._source[place]
 
 
 class ExampleStream:

@@ -168,7 +168,8 @@ def test_long_captions_are_cut_and_counted(data_config, tokenizer, capsys):
 
 
 @pytest.mark.parametrize(("damage", "message"), [("reader", "broken file"), ("picture", "cannot identify image")])
-def test_a_damaged_record_is_replaced_and_counted(scenes_dir, capsys, damage, message):
+def test_a_damaged_record_is_replaced_and_counted(scenes_dir, capsys, monkeypatch, damage, message):
+    monkeypatch.setattr("data.pipeline.READ_AGAIN", (0.0, 0.0))
     source = RecordSource("scenes/single32", "train", str(scenes_dir))
     healthy = source[4]
 
@@ -185,6 +186,25 @@ def test_a_damaged_record_is_replaced_and_counted(scenes_dir, capsys, damage, me
     assert (source[3]["image"] == healthy["image"]).all()
     assert source.damaged == {3}
     assert message in capsys.readouterr().out
+
+
+def test_a_reader_that_fails_for_a_moment_changes_nothing(scenes_dir, monkeypatch):
+    monkeypatch.setattr("data.pipeline.READ_AGAIN", (0.0, 0.0))
+    source = RecordSource("scenes/single32", "train", str(scenes_dir))
+    healthy, failures = source[3], iter([OSError("timed out"), ValueError("short read")])
+
+    class Failing:
+        def __len__(self):
+            return len(inner)
+
+        def __getitem__(self, index):
+            for error in failures:
+                raise error
+            return inner[index]
+
+    inner, source._source = source._source, Failing()
+    assert (source[3]["image"] == healthy["image"]).all()
+    assert not source.damaged
 
 
 def test_cached_records_are_the_same(scenes_dir):

@@ -16,7 +16,9 @@ import pytest
 from cli.config import load_config
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from train.loop import train
+from train.metric_writer import RunLog
 from train.objectives.vqvae import VectorQuantizedVAEObjective
+from train.preemption import StopSignal
 from weights.checkpoint import CheckpointStore
 from weights.run import Run, read_metrics
 
@@ -213,6 +215,17 @@ def test_a_workdir_that_cannot_be_written_is_named(scenes_dir, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the workdir"):
         train(config(scenes_dir), tmp_path / "file" / "run")
+
+
+def test_wandb_hears_of_a_preemption_and_how_the_run_ended(scenes_dir, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(RunLog, "mark_preempting", lambda log: heard.append("preempting"))
+    close = RunLog.close
+    monkeypatch.setattr(RunLog, "close", lambda log: (heard.append(log.exit_code), close(log)))
+    monkeypatch.setattr(StopSignal, "is_due", lambda stop, step: step == 1)
+    assert train(config(scenes_dir, "--config.steps=3"), tmp_path / "run") == EXIT_PREEMPTED
+    assert heard == ["preempting", EXIT_PREEMPTED]
+    assert Run.open(tmp_path / "run").latest_step() == 1
 
 
 def test_stage_two_trains_on_a_stage_one_run_and_is_found_after_a_move(scenes_dir, tmp_path, whole):
