@@ -10,10 +10,12 @@ import flax
 import flax.linen as nn
 import jax.numpy as jnp
 
+from models.clip import Clip
 from models.dalle import Dalle
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
 
 MODELS: dict[str, type[nn.Module]] = {
+    "clip": Clip,
     "dalle": Dalle,
     "dvae": DiscreteVAE,
     "vqvae": VectorQuantizedVAE,

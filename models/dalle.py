@@ -4,8 +4,6 @@ Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.2 and append
 reads and predicts is drawn in `models.layers.attention_masks`.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,17 +14,12 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models.layers.attention import KeyValueCache, MaskChoice, SelfAttention
+from models.layers.attention import KeyValueCache
 from models.layers.attention_masks import attention_mask, attention_pattern
-from models.layers.mlp import MLP
 from models.layers.partitioning import shard_rows
+from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 
 INIT_STD = 0.02
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 Cache = tuple[KeyValueCache, ...]
 
 
@@ -46,60 +39,6 @@ class DalleLogits:
 
     text: Float[Array, "b t v"]
     image: Float[Array, "b n w"]
-
-
-class Block(nn.Module):
-    """A pre-normalization transformer layer; LayerNorm has float32 statistics and epsilon 1e-5.
-
-    Attributes:
-      width, heads, head_dim, mlp_hidden, activation: sizes and activation, as in `Dalle`.
-      depth: of the whole network; projections into the residual stream start smaller by sqrt(2 depth).
-      implementation, dtype, param_dtype: as in `Dalle`.
-    """
-
-    width: int
-    heads: int
-    head_dim: int
-    mlp_hidden: int
-    activation: str
-    depth: int
-    implementation: str = "xla"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-
-    def setup(self) -> None:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        inits = {
-            "kernel_init": nn.initializers.normal(INIT_STD),
-            "out_init": nn.initializers.normal(INIT_STD / (2 * self.depth) ** 0.5),
-        }
-        self.attention_norm = nn.LayerNorm(epsilon=1e-5, **types)
-        self.attention = SelfAttention(
-            self.width, self.heads, self.head_dim, implementation=self.implementation, **inits, **types
-        )
-        self.mlp_norm = nn.LayerNorm(epsilon=1e-5, **types)
-        self.mlp = MLP(self.mlp_hidden, self.activation, **inits, **types)
-
-    def __call__(self, x: Float[Array, "b l d"], mask: np.ndarray | MaskChoice) -> Float[Array, "b l d"]:
-        """Applies the layer under a mask [L L]."""
-        x = shard_rows(x + self.attention(self.attention_norm(x), mask))
-        return shard_rows(x + self.mlp(self.mlp_norm(x)))
-
-    def prefill(
-        self, x: Float[Array, "b l d"], mask: np.ndarray, length: int
-    ) -> tuple[Float[Array, "b l d"], KeyValueCache]:
-        """As `__call__`, and starts a cache of `length` positions."""
-        y, cache = self.attention.prefill(self.attention_norm(x), mask, length)
-        x = shard_rows(x + y)
-        return shard_rows(x + self.mlp(self.mlp_norm(x))), cache
-
-    def decode(
-        self, x: Float[Array, "b 1 d"], mask: Array, position: Int[Array, ""], cache: KeyValueCache
-    ) -> tuple[Float[Array, "b 1 d"], KeyValueCache]:
-        """Applies the layer to one new position; `mask` [1 L] is its row."""
-        y, cache = self.attention.decode(self.attention_norm(x), mask, position, cache)
-        x = shard_rows(x + y)
-        return shard_rows(x + self.mlp(self.mlp_norm(x))), cache
 
 
 class Dalle(nn.Module):
@@ -126,12 +65,9 @@ class Dalle(nn.Module):
       conv_kernel: window of "conv" layers.
       conv_edge: its behavior at the edges, see `attention_mask`.
       implementation: see `models.layers.attention.attend`; sampling uses the plain one.
-      scan: trace and compile one layer for all of them (`jax.lax.scan`): a TPU program compiles faster, and parameters
-        that are split over devices are gathered one layer at a time. It copies the layers' parameters, in `dtype`, once
-        a call, and without `remat` keeps more for the backward pass than layers one by one do. The parameters' names
-        and shapes do not depend on it, nor do sampling and initialization.
-      remat: what each layer recomputes in the backward pass, for memory: "none"; "full", all but its input; "dots", all
-        but the outputs of its dense layers (`jax.checkpoint_policies.dots_with_no_batch_dims_saveable`).
+      scan: compile one layer for all of them (see `apply_blocks`): a TPU program compiles faster, but without `remat`
+        it keeps more for the backward pass than layers one by one do. Sampling does not depend on it.
+      remat: what each layer recomputes in the backward pass (see `apply_blocks`).
       dtype: of the computation; LayerNorm statistics, attention scores, softmax and logits are float32 in any case.
       param_dtype: of the parameters.
     """
@@ -174,8 +110,7 @@ class Dalle(nn.Module):
         return jax.ShapeDtypeStruct(shapes[0], jnp.int32), jax.ShapeDtypeStruct(shapes[1], jnp.int32)
 
     def setup(self) -> None:
-        if self.remat not in REMAT:
-            raise ValueError(f"unknown remat {self.remat!r}; choose one of {', '.join(REMAT)}")
+        check_remat(self.remat)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(INIT_STD)
         height, width = self.image_grid
@@ -208,11 +143,7 @@ class Dalle(nn.Module):
         self._check_lengths(text, image_tokens)
         x = jnp.concatenate([self._embed_text(text), self._embed_image(image_tokens[:, :-1], 0)], axis=1)
         x = shard_rows(x)
-        if self.is_initializing() or (self.remat == "none" and not self.scan):
-            for block, mask in zip(self.blocks, self._layer_masks(), strict=True):
-                x = block(x, mask)
-        else:
-            x = self._apply_blocks(x)
+        x = apply_blocks(self.blocks, x, *self._masks(), scan=self.scan, remat=self.remat)
         x = self.final_norm(x)
         text_states, image_states = x[:, : self.text_length], x[:, self.text_length :]
         return DalleLogits(shard_rows(self.text_head(text_states)), shard_rows(self.image_head(image_states)))
@@ -283,48 +214,10 @@ class Dalle(nn.Module):
             "head_dim": self.head_dim or self.width // self.heads,
             "mlp_hidden": round(self.width * self.mlp_ratio),
             "activation": self.activation,
-            "depth": self.depth,
+            "initializers": BlockInitializers.scaled(INIT_STD, self.depth),
             "implementation": self.implementation,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
-        }
-
-    def _apply_blocks(self, x: Array) -> Array:
-        """All layers as pure functions of their parameters, so that they can be scanned and recomputed."""
-        layer = Block(**self._block_fields, parent=None)
-        params = [block.variables["params"] for block in self.blocks]
-        masks, kinds = self._masks()
-
-        def apply(x: Array, params: Any, mask: np.ndarray | MaskChoice) -> Array:
-            return layer.apply({"params": params}, x, mask)
-
-        if not self.scan:
-            layers = [self._rematerialized(functools.partial(apply, mask=mask)) for mask in masks]
-            for kind, tree in zip(kinds, params, strict=True):
-                x = layers[kind](x, tree)
-            return x
-
-        def body(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
-            params, kind = inputs
-            return apply(x, params, masks[0] if len(masks) == 1 else MaskChoice(masks, kind)), None
-
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(self._cast_dense, params))
-        # Between iterations there are no common subexpressions, so nothing needs to stop their elimination.
-        x, _ = jax.lax.scan(self._rematerialized(body, prevent_cse=False), x, (stacked, jnp.array(kinds)))
-        return x
-
-    def _rematerialized(self, function: Callable[..., Any], prevent_cse: bool = True) -> Callable[..., Any]:
-        """A layer's function under the policy of `remat`."""
-        if self.remat == "none":
-            return function
-        return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=prevent_cse)
-
-    def _cast_dense(self, params: Any) -> Any:
-        """A layer's parameters; those of dense layers as these would cast them, so that a copy takes less memory."""
-        dense = ("attention", "mlp")  # LayerNorm computes with the parameters as they are
-        return {
-            name: jax.tree.map(lambda leaf: leaf.astype(self.dtype), tree) if name in dense else tree
-            for name, tree in params.items()
         }
 
     def _masks(self) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:

@@ -28,6 +28,8 @@ class MLP(nn.Module):
       activation: a key of `ACTIVATIONS`; "gelu" is the exact one, "quick_gelu" is CLIP's.
       kernel_init: initializer of the first layer.
       out_init: initializer of the second layer.
+      bias_init: initializer of the first layer's bias.
+      out_bias_init: initializer of the second layer's bias.
       dtype: of the computation.
       param_dtype: of the parameters.
 
@@ -39,6 +41,8 @@ class MLP(nn.Module):
     activation: str = "gelu"
     kernel_init: Initializer = nn.initializers.normal(0.02)
     out_init: Initializer = nn.initializers.normal(0.02)
+    bias_init: Initializer = nn.initializers.zeros_init()
+    out_bias_init: Initializer = nn.initializers.zeros_init()
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -48,6 +52,7 @@ class MLP(nn.Module):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = nn.Dense(self.hidden, kernel_init=self.kernel_init, name="up", **types)(x)
+        y = nn.Dense(self.hidden, kernel_init=self.kernel_init, bias_init=self.bias_init, name="up", **types)(x)
         y = ACTIVATIONS[self.activation](y)
-        return nn.Dense(x.shape[-1], kernel_init=self.out_init, name="down", **types)(y)
+        out = {"kernel_init": self.out_init, "bias_init": self.out_bias_init}
+        return nn.Dense(x.shape[-1], name="down", **out, **types)(y)

@@ -1,0 +1,347 @@
+"""CLIP: an image tower and a text tower with one joint embedding (Radford et al. 2021, sections 2.3 and 2.4)."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from models.layers.partitioning import shard_rows
+from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
+from models.modified_resnet import ModifiedResNet
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the data that the published models were trained on, in 0..1
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@struct.dataclass
+class ClipOutput:
+    """What the two towers make of a batch.
+
+    Attributes:
+      image: [B E], of unit length, float32.
+      text: [B E], of unit length, float32.
+      logit_scale: [], the factor of the cosines, 1 / temperature.
+      logit_bias: [], what is added to them; 0 for a network without one.
+    """
+
+    image: Float[Array, "b e"]
+    text: Float[Array, "b e"]
+    logit_scale: Float[Array, ""]
+    logit_bias: Float[Array, ""]
+
+
+class Clip(nn.Module):
+    """Both towers, their projections and the learned temperature.
+
+    Text features are read at the first end token, image features of a ViT at the class token. Nothing else differs
+    between tokenizers: what follows the end token is hidden by the causal mask.
+
+    Initialization is that of the published code: token embeddings N(0, 0.02^2), text positions N(0, 0.01^2), text
+    layers by width and depth, and the image tower as PyTorch starts its layers, with positions, class token and
+    projections at N(0, 1 / width).
+
+    Attributes:
+      embed_dim: E.
+      image_tower: "vit" or "resnet".
+      image_size: height and width of a picture, pixels.
+      image_width: D of a ViT; channels behind the stem of a ResNet.
+      image_layers: layers of a ViT; bottlenecks of each stage of a ResNet.
+      image_heads: None for width / 64, and 32 width / 64 in a ResNet's pool.
+      image_mlp_ratio: hidden width of a ViT's feed-forward block over D.
+      patch_size: side of a ViT's patches, pixels; a ResNet has none.
+      text_vocab_size: ids of the tokenizer, ends included.
+      text_length: L, the context: start, caption, end.
+      text_end_id: the end token's id.
+      text_width: D.
+      text_layers: number of layers.
+      text_heads: None for width / 64.
+      activation: see `models.layers.mlp.ACTIVATIONS`: "quick_gelu" in OpenAI's networks, "gelu" in most others. Weights
+        that were trained with one give wrong features with the other, and nothing else tells.
+      logit_scale_init: ln of the first factor of the cosines; ln(1 / 0.07) where published, ln 10 for SigLIP.
+      logit_bias_init: a learned bias starts here; None for none. -10 for SigLIP (Zhai et al. 2023).
+      image_mean: of a channel, in 0..1.
+      image_std: of a channel, in 0..1.
+      implementation: of attention, see `models.layers.attention.attend`.
+      scan: of both transformers, see `models.layers.transformer.apply_blocks`.
+      remat: of both transformers, see there.
+      dtype: of the computation; norms, softmax, features and temperature are float32 in any case.
+      param_dtype: of the parameters.
+    """
+
+    embed_dim: int
+    image_tower: str
+    image_size: int
+    image_width: int
+    image_layers: int | tuple[int, ...]
+    text_vocab_size: int
+    text_length: int
+    text_end_id: int
+    text_width: int
+    text_layers: int
+    image_heads: int | None = None
+    image_mlp_ratio: int | float = 4
+    patch_size: int | None = None
+    text_heads: int | None = None
+    activation: str = "quick_gelu"
+    logit_scale_init: int | float = math.log(1 / 0.07)
+    logit_bias_init: int | float | None = None
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    image_std: tuple[float, ...] = IMAGE_STD
+    implementation: str = "xla"
+    scan: bool = False
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Shapes of the arguments of `__call__`."""
+        images = jax.ShapeDtypeStruct((batch_size, self.image_size, self.image_size, 3), jnp.float32)
+        return images, jax.ShapeDtypeStruct((batch_size, self.text_length), jnp.int32)
+
+    def setup(self) -> None:
+        check_remat(self.remat)
+        if not 0 <= self.text_end_id < self.text_vocab_size:
+            raise ValueError(f"text_end_id={self.text_end_id} is not one of the text_vocab_size={self.text_vocab_size}")
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        stack = {"implementation": self.implementation, "scan": self.scan, "remat": self.remat, **types}
+        if self.image_tower == "vit":
+            if self.patch_size is None or self.image_size % self.patch_size:
+                raise ValueError(f"patch_size={self.patch_size} must divide image_size={self.image_size}")
+            self.image = VisionTransformer(
+                width=self.image_width,
+                depth=self.image_layers,
+                heads=self.image_heads or self.image_width // 64,
+                mlp_ratio=self.image_mlp_ratio,
+                patch_size=self.patch_size,
+                features=self.embed_dim,
+                activation=self.activation,
+                **stack,
+            )
+        elif self.image_tower == "resnet":
+            self.image = ModifiedResNet(
+                layers=self.image_layers,
+                width=self.image_width,
+                heads=self.image_heads or self.image_width * 32 // 64,
+                features=self.embed_dim,
+                **types,
+            )
+        else:
+            raise ValueError(f"unknown image_tower {self.image_tower!r}; choose vit or resnet")
+        self.text = TextTransformer(
+            vocab_size=self.text_vocab_size,
+            length=self.text_length,
+            end_id=self.text_end_id,
+            width=self.text_width,
+            depth=self.text_layers,
+            heads=self.text_heads or self.text_width // 64,
+            features=self.embed_dim,
+            activation=self.activation,
+            **stack,
+        )
+        # Parameters of their own, not of a tower: the temperature has a bound, and no weight decay.
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.logit_scale_init), (), jnp.float32)
+        if self.logit_bias_init is not None:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.logit_bias_init), (), jnp.float32)
+
+    def __call__(self, images: Float[Array, "b h w 3"], text: Int[Array, "b l"], train: bool = False) -> ClipOutput:
+        """Embeds pictures and captions.
+
+        Args:
+          images: in [-1, 1], as large as the network's.
+          text: caption ids with an end token; a row without one gives NaN.
+          train: take batch statistics from this batch; only a ResNet has them.
+        """
+        bias = self.logit_bias if self.logit_bias_init is not None else jnp.zeros(())
+        return ClipOutput(
+            image=self.embed_images(images, train),
+            text=self.embed_text(text),
+            logit_scale=jnp.exp(self.logit_scale),
+            logit_bias=bias,
+        )
+
+    def embed_images(self, images: Float[Array, "b h w 3"], train: bool = False) -> Float[Array, "b e"]:
+        """Features of pictures, of unit length.
+
+        Raises:
+          ValueError: if they are not as large as the network's.
+        """
+        return normalize(self.project_images(images, train))
+
+    def embed_text(self, text: Int[Array, "b l"]) -> Float[Array, "b e"]:
+        """Features of captions, of unit length.
+
+        Raises:
+          ValueError: if captions have another length than the network's context.
+        """
+        return normalize(self.project_text(text))
+
+    def project_images(self, images: Float[Array, "b h w 3"], train: bool = False) -> Float[Array, "b e"]:
+        """As `embed_images`, not normalized: what UniDiffuser diffuses, for example."""
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(f"pictures are {images.shape[1:3]}, the network's image_size is {self.image_size}")
+        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
+        return self.image(((images + 1) / 2 - mean) / std, train)
+
+    def project_text(self, text: Int[Array, "b l"]) -> Float[Array, "b e"]:
+        """As `embed_text`, not normalized."""
+        return self.text.pool(self.encode_text(text), text)
+
+    def encode_text(self, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """The normalized last states of the text tower: what latent diffusion is conditioned on."""
+        if text.shape[1] != self.text_length:
+            raise ValueError(f"captions have {text.shape[1]} tokens, the network's text_length is {self.text_length}")
+        return self.text(text)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT (Dosovitskiy et al. 2021) with a normalization before the layers and one of the class token behind them.
+
+    Attributes:
+      width: D.
+      depth: number of layers.
+      heads: number of heads.
+      mlp_ratio: hidden width of the feed-forward block over D.
+      patch_size: pixels.
+      features: output width E.
+      activation, implementation, scan, remat, dtype, param_dtype: as in `Clip`.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: int | float
+    patch_size: int
+    features: int
+    activation: str
+    implementation: str = "xla"
+    scan: bool = False
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w 3"], train: bool) -> Float[Array, "b {self.features}"]:
+        """Embeds normalized pictures; training differs in nothing."""
+        del train
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = nn.initializers.normal(self.width**-0.5)
+        side = (self.patch_size, self.patch_size)
+        linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as PyTorch starts its layers
+        patches = nn.Conv(self.width, side, side, use_bias=False, kernel_init=linear, name="patch", **types)
+        x = patches(images.astype(self.dtype)).reshape(len(images), -1, self.width)
+        first = self.param("class_embedding", init, (self.width,), self.param_dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first.astype(self.dtype), (len(x), 1, self.width)), x], axis=1)
+        position = nn.Embed(x.shape[1], self.width, embedding_init=init, name="position", **types)
+        x = nn.LayerNorm(epsilon=1e-5, name="first_norm", **types)(x + position(jnp.arange(x.shape[1])))
+        hidden = int(self.width * self.mlp_ratio)
+        initializers = BlockInitializers(
+            attention=nn.initializers.xavier_uniform(),
+            attention_out=linear,
+            mlp=linear,
+            mlp_out=linear,
+            mlp_bias=_uniform(self.width**-0.5),
+            mlp_out_bias=_uniform(hidden**-0.5),
+        )
+        blocks = [
+            Block(
+                width=self.width,
+                heads=self.heads,
+                head_dim=self.width // self.heads,
+                mlp_hidden=hidden,
+                activation=self.activation,
+                initializers=initializers,
+                implementation=self.implementation,
+                name=f"blocks_{i}",
+                **types,
+            )
+            for i in range(self.depth)
+        ]
+        x = apply_blocks(blocks, shard_rows(x), (None,), (0,) * self.depth, scan=self.scan, remat=self.remat)
+        x = nn.LayerNorm(epsilon=1e-5, name="final_norm", **types)(x[:, 0])
+        return nn.Dense(self.features, use_bias=False, kernel_init=init, name="projection", **types)(x)
+
+
+class TextTransformer(nn.Module):
+    """A causal transformer over caption ids.
+
+    Attributes:
+      vocab_size: number of ids.
+      length: L.
+      end_id: of the end token.
+      width: D.
+      depth: number of layers.
+      heads: number of heads.
+      features: output width E.
+      activation, implementation, scan, remat, dtype, param_dtype: as in `Clip`.
+    """
+
+    vocab_size: int
+    length: int
+    end_id: int
+    width: int
+    depth: int
+    heads: int
+    features: int
+    activation: str
+    implementation: str = "xla"
+    scan: bool = False
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        normal, scale = nn.initializers.normal, self.width**-0.5
+        residual = normal(scale * (2 * self.depth) ** -0.5)
+        self.embedding = nn.Embed(self.vocab_size, self.width, embedding_init=normal(0.02), **types)
+        self.position = nn.Embed(self.length, self.width, embedding_init=normal(0.01), **types)
+        self.blocks = [
+            Block(
+                width=self.width,
+                heads=self.heads,
+                head_dim=self.width // self.heads,
+                mlp_hidden=4 * self.width,
+                activation=self.activation,
+                initializers=BlockInitializers(
+                    attention=normal(scale), attention_out=residual, mlp=normal(2**-0.5 * scale), mlp_out=residual
+                ),
+                implementation=self.implementation,
+                **types,
+            )
+            for _ in range(self.depth)
+        ]
+        self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.projection = nn.Dense(self.features, use_bias=False, kernel_init=normal(scale), **types)
+
+    def __call__(self, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """States of every position, normalized."""
+        x = self.embedding(text) + self.position(jnp.arange(text.shape[1]))
+        mask = np.tril(np.ones((self.length, self.length), bool))
+        x = apply_blocks(self.blocks, shard_rows(x), (mask,), (0,) * self.depth, scan=self.scan, remat=self.remat)
+        return self.final_norm(x)
+
+    def pool(self, states: Float[Array, "b l d"], text: Int[Array, "b l"]) -> Float[Array, "b {self.features}"]:
+        """Projects the state of each row's first end token; NaN where there is none, so that it shows."""
+        is_end = text == self.end_id
+        state = jnp.take_along_axis(states, jnp.argmax(is_end, axis=1)[:, None, None], axis=1)[:, 0]
+        return jnp.where(jnp.any(is_end, axis=1)[:, None], self.projection(state), jnp.nan)
+
+
+def normalize(features: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    """Features of unit length, float32."""
+    features = features.astype(jnp.float32)
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def _uniform(bound: float) -> nn.initializers.Initializer:
+    """U(-bound, bound)."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

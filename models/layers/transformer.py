@@ -1,0 +1,195 @@
+"""The pre-normalization transformer layer, and stacks of it that are scanned and recomputed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from models.layers.attention import KeyValueCache, Mask, MaskChoice, SelfAttention
+from models.layers.mlp import MLP
+from models.layers.partitioning import shard_rows
+
+Initializer = nn.initializers.Initializer
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInitializers:
+    """How a layer's parameters start; biases that are not named start at 0.
+
+    Attributes:
+      attention: kernel of the query/key/value projection.
+      attention_out: kernel of attention's output projection.
+      mlp: kernel of the first dense layer.
+      mlp_out: kernel of the second one.
+      mlp_bias: bias of the first one.
+      mlp_out_bias: bias of the second one.
+    """
+
+    attention: Initializer
+    attention_out: Initializer
+    mlp: Initializer
+    mlp_out: Initializer
+    mlp_bias: Initializer = nn.initializers.zeros_init()
+    mlp_out_bias: Initializer = nn.initializers.zeros_init()
+
+    @classmethod
+    def scaled(cls, std: float, depth: int) -> "BlockInitializers":
+        """N(0, std^2), projections into the residual stream smaller by sqrt(2 depth) (Radford et al. 2019)."""
+        into, out = nn.initializers.normal(std), nn.initializers.normal(std / (2 * depth) ** 0.5)
+        return cls(attention=into, attention_out=out, mlp=into, mlp_out=out)
+
+
+class Block(nn.Module):
+    """A pre-normalization transformer layer; LayerNorm has float32 statistics and epsilon 1e-5.
+
+    Attributes:
+      width: D.
+      heads: number of heads N.
+      head_dim: width K of one head.
+      mlp_hidden: hidden width of the feed-forward block.
+      activation: see `models.layers.mlp.ACTIVATIONS`.
+      initializers: of the parameters.
+      implementation: see `models.layers.attention.attend`.
+      dtype: of the computation; LayerNorm statistics, attention scores and softmax are float32 in any case.
+      param_dtype: of the parameters.
+    """
+
+    width: int
+    heads: int
+    head_dim: int
+    mlp_hidden: int
+    activation: str
+    initializers: BlockInitializers
+    implementation: str = "xla"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        inits = self.initializers
+        self.attention_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.attention = SelfAttention(
+            self.width,
+            self.heads,
+            self.head_dim,
+            kernel_init=inits.attention,
+            out_init=inits.attention_out,
+            implementation=self.implementation,
+            **types,
+        )
+        self.mlp_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.mlp = MLP(
+            self.mlp_hidden,
+            self.activation,
+            kernel_init=inits.mlp,
+            out_init=inits.mlp_out,
+            bias_init=inits.mlp_bias,
+            out_bias_init=inits.mlp_out_bias,
+            **types,
+        )
+
+    def __call__(self, x: Float[Array, "b l d"], mask: Mask | None = None) -> Float[Array, "b l d"]:
+        """Applies the layer; `mask` as in `attend`."""
+        x = shard_rows(x + self.attention(self.attention_norm(x), mask))
+        return shard_rows(x + self.mlp(self.mlp_norm(x)))
+
+    def prefill(
+        self, x: Float[Array, "b l d"], mask: np.ndarray, length: int
+    ) -> tuple[Float[Array, "b l d"], KeyValueCache]:
+        """As `__call__`, and starts a cache of `length` positions."""
+        y, cache = self.attention.prefill(self.attention_norm(x), mask, length)
+        x = shard_rows(x + y)
+        return shard_rows(x + self.mlp(self.mlp_norm(x))), cache
+
+    def decode(
+        self, x: Float[Array, "b 1 d"], mask: Array, position: Int[Array, ""], cache: KeyValueCache
+    ) -> tuple[Float[Array, "b 1 d"], KeyValueCache]:
+        """Applies the layer to one new position; `mask` [1 L] is its row."""
+        y, cache = self.attention.decode(self.attention_norm(x), mask, position, cache)
+        x = shard_rows(x + y)
+        return shard_rows(x + self.mlp(self.mlp_norm(x))), cache
+
+
+def check_remat(remat: str) -> None:
+    """Raises ValueError unless `remat` is a key of `REMAT`; lists the choices."""
+    if remat not in REMAT:
+        raise ValueError(f"unknown remat {remat!r}; choose one of {', '.join(REMAT)}")
+
+
+def apply_blocks(
+    blocks: Sequence[Block],
+    x: Float[Array, "b l d"],
+    masks: Sequence[np.ndarray | None],
+    kinds: Sequence[int],
+    *,
+    scan: bool = False,
+    remat: str = "none",
+) -> Float[Array, "b l d"]:
+    """Applies layers of one kind in turn.
+
+    Args:
+      blocks: layers that are bound to their parameters and differ in these alone.
+      x: the input.
+      masks: the different masks that layers have.
+      kinds: which of them each layer has.
+      scan: trace and compile one layer for all of them (`jax.lax.scan`). Where parameters are split over devices, they
+        are then gathered one layer at a time. The parameters' names and shapes do not depend on it, as they are stacked
+        here, in the layers' `dtype`: a copy a call.
+      remat: what each layer recomputes in the backward pass, for memory: "none"; "full", all but its input; "dots", all
+        but the outputs of its dense layers (`jax.checkpoint_policies.dots_with_no_batch_dims_saveable`).
+    """
+    if blocks[0].is_initializing() or (remat == "none" and not scan):
+        for block, kind in zip(blocks, kinds, strict=True):
+            x = block(x, masks[kind])
+        return x
+
+    # Pure functions of their parameters, so that they can be scanned and recomputed.
+    layer = blocks[0].clone(parent=None, name=None)
+    params = [block.variables["params"] for block in blocks]
+
+    def apply(x: Array, params: Any, mask: Mask | None) -> Array:
+        return layer.apply({"params": params}, x, mask)
+
+    if not scan:
+        layers = [_rematerialized(functools.partial(apply, mask=mask), remat) for mask in masks]
+        for kind, tree in zip(kinds, params, strict=True):
+            x = layers[kind](x, tree)
+        return x
+
+    def body(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
+        params, kind = inputs
+        return apply(x, params, masks[0] if len(masks) == 1 else MaskChoice(tuple(masks), kind)), None
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[_cast_dense(tree, layer.dtype) for tree in params])
+    # Between iterations there are no common subexpressions, so nothing needs to stop their elimination.
+    x, _ = jax.lax.scan(_rematerialized(body, remat, prevent_cse=False), x, (stacked, jnp.array(kinds)))
+    return x
+
+
+def _rematerialized(function: Callable[..., Any], remat: str, prevent_cse: bool = True) -> Callable[..., Any]:
+    """A layer's function under a policy of `REMAT`."""
+    if remat == "none":
+        return function
+    return jax.checkpoint(function, policy=REMAT[remat], prevent_cse=prevent_cse)
+
+
+def _cast_dense(params: Any, dtype: DTypeLike) -> Any:
+    """A layer's parameters; those of dense layers as these would cast them, so that a copy takes less memory."""
+    dense = ("attention", "mlp")  # LayerNorm computes with the parameters as they are
+    return {
+        name: jax.tree.map(lambda leaf: leaf.astype(dtype), tree) if name in dense else tree
+        for name, tree in params.items()
+    }
