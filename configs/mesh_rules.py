@@ -39,3 +39,14 @@ FROZEN_CONVOLUTIONS = (
     (r"decoder/input/kernel", ("tensor", "fsdp")),
     (r"(conv_\d|id_path|encoder/output)/kernel", (None, None, "fsdp", "tensor")),
 )
+
+# Both towers; a convolutional one is split on its output channels alone, as above.
+CLIP = (
+    *TRANSFORMER,
+    (r"(patch|conv)/kernel", (None, None, None, "fsdp")),
+    (r"pool/(query|key|value)/kernel", ("fsdp", "tensor")),
+    (r"pool/(query|key|value)/bias", ("tensor",)),
+    (r"pool/out/kernel", ("tensor", None, "fsdp")),
+    (r"projection/kernel", ("fsdp",)),
+    *WHOLE,
+)

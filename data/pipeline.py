@@ -9,22 +9,25 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from grain.experimental import index_shuffle
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data import scenes
-from data.preprocess import center_square, choose_caption, picture_transform
+from data.preprocess import choose_caption, transform_pair
 from data.tokenizer import Tokenizer
 
 Example = dict[str, np.ndarray]
+
+CAPTION_FIELDS = ("captions", "caption", "text")  # where datasets keep them; the first of these that is there
 
 READ_AGAIN = (0.1, 1.0)  # seconds to wait before a record that could not be read is read again
 
@@ -73,9 +76,21 @@ def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]
     return spec
 
 
-def load_tokenizer(dataset: str, data_dir: str | None) -> Tokenizer:
-    """Reads the tokenizer that was trained on a dataset's captions and is stored with it."""
-    return Tokenizer.load(dataset_folder(dataset, data_dir) / "tokenizer.json")
+def load_tokenizer(config: ConfigDict) -> Tokenizer:
+    """Returns the tokenizer that a config asks for.
+
+    Args:
+      config: `config.data`: `tokenizer` is the path of a CLIP vocabulary, or "" for the tokenizer that was trained on
+        the dataset's captions and is stored with it; `text_ends` frames captions, as CLIP's vocabulary always does.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if config.tokenizer:
+        tokenizer = Tokenizer.from_clip_vocabulary(config.tokenizer)
+    else:
+        tokenizer = Tokenizer.load(dataset_folder(config.dataset, config.data_dir) / "tokenizer.json")
+    return tokenizer.with_ends() if config.text_ends else tokenizer
 
 
 class RecordSource:
@@ -131,6 +146,15 @@ class RecordSource:
     def __len__(self) -> int:
         return len(self._source)
 
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """The names of the classes of each field that holds the number of one."""
+        return {
+            name: tuple(feature.names)
+            for name, feature in self._features.items()
+            if isinstance(feature, tfds.features.ClassLabel)
+        }
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns record `index` as {"image": uint8 [h w c], "captions": tuple of str, ...}."""
         if self._cache is None:
@@ -153,9 +177,7 @@ class RecordSource:
                 if first:
                     print(f"warning: record {place} cannot be read ({error}); the next one takes its place", flush=True)
                 continue
-            captions = record.get("captions", record.get("caption", ()))
-            captions = [captions] if isinstance(captions, str | bytes) else captions
-            record["captions"] = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in captions)
+            record["captions"] = _captions(record)
             return record
         raise UserError("no record of this split can be read; prepare the dataset again")
 
@@ -169,10 +191,50 @@ class RecordSource:
         return self._source[place]
 
 
+def _captions(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """All captions of a record, which has one, several, or (COCO) a table with a column `text` of them."""
+    captions = next((record[name] for name in CAPTION_FIELDS if name in record), ())
+    if isinstance(captions, Mapping):
+        captions = captions.get("text", ())
+    captions = [captions] if isinstance(captions, str | bytes) else captions
+    return tuple(c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in captions)
+
+
+class CaptionedPicture(NamedTuple):
+    """A picture as evaluation sees it.
+
+    Attributes:
+      image: [h w c].
+      captions: all that were written for it.
+    """
+
+    image: UInt8[np.ndarray, "h w c"]
+    captions: tuple[str, ...]
+
+
+def evaluation_pictures(config: ConfigDict, split: str) -> Iterator[CaptionedPicture]:
+    """Yields every picture of a split that can be read, once and in stored order, with all of its captions.
+
+    Args:
+      config: `config.data`: dataset, data_dir, image_size, transform.
+      split: TFDS split expression; a part such as `validation[:1000]` reads no more than that.
+
+    Raises:
+      UserError: if the dataset is not prepared or has no such split.
+    """
+    source = RecordSource(config.dataset, split, config.data_dir, fields={"image", *CAPTION_FIELDS})
+    transform = transform_pair(config.transform).evaluation
+    for index in range(len(source)):
+        record = source[index]
+        if index not in source.damaged:  # in place of a damaged record comes the next one, which has its own turn
+            yield CaptionedPicture(transform(record["image"], config.image_size, None), record["captions"])
+
+
 class ExampleStream:
     """The endless, index-determined stream of training examples, or one pass over an evaluation split.
 
-    `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] and, with a tokenizer, `text` int32 [L].
+    `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] (i modulo 2^31) and, with a tokenizer, `text`
+    int32 [L].
     """
 
     def __init__(self, config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool):
@@ -184,19 +246,19 @@ class ExampleStream:
           split: the split to read.
           seed: of shuffling and augmentation.
           train: shuffle and repeat, choose captions and crops at random. Otherwise records come in stored order,
-            repeated too, with the first caption and a central crop.
+            repeated too, with the first caption and what evaluation does with pictures in place of the transform.
         """
-        fields = {"image"} if tokenizer is None else {"image", "captions", "caption"}
+        fields = {"image"} if tokenizer is None else {"image", *CAPTION_FIELDS}
         self.source = RecordSource(config.dataset, split, config.data_dir, config.cache, fields=fields)
         self._size = config.image_size
         self._length = config.text_length
         self._dropout = config.bpe_dropout if train else 0.0
         self._tokenizer = tokenizer
         self._train = train
-        transform = picture_transform(config.transform if train else "center_square")
-        self._augment = None if transform is center_square else transform
+        pair = transform_pair(config.transform)
+        self._transform = pair.training if train else pair.evaluation
         # Making a generator takes longer than all else about an example that is kept: only for what draws from it.
-        self._draws = train and (self._augment is not None or tokenizer is not None)
+        self._draws = train and (pair.training is not pair.evaluation or tokenizer is not None)
         self._lock = threading.Lock()
         self.truncated = 0
         self._seed = seed
@@ -218,11 +280,8 @@ class ExampleStream:
     def __getitem__(self, index: int) -> Example:
         record = self.source[self.place(index)]
         rng = np.random.default_rng((self._seed, index)) if self._draws else None
-        if self._augment is None or rng is None:
-            image = center_square(record["image"], self._size)
-        else:
-            image = self._augment(record["image"], self._size, rng)
-        example: Example = {"image": image, "index": np.int32(index)}
+        image = self._transform(record["image"], self._size, rng)
+        example: Example = {"image": image, "index": np.int32(index % 2**31)}
         if self._tokenizer is not None:
             caption = choose_caption(record["captions"], rng)
             ids, truncated = self._tokenizer.encode(caption, self._length, self._dropout, rng)

@@ -4,7 +4,8 @@ Every function takes a `numpy.random.Generator` keyed by the example's place in 
 function of that place alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -13,7 +14,19 @@ from PIL import Image
 from cli.errors import UserError
 
 Picture = UInt8[np.ndarray, "_ _ c"]
-PictureTransform = Callable[[Picture, int, np.random.Generator], Picture]
+PictureTransform = Callable[[Picture, int, np.random.Generator | None], Picture]
+
+
+class TransformPair(NamedTuple):
+    """What happens to pictures in training, and what evaluation does with them in its place.
+
+    Attributes:
+      training: may draw from the example's generator.
+      evaluation: draws nothing, and takes None for the generator. A pair of twice the same draws nothing at all.
+    """
+
+    training: PictureTransform
+    evaluation: PictureTransform
 
 
 def center_square(
@@ -56,18 +69,38 @@ def dalle_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8
     return _random_crop(image, size, rng)
 
 
-TRANSFORMS: dict[str, PictureTransform] = {
-    "center_square": center_square,
-    "dvae_training": dvae_training,
-    "dalle_training": dalle_training,
+def clip_evaluation(
+    image: Picture, size: int, rng: np.random.Generator | None = None
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """CLIP's view of a picture: its short side resized to `size`, the center cut out, as RGB. Draws nothing.
+
+    Rounds as torchvision does, which the authors' code uses: its pictures, byte for byte.
+    """
+    del rng
+    image = _resize_short_side(image, size)
+    top, left = (round((extent - size) / 2) for extent in image.shape[:2])  # a half goes to the even number
+    return image[top : top + size, left : left + size]
+
+
+def clip_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """CLIP's only augmentation (Radford et al. 2021, section 2.4): a random square of the resized picture."""
+    return _random_crop(_resize_short_side(image, size), size, rng)
+
+
+TRANSFORMS: Mapping[str, TransformPair] = {
+    "center_square": TransformPair(center_square, center_square),
+    "dvae_training": TransformPair(dvae_training, center_square),
+    "dalle_training": TransformPair(dalle_training, center_square),
+    "clip_training": TransformPair(clip_training, clip_evaluation),
+    "clip_evaluation": TransformPair(clip_evaluation, clip_evaluation),
 }
 
 
-def picture_transform(name: str) -> PictureTransform:
-    """Returns the transform called `name`.
+def transform_pair(name: str) -> TransformPair:
+    """Returns the transforms called `name`.
 
     Raises:
-      UserError: if there is none; lists the choices.
+      UserError: if there are none; lists the choices.
     """
     if name not in TRANSFORMS:
         raise UserError(f"config.data.transform={name!r} is unknown; choose one of {', '.join(TRANSFORMS)}")
@@ -99,3 +132,14 @@ def _resize(image: Picture, side: int) -> Picture:
     shrinks = side <= min(image.shape[:2])
     resized = np.asarray(picture.resize((side, side), Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC))
     return resized.reshape(side, side, image.shape[-1])
+
+
+def _resize_short_side(image: Picture, size: int) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Resizes the short side to `size` and the long one in proportion, rounded down; gray and alpha become RGB.
+
+    Alpha is dropped after the resize, as the published transforms drop it: a clear pixel adds nothing to its neighbors.
+    """
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    short = min(picture.size)
+    width, height = (int(size * extent / short) for extent in picture.size)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC).convert("RGB"))

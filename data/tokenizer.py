@@ -1,8 +1,8 @@
-"""Byte-pair encoding of captions: train, encode (with BPE dropout), decode."""
+"""Byte-pair encoding of captions: train, encode (with BPE dropout, framed or not), decode."""
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import tokenizers
 from jaxtyping import Int
 
 from cli.errors import UserError
+from data.clip_vocabulary import END, END_OF_WORD, START, clean_caption, clip_model, read_clip_vocabulary
 
 PAD_ID = 0
 _PAD = "<pad>"
@@ -29,11 +30,27 @@ class Encoded(NamedTuple):
 
 
 class Tokenizer:
-    """Lower-cased byte-level BPE; id 0 is padding. Any text can be encoded, so no word is unknown."""
+    """Lower-cased byte-level BPE; id 0 is padding. Any text can be encoded, so no word is unknown.
+
+    A tokenizer may frame captions by a start and an end token, which have the two highest ids; no caption's text
+    becomes one of them, whatever it says. It is either trained here (`train`, `with_ends`), or reads as CLIP does
+    (`from_clip_vocabulary`): words end in `</w>`, captions are framed, and the padding is also the piece "!".
+    """
 
     def __init__(self, model: tokenizers.Tokenizer):
-        if model.token_to_id(_PAD) != PAD_ID:
+        """Takes over what `train`, `with_ends` or `clip_model` made.
+
+        Raises:
+          UserError: if it was made by something else.
+        """
+        self._clip = getattr(model.model, "end_of_word_suffix", None) == END_OF_WORD
+        if not self._clip and model.token_to_id(_PAD) != PAD_ID:
             raise UserError(f"this tokenizer was not made by Tessera: its id {PAD_ID} is not {_PAD}")
+        ends, size = (model.token_to_id(START), model.token_to_id(END)), model.get_vocab_size()
+        if ends != (None, None) and ends != (size - 2, size - 1):
+            raise UserError(f"this tokenizer was not made by Tessera: {START} and {END} are not its highest ids")
+        # Otherwise a caption that spells such a token would become it.
+        model.encode_special_tokens = True
         self._model = model
 
     @classmethod
@@ -61,8 +78,17 @@ class Tokenizer:
         return cls(model)
 
     @classmethod
+    def from_clip_vocabulary(cls, path: str | Path) -> "Tokenizer":
+        """Reads CLIP's published vocabulary, from any file or folder that `read_clip_vocabulary` takes.
+
+        Raises:
+          UserError: if nothing is there, or it is something else.
+        """
+        return cls(clip_model(read_clip_vocabulary(path)))
+
+    @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer that `save` wrote.
+        """Reads a tokenizer that `save` wrote: trained or CLIP's, with or without ends.
 
         Raises:
           UserError: if the file is missing or is not a tokenizer.
@@ -71,7 +97,11 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"there is no tokenizer at {path}; run `python -m scripts.prepare` for its dataset first")
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            model = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            if getattr(model.model, "end_of_word_suffix", None) == END_OF_WORD:
+                # Another project's file of CLIP's vocabulary has its own ways of cleaning: only the ids are taken.
+                return cls.from_clip_vocabulary(path)
+            return cls(model)
         except Exception as error:
             # The library raises bare Exception for a malformed file.
             raise UserError(f"{path} is not a tokenizer file ({error}); prepare the dataset again") from error
@@ -83,13 +113,34 @@ class Tokenizer:
         draft.write_text(self._model.to_str(), encoding="utf-8")
         draft.replace(path)
 
+    def with_ends(self) -> "Tokenizer":
+        """Returns a copy that frames captions, by two more ids; a tokenizer that does so already, as it is."""
+        if self.end_id is not None:
+            return self
+        model = tokenizers.Tokenizer.from_str(self._model.to_str())
+        model.add_special_tokens([START, END])
+        return Tokenizer(model)
+
     @property
     def vocab_size(self) -> int:
-        """Number of ids, padding included."""
+        """Number of ids, padding and ends included."""
         return self._model.get_vocab_size()
+
+    @functools.cached_property
+    def start_id(self) -> int | None:
+        """The id before every caption; None for a tokenizer that does not frame."""
+        return self._model.token_to_id(START)
+
+    @functools.cached_property
+    def end_id(self) -> int | None:
+        """The id after every caption, the highest of all; None for a tokenizer that does not frame."""
+        return self._model.token_to_id(END)
 
     def encode(self, text: str, length: int, dropout: float = 0.0, rng: np.random.Generator | None = None) -> Encoded:
         """Encodes a caption into exactly `length` ids, cutting its end or padding it.
+
+        With a start and an end token, these are among the `length`, and a caption that is cut keeps the end token in
+        the last place: that is where CLIP's text feature is read.
 
         Args:
           text: the caption.
@@ -104,28 +155,54 @@ class Tokenizer:
             ids = self._encode_with_dropout(text, dropout, rng)
         else:
             ids = self._encode(text)
+        if self.end_id is not None:
+            ids = [self.start_id, *ids, self.end_id]
         padded = np.full(length, PAD_ID, np.int32)
         kept = ids[:length]
         padded[: len(kept)] = kept
-        return Encoded(padded, len(ids) > length)
+        truncated = len(ids) > length
+        if truncated and self.end_id is not None:
+            padded[-1] = self.end_id
+        return Encoded(padded, truncated)
 
     def decode(self, ids: Int[np.ndarray, " l"]) -> str:
-        """Returns the text of ids; padding is left out."""
-        return self._model.decode([int(i) for i in ids if i != PAD_ID]).strip()
+        """Returns the text of ids, without padding, ends, and what follows the first end.
+
+        CLIP's vocabulary puts a space between any two words, punctuation included: the text was not kept.
+        """
+        kept = ids.tolist()
+        if self.end_id in kept:
+            kept = kept[: kept.index(self.end_id)]
+        if self._clip:  # only at the end: elsewhere it is a "!", which is never the last piece of a word
+            while kept and kept[-1] == PAD_ID:
+                kept.pop()
+        else:
+            kept = [i for i in kept if i != PAD_ID]
+        return self._model.decode([i for i in kept if i != self.start_id]).strip()
 
     @functools.lru_cache(maxsize=2**16)  # noqa: B019  (a process has one or two tokenizers, and they live as long)
     def _encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
+        return self._model.encode(clean_caption(text) if self._clip else text, add_special_tokens=False).ids
 
     def _encode_with_dropout(self, text: str, dropout: float, rng: np.random.Generator) -> list[int]:
-        normalizer, splitter = self._model.normalizer, self._model.pre_tokenizer
-        assert normalizer is not None and splitter is not None  # `train` sets both
         ids: list[int] = []
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
+        for word in self._words(text):
             ids.extend(self._model.token_to_id(piece) or PAD_ID for piece in self._merge(word, dropout, rng))
         return ids
 
-    def _merge(self, word: str, dropout: float, rng: np.random.Generator) -> list[str]:
+    @functools.lru_cache(maxsize=2**16)  # noqa: B019
+    def _words(self, text: str) -> list[tuple[str, ...]]:
+        """Returns the words of a caption, each as pieces of one byte."""
+        normalizer, splitter = self._model.normalizer, self._model.pre_tokenizer
+        assert splitter is not None  # `train` and `clip_model` set it
+        if self._clip:
+            text = clean_caption(text)
+        elif normalizer is not None:
+            text = normalizer.normalize_str(text)
+        suffix = END_OF_WORD if self._clip else ""
+        return [(*word[:-1], word[-1] + suffix) for word, _ in splitter.pre_tokenize_str(text)]
+
+    def _merge(self, word: Sequence[str], dropout: float, rng: np.random.Generator) -> list[str]:
         """Applies the merges to one word in order of rank; each possible merge is passed over with `dropout`."""
         pieces = list(word)
         while len(pieces) > 1:

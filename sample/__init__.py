@@ -14,10 +14,16 @@ def create_sampler(config: ConfigDict) -> Any:
       UserError: if nothing can be sampled from `config.objective`, or its networks cannot be built.
     """
     # Imported here: a command imports this package before it may import JAX (see cli/allocator.py).
+    from sample.clip import ClipSampler
     from sample.dalle import DalleSampler
     from sample.dvae import ReconstructionSampler
 
-    samplers = {"dalle": DalleSampler, "dvae": ReconstructionSampler, "vqvae": ReconstructionSampler}
+    samplers = {
+        "clip": ClipSampler,
+        "dalle": DalleSampler,
+        "dvae": ReconstructionSampler,
+        "vqvae": ReconstructionSampler,
+    }
     if config.objective not in samplers:
         raise UserError(f"nothing can be sampled from objective {config.objective!r}; only from {', '.join(samplers)}")
     return samplers[config.objective].from_config(config)

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
-from data.preprocess import center_square
+from data.preprocess import PictureTransform, center_square, transform_pair
 from sample.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
 
@@ -59,8 +59,9 @@ def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:
     """
     if trained.tokenizer is not None:
         raise UserError(f"{trained.run.folder} draws captions and reconstructs nothing; give --prompt=TEXT")
-    size = trained.config.data.image_size
-    images = np.stack([read_picture(name, size) for name in files])
+    data = trained.config.data
+    transform = transform_pair(data.transform).evaluation
+    images = np.stack([read_picture(name, data.image_size, transform) for name in files])
     outputs = trained({"image": images}, seed=0, indices=range(len(files)))
     results = to_uint8(outputs["image"])
     pairs = np.stack([images, results], axis=1).reshape(-1, *images.shape[1:])
@@ -69,8 +70,15 @@ def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:
     return Drawn(results, records, _describe(trained, 0, {}), draw_grid(pairs, columns=2, labels=labels))
 
 
-def read_picture(name: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Reads a picture file as RGB, its central square resized.
+def read_picture(
+    name: str, size: int, transform: PictureTransform = center_square
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Reads a picture file as RGB, and makes it a square as evaluation does.
+
+    Args:
+      name: of the file.
+      size: of the square, in pixels.
+      transform: one that draws nothing.
 
     Raises:
       UserError: if it is missing or not a picture.
@@ -80,7 +88,7 @@ def read_picture(name: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
             array = np.asarray(picture.convert("RGB"))
     except OSError as error:
         raise UserError(f"cannot read the picture {name}: {error}") from error
-    return center_square(array, size, np.random.default_rng(0))
+    return transform(array, size, None)
 
 
 def write_files(folder: Path, drawn: Drawn) -> None:

@@ -195,7 +195,7 @@ def measure_data(
       UserError: if the dataset is missing.
     """
     data = config.data
-    tokenizer = load_tokenizer(data.dataset, data.data_dir) if data.text_length else None
+    tokenizer = load_tokenizer(data) if data.text_length else None
     stream = ExampleStream(data, tokenizer, split=data.split, seed=config.seed, train=True)
     rows = process_rows(batch_sharding(make_mesh(config.mesh)), config.batch_size)
     reader = BatchReader(

@@ -94,7 +94,7 @@ class HealthCheck:
 
     def _describe(self, step: int, metrics: Metrics, norms: np.ndarray) -> str:
         values = means(jax.device_get(metrics))
-        shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if name not in _NOT_SHOWN)
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if name != "learning_rate")
         broken = [path for path, norm in zip(self._paths, norms, strict=True) if not np.isfinite(norm)]
         rest = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         where = f"; the gradient is not finite at {', '.join(broken[:3])}{rest}" if broken else ""
@@ -105,6 +105,3 @@ class HealthCheck:
 def _are_finite(leaves: list[Any]) -> Any:
     """Whether each array is finite, bool [n]."""
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
-
-
-_NOT_SHOWN = ("examples_seen", "learning_rate")

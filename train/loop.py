@@ -27,7 +27,7 @@ from train.objectives.contract import Batch, Preview
 from train.preemption import StopSignal
 from train.processes import all_agree, from_first, is_first
 from train.program import Program, create_program
-from train.state import TrainState
+from train.state import TrainState, count_examples
 from train.transfer import initialize_parts
 from train.workdir import copy_tokenizer, open_workdir, pin_frozen, storage_errors, wandb_id
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
@@ -144,6 +144,11 @@ def _check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
                     f"config.{group}.{part}.text_vocab_size is {model.text_vocab_size}, but the tokenizer has "
                     f"{tokenizer.vocab_size} ids; set it to at least that"
                 )
+            if tokenizer is not None and model.get("text_end_id", tokenizer.end_id) != tokenizer.end_id:
+                raise UserError(
+                    f"config.{group}.{part}.text_end_id is {model.text_end_id}, but the tokenizer ends captions with "
+                    f"{tokenizer.end_id}; set it to that, and config.data.text_ends if there is none"
+                )
 
 
 def _restore(
@@ -198,6 +203,7 @@ def _run(
     """Trains from step `start`."""
     program, rows = training.program, training.rows
     step, pending, clock = start, None, _Clock(config.batch_size, start)
+    seen = count_examples(state.examples_seen)
     with contextlib.ExitStack() as resources:
         # Closed in reverse order, also when a step fails: a checkpoint that is being written is finished first.
         log = RunLog(config, workdir, start, wandb_id(workdir)) if is_first() else SilentLog()
@@ -207,7 +213,7 @@ def _run(
             training.stream,
             batch_size=config.batch_size,
             rows=rows,
-            examples_seen=int(state.examples_seen),
+            examples_seen=seen,
             workers=config.data.workers,
             read_ahead=config.data.read_ahead,
         )
@@ -221,6 +227,7 @@ def _run(
             values = means(jax.device_get(metrics))
             # Only a skipped update has values that are not finite, which JSON cannot hold.
             row = {name: value for name, value in values.items() if np.isfinite(value)}
+            row["examples_seen"] = seen + (number - start) * config.batch_size
             log.write(number, {**row, **clock.rate(number)})
 
         # ORDER OF EVENTS. Evaluation and saving come before the next batch is taken, so a checkpoint of step k says
@@ -335,8 +342,8 @@ def _check_config(config: ConfigDict) -> None:
     for group in ("log", "evaluate", "checkpoint", "ema"):
         if config[group].every < 1:
             raise UserError(f"config.{group}.every must be at least 1, not {config[group].every}")
-    if config.steps * config.batch_size >= 2**31:
-        raise UserError("config.steps * config.batch_size must stay below 2^31, the largest example number")
+    if max(config.steps, config.batch_size * 2) >= 2**31:
+        raise UserError("config.steps must stay below 2^31, and config.batch_size below 2^30")
 
 
 def _command() -> list[str]:

@@ -5,8 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int
 
 Tree = Any
+
+_WORD = 2**30
 
 
 @struct.dataclass
@@ -15,7 +18,8 @@ class TrainState:
 
     Attributes:
       step: int32 [], updates done.
-      examples_seen: int32 [], examples consumed; where the data stream goes on.
+      examples_seen: int32 [2], examples consumed, where the data stream goes on; in two words (see `count_examples`),
+        as a published run may see more than 2^31 of them.
       params: {part: tree}, trained by gradient.
       variables: {part: {collection: tree}}, updated without one; may be empty.
       ema_params: moving average of params, or {} without one.
@@ -51,11 +55,23 @@ class TrainState:
         return cls(**trees["progress"], **rest)
 
 
+def count_examples(words: Int[Array, "2"]) -> int:
+    """The number that `TrainState.examples_seen` stands for: 2^30 times the first word, and the second."""
+    high, low = (int(word) for word in jax.device_get(words))
+    return high * _WORD + low
+
+
+def add_examples(words: Int[Array, "2"], number: int) -> Int[Array, "2"]:
+    """`TrainState.examples_seen` after `number` more examples, fewer than 2^30."""
+    low = words[1] + number
+    return jnp.stack([words[0] + low // _WORD, low % _WORD])
+
+
 def create_state(params: Tree, variables: Tree, opt_state: Tree, ema: bool) -> TrainState:
     """State before the first update; the moving average starts at the parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        examples_seen=jnp.zeros((), jnp.int32),
+        examples_seen=jnp.zeros(2, jnp.int32),
         params=params,
         variables=variables,
         # A copy: the step donates its input, and one buffer cannot be donated twice.

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from train.objectives.contract import Batch, Metrics, Objective
 from train.optimizer import Schedule, apply_bounds, update_ema
-from train.state import TrainState
+from train.state import TrainState, add_examples
 
 Tree = Any
 
@@ -86,7 +86,7 @@ def make_train_step(
             ema = update_ema(config.ema, ema, params, step)
         new = TrainState(
             step=step,
-            examples_seen=state.examples_seen + batch["index"].shape[0],
+            examples_seen=add_examples(state.examples_seen, batch["index"].shape[0]),
             params=params,
             variables=variables,
             ema_params=ema,
@@ -104,7 +104,6 @@ def make_train_step(
         metrics = {
             **metrics,
             "gradient_norm": (norm, one),
-            "examples_seen": (new.examples_seen, one),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
         }
         return new, metrics, Health(loss=loss, leaf_norms=leaf_norms, applied=applied)

@@ -56,10 +56,10 @@ def open_workdir(workdir: Path, config: ConfigDict, resuming: bool) -> None:
 
 
 def copy_tokenizer(config: ConfigDict, workdir: Path, resuming: bool) -> None:
-    """Copies the dataset's tokenizer into the run, for configs with text."""
+    """Copies the config's tokenizer into the run, for configs with text."""
     own = workdir / TOKENIZER
     if config.data.text_length and not (resuming and own.is_file()):
-        load_tokenizer(config.data.dataset, config.data.data_dir).save(own)
+        load_tokenizer(config.data).save(own)
 
 
 @contextlib.contextmanager

@@ -1,16 +1,28 @@
 """One deterministic stream: what an example is depends on its index alone."""
 
+import contextlib
 import hashlib
+import io
 import itertools
 
 import grain
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
 
 from cli.errors import UserError
 from configs.scenes.dalle import get_config
-from data.pipeline import BatchReader, ExampleStream, RecordSource, batch_spec, dataset_folder, load_tokenizer
-from data.preprocess import choose_caption, picture_transform
+from data.pipeline import (
+    BatchReader,
+    ExampleStream,
+    RecordSource,
+    batch_spec,
+    dataset_folder,
+    evaluation_pictures,
+    load_tokenizer,
+)
+from data.preprocess import choose_caption, transform_pair
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +37,8 @@ def data_config(scenes_dir):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(scenes_dir):
-    return load_tokenizer("scenes/single32", str(scenes_dir))
+def tokenizer(data_config):
+    return load_tokenizer(data_config)
 
 
 def make_stream(config, tokenizer, **options):
@@ -68,7 +80,7 @@ def test_the_order_is_the_one_that_grain_shuffles(data_config, seed, split):
         assert stream.place(index) == order[index]
 
 
-@pytest.mark.parametrize("transform", ["center_square", "dvae_training", "dalle_training"])
+@pytest.mark.parametrize("transform", ["center_square", "dvae_training", "dalle_training", "clip_training"])
 def test_crop_caption_and_merges_draw_in_turn_from_one_generator(data_config, tokenizer, transform):
     config = data_config.copy_and_resolve_references()
     with config.unlocked():
@@ -76,7 +88,7 @@ def test_crop_caption_and_merges_draw_in_turn_from_one_generator(data_config, to
     stream = make_stream(config, tokenizer, seed=5)
     for index in range(20):
         record, rng = stream.source[stream.place(index)], np.random.default_rng((5, index))
-        image = picture_transform(transform)(record["image"], 32, rng)
+        image = transform_pair(transform).training(record["image"], 32, rng)
         text = tokenizer.encode(choose_caption(record["captions"], rng), 48, 0.3, rng).ids
         assert equal(stream[index], {"image": image, "index": np.int32(index), "text": text})
 
@@ -118,6 +130,116 @@ def test_an_evaluation_stream_has_no_chance(data_config, tokenizer):
     assert tokenizer.decode(stream[0]["text"]) == record["captions"][0]
     again = stream[stream.epoch_size]
     assert (again["image"] == record["image"]).all()
+
+
+def test_evaluation_sees_pictures_as_the_training_transform_asks(data_config):
+    config = data_config.copy_and_resolve_references()
+    for transform in ("dvae_training", "clip_training"):
+        with config.unlocked():
+            config.transform, config.image_size = transform, 20
+        stream = make_stream(config, None, split="validation", train=False)
+        for index in range(4):
+            expected = transform_pair(transform).evaluation(stream.source[index]["image"], 20, None)
+            assert (stream[index]["image"] == expected).all()
+    assert transform_pair("dvae_training").evaluation is not transform_pair("clip_training").evaluation
+
+
+def test_the_config_says_which_tokenizer(data_config, tokenizer, clip_file):
+    config = data_config.copy_and_resolve_references()
+    text = "a small red circle"
+    with config.unlocked():
+        config.text_ends = True
+    framed = load_tokenizer(config)
+    assert framed.vocab_size == tokenizer.vocab_size + 2 and tokenizer.end_id is None
+    assert framed.encode(text, 20).ids[1:5].tolist() == tokenizer.encode(text, 20).ids[:4].tolist()
+    with config.unlocked():
+        config.tokenizer = str(clip_file)
+    clip = load_tokenizer(config)
+    with config.unlocked():
+        config.text_ends = False
+    assert clip.end_id == load_tokenizer(config).end_id == 522
+    with config.unlocked():
+        config.tokenizer = "nowhere"
+    with pytest.raises(UserError, match="no CLIP vocabulary at nowhere"):
+        load_tokenizer(config)
+
+
+def test_captions_of_a_stream_are_framed(data_config, clip_file):
+    config = data_config.copy_and_resolve_references()
+    with config.unlocked():
+        config.tokenizer, config.text_length = str(clip_file), 10
+    clip = load_tokenizer(config)
+    stream = make_stream(config, clip)
+    texts = stream.batch(range(8))["text"]
+    assert (texts[:, 0] == clip.start_id).all() and (texts == clip.end_id).any(axis=1).all()
+    assert stream.truncated == 8 and (texts[:, -1] == clip.end_id).all()
+    assert (texts.argmax(axis=1) == 9).all()  # where CLIP reads a caption's feature
+    assert batch_spec(config)["text"] == (texts.shape[1:], texts.dtype)
+
+
+TABLE = tfds.features.Sequence({"id": tfds.features.Scalar(np.int64), "text": tfds.features.Text()})
+
+
+@pytest.mark.parametrize(
+    ("name", "feature", "value"),
+    [
+        ("captions", tfds.features.Sequence(tfds.features.Text()), ["one", "zwölf", "three"]),
+        ("captions", TABLE, [{"id": 7, "text": "one"}, {"id": 3, "text": "zwölf"}, {"id": 5, "text": "three"}]),
+        ("caption", tfds.features.Text(), "zwölf"),
+        ("text", tfds.features.Text(), "zwölf"),
+    ],
+)
+def test_captions_of_other_datasets_are_found(data_config, tokenizer, tmp_path, name, feature, value):
+    class Others(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """A dataset as TFDS has them."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"), name: feature}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": ((number, {"image": io.BytesIO(picture), name: value}) for number in range(3))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Image.new("RGB", (50, 40)).save(file := io.BytesIO(), "PNG")
+    picture = file.getvalue()
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        Others(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    config = data_config.copy_and_resolve_references()
+    with config.unlocked():
+        config.dataset, config.data_dir = "others", str(tmp_path)
+    captions = ("one", "zwölf", "three") if name == "captions" else ("zwölf",)
+    pictures = list(evaluation_pictures(config, "train"))
+    assert [picture.captions for picture in pictures] == [captions] * 3
+    assert {picture.image.shape for picture in pictures} == {(32, 32, 3)}
+    texts = {tokenizer.decode(ids) for ids in make_stream(config, tokenizer).batch(range(60))["text"]}
+    assert texts == set(captions)
+
+
+def test_evaluation_reads_every_picture_once_with_all_its_captions(data_config, monkeypatch):
+    config = data_config.copy_and_resolve_references()
+    with config.unlocked():
+        config.transform = "clip_training"
+    source = RecordSource(config.dataset, "validation[:9]", config.data_dir)
+    pictures = list(evaluation_pictures(config, "validation[:9]"))
+    assert [picture.captions for picture in pictures] == [source[index]["captions"] for index in range(9)]
+    assert all((picture.image == source[index]["image"]).all() for index, picture in enumerate(pictures))
+    assert min(len(picture.captions) for picture in pictures) > 1
+
+    def fetch(source, place):
+        if place in (4, 8):
+            raise OSError("broken file")
+        return intact(source, place)
+
+    intact = RecordSource._fetch
+    monkeypatch.setattr(RecordSource, "_fetch", fetch)
+    rest = list(evaluation_pictures(config, "validation[:9]"))
+    assert [picture.captions for picture in rest] == [pictures[index].captions for index in (0, 1, 2, 3, 5, 6, 7)]
 
 
 def test_captions_take_turns(data_config, tokenizer):

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from data.preprocess import TRANSFORMS, center_square, choose_caption, dalle_training, dvae_training, picture_transform
+from data.preprocess import (
+    TRANSFORMS,
+    center_square,
+    choose_caption,
+    clip_evaluation,
+    clip_training,
+    dalle_training,
+    dvae_training,
+    transform_pair,
+)
 
 
 def ramp(height: int, width: int) -> np.ndarray:
@@ -18,10 +27,41 @@ def ramp(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50), (16, 20)])
 def test_every_transform_gives_the_size_and_follows_its_generator(name, shape):
-    transform = picture_transform(name)
-    first, again = (transform(ramp(*shape), 32, np.random.default_rng(3)) for _ in range(2))
+    pair = transform_pair(name)
+    first, again = (pair.training(ramp(*shape), 32, np.random.default_rng(3)) for _ in range(2))
     assert first.shape == (32, 32, 3) and first.dtype == np.uint8
     assert (first == again).all()
+    assert pair.evaluation(ramp(*shape), 32, None).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_what_is_the_same_in_evaluation_draws_nothing(name):
+    """The stream makes no generator for it."""
+    pair = transform_pair(name)
+    pictures = {pair.training(ramp(40, 60), 32, np.random.default_rng(seed)).tobytes() for seed in range(8)}
+    assert (len(pictures) == 1) == (pair.training is pair.evaluation)
+    assert transform_pair(name).evaluation in (center_square, clip_evaluation)
+
+
+def test_clip_sees_the_whole_short_side_in_training_and_evaluation():
+    image = ramp(32, 96)
+    assert (clip_evaluation(image, 32) == image[:, 32:64]).all()
+    lefts = set()
+    for seed in range(200):
+        crop = clip_training(image, 32, np.random.default_rng(seed))
+        lefts.add(next(left for left in range(65) if (crop == image[:, left : left + 32]).all()))
+    assert {0, 64} <= lefts and len(lefts) > 50
+    wide = clip_evaluation(ramp(60, 80), 30)
+    assert wide[0, :, 0].max() < 5 and wide[-1, :, 0].min() > 250  # nothing of the short side is lost
+
+
+def test_clip_takes_gray_and_transparent_pictures_as_rgb():
+    colored = ramp(40, 60)
+    gray = colored[..., 1:2]
+    assert (clip_evaluation(gray, 32) == clip_evaluation(np.repeat(gray, 3, axis=-1), 32)).all()
+    assert clip_training(gray, 32, np.random.default_rng(0)).shape == (32, 32, 3)
+    opaque = np.concatenate([colored, np.full((40, 60, 1), 255, np.uint8)], axis=-1)
+    assert (clip_evaluation(opaque, 32) == clip_evaluation(colored, 32)).all()
 
 
 def test_the_center_square_of_a_picture_of_the_right_size_is_itself():
@@ -59,6 +99,6 @@ def test_captions_are_chosen_among_all_and_the_first_without_chance():
 
 def test_mistakes():
     with pytest.raises(UserError, match="center_square"):
-        picture_transform("nope")
+        transform_pair("nope")
     with pytest.raises(UserError, match="no caption"):
         choose_caption((), None)

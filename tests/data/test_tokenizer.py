@@ -1,7 +1,8 @@
-"""Byte-pair encoding: round trips, padding, truncation and seeded dropout."""
+"""Byte-pair encoding: round trips, padding, truncation, seeded dropout, and the frame of a start and an end token."""
 
 import numpy as np
 import pytest
+import tokenizers
 
 from cli.errors import UserError
 from data.tokenizer import PAD_ID, Tokenizer
@@ -76,6 +77,112 @@ def test_training_is_deterministic(tokenizer):
     assert all((again.encode(text, 16).ids == tokenizer.encode(text, 16).ids).all() for text in TEXTS)
 
 
+@pytest.fixture(scope="module")
+def framed(tokenizer) -> Tokenizer:
+    return tokenizer.with_ends()
+
+
+@pytest.fixture(scope="module")
+def clip(clip_file) -> Tokenizer:
+    return Tokenizer.from_clip_vocabulary(clip_file)
+
+
+def test_ends_have_the_two_highest_ids(tokenizer, framed):
+    assert (framed.start_id, framed.end_id) == (tokenizer.vocab_size, tokenizer.vocab_size + 1)
+    assert framed.vocab_size == tokenizer.vocab_size + 2
+    assert (tokenizer.start_id, tokenizer.end_id) == (None, None)
+    assert framed.with_ends() is framed
+
+
+def test_a_framed_caption_is_the_same_between_its_ends(tokenizer, framed):
+    for text in ("", "a small red circle", "never-seen words, 123!"):
+        plain = tokenizer.encode(text, 40).ids
+        count = np.count_nonzero(plain)
+        expected = [framed.start_id, *plain[:count], framed.end_id, *[PAD_ID] * (40 - count - 2)]
+        encoded = framed.encode(text, 40)
+        assert encoded.ids.tolist() == expected and not encoded.truncated
+        assert framed.decode(encoded.ids) == text
+
+
+def test_a_caption_that_is_cut_keeps_its_end(framed):
+    ids = framed.encode(TEXTS[0], 20).ids.tolist()
+    count = ids.index(framed.end_id) + 1
+    whole = framed.encode(TEXTS[0], count)
+    assert whole.ids.tolist() == ids[:count] and not whole.truncated
+    for length in range(1, count):
+        cut = framed.encode(TEXTS[0], length)
+        assert cut.truncated and cut.ids.tolist() == [*ids[: length - 1], framed.end_id]
+        assert TEXTS[0].startswith(framed.decode(cut.ids)) or length == 1
+
+
+def test_no_caption_spells_a_special_token(tokenizer, framed, clip):
+    for each in (tokenizer, framed, clip):
+        for text in ("<|endoftext|>", "a <|startoftext|> b<|endoftext|>", "<pad> <PAD>"):
+            for dropout in (0.0, 0.2):
+                ids = each.encode(text, 60, dropout, np.random.default_rng(0)).ids.tolist()
+                assert ids.count(each.end_id) == (each.end_id is not None)
+                assert ids.count(each.start_id) == (each.start_id is not None)
+                decoded = each.decode(np.array(ids))
+                assert decoded.replace(" ", "") == text.lower().replace(" ", "")
+
+
+def test_a_framed_tokenizer_drops_merges_between_its_ends(tokenizer, framed):
+    plain, ids = (each.encode(TEXTS[1], 64, 0.5, np.random.default_rng(4)).ids for each in (tokenizer, framed))
+    count = np.count_nonzero(plain)
+    assert ids[: count + 2].tolist() == [framed.start_id, *plain[:count], framed.end_id]
+
+
+def test_what_follows_the_end_is_no_text(framed):
+    ids = framed.encode("a red circle", 12).ids
+    ids[-3:] = framed.encode("blue", 3).ids
+    assert framed.decode(ids) == "a red circle"
+
+
+def test_the_saved_file_says_whether_captions_are_framed(tokenizer, framed, clip, tmp_path):
+    for number, each in enumerate((tokenizer, framed, clip)):
+        path = tmp_path / f"{number}.json"
+        each.save(path)
+        again = Tokenizer.load(path)
+        assert (again.vocab_size, again.start_id, again.end_id) == (each.vocab_size, each.start_id, each.end_id)
+        for text in (*TEXTS, "cat &amp; dog!!", "ΟΔΟΣ é", ""):
+            for length in (5, 40):
+                assert again.encode(text, length).ids.tolist() == each.encode(text, length).ids.tolist()
+        assert tokenizers.Tokenizer.from_file(str(path)).get_vocab_size() == each.vocab_size
+
+
+def test_words_of_clip_end_where_its_pieces_say(clip):
+    ids = clip.encode("Cat's &amp; DOGS,  dog!! cats café", 40).ids
+    pieces = [clip._model.id_to_token(i) for i in ids[1 : ids.tolist().index(clip.end_id)]]
+    assert pieces == [
+        *("cat</w>", "'s</w>", "&</w>", "do", "g", "s</w>", ",</w>", "dog</w>", "!!</w>"),
+        *("ca", "t", "s</w>", "ca", "f", "Ã", "©</w>"),
+    ]
+    assert clip.decode(ids) == "cat 's & dogs , dog !! cats café"
+
+
+def test_the_padding_of_clip_is_an_exclamation_mark_inside_a_caption(clip):
+    ids = clip.encode("!~ cat !", 12).ids
+    assert ids[1] == PAD_ID and (ids[-5:] == PAD_ID).all()
+    assert clip.decode(ids) == "!~ cat !"
+
+
+def test_clip_drops_merges_too(clip):
+    text = "cat and dog!!"
+    assert (clip.encode(text, 30, 1e-12, np.random.default_rng(0)).ids == clip.encode(text, 30).ids).all()
+    dropped = clip.encode(text, 30, 1.0 - 1e-12, np.random.default_rng(0)).ids
+    assert dropped.tolist().index(clip.end_id) == 1 + len("catanddog!!")
+    assert clip.decode(dropped) == "cat and dog !!"
+
+
+def test_ends_that_are_not_the_highest_ids_are_refused(framed, tmp_path):
+    framed.save(tmp_path / "tokenizer.json")
+    grown = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    grown.add_special_tokens(["<one more>"])
+    grown.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="not its highest ids"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="at least 257"):
         Tokenizer.train(TEXTS, 100)
@@ -84,3 +191,6 @@ def test_mistakes(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="not a tokenizer file"):
         Tokenizer.load(tmp_path / "broken.json")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "other.json"))
+    with pytest.raises(UserError, match="not made by Tessera"):
+        Tokenizer.load(tmp_path / "other.json")

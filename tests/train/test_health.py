@@ -9,7 +9,7 @@ from train.health import LAG, PATIENCE, HealthCheck
 from train.step import Health
 
 PARAMS = {"net": {"a": np.zeros(2), "b": np.zeros(2), "c": np.zeros(2), "d": np.zeros(2), "e": np.zeros(2)}}
-METRICS = {"loss": (jnp.float32(6), jnp.int32(2)), "examples_seen": (jnp.int32(8), jnp.int32(1))}
+METRICS = {"loss": (jnp.float32(6), jnp.int32(2)), "learning_rate": (jnp.float32(1), jnp.int32(1))}
 
 
 def verdict(loss=1.0, norms=(1, 1, 1, 1, 1), applied=True):

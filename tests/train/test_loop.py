@@ -175,10 +175,10 @@ def test_an_update_that_is_not_finite_is_named_and_never_saved_or_else_skipped(
     [
         (["--config.steps=0"], "config.steps must be at least 1"),
         (["--config.log.every=0"], "config.log.every must be at least 1"),
-        (["--config.objective=gan"], "choose one of dalle"),
+        (["--config.objective=gan"], "choose one of clip"),
         (["--config.data.split=tests"], "has no split 'tests'"),
         (["--config.mesh.data=5"], "does not fit"),
-        (["--config.steps=2000000000"], "2\\^31"),
+        (["--config.steps=3000000000"], "2\\^31"),
         (["--config.seed=-1"], "must not be negative"),
         (["--config.evaluate.previews=0"], "previews must be at least 1"),
         (["--config.data.image_size=64"], "config.data.image_size is 64; they must be equal"),
@@ -209,6 +209,12 @@ def test_a_missing_frozen_stage_is_named(scenes_dir, tmp_path):
 def test_parts_that_do_not_fit_together_are_named(scenes_dir, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         train(config(scenes_dir, *overrides, name="scenes/dalle.py:debug"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("override", "end"), [("models.clip.text_end_id=9", 352), ("data.text_ends=False", None)])
+def test_captions_that_end_otherwise_are_refused(scenes_dir, tmp_path, override, end):
+    with pytest.raises(UserError, match=f"text_end_id is .* ends captions with {end}"):
+        train(config(scenes_dir, f"--config.{override}", name="scenes/clip.py:debug"), tmp_path / "run")
 
 
 def test_a_workdir_that_cannot_be_written_is_named(scenes_dir, tmp_path):

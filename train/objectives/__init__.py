@@ -5,12 +5,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from train.objectives.clip import ClipObjective
 from train.objectives.contract import Objective
 from train.objectives.dalle import DalleObjective
 from train.objectives.dvae import DiscreteVAEObjective
 from train.objectives.vqvae import VectorQuantizedVAEObjective
 
 OBJECTIVES: dict[str, Any] = {
+    "clip": ClipObjective,
     "dalle": DalleObjective,
     "dvae": DiscreteVAEObjective,
     "vqvae": VectorQuantizedVAEObjective,

@@ -1,0 +1,263 @@
+"""What a trained CLIP knows of a dataset: classes by description, pictures by caption, attributes by a linear probe.
+
+On the embedded dataset the classes are its attributes; any other one needs a field of class numbers, or only captions.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from cli.errors import UserError
+from data.pipeline import RecordSource
+from data.preprocess import transform_pair
+from data.scenes import Scene, World, parse_caption
+from evaluation.caption_accuracy import world_of
+from evaluation.linear_probe import choose_probe
+from evaluation.records import Record
+from evaluation.retrieval import retrieval_metrics
+from evaluation.scene_prompts import (
+    OBJECT_ATTRIBUTES,
+    alternatives,
+    attribute_values,
+    captions_of,
+    class_prompts,
+    scene_of,
+)
+from evaluation.similarity import draw_similarity
+from evaluation.zero_shot import DEFAULT_TEMPLATES, class_embeddings, fill_templates, top_accuracy
+from sample.trained import TrainedSampler
+from weights.run import SAMPLES
+
+CLIP_METRICS = ("zero_shot", "retrieval", "linear_probe", "similarity")
+_SHOWN = 12  # pairs in the matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSettings:
+    """What is to be told apart, and how.
+
+    Attributes:
+      label: the dataset's field of class numbers; the embedded dataset has attributes in its place.
+      classes: names of the classes, in order; () for the dataset's own.
+      templates: prompts with `{}` for a class's name.
+      num_train: pictures of the training split that a linear probe is fitted on.
+    """
+
+    label: str = "label"
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    num_train: int = 5000
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The first records of a split.
+
+    Attributes:
+      images: as evaluation sees them.
+      captions: all that each has.
+      labels: field -> class numbers; on the embedded dataset, attribute -> values' numbers, -1 where there are two
+        objects.
+      names: field -> names of its classes.
+      scenes: what each shows, on the embedded dataset; else ().
+    """
+
+    images: UInt8[np.ndarray, "n h w 3"]
+    captions: tuple[tuple[str, ...], ...]
+    labels: dict[str, Int[np.ndarray, " n"]]
+    names: dict[str, tuple[str, ...]]
+    scenes: tuple[Scene, ...]
+
+
+def read_pictures(trained: TrainedSampler, split: str, num: int) -> Pictures:
+    """Reads at most `num` records of a split of the run's dataset."""
+    data = trained.config.data
+    source = RecordSource(data.dataset, split, data.data_dir)
+    records = [source[index] for index in range(min(num, len(source)))]
+    transform = transform_pair(data.transform).evaluation
+    images = np.stack([transform(record["image"], data.image_size, None) for record in records])
+    captions = tuple(record["captions"] for record in records)
+    if not _is_scenes(trained):
+        names = source.class_names
+        labels = {name: np.array([int(record[name]) for record in records]) for name in names}
+        return Pictures(images, captions, labels, names, ())
+    world = world_of(trained.config)
+    scenes = tuple(scene_of(record, world) for record in records)
+    names = {name: values for name, values in attribute_values(world).items() if name != "relation"}
+    labels = {name: np.array([_label(scene, name, values) for scene in scenes]) for name, values in names.items()}
+    return Pictures(images, captions, labels, names, scenes)
+
+
+def clip_records(
+    trained: TrainedSampler, names: Sequence[str], split: str, num: int, settings: ClipSettings
+) -> list[Record]:
+    """Computes metrics of one split.
+
+    Args:
+      trained: a run of the objective "clip".
+      names: of `CLIP_METRICS`.
+      split: of its dataset.
+      num: pictures of it, at most.
+      settings: classes and templates.
+
+    Returns:
+      A record for each metric: name, split, values, how many pictures each share is of, and settings.
+
+    Raises:
+      UserError: if the dataset has no captions or no such classes, as the metric needs.
+    """
+    pictures = read_pictures(trained, split, num)
+    features = embed_images(trained, pictures.images)
+    makers = {
+        "zero_shot": lambda: _zero_shot(trained, pictures, features, settings),
+        "retrieval": lambda: _retrieval(trained, pictures, features),
+        "linear_probe": lambda: _linear_probe(trained, pictures, features, settings),
+        "similarity": lambda: _similarity(trained, pictures, features, split),
+    }
+    return [{"metric": name, "split": split, **makers[name]()} for name in names]
+
+
+def embed_images(trained: TrainedSampler, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n e"]:
+    """Features of pictures, of unit length."""
+    return trained({"image": images}, seed=0, indices=range(len(images)))["image_features"]
+
+
+def embed_texts(trained: TrainedSampler, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
+    """Features of texts, of unit length; equal texts are embedded once."""
+    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    features = trained(trained.encode(list(distinct)), seed=0, indices=range(len(distinct)))["text_features"]
+    return features[[distinct[text] for text in texts]]
+
+
+def _zero_shot(
+    trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], settings: ClipSettings
+) -> Record:
+    """Classifies; on the embedded dataset each attribute in turn."""
+
+    def embed(texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
+        return embed_texts(trained, texts)
+
+    if pictures.scenes:
+        world = world_of(trained.config)
+        values, counted = {}, {}
+        for attribute, labels in pictures.labels.items():
+            single = labels >= 0
+            if single.any():
+                classes = class_embeddings(embed, class_prompts(world, attribute))
+                values[attribute] = top_accuracy(features[single], classes, labels[single], top=(1,))["top_1"]
+                counted[attribute] = int(single.sum())
+        pairs = _pair_accuracy(trained, world, pictures, features)
+        values |= {name: right / total for name, (right, total) in pairs.items()}
+        counted |= {name: total for name, (_, total) in pairs.items()}
+        return {"values": values, "counted": counted}
+    labels, names = _classes(pictures, settings)
+    classes = class_embeddings(embed, fill_templates(names, settings.templates))
+    values = top_accuracy(features, classes, labels)
+    return {
+        "values": values,
+        "counted": dict.fromkeys(values, len(labels)),
+        "label": settings.label,
+        "classes": len(names),
+        "templates": list(settings.templates),
+    }
+
+
+def _pair_accuracy(
+    trained: TrainedSampler, world: World, pictures: Pictures, features: Float[np.ndarray, "n e"]
+) -> dict[str, tuple[int, int]]:
+    """Two objects: is the true caption nearer than those with one attribute changed? (right, counted) by attribute."""
+    places = [place for place, scene in enumerate(pictures.scenes) if len(scene.objects) == 2]
+    right: dict[str, list[bool]] = {}
+    for attribute in attribute_values(world) if places else ():
+        objects = (0, 1) if attribute in OBJECT_ATTRIBUTES else (0,)
+        cases = [
+            (place, alternatives(world, pictures.scenes[place], attribute, k)) for place in places for k in objects
+        ]
+        texts = embed_texts(trained, [text for _, scenes in cases for text in captions_of(world, scenes)])
+        bounds = np.cumsum([len(scenes) for _, scenes in cases])[:-1]
+        for (place, _), candidates in zip(cases, np.split(texts, bounds), strict=True):
+            similarity = candidates @ features[place]
+            name = attribute if attribute == "relation" else f"pair_{attribute}"
+            right.setdefault(name, []).append(bool(np.all(similarity[0] > similarity[1:])))
+    return {name: (sum(hits), len(hits)) for name, hits in right.items()}
+
+
+def _retrieval(trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"]) -> Record:
+    """Pictures by caption and captions by picture, among pictures that their captions tell apart."""
+    captions = pictures.captions
+    if not all(captions):
+        raise UserError(f"retrieval needs captions, and {trained.config.data.dataset} has none; choose another metric")
+    if pictures.scenes:
+        world = world_of(trained.config)
+        captions = tuple(tuple(t for t in texts if parse_caption(world, t).complete) for texts in captions)
+        meanings: Sequence[Any] = pictures.scenes
+    else:
+        meanings = captions
+    kept = list({meaning: place for place, meaning in reversed(list(enumerate(meanings)))}.values())[::-1]
+    texts = [text for place in kept for text in captions[place]]
+    owner = np.repeat(np.arange(len(kept)), [len(captions[place]) for place in kept])
+    values = retrieval_metrics(features[kept], embed_texts(trained, texts), owner)
+    counted = {name: len(texts) if name.startswith("text") else len(kept) for name in values}
+    return {"values": values, "counted": counted, "pictures": len(kept), "captions": len(texts)}
+
+
+def _linear_probe(
+    trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], settings: ClipSettings
+) -> Record:
+    """Fits a probe for each label on the training split, and counts what it gets right on this one."""
+    train = read_pictures(trained, trained.config.data.split, settings.num_train)
+    train_features = embed_images(trained, train.images)
+    values, counted, strengths = {}, {}, {}
+    for name in pictures.names if pictures.scenes else (settings.label,):
+        if name not in pictures.names:
+            raise UserError(_no_label(pictures, name))
+        fit, check = train.labels[name] >= 0, pictures.labels[name] >= 0
+        if fit.any() and check.any():
+            probe = choose_probe(train_features[fit], train.labels[name][fit], len(pictures.names[name]))
+            values[name] = probe.accuracy(features[check], pictures.labels[name][check])
+            counted[name], strengths[name] = int(check.sum()), probe.strength
+    return {"values": values, "counted": counted, "num_train": len(train.images), "strength": strengths}
+
+
+def _similarity(trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], split: str) -> Record:
+    """Draws the matrix of cosines of the first pictures and captions; its value is the mean of the diagonal."""
+    captions = [texts[0] for texts in pictures.captions[:_SHOWN]]
+    cosines = embed_texts(trained, captions) @ features[:_SHOWN].T
+    folder = trained.run.folder / SAMPLES
+    folder.mkdir(exist_ok=True)
+    draw_similarity(pictures.images[:_SHOWN], captions, cosines).save(folder / f"similarity_{split}.png")
+    own = np.eye(len(cosines), dtype=bool)
+    return {"values": {"own_cosine": float(cosines[own].mean()), "other_cosine": float(cosines[~own].mean())}}
+
+
+def _classes(pictures: Pictures, settings: ClipSettings) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
+    """Labels and the names of their classes."""
+    if settings.label not in pictures.names:
+        raise UserError(_no_label(pictures, settings.label))
+    names = settings.classes or pictures.names[settings.label]
+    if len(names) != len(pictures.names[settings.label]):
+        raise UserError(
+            f"--classes names {len(names)} classes, and the field {settings.label} has "
+            f"{len(pictures.names[settings.label])}; write one a line, in their order"
+        )
+    return pictures.labels[settings.label], names
+
+
+def _no_label(pictures: Pictures, label: str) -> str:
+    has = f"it has {', '.join(pictures.names)}" if pictures.names else "it has none"
+    return f"the dataset has no field {label!r} of class numbers ({has}); give --label"
+
+
+def _is_scenes(trained: TrainedSampler) -> bool:
+    return trained.config.data.dataset.startswith("scenes/")
+
+
+def _label(scene: Scene, attribute: str, values: tuple[str, ...]) -> int:
+    """The number of an attribute's value in a scene of one object, else -1."""
+    if len(scene.objects) > 1:
+        return -1
+    value = scene.background if attribute == "background" else getattr(scene.objects[0], attribute)
+    return values.index(value)

@@ -1,0 +1,15 @@
+"""Makes torchvision importable beside a torch without CUDA.
+
+Its Linux wheels are built for CUDA: beside a CPU build of torch their operators do not load, and the import then fails
+where it describes two of them. No test calls these; they only need a name.
+"""
+
+import torch
+
+try:
+    import torchvision  # noqa: F401  # pyright: ignore[reportUnusedImport]
+except RuntimeError as error:
+    if "torchvision::nms does not exist" not in str(error):
+        raise
+    torch.library.define("torchvision::nms", "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define("torchvision::qnms", "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,0 +1,40 @@
+"""What a run folder keeps of the tokenizer."""
+
+import pytest
+
+from cli.config import load_config
+from cli.errors import UserError
+from train.workdir import copy_tokenizer
+from weights.run import TOKENIZER, Run
+
+
+def config_of(scenes_dir, *overrides):
+    return load_config(["--config=configs/scenes/dalle.py:debug", f"--config.data.data_dir={scenes_dir}", *overrides])
+
+
+def test_a_run_keeps_the_tokenizer_that_its_config_asks_for(scenes_dir, tmp_path):
+    vocabulary = tmp_path / "merges.txt"
+    vocabulary.write_text("#version: 0.2\nr e\nre d</w>\n")
+    sizes = {}
+    for name, overrides in {
+        "plain": (),
+        "framed": ("--config.data.text_ends=True",),
+        "clip": (f"--config.data.tokenizer={vocabulary}",),
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        config = config_of(scenes_dir, *overrides)
+        copy_tokenizer(config, folder, resuming=False)
+        sizes[name] = Run(folder, config).tokenizer().vocab_size
+    assert sizes == {"plain": 351, "framed": 353, "clip": 516}
+
+
+def test_a_run_that_goes_on_keeps_its_own(scenes_dir, tmp_path):
+    config = config_of(scenes_dir, "--config.data.text_ends=True")
+    copy_tokenizer(config, tmp_path, resuming=False)
+    before = (tmp_path / TOKENIZER).read_bytes()
+    config = config_of(scenes_dir, f"--config.data.tokenizer={tmp_path}/gone")
+    copy_tokenizer(config, tmp_path, resuming=True)
+    assert (tmp_path / TOKENIZER).read_bytes() == before
+    with pytest.raises(UserError, match="no CLIP vocabulary at .*gone"):
+        copy_tokenizer(config, tmp_path, resuming=False)
