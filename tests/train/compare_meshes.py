@@ -29,7 +29,7 @@ def main() -> None:
         reference = None
         for name, sizes in MESHES.items():
             config = load_config(arguments)
-            if name == "microbatches" and config.objective == "vqvae":
+            if name == "microbatches" and config.objective in ("vqvae", "clip"):
                 continue
             config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, **sizes})
             count = int(np.prod([config.mesh[axis] for axis in ("data", "fsdp", "tensor")]))
@@ -47,6 +47,8 @@ def step(program: Program, config) -> dict:
     rng = np.random.default_rng(0)
     batch = {name: rng.integers(0, 200, leaf.shape).astype(leaf.dtype) for name, leaf in program.abstract_batch.items()}
     batch["index"] = np.arange(config.batch_size, dtype=np.int32)
+    if config.objective == "clip":
+        batch["text"][:, 5] = config.models.clip.text_end_id
     placed = place_batch(batch, range(config.batch_size), config.batch_size, program.rows)
 
     def frozen():
