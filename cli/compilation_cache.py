@@ -40,7 +40,7 @@ def keep_compiled_programs() -> None:
     if os.environ.get(SWITCH, "") == "off" or FOLDER in os.environ or "jax" in sys.modules:
         return
     try:
-        folder = _cache_home() / "tessera" / "xla" / machine()
+        folder = cache_home() / "tessera" / "xla" / machine()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _remove_torn_entries(folder)
     except (ImportError, OSError, RuntimeError):  # no fcntl; not writable; no home
@@ -65,7 +65,7 @@ def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return f"{platform.machine()}-{hashlib.sha256('|'.join(described).encode()).hexdigest()[:12]}"
 
 
-def _cache_home() -> Path:
+def cache_home() -> Path:
     """The user's folder for what can be made again (XDG Base Directory Specification); a relative one is ignored."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return given if given.is_absolute() else Path("~").expanduser() / ".cache"

@@ -1,6 +1,9 @@
 """`python -m evaluation --run=FOLDER`: numbers for a trained run."""
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from cli import command
 from cli.allocator import reexec_with_fast_allocator
@@ -12,6 +15,19 @@ Evaluates a run and writes evaluation.json beside its checkpoints.
 
 caption_accuracy   share of captions whose picture has every attribute right, and each attribute (embedded dataset)
 reconstruction     error of an image tokenizer, codes it uses, and scenes still read right after it
+
+zero_shot          of a CLIP: share of pictures whose class (or, on the embedded dataset, attribute) it names
+retrieval          of a CLIP: recall at 1, 5, 10 and median rank, captions to pictures and back
+similarity         of a CLIP: cosines of the first pictures and captions, also drawn into the run's samples/
+linear_probe       of a CLIP, when named: accuracy of a logistic regression on its features
+
+Computed when named in --metrics, on any dataset, with --features; they compare the pictures drawn (or reconstructed)
+with as many of the split's, and all depend on that number:
+fid                Frechet distance of Inception features (Heusel et al. 2017)
+kid                kernel distance of Inception features (Binkowski et al. 2018)
+inception_score    of the pictures drawn alone (Salimans et al. 2016)
+precision_recall   of manifolds of features (Kynkaanniemi et al. 2019)
+cmmd               kernel distance of CLIP embeddings (Jayasumana et al. 2024)
 """
 
 
@@ -22,9 +38,27 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--metrics", default="", help="comma-separated (default: all that apply)")
     parser.add_argument("--splits", default="validation,held_out", help="comma-separated (default validation,held_out)")
     parser.add_argument("--num", type=int, default=1000, help="pictures of each split (default 1000)")
+    features = parser.add_argument_group("metrics that compare features")
+    features.add_argument("--features", metavar="NAME:FILE", help="extractor and its weights: inception:FILE.pth")
+    features.add_argument("--resize", default="", help="to the extractor's size; inception: clean (default) or tf1")
+    features.add_argument("--num_real", type=int, default=0, help="pictures of the split (default: --num)")
+    features.add_argument("--kid_subsets", type=int, default=100, help="subsets that kid averages (default 100)")
+    features.add_argument(
+        "--kid_subset_size", type=int, default=1000, help="pictures in each (default 1000), 0 for all"
+    )
+    features.add_argument(
+        "--features_dir", help="where the dataset's features are kept (default ~/.cache/tessera/features)"
+    )
+    classes = parser.add_argument_group("metrics of a CLIP")
+    classes.add_argument("--label", default="label", help="the dataset's field of class numbers (default label)")
+    classes.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the dataset's)")
+    classes.add_argument("--templates", metavar="FILE", help="prompts, one a line, with {} for the name of a class")
+    classes.add_argument("--num_train", type=int, default=5000, help="pictures that a linear probe is fitted on")
     options = parser.parse_args(arguments)
     if options.num < 1:
         raise UserError(f"--num must be at least 1, not {options.num}")
+    if options.num_real < 0 or options.kid_subset_size < 0 or options.kid_subsets < 1:
+        raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
     from evaluation.command import evaluate_run  # imports jax
     from evaluation.records import format_table, write_records
@@ -33,9 +67,41 @@ def main(arguments: Sequence[str]) -> None:
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
     settings = sampling_settings(options)
     metrics = [name for name in options.metrics.split(",") if name]
-    records = evaluate_run(trained, metrics, options.splits.split(","), options.num, options.seed, settings)
+    splits = options.splits.split(",")
+    records = evaluate_run(
+        *(trained, metrics, splits, options.num, options.seed, settings),
+        features=_feature_settings(options),
+        clip=_clip_settings(options),
+    )
     write_records(trained.run, records)
     print(format_table(records))
+
+
+def _feature_settings(options: argparse.Namespace) -> Any:
+    """The `FeatureSettings` that were asked for, or None."""
+    if not options.features:
+        return None
+    from evaluation.feature_evaluation import FeatureSettings
+    from evaluation.feature_extractors import create_extractor
+    from evaluation.reference_features import FeatureStore, default_folder
+
+    return FeatureSettings(
+        extractor=create_extractor(options.features, options.resize),
+        store=FeatureStore(Path(options.features_dir) if options.features_dir else default_folder()),
+        num_real=options.num_real,
+        kid_subsets=options.kid_subsets,
+        kid_subset_size=options.kid_subset_size,
+    )
+
+
+def _clip_settings(options: argparse.Namespace) -> Any:
+    """The `ClipSettings` that were asked for."""
+    from evaluation.clip_evaluation import ClipSettings
+    from evaluation.zero_shot import read_lines
+
+    lists = {name: getattr(options, name) for name in ("classes", "templates")}
+    given = {name: read_lines(path, name) for name, path in lists.items() if path}
+    return ClipSettings(label=options.label, num_train=options.num_train, **given)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from evaluation.scene_prompts import (
     scene_of,
 )
 from evaluation.similarity import draw_similarity
-from evaluation.zero_shot import DEFAULT_TEMPLATES, class_embeddings, fill_templates, top_accuracy
+from evaluation.zero_shot import DEFAULT_TEMPLATES, Embed, class_embeddings, fill_templates, top_accuracy
 from sample.trained import TrainedSampler
 from weights.run import SAMPLES
 
@@ -110,12 +110,12 @@ def clip_records(
       UserError: if the dataset has no captions or no such classes, as the metric needs.
     """
     pictures = read_pictures(trained, split, num)
-    features = embed_images(trained, pictures.images)
+    features, embed = embed_images(trained, pictures.images), TextFeatures(trained)
     makers = {
-        "zero_shot": lambda: _zero_shot(trained, pictures, features, settings),
-        "retrieval": lambda: _retrieval(trained, pictures, features),
+        "zero_shot": lambda: _zero_shot(trained, pictures, features, embed, settings),
+        "retrieval": lambda: _retrieval(trained, pictures, features, embed),
         "linear_probe": lambda: _linear_probe(trained, pictures, features, settings),
-        "similarity": lambda: _similarity(trained, pictures, features, split),
+        "similarity": lambda: _similarity(trained, pictures, features, embed, split),
     }
     return [{"metric": name, "split": split, **makers[name]()} for name in names]
 
@@ -125,21 +125,31 @@ def embed_images(trained: TrainedSampler, images: UInt8[np.ndarray, "n h w 3"]) 
     return trained({"image": images}, seed=0, indices=range(len(images)))["image_features"]
 
 
-def embed_texts(trained: TrainedSampler, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
-    """Features of texts, of unit length; equal texts are embedded once."""
-    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    features = trained(trained.encode(list(distinct)), seed=0, indices=range(len(distinct)))["text_features"]
-    return features[[distinct[text] for text in texts]]
+class TextFeatures:
+    """Features of texts, of unit length; each is embedded once, however often it is asked for."""
+
+    def __init__(self, trained: TrainedSampler):
+        self._trained = trained
+        self._known: dict[str, Float[np.ndarray, " e"]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
+        """Returns the features of texts, in their order."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            rows = self._trained.encode(new)
+            features = self._trained(rows, seed=0, indices=range(len(new)))["text_features"]
+            self._known |= dict(zip(new, features, strict=True))
+        return np.stack([self._known[text] for text in texts])
 
 
 def _zero_shot(
-    trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], settings: ClipSettings
+    trained: TrainedSampler,
+    pictures: Pictures,
+    features: Float[np.ndarray, "n e"],
+    embed: Embed,
+    settings: ClipSettings,
 ) -> Record:
     """Classifies; on the embedded dataset each attribute in turn."""
-
-    def embed(texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
-        return embed_texts(trained, texts)
-
     if pictures.scenes:
         world = world_of(trained.config)
         values, counted = {}, {}
@@ -149,7 +159,7 @@ def _zero_shot(
                 classes = class_embeddings(embed, class_prompts(world, attribute))
                 values[attribute] = top_accuracy(features[single], classes, labels[single], top=(1,))["top_1"]
                 counted[attribute] = int(single.sum())
-        pairs = _pair_accuracy(trained, world, pictures, features)
+        pairs = _pair_accuracy(world, pictures, features, embed)
         values |= {name: right / total for name, (right, total) in pairs.items()}
         counted |= {name: total for name, (_, total) in pairs.items()}
         return {"values": values, "counted": counted}
@@ -166,7 +176,7 @@ def _zero_shot(
 
 
 def _pair_accuracy(
-    trained: TrainedSampler, world: World, pictures: Pictures, features: Float[np.ndarray, "n e"]
+    world: World, pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed
 ) -> dict[str, tuple[int, int]]:
     """Two objects: is the true caption nearer than those with one attribute changed? (right, counted) by attribute."""
     places = [place for place, scene in enumerate(pictures.scenes) if len(scene.objects) == 2]
@@ -176,7 +186,7 @@ def _pair_accuracy(
         cases = [
             (place, alternatives(world, pictures.scenes[place], attribute, k)) for place in places for k in objects
         ]
-        texts = embed_texts(trained, [text for _, scenes in cases for text in captions_of(world, scenes)])
+        texts = embed([text for _, scenes in cases for text in captions_of(world, scenes)])
         bounds = np.cumsum([len(scenes) for _, scenes in cases])[:-1]
         for (place, _), candidates in zip(cases, np.split(texts, bounds), strict=True):
             similarity = candidates @ features[place]
@@ -185,7 +195,7 @@ def _pair_accuracy(
     return {name: (sum(hits), len(hits)) for name, hits in right.items()}
 
 
-def _retrieval(trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"]) -> Record:
+def _retrieval(trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed) -> Record:
     """Pictures by caption and captions by picture, among pictures that their captions tell apart."""
     captions = pictures.captions
     if not all(captions):
@@ -199,7 +209,7 @@ def _retrieval(trained: TrainedSampler, pictures: Pictures, features: Float[np.n
     kept = list({meaning: place for place, meaning in reversed(list(enumerate(meanings)))}.values())[::-1]
     texts = [text for place in kept for text in captions[place]]
     owner = np.repeat(np.arange(len(kept)), [len(captions[place]) for place in kept])
-    values = retrieval_metrics(features[kept], embed_texts(trained, texts), owner)
+    values = retrieval_metrics(features[kept], embed(texts), owner)
     counted = {name: len(texts) if name.startswith("text") else len(kept) for name in values}
     return {"values": values, "counted": counted, "pictures": len(kept), "captions": len(texts)}
 
@@ -222,10 +232,12 @@ def _linear_probe(
     return {"values": values, "counted": counted, "num_train": len(train.images), "strength": strengths}
 
 
-def _similarity(trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], split: str) -> Record:
-    """Draws the matrix of cosines of the first pictures and captions; its value is the mean of the diagonal."""
+def _similarity(
+    trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed, split: str
+) -> Record:
+    """Draws the cosines of the first pictures and captions; the values are means of own pairs and of others."""
     captions = [texts[0] for texts in pictures.captions[:_SHOWN]]
-    cosines = embed_texts(trained, captions) @ features[:_SHOWN].T
+    cosines = embed(captions) @ features[:_SHOWN].T
     folder = trained.run.folder / SAMPLES
     folder.mkdir(exist_ok=True)
     draw_similarity(pictures.images[:_SHOWN], captions, cosines).save(folder / f"similarity_{split}.png")

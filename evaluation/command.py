@@ -9,17 +9,24 @@ from jaxtyping import UInt8
 from cli.errors import UserError
 from data.pipeline import dataset_folder
 from evaluation.caption_accuracy import CaptionedPictures, caption_accuracy, captioned_pictures
+from evaluation.clip_evaluation import CLIP_METRICS, ClipSettings, clip_records
+from evaluation.feature_evaluation import FEATURE_METRICS, FeatureSettings, check_feature_metrics, feature_records
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record
 from sample.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
 from weights.run import SAMPLES
 
+# What is computed unless a user names metrics.
 METRICS: Mapping[str, tuple[str, ...]] = {
+    "clip": ("zero_shot", "retrieval", "similarity"),
     "dalle": ("caption_accuracy",),
     "dvae": ("reconstruction",),
     "vqvae": ("reconstruction",),
 }
+
+# The objectives whose runs make pictures; features of these are compared when a user names such a metric.
+_MAKE_PICTURES = ("dalle", "dvae", "vqvae")
 
 
 def evaluate_run(
@@ -29,36 +36,52 @@ def evaluate_run(
     num: int,
     seed: int,
     settings: Mapping[str, Any],
+    features: FeatureSettings | None = None,
+    clip: ClipSettings | None = None,
 ) -> list[Record]:
     """Computes metrics of a run on each split.
 
     Args:
       trained: the run.
-      metrics: names, or none for all that apply to its objective.
+      metrics: names, or none for all that apply to its objective and need no features.
       splits: of its dataset.
       num: pictures of each split.
       seed: of sampling.
       settings: overrides of `config.sample`.
+      features: how features are made, for the metrics that compare them.
+      clip: what a CLIP run tells apart; None for the defaults.
 
     Returns:
       One record for each metric and split, with values and everything they depend on.
 
     Raises:
-      UserError: if a metric is unknown or does not apply.
+      UserError: if a metric is unknown or does not apply, or lacks what it needs.
     """
-    known = METRICS[trained.config.objective]
+    objective = trained.config.objective
+    named = CLIP_METRICS if objective == "clip" else METRICS[objective]
+    known = named + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
     for name in metrics:
         if name not in known:
-            raise UserError(f"metric {name!r} does not apply to {trained.config.objective}; choose {', '.join(known)}")
+            raise UserError(f"metric {name!r} does not apply to {objective}; choose {', '.join(known)}")
+    compared = [name for name in dict.fromkeys(metrics) if name in FEATURE_METRICS]
+    check_feature_metrics(compared, num, features)
     records = []
-    for name in metrics or known:
+    if objective == "clip":
         for split in splits:
+            for record in clip_records(trained, metrics or METRICS[objective], split, num, clip or ClipSettings()):
+                records.append({**_provenance(trained, num, seed, settings), **record})
+        return records
+    for name in metrics or METRICS[objective]:
+        for split in splits if name not in compared else ():
             pictures = captioned_pictures(trained.config, split, num)
             if name == "caption_accuracy":
                 values = _caption_accuracy(trained, pictures, split, seed, settings)
             else:
                 values = _reconstruction(trained, pictures)
             records.append({"metric": name, "split": split, **_provenance(trained, num, seed, settings), **values})
+    for split in splits if features is not None and compared else ():
+        for record in feature_records(trained, compared, split, num, seed, settings, features):
+            records.append({**_provenance(trained, num, seed, settings), **record})
     return records
 
 

@@ -9,10 +9,12 @@ from weights.run import EVALUATION, Run
 
 Record = dict[str, Any]
 
+_NOT_SHARES = ("mse", "psnr_db", "perplexity", "fid", "kid", "cmmd", "inception_score", "deviation", "rank", "cosine")
+
 
 def is_share(name: str, value: Any) -> bool:
     """Whether a value is a share of pictures, shown as a percentage, rather than an error or a count."""
-    return isinstance(value, float) and not name.endswith(("mse", "psnr_db", "perplexity"))
+    return isinstance(value, float) and not name.endswith(_NOT_SHARES)
 
 
 def write_records(run: Run, records: Sequence[Record]) -> None:

@@ -95,21 +95,25 @@ def _section(section: Section) -> str:
 
 
 def headline_records(folder: Path) -> list[dict[str, Any]]:
-    """Records of evaluation.json that were made with the run's own sampling settings, the newest of each split."""
+    """Records of evaluation.json made with the run's own sampling settings, the newest of each metric and split."""
     path = folder / EVALUATION
     if not path.is_file():
         return []
     settings = Run.open(folder).config.sample.to_dict()
     records = json.loads(path.read_text(encoding="utf-8"))
-    newest = {r["split"]: r for r in records if all(r[key] == value for key, value in settings.items())}
+    newest = {(r["metric"], r["split"]): r for r in records if all(r[key] == value for key, value in settings.items())}
     return list(newest.values())
 
 
 def _scores(folder: Path) -> str:
-    """The table of evaluation.json: a column for each split."""
+    """The tables of evaluation.json, one for each metric."""
     records = headline_records(folder)
-    if not records:
-        return ""
+    metrics = dict.fromkeys(record["metric"] for record in records)
+    return "".join(_score_table([record for record in records if record["metric"] == name]) for name in metrics)
+
+
+def _score_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The table of one metric: a column for each split."""
     newest = {record["split"]: record for record in records}
     names = list(dict.fromkeys(name for record in newest.values() for name in record["values"]))
     head = "".join(f"<th>{html.escape(split)} (N = {record['num']})</th>" for split, record in newest.items())
@@ -124,7 +128,7 @@ def _scores(folder: Path) -> str:
     return f'<table><tr><th></th>{head}</tr>{"".join(lines)}</table><p class="note">{html.escape(settings)}</p>'
 
 
-def _number(name: str, value: float | None) -> str:
+def _number(name: str, value: float | int | None) -> str:
     if value is None:
         return ""
     return f"{100 * value:.1f} %" if is_share(name, value) else f"{value:.4g}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
 from PIL import Image
 
 
@@ -14,7 +15,7 @@ def draw_similarity(
 ) -> Image.Image:
     """Draws captions as rows, pictures as columns, and each cosine in its cell, darker where it is higher."""
     with matplotlib.rc_context({"font.size": 8}):
-        figure = matplotlib.figure.Figure(figsize=(4 + 0.6 * len(images), 1 + 0.6 * len(captions)), dpi=100)
+        figure = Figure(figsize=(4 + 0.6 * len(images), 1 + 0.6 * len(captions)), dpi=100)
         axes = figure.add_axes((0.42, 0.03, 0.56, 0.84))
         axes.imshow(cosines, cmap="Blues", aspect="auto")
         axes.set_yticks(range(len(captions)), captions)

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from models.clip import Clip
 from models.dalle import Dalle
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
+from models.inception import Inception
 
 MODELS: dict[str, type[nn.Module]] = {
     "clip": Clip,
     "dalle": Dalle,
     "dvae": DiscreteVAE,
+    "inception": Inception,
     "vqvae": VectorQuantizedVAE,
 }
 

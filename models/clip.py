@@ -98,6 +98,14 @@ class Clip(nn.Module):
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
+    def __post_init__(self) -> None:
+        # Filled in, so that equal networks have equal fields.
+        if self.image_heads is None:
+            self.image_heads = self.image_width * (32 if self.image_tower == "resnet" else 1) // 64
+        if self.text_heads is None:
+            self.text_heads = self.text_width // 64
+        super().__post_init__()
+
     def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`."""
         images = jax.ShapeDtypeStruct((batch_size, self.image_size, self.image_size, 3), jnp.float32)
@@ -115,7 +123,7 @@ class Clip(nn.Module):
             self.image = VisionTransformer(
                 width=self.image_width,
                 depth=self.image_layers,
-                heads=self.image_heads or self.image_width // 64,
+                heads=self.image_heads,
                 mlp_ratio=self.image_mlp_ratio,
                 patch_size=self.patch_size,
                 features=self.embed_dim,
@@ -126,7 +134,7 @@ class Clip(nn.Module):
             self.image = ModifiedResNet(
                 layers=self.image_layers,
                 width=self.image_width,
-                heads=self.image_heads or self.image_width * 32 // 64,
+                heads=self.image_heads,
                 features=self.embed_dim,
                 **types,
             )
@@ -138,7 +146,7 @@ class Clip(nn.Module):
             end_id=self.text_end_id,
             width=self.text_width,
             depth=self.text_layers,
-            heads=self.text_heads or self.text_width // 64,
+            heads=self.text_heads,
             features=self.embed_dim,
             activation=self.activation,
             **stack,

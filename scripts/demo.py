@@ -126,7 +126,9 @@ class _Demo:
             return False
         last = int((run / DONE).read_text(encoding="utf-8"))
         graded = {
-            record["split"] for record in headline_records(run) if record["step"] == last and record["num"] >= self._num
+            record["split"]
+            for record in headline_records(run)
+            if record["metric"] == "caption_accuracy" and record["step"] == last and record["num"] >= self._num
         }
         return graded == {"validation", "held_out"}
 

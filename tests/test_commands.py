@@ -12,7 +12,7 @@ from cli.command import run as run_command
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     *("train", "sample", "evaluation", "scripts.prepare", "scripts.describe", "scripts.demo"),
-    *("scripts.fit", "scripts.benchmark", "scripts.chaos"),
+    *("scripts.fit", "scripts.benchmark", "scripts.chaos", "scripts.convert"),
 )
 
 
@@ -54,6 +54,10 @@ MISTAKES = {
     "demo that cannot write": (["scripts.demo", "--workdir=/proc/nowhere"], "cannot write /proc/nowhere/report.html"),
     "demo with too many captions": (["scripts.demo", "--num=9999"], "--num must be between"),
     "unknown dataset": (["scripts.prepare", "--dataset=mnist"], "unknown dataset 'mnist'"),
+    "nothing to convert": (
+        ["scripts.convert", "--source=openai", "--input={tmp}/none.pt", "--output={tmp}/out"],
+        "there is no folder or file",
+    ),
     "unknown flag": (["evaluation", "--rum=x", "--run=y"], "--rum"),
 }
 

@@ -11,26 +11,37 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from train.sharding import path_name
 from train.state import TrainState
-from weights.sources import load_part, place_whole
+from weights.sources import (
+    RANDOM,
+    differing_fields,
+    find_source,
+    load_part,
+    model_of,
+    open_source,
+    place_whole,
+    trained_model,
+)
 
 Tree = Any
 
 
 def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Callable[[Tree], Tree]) -> TrainState:
-    """Replaces `state.params[part]` by the weights that `config.initialize.<part>` names.
+    """Replaces `state.params[part]` by the weights that `config.initialize.<part>` names, if any; "random" is none.
 
     The moving average and the optimizer start from the new parameters too.
 
     Raises:
-      UserError: if there is no such part, or its shapes differ (all differences listed).
+      UserError: if there is no such part, or its network computes something else (all differing fields listed), or
+        its shapes differ.
     """
-    entries = {name: entry for name, entry in config.initialize.items() if entry.source}
+    entries = {name: entry for name, entry in config.initialize.items() if entry.source not in ("", RANDOM)}
     if not entries:
         return state
     params, variables = dict(state.params), dict(state.variables)
     for name, entry in entries.items():
         if name not in params:
             raise UserError(f"config.initialize.{name}: this objective trains {', '.join(params)}")
+        _check_fields(config, name)
         part = load_part(entry, config.seed)
         have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part.params)}
         want = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params[name])}
@@ -48,3 +59,14 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
     as_before = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
     opt_state = jax.jit(init_optimizer, out_shardings=as_before)(params)
     return dataclasses.replace(state, params=params, variables=variables, ema_params=ema, opt_state=opt_state)
+
+
+def _check_fields(config: ConfigDict, name: str) -> None:
+    """Raises UserError where the weights are of a network that computes something else."""
+    entry = config.initialize[name]
+    trained = trained_model(open_source(find_source(entry.source)), entry.part)
+    if differing := differing_fields(trained, model_of(config.models[name])):
+        raise UserError(
+            f"config.initialize.{name}: {entry.source} is another network than config.models.{name}: "
+            f"{'; '.join(differing)}; set the same fields"
+        )

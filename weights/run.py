@@ -24,6 +24,8 @@ SAMPLES = "samples"
 IDENTITY = "wandb/id"
 DONE = "DONE"
 
+PROVENANCE = "provenance"  # the key of config.json that a pretrained folder has and a run has not
+
 
 @dataclasses.dataclass(frozen=True)
 class RunWeights:
@@ -54,17 +56,12 @@ class Run:
         """Opens a run folder.
 
         Raises:
-          UserError: if there is none, or its config cannot be read.
+          UserError: if there is none, or its config cannot be read; if it is a pretrained folder.
         """
-        folder = Path(folder)
-        path = folder / CONFIG
-        if not path.is_file():
-            what = "is not a run folder (it has no config.json)" if folder.is_dir() else "does not exist"
-            raise UserError(f"{folder} {what}; train one with `python -m train --config=... --workdir={folder}`")
-        try:
-            return cls(folder, from_json(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); restore it or train again") from error
+        config = read_config(folder)
+        if PROVENANCE in config:
+            raise UserError(f"{folder} is a pretrained folder, not a run; name it as a `source` in a config")
+        return cls(Path(folder), config)
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was copied into the run, or None for a run without text."""
@@ -106,6 +103,23 @@ class Run:
         name = "ema_params" if ema else "params"
         trees = store.load(step, (name, "variables"))
         return RunWeights(trees[name], trees["variables"], step, ema)
+
+
+def read_config(folder: str | Path) -> ConfigDict:
+    """Reads the config of a run folder or a pretrained folder.
+
+    Raises:
+      UserError: if there is none, or it cannot be read.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not path.is_file():
+        what = "is not a run folder (it has no config.json)" if folder.is_dir() else "does not exist"
+        raise UserError(f"{folder} {what}; train one with `python -m train --config=... --workdir={folder}`")
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or train again") from error
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

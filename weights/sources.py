@@ -1,4 +1,4 @@
-"""Where a trained part comes from: a run folder, or random weights for tests and measurements."""
+"""Where a trained part comes from: a run folder, a pretrained folder, or random weights for tests and measurements."""
 
 import dataclasses
 import logging
@@ -12,12 +12,15 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models import create_model
-from weights.run import Run
+from weights.pretrained import Pretrained
+from weights.run import PROVENANCE, Run, read_config
 
 Tree = Any
 
 RANDOM = "random"
 _NOT_FIELDS = ("source", "part", "step", "run")
+# Fields of networks that say how they compute or start, and not what they compute from their weights.
+_FREE_FIELDS = {"dtype", "param_dtype", "implementation", "scan", "remat", "logit_scale_init", "name", "parent"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ def find_source(source: str, near: Path | None = None) -> str:
     that names it.
 
     Args:
-      source: a run folder, or "random".
+      source: a run folder, a pretrained folder, or "random".
       near: the run folder whose config names `source`.
 
     Raises:
@@ -62,7 +65,39 @@ def find_source(source: str, near: Path | None = None) -> str:
         if source == RANDOM or (candidate / "config.json").is_file():
             return source if source == RANDOM else str(candidate)
     places = " and ".join(str(path) for path in candidates)
-    raise UserError(f"the frozen stage {source} is missing (looked in {places}); train it first or set its `source`")
+    raise UserError(
+        f"the source {source} is missing (looked in {places}); train or convert it first, or set another `source`"
+    )
+
+
+def open_source(folder: str | Path) -> Run | Pretrained:
+    """Opens a folder that parts come from, whichever of the two it is.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    config = read_config(folder)
+    return (Pretrained if PROVENANCE in config else Run)(Path(folder), config)
+
+
+def differing_fields(trained: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Says in which fields a trained network computes something else than the wanted one, "field: theirs, not ours".
+
+    What a field is when it is left out, the network says. Weights of equal shapes may need different networks: nothing
+    but the field tells one activation from another.
+
+    Args:
+      trained: {name, fields} of the network that the weights are of.
+      wanted: {name, fields} of the one that is to have them.
+    """
+    if trained["name"] != wanted["name"]:
+        return [f"name: {trained['name']!r}, not {wanted['name']!r}"]
+    theirs, ours = create_model(**trained), create_model(**wanted)
+    return [
+        f"{field}: {getattr(theirs, field)!r}, not {getattr(ours, field)!r}"
+        for field in ours.__dataclass_fields__
+        if field not in _FREE_FIELDS and getattr(theirs, field) != getattr(ours, field)
+    ]
 
 
 def resolve_frozen(config: ConfigDict, near: Path | None = None) -> None:
@@ -70,7 +105,8 @@ def resolve_frozen(config: ConfigDict, near: Path | None = None) -> None:
 
     Afterwards the config alone says which networks there are, and `run` and `step` say with which weights: a source
     that is trained further does not change the runs that use it, nor does another run take its place. What the config
-    said before of a network that was trained elsewhere only serves to describe it without its run.
+    said before of a network that was trained elsewhere only serves to describe it without its run; how it computes
+    (dtype, attention's implementation) stays as the config has it where the source does not say.
 
     Args:
       config: changed in place. An entry's `step` of 0 means the newest checkpoint.
@@ -83,14 +119,16 @@ def resolve_frozen(config: ConfigDict, near: Path | None = None) -> None:
         if entry.source == RANDOM:
             continue
         folder = find_source(entry.source, near)
-        run = Run.open(folder)
-        trained = _trained_model(run, entry.part)
-        with config.unlocked():
+        source = open_source(folder)
+        trained = trained_model(source, entry.part)
+        with config.unlocked(), entry.ignore_type():
+            for key in model_of(entry).keys() - trained.keys() - _FREE_FIELDS:
+                del entry[key]
             for key, value in trained.items():
                 entry[key] = value
             entry.source = folder
-            entry.step = entry.get("step", 0) or run.latest_step()
-            entry.run = run.identity()
+            entry.step = entry.get("step", 0) or source.latest_step()
+            entry.run = source.identity()
 
 
 def load_frozen(config: ConfigDict, seed: int = 0, abstract: Tree = None) -> dict[str, dict[str, Tree]]:
@@ -131,9 +169,9 @@ def load_part(entry: ConfigDict, seed: int = 0, abstract: Tree = None) -> Part:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         trees = jax.jit(lambda: random_part(model, seed).trees(), out_shardings=shardings)()
         return Part(model, **trees)
-    run = Run.open(find_source(entry.source))
-    model = _trained_model(run, entry.part)
-    weights = run.load(entry.get("step", 0) or None)
+    source = open_source(find_source(entry.source))
+    model = trained_model(source, entry.part)
+    weights = source.load(entry.get("step", 0) or None)
     part = Part(model, weights.params[entry.part], weights.variables.get(entry.part, {}))
     if abstract is None:
         return part
@@ -154,7 +192,12 @@ def random_part(model: dict[str, Any], seed: int) -> Part:
     return Part(model, variables.pop("params"), variables)
 
 
-def _trained_model(run: Run, part: str) -> dict[str, Any]:
-    if part not in run.config.models:
-        raise UserError(f"{run.folder} has no part {part!r}; it has {', '.join(run.config.models.keys())}")
-    return model_of(run.config.models[part])
+def trained_model(source: Run | Pretrained, part: str) -> dict[str, Any]:
+    """Returns the arguments of `create_model` of a part.
+
+    Raises:
+      UserError: if the source has no such part.
+    """
+    if part not in source.config.models:
+        raise UserError(f"{source.folder} has no part {part!r}; it has {', '.join(source.config.models.keys())}")
+    return model_of(source.config.models[part])

@@ -5,31 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from cli.config import load_config
 from cli.errors import UserError
 from data import scenes
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.command import evaluate_run
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import format_table, write_records
-from sample.trained import TrainedSampler
-from train.loop import train
-
-
-@pytest.fixture(scope="module")
-def stage1(scenes_dir, tmp_path_factory):
-    config = load_config(["--config=configs/scenes/dvae.py:debug", f"--config.data.data_dir={scenes_dir}"])
-    workdir = tmp_path_factory.mktemp("runs") / "dvae"
-    train(config, workdir)
-    return TrainedSampler.open(workdir, chunk=16)
-
-
-@pytest.fixture(scope="module")
-def stage2(scenes_dir, tmp_path_factory):
-    config = load_config(["--config=configs/scenes/dalle.py:debug", f"--config.data.data_dir={scenes_dir}"])
-    workdir = tmp_path_factory.mktemp("runs") / "dalle"
-    train(config, workdir)
-    return TrainedSampler.open(workdir, chunk=16)
 
 
 def test_the_graded_captions_name_every_attribute_and_vary(stage1):

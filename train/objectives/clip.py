@@ -107,6 +107,7 @@ class ClipObjective:
         del frozen, rng, step
         collections = variables.get("clip", {})
         tree, inputs = {"params": params["clip"], **collections}, (from_uint8(batch["image"]), batch["text"])
+        out: ClipOutput
         if train and collections:
             out, collections = self.model.apply(tree, *inputs, train=True, mutable=list(collections))
             variables = {**variables, "clip": collections}

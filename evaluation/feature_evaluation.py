@@ -1,0 +1,198 @@
+"""Metrics that compare the features of a run's pictures with those of its dataset's.
+
+A run that takes captions draws those of a split's first records; a run that reconstructs passes their pictures through.
+The pictures compared with are the dataset's own, the first records of the same split. Any dataset will do: nothing is
+graded. Pictures are measured as they are drawn and not kept, so their number is bounded by their features alone.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cli.errors import UserError
+from data.pipeline import RecordSource
+from data.preprocess import center_square, choose_caption
+from evaluation import feature_metrics
+from evaluation.feature_extractors import Classifier, FeatureExtractor
+from evaluation.records import Record
+from evaluation.reference_features import FeatureStore, dataset_provenance
+from sample.grid import to_uint8
+from sample.trained import TrainedSampler
+
+FEATURE_METRICS = ("fid", "kid", "cmmd", "inception_score", "precision_recall")
+
+_SPLITS = 10  # of the Inception score
+_NEIGHBORS = 3  # of precision and recall
+_DRAWN_AT_ONCE = 64  # pictures read or measured together
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSettings:
+    """How features are made and compared.
+
+    Attributes:
+      extractor: measures pictures.
+      store: keeps the dataset's features.
+      num_real: pictures of the dataset; 0 for as many as are drawn.
+      kid_subsets: see `feature_metrics.kernel_inception_distance`.
+      kid_subset_size: pictures in each; 0 for one estimate of all.
+    """
+
+    extractor: FeatureExtractor
+    store: FeatureStore
+    num_real: int = 0
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+
+
+def check_feature_metrics(names: Sequence[str], num: int, settings: FeatureSettings | None) -> None:
+    """Finds mistakes before hours are spent on drawing.
+
+    Args:
+      names: of metrics, of `FEATURE_METRICS`.
+      num: pictures to draw.
+      settings: None if the user gave no extractor.
+
+    Raises:
+      UserError: without an extractor, or if a metric is not defined on its features or not of so few pictures.
+    """
+    if not names:
+        return
+    if settings is None:
+        raise UserError(
+            f"{names[0]} compares features; give --features=inception:FILE, a file of the network's weights"
+        )
+    kid = (settings.kid_subset_size or 2, "--kid_subset_size=0 makes one estimate of all pictures")
+    least = {"fid": (2, ""), "kid": kid, "inception_score": (_SPLITS, ""), "precision_recall": (_NEIGHBORS + 1, "")}
+    for name in names:
+        if name not in settings.extractor.metrics:
+            raise UserError(
+                f"{name} is not defined on features of {settings.extractor.identity}, which are for "
+                f"{', '.join(settings.extractor.metrics)}; give another --features"
+            )
+        fewest, hint = least.get(name, (1, ""))
+        given = min(num, settings.num_real or num)
+        if given < fewest:
+            more = f"; {hint}" if hint else ""
+            raise UserError(f"{name} needs {fewest} pictures of each side or more, not {given}; raise --num{more}")
+
+
+def feature_records(
+    trained: TrainedSampler,
+    names: Sequence[str],
+    split: str,
+    num: int,
+    seed: int,
+    sampling: Mapping[str, Any],
+    settings: FeatureSettings,
+) -> list[Record]:
+    """Computes metrics of one split: the pictures are drawn once for all of them.
+
+    Args:
+      trained: the run.
+      names: of metrics, checked by `check_feature_metrics`.
+      split: of its dataset.
+      num: pictures to draw.
+      seed: of drawing.
+      sampling: overrides of `config.sample`.
+      settings: the rest.
+
+    Returns:
+      For each metric its name, values, and what they depend on beside the run and its sampling.
+
+    Raises:
+      UserError: if the split is missing or has fewer records, or a record has no caption.
+    """
+    num_real = settings.num_real or num
+    source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)
+    if max(num, num_real) > len(source):
+        which = f"--num={num}" if num >= num_real else f"--num_real={num_real}"
+        raise UserError(f"{split} has {len(source)} records, fewer than {which}")
+
+    pictures = draw_pictures(trained, source, num, seed, sampling)
+    features, logits = _measure(settings.extractor, pictures, "inception_score" in names)
+    compared = [name for name in names if name != "inception_score"]
+    real = _real_features(trained, split, source, num_real, settings) if compared else features[:0]
+
+    common = {"features": settings.extractor.identity, "resize": settings.extractor.resize, "num_generated": num}
+    records = []
+    for name in names:
+        record = {"metric": name, "split": split, **common, **({"num_real": num_real} if name in compared else {})}
+        records.append(record | _values(name, features, logits, real, settings))
+    return records
+
+
+def draw_pictures(
+    trained: TrainedSampler, source: RecordSource, num: int, seed: int, sampling: Mapping[str, Any]
+) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+    """The run's pictures for the first `num` records: of their first captions, or of their pictures."""
+    for start in range(0, num, trained.chunk):
+        indices = range(start, min(start + trained.chunk, num))
+        if trained.tokenizer is None:
+            rows, overrides = {"image": _stored_pictures(source, indices, trained.config.data.image_size)}, {}
+        else:
+            captions = [choose_caption(source[index]["captions"], None) for index in indices]
+            rows, overrides = trained.encode(captions), sampling
+        yield to_uint8(trained(rows, seed=seed, indices=indices, **overrides)["image"])
+
+
+def _real_features(
+    trained: TrainedSampler, split: str, source: RecordSource, num: int, settings: FeatureSettings
+) -> Float[np.ndarray, "n d"]:
+    data = trained.config.data
+
+    def compute() -> tuple[Float[np.ndarray, "n d"], bool]:
+        starts = range(0, num, _DRAWN_AT_ONCE)
+        pictures = (
+            _stored_pictures(source, range(start, min(start + _DRAWN_AT_ONCE, num)), data.image_size)
+            for start in starts
+        )
+        # A record that could not be read was replaced by another one; the next evaluation may be able to read it.
+        return _measure(settings.extractor, pictures, False)[0], not source.damaged
+
+    provenance = dataset_provenance(data.dataset, data.data_dir, split, num, data.image_size)
+    return settings.store.get(provenance | {"features": settings.extractor.identity}, compute)
+
+
+def _stored_pictures(source: RecordSource, indices: range, size: int) -> UInt8[np.ndarray, "n h w 3"]:
+    return np.stack([center_square(source[index]["image"], size) for index in indices])
+
+
+def _measure(
+    extractor: FeatureExtractor, pictures: Iterator[UInt8[np.ndarray, "n h w 3"]], classify: bool
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n v"] | None]:
+    if not classify:
+        return np.concatenate([extractor.features(images) for images in pictures]), None
+    if not isinstance(extractor, Classifier):
+        raise TypeError(f"{extractor.identity} offers inception_score and has no logits")
+    pairs = [extractor.features_and_logits(images) for images in pictures]
+    return np.concatenate([features for features, _ in pairs]), np.concatenate([logits for _, logits in pairs])
+
+
+def _values(
+    name: str,
+    generated: Float[np.ndarray, "n d"],
+    logits: Float[np.ndarray, "n v"] | None,
+    real: Float[np.ndarray, "m d"],
+    settings: FeatureSettings,
+) -> Record:
+    """One metric's values, what shares are shares of, and settings of its own."""
+    if name == "fid":
+        statistics = (feature_metrics.feature_statistics(features) for features in (generated, real))
+        return {"values": {"fid": feature_metrics.frechet_distance(*statistics)}, "counted": {}}
+    if name == "kid":
+        chosen = {"subsets": settings.kid_subsets, "subset_size": settings.kid_subset_size}
+        kid = feature_metrics.kernel_inception_distance(generated, real, **chosen)
+        return {**chosen, "values": {"kid": kid.mean, "kid_deviation": kid.deviation}, "counted": {}}
+    if name == "cmmd":
+        return {"values": {"cmmd": feature_metrics.clip_mmd(generated, real)}, "counted": {}}
+    if name == "inception_score":
+        score = feature_metrics.inception_score(logits, splits=_SPLITS)
+        values = {"inception_score": score.mean, "inception_score_deviation": score.deviation}
+        return {"inception_splits": _SPLITS, "values": values, "counted": {}}
+    precision, recall = feature_metrics.precision_recall(generated, real, neighbors=_NEIGHBORS)
+    counted = {"precision": len(generated), "recall": len(real)}
+    return {"neighbors": _NEIGHBORS, "values": {"precision": precision, "recall": recall}, "counted": counted}

@@ -1,0 +1,125 @@
+"""`python -m scripts.convert`: weights of other projects to a pretrained folder, and ours to theirs."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cli import command
+from cli.errors import UserError
+
+_DESCRIPTION = """\
+Converts weights between this project and others.
+
+  inward    --source=FORMAT --model=clip --input=INPUT --output=DIR
+            INPUT is a folder, a file of weights (.safetensors, .npz, .pt, .bin), or hf:ORGANIZATION/NAME[@REVISION] of
+            the Hugging Face hub. DIR becomes a pretrained folder; configs name it as a source:
+            --config.initialize.clip.source=DIR or --config.frozen.clip.source=DIR
+  outward   --to=FORMAT --run=DIR --output=DIR
+            DIR is a run or a pretrained folder. The result is what the other library loads:
+            transformers   CLIPModel.from_pretrained(DIR)
+            open_clip      open_clip.create_model("local-dir:DIR"), or create_model(NAME, pretrained=FILE)
+"""
+
+SOURCES = ("transformers", "open_clip", "openai")
+TARGETS = ("transformers", "open_clip")
+MODELS = ("clip",)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and converts."""
+    parser = command.parser("scripts.convert", _DESCRIPTION)
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--source", choices=SOURCES, help="the format to read")
+    direction.add_argument("--to", choices=TARGETS, help="the format to write")
+    parser.add_argument("--model", choices=MODELS, default="clip", help="the network (default clip)")
+    parser.add_argument("--part", default="", help="what a run calls it (default: as the network)")
+    parser.add_argument("--input", default="", help="with --source: folder, file, or hf:ORGANIZATION/NAME[@REVISION]")
+    parser.add_argument("--name", default="", help="OpenCLIP's name of a network that comes without a config")
+    parser.add_argument("--run", default="", help="with --to: a run or pretrained folder")
+    parser.add_argument("--step", type=int, default=0, help="with --to: the checkpoint (default the newest)")
+    parser.add_argument("--output", required=True, help="a new folder")
+    options = parser.parse_args(arguments)
+    _check(options)
+
+    import jax
+
+    # Weights go from file to file: no accelerator is needed, and its memory may be too small.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        (_convert_inward if options.source else _convert_outward)(options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises UserError for flags that are missing or that belong to the other direction."""
+    inward = {"--input": options.input, "--name": options.name}
+    outward = {"--run": options.run, "--step": options.step}
+    needed, foreign = ("--input", outward) if options.source else ("--run", inward)
+    if not {**inward, **outward}[needed]:
+        raise UserError(f"{'--source' if options.source else '--to'} needs {needed}; see --help")
+    if wrong := [flag for flag, value in foreign.items() if value]:
+        raise UserError(f"{', '.join(wrong)} cannot be given with {'--source' if options.source else '--to'}")
+    if options.name and options.source != "open_clip":
+        raise UserError("--name is OpenCLIP's name of a network; leave it out")
+
+
+def _convert_inward(options: argparse.Namespace) -> None:
+    """Writes a pretrained folder."""
+    from models import create_model
+    from weights import open_clip, transformers
+    from weights.origin import open_origin
+    from weights.pretrained import new_folder, write_pretrained
+    from weights.run import TOKENIZER
+
+    output, origin = new_folder(options.output), open_origin(options.input)
+    if options.source == "transformers":
+        fields, tensors = transformers.read_clip(origin)
+        params, variables = transformers.clip_from_transformers(create_model(**fields), tensors)
+    else:
+        read = open_clip.read_openai_clip(origin) if options.source == "openai" else None
+        fields, tensors = read or open_clip.read_clip(origin, options.name)
+        params, variables = open_clip.clip_from_open_clip(create_model(**fields), tensors)
+    tokenizer = origin.find(TOKENIZER)
+    provenance = {"format": options.source, "input": origin.describe()}
+    if options.name:
+        provenance["name"] = options.name
+    part = options.part or options.model
+    write_pretrained(output, fields, params, variables, part=part, provenance=provenance, tokenizer=tokenizer)
+    print(f"{output}: part {part!r}, {_count(params):,} parameters, activation {fields['activation']}")
+    print(f"use it with --config.initialize.{part}.source={output} or --config.frozen.{part}.source={output}")
+
+
+def _convert_outward(options: argparse.Namespace) -> None:
+    """Writes what another library loads."""
+    from models import create_model
+    from weights import open_clip, transformers
+    from weights.pretrained import new_folder, write_json
+    from weights.sources import open_source, trained_model
+    from weights.tensors import write_tensors
+
+    source = open_source(options.run)
+    part = options.part or options.model
+    fields = trained_model(source, part)
+    if fields["name"] != options.model:
+        raise UserError(f"part {part!r} of {options.run} is a {fields['name']}, not a {options.model}; choose --part")
+    output, model = new_folder(options.output), create_model(**fields)
+    weights = source.load(options.step or None)
+    params, variables = weights.params[part], weights.variables.get(part, {})
+    if options.to == "transformers":
+        documents, (name, tensors) = transformers.clip_files(model, params)
+    else:
+        documents, (name, tensors) = open_clip.clip_files(model, params, variables)
+    write_tensors(output / name, tensors)
+    for document, value in documents.items():
+        write_json(output / document, value)
+    kind = "moving average" if weights.ema else "parameters"
+    print(f"{output}: {_count(params):,} parameters ({kind} of step {weights.step}) for {options.to}")
+
+
+def _count(params: Any) -> int:
+    import jax
+
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,147 @@
+"""Evaluation of a real (tiny) CLIP run, and of one that knows the answers."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli.config import load_config
+from cli.errors import UserError
+from data import scenes
+from evaluation import clip_evaluation
+from evaluation.clip_evaluation import ClipSettings, Pictures, TextFeatures, clip_records, read_pictures
+from evaluation.command import evaluate_run
+from evaluation.feature_extractors import create_extractor
+from evaluation.records import format_table, write_records
+from evaluation.scene_prompts import captions_of
+from sample.trained import TrainedSampler
+from train.loop import train
+
+
+@pytest.fixture(scope="module")
+def clip_run(scenes_dir, tmp_path_factory):
+    config = load_config(["--config=configs/scenes/clip.py:debug", f"--config.data.data_dir={scenes_dir}"])
+    workdir = tmp_path_factory.mktemp("runs") / "clip"
+    train(config, workdir)
+    return TrainedSampler.open(workdir, chunk=32)
+
+
+def test_a_run_is_evaluated_and_its_matrix_is_drawn(clip_run):
+    settings = ClipSettings(num_train=120)
+    metrics = ["zero_shot", "retrieval", "linear_probe", "similarity"]
+    records = evaluate_run(clip_run, metrics, ["validation", "held_out"], 40, 0, {}, clip=settings)
+    assert [(r["metric"], r["split"]) for r in records[:2]] == [
+        ("zero_shot", "validation"),
+        ("retrieval", "validation"),
+    ]
+    zero_shot, retrieval, probe = records[0], records[1], records[2]
+    assert set(zero_shot["values"]) == {"shape", "color", "size", "background"} == set(probe["values"])
+    assert zero_shot["counted"]["shape"] == 40 and 0 <= zero_shot["values"]["shape"] <= 1
+    assert retrieval["captions"] == 5 * retrieval["pictures"] and retrieval["pictures"] <= 40
+    assert probe["num_train"] == 120 and probe["values"]["background"] > 0.5  # a linear function of pixels
+    with Image.open(clip_run.run.folder / "samples" / "similarity_validation.png") as picture:
+        assert min(picture.size) > 300
+    write_records(clip_run.run, records)
+    assert json.loads((clip_run.run.folder / "evaluation.json").read_text())[0]["metric"] == "zero_shot"
+    assert "median_rank" in format_table(records) and "%" in format_table(records)
+
+
+class Oracle:
+    """Features that say what a scene is: one number for each distinct caption in full."""
+
+    def __init__(self, pictures, world):
+        self.world, self.seen = world, {}
+        self.images = {image.tobytes(): scene for image, scene in zip(pictures.images, pictures.scenes, strict=True)}
+
+    def vector(self, scene):
+        values = [f"{item.shape} {item.color} {item.size}".split() for item in scene.objects]
+        words = [f"{k}{word}" for k, item in enumerate(values) for word in item]
+        vector = np.zeros(600)
+        for word in [*words, scene.background, scene.relation or ""]:
+            vector[self.seen.setdefault(word, len(self.seen))] = 1
+        return vector / np.linalg.norm(vector)
+
+    def text(self, text):
+        query = scenes.parse_caption(self.world, text)
+        return self.vector(query)
+
+
+@pytest.mark.parametrize("name", ["single32", "pair32"])
+def test_a_network_that_knows_is_always_right(clip_run, monkeypatch, name):
+    world = scenes.WORLDS[name]
+    rng = np.random.default_rng(0)
+    shown = tuple(scenes.sample_scene(world, rng) for _ in range(30))
+    captions = tuple(scenes.write_captions(world, scene) for scene in shown)
+    images = rng.integers(0, 256, (30, 32, 32, 3)).astype(np.uint8)
+    names = {k: v for k, v in clip_evaluation.attribute_values(world).items() if k != "relation"}
+    labels = {k: np.array([clip_evaluation._label(scene, k, v) for scene in shown]) for k, v in names.items()}
+    pictures = Pictures(images, captions, labels, names, shown)
+    oracle = Oracle(pictures, world)
+    monkeypatch.setattr(clip_evaluation, "read_pictures", lambda *_: pictures)
+    monkeypatch.setattr(clip_evaluation, "world_of", lambda config: world)
+    monkeypatch.setattr(
+        clip_evaluation, "embed_images", lambda _, images: np.stack([oracle.vector(scene) for scene in shown])
+    )
+    embed = lambda texts: np.stack([oracle.text(text) for text in texts])  # noqa: E731
+    monkeypatch.setattr(clip_evaluation, "TextFeatures", lambda _: embed)
+    zero_shot, retrieval = clip_records(clip_run, ["zero_shot", "retrieval"], "validation", 30, ClipSettings())
+    assert set(zero_shot["values"].values()) == {1.0}
+    pairs = {"pair_shape", "pair_color", "pair_size", "pair_background", "relation"}
+    assert pairs <= set(zero_shot["values"]) if name == "pair32" else not pairs & set(zero_shot["values"])
+    assert retrieval["values"]["text_to_image_r1"] == retrieval["values"]["image_to_text_r1"] == 1
+    assert retrieval["pictures"] == len(set(shown))
+
+
+def test_equal_texts_have_equal_features_in_their_order(clip_run):
+    texts = ["a small red circle", "a large blue star", "a small red circle"]
+    embed = TextFeatures(clip_run)
+    features = embed(texts)
+    np.testing.assert_array_equal(features[0], features[2])
+    np.testing.assert_array_equal(embed(texts[1:2])[0], features[1])
+    np.testing.assert_allclose(TextFeatures(clip_run)(texts[1:2])[0], features[1], atol=1e-5)
+
+
+def test_a_dataset_of_classes_is_classified_by_templates(clip_run, monkeypatch):
+    pictures = read_pictures(clip_run, "validation", 24)
+    classes = Pictures(
+        pictures.images, ((),) * 24, {"label": np.arange(24) % 3}, {"label": ("red", "green", "blue")}, ()
+    )
+    monkeypatch.setattr(clip_evaluation, "read_pictures", lambda *_: classes)
+    settings = ClipSettings(templates=("a {} circle", "a {} star"))
+    (record,) = clip_records(clip_run, ["zero_shot"], "validation", 24, settings)
+    assert set(record["values"]) == {"top_1"} and record["classes"] == 3
+    assert record["templates"] == ["a {} circle", "a {} star"]
+    (record,) = clip_records(clip_run, ["linear_probe"], "validation", 24, settings)
+    assert set(record["values"]) == {"label"}
+    for other, message in [
+        (ClipSettings(classes=("one", "two")), "names 2 classes, and the field label has 3"),
+        (ClipSettings(label="breed"), "no field 'breed' of class numbers .it has label"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            clip_records(clip_run, ["zero_shot"], "validation", 24, other)
+    with pytest.raises(UserError, match="retrieval needs captions"):
+        clip_records(clip_run, ["retrieval"], "validation", 24, settings)
+
+
+def test_metrics_of_other_runs_do_not_apply(clip_run):
+    with pytest.raises(UserError, match="does not apply to clip; choose zero_shot"):
+        evaluate_run(clip_run, ["caption_accuracy"], ["validation"], 10, 0, {})
+
+
+def test_a_clip_measures_features_of_pictures_of_any_size(clip_run):
+    extractor = create_extractor(f"clip:{clip_run.run.folder}")
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3)).astype(np.uint8)
+    features = extractor.features(images)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+    assert "cmmd" in extractor.metrics and extractor.identity.startswith("clip-")
+    assert create_extractor(f"clip:{clip_run.run.folder}").identity == extractor.identity
+    with pytest.raises(UserError, match="--resize=tf1 is unknown to clip"):
+        create_extractor(f"clip:{clip_run.run.folder}", "tf1")
+
+
+def test_prompts_and_scenes_of_stored_records_agree(clip_run):
+    pictures = read_pictures(clip_run, "held_out", 20)
+    world = scenes.WORLDS["single32"]
+    for scene, captions in zip(pictures.scenes, pictures.captions, strict=True):
+        assert captions_of(world, [scene])[0] == captions[0]

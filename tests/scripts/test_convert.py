@@ -1,0 +1,153 @@
+"""`python -m scripts.convert`: every format in and out, from a folder, a file, a run and the hub's cache."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from ml_collections import ConfigDict
+
+from cli.config import to_json
+from cli.errors import UserError
+from models.clip import Clip
+from scripts.convert import main
+from weights import open_clip, transformers
+from weights.checkpoint import CheckpointStore
+from weights.pretrained import Pretrained
+from weights.tensors import read_tensors, write_tensors
+
+from ..weights.clip_samples import FIELDS, RESNET, assert_same_trees, tiny
+
+
+def write_theirs(folder, to: str, fields=FIELDS):
+    """A folder as the other library would write it; returns what ours should make of it."""
+    model, params, variables = tiny(fields)
+    assert isinstance(model, Clip)
+    if to == "transformers":
+        documents, (name, tensors) = transformers.clip_files(model, params)
+    else:
+        documents, (name, tensors) = open_clip.clip_files(model, params, variables)
+    write_tensors(folder / name, tensors)
+    for document, value in documents.items():
+        (folder / document).write_text(json.dumps(value))
+    return params, variables, tensors
+
+
+@pytest.mark.parametrize(
+    ("form", "fields"),
+    [
+        pytest.param("transformers", FIELDS, id="transformers"),
+        pytest.param("open_clip", FIELDS, id="open_clip"),
+        pytest.param("open_clip", RESNET, id="open_clip resnet"),
+    ],
+)
+def test_in_and_out_again(form, fields, tmp_path, capsys):
+    params, variables, tensors = write_theirs(tmp_path / "theirs", form, fields)
+    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+    main([f"--source={form}", f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
+    assert "activation gelu" in capsys.readouterr().out
+    ours = Pretrained.open(tmp_path / "ours")
+    assert ours.config.models.clip.to_dict() == fields
+    assert ours.config.provenance.format == form and ours.config.provenance.input == f"{tmp_path}/theirs"
+    assert_same_trees(ours.load().params["clip"], params)
+    assert_same_trees(ours.load().variables.get("clip", {}), variables)
+    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
+
+    main([f"--to={form}", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
+    for path in (tmp_path / "back").iterdir():
+        if path.suffix == ".json":
+            assert json.loads(path.read_text()) == json.loads((tmp_path / "theirs" / path.name).read_text())
+        else:
+            back = read_tensors(path)
+            assert back.keys() == tensors.keys()
+            assert all((back[name] == tensors[name]).all() for name in tensors)
+    assert len(list((tmp_path / "back").iterdir())) == (3 if form == "transformers" else 2)
+
+
+def test_a_file_of_openai_s_has_quick_gelu(tmp_path):
+    _, params, _ = tiny()
+    extras = {"input_resolution": np.array(16), "context_length": np.array(8), "vocab_size": np.array(40)}
+    tensors = open_clip.clip_to_open_clip(params, {})
+    np.savez(tmp_path / "tiny.npz", **extras, **tensors)
+    main(["--source=openai", f"--input={tmp_path}/tiny.npz", f"--output={tmp_path}/ours", "--part=tower"])
+    ours = Pretrained.open(tmp_path / "ours")
+    known = {**FIELDS, "activation": "quick_gelu"}
+    told = ours.config.models.tower.to_dict()
+    assert {key: told[key] for key in told if told[key] != known[key]}.keys() <= {
+        *("logit_scale_init", "image_mean", "image_std")
+    }
+    assert_same_trees(ours.load().params["tower"], params)
+    with pytest.raises(UserError, match="is not a file; OpenAI's weights are one"):
+        main(["--source=openai", f"--input={tmp_path}", f"--output={tmp_path}/again"])
+
+
+def test_from_the_hub_s_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit, repository = "89abcdef" * 5, tmp_path / "cache" / "models--tiny--clip"
+    params, _, _ = write_theirs(repository / "snapshots" / commit, "transformers")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    main(["--source=transformers", "--input=hf:tiny/clip", f"--output={tmp_path}/ours"])
+    ours = Pretrained.open(tmp_path / "ours")
+    assert ours.config.provenance.input == f"hf:tiny/clip@{commit}"
+    assert_same_trees(ours.load().params["clip"], params)
+    with pytest.raises(UserError, match="has no config.json in the hub's cache"):
+        main(["--source=transformers", "--input=hf:tiny/none", f"--output={tmp_path}/none"])
+
+
+def test_a_run_s_moving_average_is_what_goes_out(tmp_path):
+    _, params, variables = tiny(RESNET)
+    average = jax.tree.map(lambda leaf: leaf / 2, params)
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    for step, ema in ((1, params), (2, average)):
+        trees = {"params": params, "ema_params": ema, "variables": variables}
+        store.save(step, {name: {"tower": tree} for name, tree in trees.items()})
+    store.close()
+    config = ConfigDict({"objective": "clip", "models": {"tower": {**RESNET, "scan": True}}})
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    arguments = ["--to=open_clip", f"--run={tmp_path}/run", "--part=tower"]
+    main([*arguments, f"--output={tmp_path}/newest"])
+    main([*arguments, f"--output={tmp_path}/first", "--step=1"])
+    for name, tree in (("newest", average), ("first", params)):
+        written = read_tensors(tmp_path / name / "open_clip_model.safetensors")
+        expected = open_clip.clip_to_open_clip(tree, variables)
+        assert written.keys() == expected.keys()
+        assert all((written[key] == expected[key]).all() for key in expected)
+    with pytest.raises(UserError, match="has no part 'clip'; it has tower"):
+        main(["--to=open_clip", f"--run={tmp_path}/run", f"--output={tmp_path}/none"])
+    with pytest.raises(UserError, match="image_tower is 'resnet'; CLIPModel has a vit"):
+        main(["--to=transformers", f"--run={tmp_path}/run", "--part=tower", f"--output={tmp_path}/none"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source=transformers"], "--source needs --input"),
+        (["--to=open_clip"], "--to needs --run"),
+        (["--source=open_clip", "--input=x", "--run=y"], "--run cannot be given with --source"),
+        (["--to=open_clip", "--run=x", "--input=y", "--name=RN50"], "--input, --name cannot be given with --to"),
+        (["--source=openai", "--input=x", "--name=RN50"], "leave it out"),
+        (["--source=keras", "--input=x"], "invalid choice: 'keras'"),
+        (["--source=openai", "--to=open_clip"], "not allowed with"),
+        (["--to=open_clip", "--run={tmp}/none"], "none does not exist"),
+        (["--source=transformers", "--input={tmp}"], "has no config.json; give another"),
+    ],
+)
+def test_mistakes(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main([argument.format(tmp=tmp_path) for argument in arguments] + [f"--output={tmp_path}/out"])
+
+
+def test_weights_that_do_not_fit_leave_no_folder_that_looks_whole(tmp_path):
+    _, _, tensors = write_theirs(tmp_path / "theirs", "open_clip")
+    del tensors["ln_final.bias"]
+    write_tensors(tmp_path / "theirs" / "open_clip_model.safetensors", tensors)
+    arguments = ["--source=open_clip", f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"]
+    with pytest.raises(UserError, match="missing: ln_final.bias"):
+        main(arguments)
+    write_theirs(tmp_path / "theirs", "open_clip")
+    main(arguments)  # what the first attempt left does not stand in the way
+    with pytest.raises(UserError, match="is not empty; choose another --output"):
+        main(arguments)

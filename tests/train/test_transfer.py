@@ -1,0 +1,60 @@
+"""Whole runs that start from, or are built on, a pretrained folder."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cli.config import load_config
+from cli.errors import EXIT_OK, UserError
+from sample.trained import TrainedSampler
+from train.loop import train
+from weights.pretrained import write_pretrained
+from weights.run import Run
+from weights.sources import random_part
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(scenes_dir, name, *overrides):
+    return load_config(
+        [f"--config={ROOT}/configs/scenes/{name}:debug", f"--config.data.data_dir={scenes_dir}", *overrides]
+    )
+
+
+def write_stage(folder, model, seed: int):
+    """A pretrained folder of random weights; returns them."""
+    part = random_part(model, seed)
+    write_pretrained(folder, model, part.params, part.variables, part="dvae", provenance={"format": "made up"})
+    return part.params
+
+
+def assert_same_trees(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.mark.slow
+def test_a_run_is_built_on_a_pretrained_stage_and_on_no_other(scenes_dir, tmp_path):
+    model = config(scenes_dir, "dvae.py").models.dvae.to_dict()
+    params = write_stage(tmp_path / "dvae", model, seed=0)
+    settings = ("dalle.py", f"--config.frozen.dvae.source={tmp_path}/dvae")
+    assert train(config(scenes_dir, *settings, "--config.steps=2"), tmp_path / "run") == EXIT_OK
+    assert_same_trees(TrainedSampler.open(tmp_path / "run", chunk=2).frozen["dvae"]["params"], params)
+    shutil.rmtree(tmp_path / "dvae")
+    write_stage(tmp_path / "dvae", model, seed=1)
+    with pytest.raises(UserError, match="started with another config .frozen.dvae.run"):
+        train(config(scenes_dir, *settings, "--config.steps=3"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "dvae")
+    write_stage(tmp_path / "dvae", model, seed=0)
+    assert train(config(scenes_dir, *settings, "--config.steps=3"), tmp_path / "run") == EXIT_OK
+
+
+@pytest.mark.slow
+def test_fine_tuning_starts_from_a_pretrained_folder(scenes_dir, tmp_path):
+    params = write_stage(tmp_path / "dvae", config(scenes_dir, "dvae.py").models.dvae.to_dict(), seed=3)
+    settings = (f"--config.initialize.dvae.source={tmp_path}/dvae", "--config.optimizer.schedule.peak=0.0")
+    train(config(scenes_dir, "dvae.py", *settings, "--config.steps=2"), tmp_path / "run")
+    # With a learning rate of zero, what it started from is what it has.
+    assert_same_trees(Run.open(tmp_path / "run").load(ema=False).params["dvae"], params)

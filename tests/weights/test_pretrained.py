@@ -1,0 +1,181 @@
+"""A pretrained folder: written, opened, and used as the source of initialized and of frozen parts."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from cli.config import from_json, to_json
+from cli.errors import UserError
+from train.state import create_state
+from train.transfer import initialize_parts
+from weights.pretrained import WEIGHTS, Pretrained, write_pretrained
+from weights.run import Run
+from weights.sources import abstract_frozen, differing_fields, load_frozen, open_source, resolve_frozen
+from weights.tensors import read_tensors, write_tensors
+
+from .clip_samples import FIELDS, RESNET, assert_same_trees, tiny
+
+
+def write(folder, fields=FIELDS, seed: int = 0, part: str = "clip", **more):
+    _, params, variables = tiny(fields, seed)
+    write_pretrained(folder, fields, params, variables, part=part, provenance={"format": "made up"}, **more)
+    return params, variables
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pretrained") / "clip"
+    write(path, RESNET)
+    return path
+
+
+def test_what_is_written_is_read(folder):
+    _, params, variables = tiny(RESNET)
+    opened = Pretrained.open(folder)
+    assert opened.config.models.clip.to_dict() == RESNET
+    assert opened.config.provenance.format == "made up" and len(opened.identity()) == 64
+    weights = opened.load()
+    assert_same_trees(weights.params["clip"], params)
+    assert_same_trees(weights.variables["clip"], variables)
+    assert not weights.ema and opened.tokenizer() is None
+
+
+def test_the_same_weights_have_the_same_identity_and_others_have_not(folder, tmp_path):
+    write(tmp_path / "again", RESNET)
+    write(tmp_path / "other", RESNET, seed=1)
+    identity = Pretrained.open(folder).identity()
+    assert Pretrained.open(tmp_path / "again").identity() == identity != Pretrained.open(tmp_path / "other").identity()
+
+
+def test_a_source_is_a_run_or_a_pretrained_folder(folder, tmp_path):
+    assert isinstance(open_source(folder), Pretrained)
+    (tmp_path / "config.json").write_text(json.dumps({"models": {}, "objective": "dvae"}))
+    assert isinstance(open_source(tmp_path), Run)
+    with pytest.raises(UserError, match="is a pretrained folder, not a run"):
+        Run.open(folder)
+    with pytest.raises(UserError, match="is a run folder, not one that"):
+        Pretrained.open(tmp_path)
+
+
+def frozen_config(folder, **fields) -> ConfigDict:
+    entry = {**FIELDS, "source": str(folder), "part": "clip", "step": 0, **fields}
+    return ConfigDict({"frozen": {"clip": entry}}).lock()
+
+
+def test_a_frozen_part_is_the_network_that_its_folder_describes(folder):
+    config = frozen_config(folder, image_mlp_ratio=3)
+    resolve_frozen(config)
+    entry = config.frozen.clip
+    assert entry.image_tower == "resnet" and entry.image_layers == (1, 2, 1, 1) and entry.activation == "gelu"
+    assert "patch_size" not in entry  # of the network that the config described before
+    assert (entry.step, entry.run) == (0, Pretrained.open(folder).identity())
+    config = from_json(to_json(config))  # as a run keeps it
+    resolve_frozen(config)
+    loaded, abstract = load_frozen(config), abstract_frozen(config)
+    _, params, variables = tiny(RESNET)
+    assert_same_trees(loaded["clip"], {"params": params, "variables": variables})
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), loaded)
+    assert shapes == abstract
+
+
+def test_how_a_frozen_part_computes_is_the_config_s_to_say(folder):
+    config = frozen_config(folder, dtype="bfloat16", implementation="xla")
+    resolve_frozen(config)
+    assert config.frozen.clip.dtype == "bfloat16" and config.frozen.clip.implementation == "xla"
+
+
+def test_a_frozen_part_is_placed_as_the_program_wants_it(folder):
+    config = frozen_config(folder)
+    resolve_frozen(config)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=sharding), abstract_frozen(config)
+    )
+    loaded = load_frozen(config, 0, placed)["clip"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
+    assert_same_trees(loaded["params"]["text"], jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny(RESNET)[1]["text"]))
+
+
+def test_a_folder_has_no_steps_and_only_its_parts(folder):
+    config = frozen_config(folder, step=3)
+    resolve_frozen(config)
+    with pytest.raises(UserError, match="no checkpoint 3; set `step` to 0"):
+        load_frozen(config)
+    with pytest.raises(UserError, match="has no part 'dvae'; it has clip"):
+        resolve_frozen(frozen_config(folder, part="dvae"))
+
+
+def initialize(folder, fields, part: str = "clip"):
+    """A new state of part `tower` that starts from `folder`."""
+    config = ConfigDict({"seed": 0, "models": {"tower": fields}})
+    config.initialize = ConfigDict({"tower": {"source": str(folder), "part": part}})
+    _, params, variables = tiny(fields, seed=5)
+    state = create_state({"tower": params}, {"tower": variables} if variables else {}, {}, ema=True)
+    return initialize_parts(config, state, lambda params: {})
+
+
+def test_training_starts_from_a_pretrained_folder(folder):
+    # How a network computes may differ from the source: dtype of the computation, recomputation, the first temperature.
+    state = initialize(folder, {**RESNET, "scan": True, "remat": "full", "logit_scale_init": 1.0, "dtype": "bfloat16"})
+    _, params, variables = tiny(RESNET)
+    assert_same_trees(state.params["tower"], params)
+    assert_same_trees(state.ema_params["tower"], params)
+    assert_same_trees(state.variables["tower"], variables)
+
+
+def test_a_part_that_starts_random_stays_as_it_is(folder):
+    _, params, _ = tiny(FIELDS, seed=5)
+    assert_same_trees(initialize("random", FIELDS).params["tower"], params)
+
+
+def test_training_does_not_start_from_another_network(folder):
+    other = {**RESNET, "activation": "quick_gelu", "text_end_id": 3, "image_heads": 8}
+    with pytest.raises(UserError) as error:
+        initialize(folder, other)
+    assert "config.initialize.tower" in str(error.value) and "\n" not in str(error.value)
+    for line in ("activation: 'gelu', not 'quick_gelu'", "text_end_id: 39, not 3", "image_heads: 4, not 8"):
+        assert line in str(error.value)
+
+
+def test_fields_that_are_left_out_are_what_the_network_takes_them_for():
+    shorter = {key: value for key, value in FIELDS.items() if key not in ("image_heads", "text_heads")}
+    assert differing_fields(FIELDS, shorter) == []  # 64 / 64 heads
+    assert differing_fields(FIELDS, {**shorter, "image_width": 128}) == [
+        "image_width: 64, not 128",
+        "image_heads: 1, not 2",
+    ]
+    assert differing_fields({**FIELDS, "image_mean": [0.4, 0.5, 0.6]}, FIELDS) == []
+    del shorter["activation"]
+    assert differing_fields(FIELDS, shorter) == ["activation: 'gelu', not 'quick_gelu'"]
+    assert differing_fields({"name": "dvae"}, FIELDS) == ["name: 'dvae', not 'clip'"]
+
+
+def test_weights_of_another_config_and_damaged_ones_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    tensors = read_tensors(folder / WEIGHTS)
+    name = "variables/clip/batch_stats/image/stem_1/norm/mean"
+    write_tensors(tmp_path / "copy" / WEIGHTS, {key: array for key, array in tensors.items() if key != name})
+    with pytest.raises(UserError, match=f"missing: {name}"):
+        Pretrained.open(tmp_path / "copy").load()
+    (tmp_path / "copy" / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="no file of weights"):
+        Pretrained.open(tmp_path / "copy").load()
+
+
+def test_a_folder_with_something_in_it_stays_as_it_is(folder, tmp_path):
+    before = (folder / WEIGHTS).read_bytes()
+    with pytest.raises(UserError, match="is not empty"):
+        write(folder, seed=3)
+    assert (folder / WEIGHTS).read_bytes() == before
+    with pytest.raises(UserError, match="cannot write"):
+        write("/proc/nowhere/clip")
+
+
+def test_a_tokenizer_comes_along(tmp_path):
+    (tmp_path / "source.json").write_text('{"version": "1.0"}')
+    write(tmp_path / "clip", tokenizer=tmp_path / "source.json")
+    assert (tmp_path / "clip" / "tokenizer.json").read_text() == '{"version": "1.0"}'

@@ -1,0 +1,203 @@
+"""Other projects' layouts of a network: its tensors by name, from a table of our parameters' paths, in both directions.
+
+A table is read from top to bottom; the first rule that matches a path says what its values are called elsewhere and how
+they are arranged. Both directions follow from the same rule, so that what is written can be read.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from cli.errors import UserError
+from weights.tensors import Tensors
+
+Tree = Any
+
+# Our names of a module's leaves -> PyTorch's.
+TORCH_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the values of one of our arrays are arranged elsewhere.
+
+    Attributes:
+      outward: our array -> theirs.
+      inward: (their array, our shape) -> ours.
+    """
+
+    outward: Callable[[np.ndarray], np.ndarray]
+    inward: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+def linear(inputs: int = 1) -> Form:
+    """A dense layer's kernel, whose first `inputs` axes are inputs [in..., out...] <-> a matrix [out, in]."""
+    return Form(
+        outward=lambda array: array.reshape(int(np.prod(array.shape[:inputs])), -1).T,
+        inward=lambda array, shape: array.T.reshape(shape),
+    )
+
+
+SAME = Form(outward=lambda array: array, inward=lambda array, shape: array)
+LINEAR = linear()
+FLAT = Form(outward=lambda array: array.reshape(-1), inward=lambda array, shape: array.reshape(shape))
+# [height, width, in, out], or the matrix [in, out] of a 1x1 convolution <-> [out, in, height, width].
+CONVOLUTION = Form(
+    outward=lambda array: (array if array.ndim == 4 else array[None, None]).transpose(3, 2, 0, 1),
+    inward=lambda array, shape: array.transpose(2, 3, 1, 0).reshape(shape),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Where some of our parameters are found elsewhere.
+
+    Attributes:
+      path: a regular expression of the whole path of a leaf, "image/blocks_0/mlp/up/kernel".
+      names: what it is called there: a template of `re.Match.expand`, or a function of the match. A last part that is
+        one of our leaf names is translated. Several names hold what lies apart on the third axis from the end here:
+        query, key and value.
+      kernel: the form of a leaf called "kernel"; a bias is flat there, anything else is the same.
+    """
+
+    path: str
+    names: str | tuple[str, ...] | Callable[[re.Match[str]], str]
+    kernel: Form = LINEAR
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A network's tensors as another project names and arranges them.
+
+    Attributes:
+      what: names the weights in errors, as in "the weights of ...".
+      rules: the table.
+      leaves: our names of leaves -> theirs.
+      ignored: a regular expression of whole names of theirs that hold nothing learned.
+    """
+
+    what: str
+    rules: tuple[Rule, ...]
+    leaves: Mapping[str, str] = dataclasses.field(default_factory=lambda: TORCH_LEAVES)
+    ignored: str = r"(?!)"
+
+    def read(self, model: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, Tree]:
+        """Converts tensors to the variables of `model`, in its own dtypes.
+
+        Args:
+          model: a Linen module with `example_inputs`; says what is expected.
+          tensors: theirs, by name.
+
+        Returns:
+          {collection: tree}: "params", and "batch_stats" if there are any.
+
+        Raises:
+          UserError: if tensors are missing, unexpected or of another shape; lists all of them.
+        """
+        expected = model_shapes(model)
+        places = {path: self._find(path) for path in expected}
+        wanted: dict[str, tuple[int, ...]] = {}
+        for path, leaf in expected.items():
+            names, form = places[path]
+            # An array without memory: only the shapes of what it becomes are wanted.
+            outward = _separated(np.broadcast_to(np.zeros((), np.float32), leaf.shape), len(names))
+            wanted |= {name: form.outward(array).shape for name, array in zip(names, outward, strict=True)}
+        given = {name: array for name, array in tensors.items() if not re.fullmatch(self.ignored, name)}
+        check_tensors(self.what, wanted, {name: tuple(array.shape) for name, array in given.items()})
+
+        arrays: dict[tuple[str, ...], jax.Array] = {}
+        for path, leaf in expected.items():
+            names, form = places[path]
+            shape = leaf.shape if len(names) == 1 else leaf.shape[:-3] + leaf.shape[-2:]
+            parts = [form.inward(np.asarray(given[name]), shape) for name in names]
+            value = parts[0] if len(parts) == 1 else np.stack(parts, axis=len(leaf.shape) - 3)
+            arrays[tuple(path.split("/"))] = jnp.array(value, leaf.dtype)
+        return unflatten_dict(arrays)
+
+    def write(self, variables: Mapping[str, Tree]) -> Tensors:
+        """Converts {collection: tree} to tensors of float32, by their names.
+
+        Raises:
+          UserError: if this layout has no place for some of them.
+        """
+        tensors: Tensors = {}
+        for path, value in _by_path(variables).items():
+            names, form = self._find(path)
+            parts = _separated(np.asarray(value, np.float32), len(names))
+            # Copies, writable and not views of ours.
+            tensors |= {name: np.array(form.outward(part), order="C") for name, part in zip(names, parts, strict=True)}
+        return tensors
+
+    def _find(self, path: str) -> tuple[tuple[str, ...], Form]:
+        """Names and form of the leaf at "collection/module/.../leaf"."""
+        leaf = path.rpartition("/")[2]
+        for rule in self.rules:
+            if match := re.fullmatch(rule.path, path.partition("/")[2]):
+                templates = rule.names(match) if callable(rule.names) else rule.names
+                templates = (templates,) if isinstance(templates, str) else templates
+                form = {"kernel": rule.kernel, "bias": FLAT}.get(leaf, SAME)
+                return tuple(self._translated(match.expand(template)) for template in templates), form
+        raise UserError(f"the layout of {self.what} has no place for {path}; convert to another one")
+
+    def _translated(self, name: str) -> str:
+        head, dot, leaf = name.rpartition(".")
+        return head + dot + self.leaves.get(leaf, leaf) if dot else name
+
+
+def check_tensors(what: str, wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares names and shapes.
+
+    Args:
+      what: names the weights in the error.
+      wanted: name -> shape.
+      given: name -> shape.
+
+    Raises:
+      UserError: if any differ; lists all that are missing, unexpected or of another shape.
+    """
+    shapes = [
+        f"{name} is {given[name]}, expected {wanted[name]}"
+        for name in sorted(wanted.keys() & given.keys())
+        if given[name] != wanted[name]
+    ]
+    kinds = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "of another shape": shapes,
+    }
+    problems = [f"{kind}: {', '.join(lines)}" for kind, lines in kinds.items() if lines]
+    if problems:
+        raise UserError(f"these are not the weights of {what}; {'; '.join(problems)}")
+
+
+def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a network's variables by "collection/path", without allocating them.
+
+    Raises:
+      UserError: if a field has a value that the network cannot be built with.
+    """
+    try:
+        return _by_path(jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1)))
+    except ValueError as error:
+        raise UserError(f"this network cannot be built: {str(error).splitlines()[0]}") from error
+
+
+def _by_path(tree: Mapping[str, Tree]) -> dict[str, Any]:
+    return {"/".join(path): leaf for path, leaf in flatten_dict(dict(tree)).items()}
+
+
+def _separated(array: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Takes the third axis from the end apart where values have several names."""
+    return [array] if parts == 1 else list(np.moveaxis(array, array.ndim - 3, 0))

@@ -1,0 +1,119 @@
+"""Files of named tensors as numpy arrays: safetensors, npz, and what PyTorch saves, which is read without PyTorch.
+
+A PyTorch file (.pt, .pth, .bin, .ckpt) is a pickle, and unpickling runs whatever code the file names. The reader here
+knows the few names that a tensor is made of, gives them harmless stand-ins, and refuses every other one. It reads zip
+archives (PyTorch 1.6 and later), the stream of pickles of earlier versions, and TorchScript archives, of which it takes
+the parameters and buffers and leaves the code.
+"""
+
+import os
+import pickle
+import uuid
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from cli.errors import UserError
+from weights.torch_pickle import Refused, read_stream, read_zip
+
+Tensors = dict[str, np.ndarray]
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+# The names of the safetensors format; its own numpy reader lacks bfloat16 in the oldest version that works here.
+_SAFETENSORS_DTYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
+    **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
+    **{"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2},
+}
+
+# What a damaged file makes of the readers; none of them executes what a file says.
+_DAMAGE = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError, RecursionError),
+    *(MemoryError, NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError),
+)
+
+
+def read_tensors(path: str | Path) -> Tensors:
+    """Reads a file of named tensors.
+
+    Args:
+      path: .safetensors, .npz, or a PyTorch file: a state dict, one under the key "state_dict", or TorchScript.
+
+    Returns:
+      name -> array of the stored dtype (bfloat16 and float8 as ml_dtypes has them) and shape, in the file's order. Some
+      arrays may be read-only, strided, or share memory, as the stored tensors did.
+
+    Raises:
+      UserError: if the file is missing, damaged, of another format, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file of weights {path}; give the path of a .safetensors, .npz or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        if path.suffix == ".npz":
+            return _read_npz(path)
+        if path.suffix in TORCH_SUFFIXES:
+            return read_zip(path) if zipfile.is_zipfile(path) else read_stream(path)
+    except Refused as error:
+        raise UserError(f"{path} {error}; save its state dict as .safetensors and give that file") from error
+    except OSError as error:
+        raise UserError(f"cannot read the weights {path}: {error.strerror or error}") from error
+    except _DAMAGE as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} is damaged, or not a {path.suffix} file ({what}); fetch or save it again") from error
+    known = ", ".join((".safetensors", ".npz", *TORCH_SUFFIXES))
+    raise UserError(f"{path}: weights are read from files named {known}; save them as .safetensors")
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
+    """Writes named arrays as safetensors, whole or not at all.
+
+    Args:
+      path: of the file, named .safetensors; its folder is made.
+      tensors: name -> array, of any strides.
+
+    Raises:
+      UserError: if the path is named otherwise or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"weights are written as .safetensors, not as {path.name}; name the file so")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # two writers never share a draft
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: np.array(array, order="C") for name, array in tensors.items()}, draft)  # takes no strides
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write the weights {path}: {error}") from error
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    tensors = {}
+    for name, entry in safetensors.deserialize(path.read_bytes()):
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise Refused(f"holds {name!r} as {entry['dtype']}, which numpy has no dtype for")
+        dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
+        tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    return tensors
+
+
+def _read_npz(path: Path) -> Tensors:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        tensors = {name: archive[name] for name in archive.files}
+    for name, array in tensors.items():
+        if array.dtype.kind not in "biufc":
+            raise Refused(f"holds {name!r} as {array.dtype}, which is not numbers (npz does not keep bfloat16)")
+    return tensors

@@ -1,0 +1,264 @@
+"""The pickles that PyTorch writes, read without PyTorch and without executing anything they name.
+
+Formats: `torch.save` (a zip archive with `data.pkl` and one file for each storage; before version 1.6 a stream of five
+pickles followed by the storages) and `torch.jit.save` (the same archive, whose objects are modules of compiled code).
+
+A pickle is a program for a small machine that calls functions by name. Only names in the tables below are known, and
+each stands for a function of this file that records or rearranges data.
+"""
+
+import collections
+import dataclasses
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+Tensors = dict[str, np.ndarray]
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a stream
+_STREAM_VERSION = 1001
+
+_DTYPES = {
+    **{"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16},
+    **{"int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8, "bool": np.bool_},
+    **{"uint64": np.uint64, "uint32": np.uint32, "uint16": np.uint16, "uint8": np.uint8},
+    **{"complex64": np.complex64, "complex128": np.complex128},
+    **{"float8_e4m3fn": jnp.float8_e4m3fn, "float8_e5m2": jnp.float8_e5m2},
+}
+_STORAGES = {
+    **{"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"},
+    **{"LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8"},
+    **{"ByteStorage": "uint8", "BoolStorage": "bool", "UntypedStorage": "uint8"},
+    **{"ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128"},
+}
+
+
+class Refused(Exception):
+    """What the file holds is not tensors alone; the message continues "<file> ...": what it holds."""
+
+
+@dataclasses.dataclass
+class _Storage:
+    """A flat piece of memory that tensors are views of; a stream gives its bytes only after the tensors.
+
+    A dtype is a key of `_DTYPES` until an array is made: a pickle may give any, of which Python objects are one.
+    """
+
+    dtype: str
+    size: int
+    data: bytes | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """A tensor: which elements of a storage, in units of its dtype."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+    def array(self) -> np.ndarray:
+        """The elements, without a copy.
+
+        Raises:
+          KeyError: if the dtype is not one of numbers.
+          TypeError, ValueError: if the elements are not inside the storage.
+        """
+        dtype = np.dtype(_DTYPES[self.dtype])
+        numbers = (self.offset, *self.shape, *self.strides)
+        if any(type(number) is not int or number < 0 for number in numbers) or len(self.shape) != len(self.strides):
+            raise ValueError(f"a tensor of shape {self.shape}, strides {self.strides} and offset {self.offset}")
+        if 0 in self.shape:
+            return np.zeros(self.shape, dtype)
+        strides = [stride * dtype.itemsize for stride in self.strides]
+        return np.ndarray(self.shape, dtype, self.storage.data or b"", self.offset * dtype.itemsize, strides)
+
+
+class _Module:
+    """A TorchScript object: its attributes, without its code."""
+
+    def __init__(self, *arguments: Any):
+        self.attributes: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
+
+
+def read_zip(path: Path) -> Tensors:
+    """Reads what `torch.save` (1.6 and later) or `torch.jit.save` wrote.
+
+    Raises:
+      Refused: if it holds anything but tensors.
+      ValueError, KeyError and other errors of a reader: if it is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise Refused("is a zip archive, but not one that PyTorch saved")
+        folder = pickles[0].removesuffix("data.pkl")
+        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+            raise Refused("was saved by a big-endian machine")
+        storages: dict[str, _Storage] = {}
+
+        def load_storage(dtype: str, key: str, size: int) -> _Storage:
+            if key not in storages:
+                data = archive.read(f"{folder}data/{key}")
+                storages[key] = _Storage(dtype, size, data)
+            return storages[key]
+
+        return _tensors(_Unpickler(io.BytesIO(archive.read(pickles[0])), load_storage).load())
+
+
+def read_stream(path: Path) -> Tensors:
+    """Reads what `torch.save` wrote before version 1.6, and writes since when asked to.
+
+    Raises:
+      Refused: if it is another file, or holds anything but tensors.
+      ValueError, KeyError and other errors of a reader: if it is damaged.
+    """
+    storages: dict[str, _Storage] = {}
+
+    def load_storage(dtype: str, key: str, size: int) -> _Storage:
+        return storages.setdefault(key, _Storage(dtype, size))
+
+    with path.open("rb") as file:
+        if _first_pickle(file) != _MAGIC or _Unpickler(file, load_storage).load() != _STREAM_VERSION:
+            raise Refused("is not a file that PyTorch saved")
+        _Unpickler(file, load_storage).load()  # sizes of C's integers
+        content = _Unpickler(file, load_storage).load()
+        for key in _Unpickler(file, load_storage).load():
+            storage = storages[key]
+            (size,) = struct.unpack("<q", _read_exactly(file, 8))
+            if size != storage.size:
+                raise ValueError(f"storage {key} has {size} elements, announced were {storage.size}")
+            storage.data = _read_exactly(file, size * np.dtype(_DTYPES[storage.dtype]).itemsize)
+    return _tensors(content)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Runs a pickle that may name nothing but the parts of a tensor."""
+
+    def __init__(self, file: io.BufferedIOBase, load_storage: Any):
+        super().__init__(file)
+        self._load_storage = load_storage
+        self._module = type("Module", (_Module,), {})  # a pickle may change its attributes: not those of the next file
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns the stand-in for a name.
+
+        Raises:
+          Refused: if there is none.
+        """
+        if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and name in _DTYPES:
+            return name
+        if module.split(".")[0] == "__torch__":
+            return self._module
+        if (module, name) in _FUNCTIONS:
+            return _FUNCTIONS[module, name]
+        raise Refused(f"is a pickle that names {module}.{name}, which is not part of a tensor and is not executed")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Returns the storage that a pickle refers to.
+
+        Raises:
+          Refused: if it refers to something else, such as the source of a module.
+        """
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
+            raise Refused(f"refers to a {pid[0] if isinstance(pid, tuple) and pid else pid!r}, not to tensors alone")
+        _, dtype, key, _, size = pid[:5]
+        if len(pid) > 5 and pid[5] is not None:
+            raise Refused("has views of storages, as PyTorch before 0.4 wrote them")
+        if dtype not in _DTYPES or not isinstance(key, str) or type(size) is not int or size < 0:
+            raise ValueError(f"a storage {pid[1:]}")
+        return self._load_storage(dtype, key, size)
+
+
+def _view(storage: _Storage, offset: int, shape: Any, strides: Any, *rest: Any) -> _View:
+    """Stands for torch._utils._rebuild_tensor and _v2."""
+    return _View(storage, offset, tuple(shape), tuple(strides), storage.dtype)
+
+
+def _view_of_dtype(
+    storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: str, *rest: Any
+) -> _View:
+    """Stands for torch._utils._rebuild_tensor_v3, of dtypes that have no storage class of their own."""
+    return _View(storage, offset, tuple(shape), tuple(strides), dtype)
+
+
+def _first(value: Any, *rest: Any) -> Any:
+    """Stands for wrappers: a Parameter is its tensor, a typed list of TorchScript is its list."""
+    return value
+
+
+def _nothing(*arguments: Any) -> None:
+    """Stands for what says where or how a tensor lay in memory."""
+
+
+_FUNCTIONS = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): _nothing,
+    ("torch._utils", "_rebuild_tensor"): _view,
+    ("torch._utils", "_rebuild_tensor_v2"): _view,
+    ("torch._utils", "_rebuild_tensor_v3"): _view_of_dtype,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch.nn.parameter", "Parameter"): _first,
+    **{
+        ("torch.jit._pickle", name): _first
+        for name in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
+    },
+}
+
+
+def _tensors(content: Any) -> Tensors:
+    """Takes the arrays out of what a pickle built, by dotted name.
+
+    Raises:
+      Refused: if it is anything but a mapping of names to tensors, or a TorchScript module.
+    """
+    if isinstance(content, _Module):
+        views = dict(_attributes(content, ""))
+        return {name: view.array() for name, view in views.items()}
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise Refused(f"holds a {type(content).__name__.strip('_').lower()}, not a state dict")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, _View):
+            raise Refused(f"holds {name!r}: a {type(value).__name__.strip('_').lower()}, which is not a tensor")
+    return {name: view.array() for name, view in content.items()}
+
+
+def _attributes(module: _Module, prefix: str) -> Iterator[tuple[str, _View]]:
+    """The tensors of a TorchScript module and of those in it, by dotted name."""
+    for name, value in module.attributes.items():
+        if isinstance(value, _View):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, _Module):
+            yield from _attributes(value, f"{prefix}{name}.")
+
+
+def _first_pickle(file: io.BufferedIOBase) -> Any:
+    """The first pickle, or None if the file starts with something else."""
+    try:
+        return _Unpickler(file, None).load()
+    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+        return None
+
+
+def _read_exactly(file: io.BufferedIOBase, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise EOFError(f"{count} bytes expected, {len(data)} left")
+    return data

@@ -1,0 +1,287 @@
+"""CLIP as the transformers library has it (`CLIPModel`): its config and tensors to our fields and parameters, and back.
+
+The traps of that format: configs of before 2023 give the end token as 2, which the library takes for "the highest id
+of the row"; and the activation stands twice, once for each tower.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cli.errors import UserError
+from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
+from weights.layout import CONVOLUTION, Layout, Rule, Tensors, Tree, linear
+from weights.origin import Origin, read_json, read_weights
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+# What the library assumes of keys that a file leaves out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "text": {
+        **{"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12},
+        **{"num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu"},
+        **{"layer_norm_eps": 1e-5, "eos_token_id": 49407},
+    },
+    "vision": {
+        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        **{"num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    },
+}
+_LOGIT_SCALE = 2.6592
+_CLIP_VOCABULARY = 49408
+
+# The library's names of activations -> ours; the first of two is the one that is written.
+_ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def _tower(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Rules of a transformer's layers."""
+    block, layer = rf"{ours}/blocks_(\d+)", rf"{theirs}.encoder.layers.\1"
+    return (
+        Rule(rf"{block}/attention_norm/(\w+)", rf"{layer}.layer_norm1.\2"),
+        Rule(
+            rf"{block}/attention/query_key_value/(\w+)",
+            tuple(rf"{layer}.self_attn.{name}_proj.\2" for name in "qkv"),
+        ),
+        Rule(rf"{block}/attention/out/(\w+)", rf"{layer}.self_attn.out_proj.\2", linear(inputs=2)),
+        Rule(rf"{block}/mlp_norm/(\w+)", rf"{layer}.layer_norm2.\2"),
+        Rule(rf"{block}/mlp/up/(\w+)", rf"{layer}.mlp.fc1.\2"),
+        Rule(rf"{block}/mlp/down/(\w+)", rf"{layer}.mlp.fc2.\2"),
+    )
+
+
+CLIP = Layout(
+    what="this CLIP in the layout of transformers",
+    rules=(
+        Rule(r"logit_scale", "logit_scale"),
+        Rule(r"image/class_embedding", "vision_model.embeddings.class_embedding"),
+        Rule(r"image/patch/(\w+)", r"vision_model.embeddings.patch_embedding.\1", CONVOLUTION),
+        Rule(r"image/position/(\w+)", r"vision_model.embeddings.position_embedding.\1"),
+        Rule(r"image/first_norm/(\w+)", r"vision_model.pre_layrnorm.\1"),
+        Rule(r"image/final_norm/(\w+)", r"vision_model.post_layernorm.\1"),
+        Rule(r"image/projection/(\w+)", r"visual_projection.\1"),
+        *_tower("image", "vision_model"),
+        Rule(r"text/embedding/(\w+)", r"text_model.embeddings.token_embedding.\1"),
+        Rule(r"text/position/(\w+)", r"text_model.embeddings.position_embedding.\1"),
+        Rule(r"text/final_norm/(\w+)", r"text_model.final_layer_norm.\1"),
+        Rule(r"text/projection/(\w+)", r"text_projection.\1"),
+        *_tower("text", "text_model"),
+    ),
+    ignored=r"(text_model|vision_model)\.embeddings\.position_ids",
+)
+
+
+def clip_from_transformers(model: Clip, tensors: Mapping[str, Any]) -> tuple[Tree, Tree]:
+    """Converts the tensors of a `CLIPModel` to (params, variables) of `model`; there are no variables.
+
+    Raises:
+      UserError: if tensors are missing, unexpected or of another shape; lists them.
+    """
+    return CLIP.read(model, tensors)["params"], {}
+
+
+def clip_to_transformers(params: Tree) -> Tensors:
+    """Converts parameters to the tensors of a `CLIPModel`, float32.
+
+    Raises:
+      UserError: if it has no place for them: those of a ResNet or of a logit bias.
+    """
+    return CLIP.write({"params": params})
+
+
+def clip_fields(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Reads a `CLIPModel`'s config as {"name": "clip", fields of `models.clip.Clip`}. Dropout is left out.
+
+    Args:
+      config: config.json.
+      preprocessor: preprocessor_config.json, for the mean and deviation of pictures; None for the published ones.
+
+    Raises:
+      UserError: if it is another model's, or a CLIP that ours cannot compute.
+    """
+    if config.get("model_type") != "clip":
+        raise UserError(f"config.json is of model_type {config.get('model_type')!r}; only 'clip' is converted")
+    towers = {}
+    for tower, defaults in _DEFAULTS.items():
+        # The library merges its defaults into the older of the two keys, and that over the newer one.
+        given = config.get(f"{tower}_config_dict")
+        towers[tower] = {**defaults, **(given if given is not None else config.get(f"{tower}_config") or {})}
+    text, vision = towers["text"], towers["vision"]
+    problems = [
+        f"the {tower} tower has {key} {entry[key]!r}, ours {value!r}"
+        for tower, key, value in (
+            ("text", "layer_norm_eps", 1e-5),
+            ("vision", "layer_norm_eps", 1e-5),
+            ("vision", "num_channels", 3),
+            ("text", "intermediate_size", 4 * text["hidden_size"]),
+            ("vision", "hidden_act", text["hidden_act"]),
+        )
+        if (entry := towers[tower])[key] != value
+    ]
+    if text["hidden_act"] not in _ACTIVATIONS:
+        problems.append(f"hidden_act is {text['hidden_act']!r}, ours are {', '.join(_ACTIVATIONS)}")
+    if problems:
+        raise UserError(f"this CLIP cannot be converted: {'; '.join(problems)}")
+    preprocessor = preprocessor or {}
+    hidden = vision["intermediate_size"]
+    fields = {
+        "name": "clip",
+        "embed_dim": config.get("projection_dim", 512),
+        "image_tower": "vit",
+        "image_size": _side("image_size", vision["image_size"]),
+        "image_width": vision["hidden_size"],
+        "image_layers": vision["num_hidden_layers"],
+        "image_heads": vision["num_attention_heads"],
+        "image_mlp_ratio": mlp_ratio(hidden, vision["hidden_size"]),
+        "patch_size": _side("patch_size", vision["patch_size"]),
+        "text_vocab_size": text["vocab_size"],
+        "text_length": text["max_position_embeddings"],
+        "text_end_id": _end_id(text["eos_token_id"], text["vocab_size"]),
+        "text_width": text["hidden_size"],
+        "text_layers": text["num_hidden_layers"],
+        "text_heads": text["num_attention_heads"],
+        "activation": _ACTIVATIONS[text["hidden_act"]],
+        "logit_scale_init": config.get("logit_scale_init_value", _LOGIT_SCALE),
+        "image_mean": tuple(preprocessor.get("image_mean", IMAGE_MEAN)),
+        "image_std": tuple(preprocessor.get("image_std", IMAGE_STD)),
+    }
+    return fields
+
+
+def clip_configs(model: Clip) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns config.json and preprocessor_config.json of a `CLIPModel` that computes what `model` does.
+
+    Raises:
+      UserError: if there is none.
+    """
+    names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    problems = []
+    if model.image_tower != "vit":
+        problems.append(f"its image_tower is {model.image_tower!r}; CLIPModel has a vit")
+    if model.logit_bias_init is not None:
+        problems.append("it has a logit bias; CLIPModel has none")
+    if model.activation not in names:
+        problems.append(f"its activation is {model.activation!r}")
+    if model.text_end_id == 2:
+        problems.append("its text_end_id is 2, which transformers takes for the highest id of a caption")
+    problems += undivided_heads(model)
+    if problems:
+        raise UserError(f"this CLIP cannot be written for transformers: {'; '.join(problems)}")
+    shared = {"hidden_act": names[model.activation], "layer_norm_eps": 1e-5, "projection_dim": model.embed_dim}
+    text = {
+        "model_type": "clip_text_model",
+        "vocab_size": model.text_vocab_size,
+        "hidden_size": model.text_width,
+        "intermediate_size": 4 * model.text_width,
+        "num_hidden_layers": model.text_layers,
+        "num_attention_heads": model.text_heads,
+        "max_position_embeddings": model.text_length,
+        "eos_token_id": model.text_end_id,
+        "bos_token_id": None,  # the network does not use them
+        "pad_token_id": None,
+        **shared,
+    }
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": model.image_width,
+        "intermediate_size": int(model.image_width * model.image_mlp_ratio),
+        "num_hidden_layers": model.image_layers,
+        "num_attention_heads": model.image_heads,
+        "num_channels": 3,
+        "image_size": model.image_size,
+        "patch_size": model.patch_size,
+        **shared,
+    }
+    config = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": model.embed_dim,
+        "logit_scale_init_value": model.logit_scale_init,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": model.image_size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": model.image_size, "width": model.image_size},
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "image_mean": list(model.image_mean),
+        "image_std": list(model.image_std),
+    }
+    return config, preprocessor
+
+
+def read_clip(origin: Origin) -> tuple[dict[str, Any], Tensors]:
+    """Reads a folder or repository that `save_pretrained` wrote: ({"name": "clip", fields}, tensors).
+
+    Raises:
+      UserError: if files are missing or say something else.
+    """
+    preprocessor = origin.find("preprocessor_config.json")
+    fields = clip_fields(
+        read_json(origin.require("config.json")), None if preprocessor is None else read_json(preprocessor)
+    )
+    return fields, read_weights(origin, WEIGHTS)
+
+
+def clip_files(model: Clip, params: Tree) -> tuple[dict[str, dict[str, Any]], tuple[str, Tensors]]:
+    """What `CLIPModel.from_pretrained` reads: ({name: JSON}, (name, tensors)).
+
+    Raises:
+      UserError: if `CLIPModel` cannot compute what `model` does.
+    """
+    config, preprocessor = clip_configs(model)
+    files = {"config.json": config, "preprocessor_config.json": preprocessor}
+    return files, (WEIGHTS[0], clip_to_transformers(params))
+
+
+def undivided_heads(model: Clip) -> list[str]:
+    """Says where heads do not share their tower's width among them, as they do in other projects' networks."""
+    image_width = model.image_width * (32 if model.image_tower == "resnet" else 1)
+    towers = {"image": (model.image_heads, image_width), "text": (model.text_heads, model.text_width)}
+    return [
+        f"its {tower}_heads {heads} do not divide {width}" for tower, (heads, width) in towers.items() if width % heads
+    ]
+
+
+def mlp_ratio(hidden: int, width: int) -> int | float:
+    """The ratio r of widths with int(width r) = hidden; a whole number where it is one."""
+    ratio = hidden / width
+    while int(width * ratio) < hidden:  # a rounding error below
+        ratio += 1e-9
+    return int(ratio) if ratio == int(ratio) else ratio
+
+
+def _end_id(eos: Any, vocab_size: int) -> int:
+    """The id whose first position is pooled.
+
+    2 is what configs said before the library used the value; it still reads the row's highest id there, which is the
+    end in CLIP's vocabulary (ids that were added behind it may not occur).
+    """
+    if eos == 2:
+        return min(vocab_size, _CLIP_VOCABULARY) - 1
+    if isinstance(eos, int) and 0 <= eos < vocab_size:
+        return eos
+    raise UserError(
+        f"eos_token_id is {eos!r}, which is not one of the {vocab_size} ids of this CLIP; correct config.json"
+    )
+
+
+def _side(key: str, value: Any) -> int:
+    """A side of a square from a number or a pair."""
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise UserError(f"{key} is {value}; only squares are converted")
+    return sides.pop()
