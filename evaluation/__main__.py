@@ -21,6 +21,10 @@ retrieval          of a CLIP: recall at 1, 5, 10 and median rank, captions to pi
 similarity         of a CLIP: cosines of the first pictures and captions, also drawn into the run's samples/
 linear_probe       of a CLIP, when named: accuracy of a logistic regression on its features
 
+Computed when named in --metrics, with --clip:
+clip_score         how near drawn pictures are to their captions
+rerank             caption accuracy of the picture that the CLIP chooses from 1, 2, 4, ... (embedded dataset)
+
 Computed when named in --metrics, on any dataset, with --features; they compare the pictures drawn (or reconstructed)
 with as many of the split's, and all depend on that number:
 fid                Frechet distance of Inception features (Heusel et al. 2017)
@@ -49,6 +53,10 @@ def main(arguments: Sequence[str]) -> None:
     features.add_argument(
         "--features_dir", help="where the dataset's features are kept (default ~/.cache/tessera/features)"
     )
+    judged = parser.add_argument_group("metrics that a CLIP judges")
+    judged.add_argument("--clip", metavar="RUN", help="a trained CLIP")
+    judged.add_argument("--convention", default="cosine", help="of clip_score: cosine, hessel, torchmetrics")
+    judged.add_argument("--candidates", type=int, default=16, help="most that rerank chooses from (default 16)")
     classes = parser.add_argument_group("metrics of a CLIP")
     classes.add_argument("--label", default="label", help="the dataset's field of class numbers (default label)")
     classes.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the dataset's)")
@@ -60,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.num_real < 0 or options.kid_subset_size < 0 or options.kid_subsets < 1:
         raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
-    from evaluation.command import evaluate_run  # imports jax
+    from evaluation.command import Tools, evaluate_run  # imports jax
     from evaluation.records import format_table, write_records
     from sample.trained import TrainedSampler
 
@@ -68,11 +76,8 @@ def main(arguments: Sequence[str]) -> None:
     settings = sampling_settings(options)
     metrics = [name for name in options.metrics.split(",") if name]
     splits = options.splits.split(",")
-    records = evaluate_run(
-        *(trained, metrics, splits, options.num, options.seed, settings),
-        features=_feature_settings(options),
-        clip=_clip_settings(options),
-    )
+    tools = Tools(_feature_settings(options), _judge(options), _clip_settings(options))
+    records = evaluate_run(trained, metrics, splits, options.num, options.seed, settings, tools)
     write_records(trained.run, records)
     print(format_table(records))
 
@@ -92,6 +97,16 @@ def _feature_settings(options: argparse.Namespace) -> Any:
         kid_subsets=options.kid_subsets,
         kid_subset_size=options.kid_subset_size,
     )
+
+
+def _judge(options: argparse.Namespace) -> Any:
+    """The `Judge` that was asked for, or None."""
+    if not options.clip:
+        return None
+    from evaluation.judge import Judge
+    from sample.rerank import open_clip_run
+
+    return Judge(open_clip_run(options.clip), options.convention, options.candidates)
 
 
 def _clip_settings(options: argparse.Namespace) -> Any:

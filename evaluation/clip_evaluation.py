@@ -269,7 +269,7 @@ def _is_scenes(trained: TrainedSampler) -> bool:
 
 def _label(scene: Scene, attribute: str, values: tuple[str, ...]) -> int:
     """The number of an attribute's value in a scene of one object, else -1."""
-    if len(scene.objects) > 1:
+    item, *others = scene.objects
+    if others:
         return -1
-    value = scene.background if attribute == "background" else getattr(scene.objects[0], attribute)
-    return values.index(value)
+    return values.index(scene.background if attribute == "background" else getattr(item, attribute))

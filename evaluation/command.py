@@ -1,5 +1,6 @@
 """What `python -m evaluation` computes."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from data.pipeline import dataset_folder
 from evaluation.caption_accuracy import CaptionedPictures, caption_accuracy, captioned_pictures
 from evaluation.clip_evaluation import CLIP_METRICS, ClipSettings, clip_records
 from evaluation.feature_evaluation import FEATURE_METRICS, FeatureSettings, check_feature_metrics, feature_records
+from evaluation.judge import JUDGED, Judge, judge_record
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record
 from sample.grid import draw_grid, to_uint8
@@ -28,6 +30,24 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 # The objectives whose runs make pictures; features of these are compared when a user names such a metric.
 _MAKE_PICTURES = ("dalle", "dvae", "vqvae")
 
+# Those whose runs draw captions; a CLIP judges their pictures when a user names such a metric.
+_DRAW_CAPTIONS = ("dalle",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What some metrics take beside the run.
+
+    Attributes:
+      features: how features are made, for the metrics that compare them; None if the user gave no extractor.
+      judge: the CLIP that judges drawn pictures; None if the user named none.
+      clip: what a CLIP run tells apart.
+    """
+
+    features: FeatureSettings | None = None
+    judge: Judge | None = None
+    clip: ClipSettings = ClipSettings()
+
 
 def evaluate_run(
     trained: TrainedSampler,
@@ -36,8 +56,7 @@ def evaluate_run(
     num: int,
     seed: int,
     settings: Mapping[str, Any],
-    features: FeatureSettings | None = None,
-    clip: ClipSettings | None = None,
+    tools: Tools | None = None,
 ) -> list[Record]:
     """Computes metrics of a run on each split.
 
@@ -48,8 +67,7 @@ def evaluate_run(
       num: pictures of each split.
       seed: of sampling.
       settings: overrides of `config.sample`.
-      features: how features are made, for the metrics that compare them.
-      clip: what a CLIP run tells apart; None for the defaults.
+      tools: what some metrics take beside the run; None for none.
 
     Returns:
       One record for each metric and split, with values and everything they depend on.
@@ -57,32 +75,37 @@ def evaluate_run(
     Raises:
       UserError: if a metric is unknown or does not apply, or lacks what it needs.
     """
-    objective = trained.config.objective
-    named = CLIP_METRICS if objective == "clip" else METRICS[objective]
-    known = named + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
-    for name in metrics:
+    objective, tools = trained.config.objective, tools or Tools()
+    names = tuple(dict.fromkeys(metrics or METRICS[objective]))
+    known = CLIP_METRICS if objective == "clip" else METRICS[objective]
+    known += (JUDGED if objective in _DRAW_CAPTIONS else ()) + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
+    for name in names:
         if name not in known:
             raise UserError(f"metric {name!r} does not apply to {objective}; choose {', '.join(known)}")
-    compared = [name for name in dict.fromkeys(metrics) if name in FEATURE_METRICS]
-    check_feature_metrics(compared, num, features)
+    if tools.judge is None and set(names) & set(JUDGED):
+        raise UserError(f"{' and '.join(JUDGED)} need a CLIP that judges; give --clip=RUN")
+    compared = [name for name in names if name in FEATURE_METRICS]
+    check_feature_metrics(compared, num, tools.features)
+
     records = []
-    if objective == "clip":
-        for split in splits:
-            for record in clip_records(trained, metrics or METRICS[objective], split, num, clip or ClipSettings()):
-                records.append({**_provenance(trained, num, seed, settings), **record})
-        return records
-    for name in metrics or METRICS[objective]:
-        for split in splits if name not in compared else ():
-            pictures = captioned_pictures(trained.config, split, num)
-            if name == "caption_accuracy":
-                values = _caption_accuracy(trained, pictures, split, seed, settings)
-            else:
-                values = _reconstruction(trained, pictures)
-            records.append({"metric": name, "split": split, **_provenance(trained, num, seed, settings), **values})
-    for split in splits if features is not None and compared else ():
-        for record in feature_records(trained, compared, split, num, seed, settings, features):
-            records.append({**_provenance(trained, num, seed, settings), **record})
-    return records
+    for split in splits:
+        if objective == "clip":
+            records += clip_records(trained, names, split, num, tools.clip)
+        for name in names if objective != "clip" else ():
+            if name in JUDGED and tools.judge is not None:
+                values = judge_record(name, trained, tools.judge, split, num, seed, settings)
+                records.append({"metric": name, "split": split, **values})
+            elif name in METRICS[objective]:
+                pictures = captioned_pictures(trained.config, split, num)
+                if name == "caption_accuracy":
+                    values = _caption_accuracy(trained, pictures, split, seed, settings)
+                else:
+                    values = _reconstruction(trained, pictures)
+                records.append({"metric": name, "split": split, **values})
+        if compared and tools.features is not None:  # one drawing for all of them
+            records += feature_records(trained, compared, split, num, seed, settings, tools.features)
+    provenance = _provenance(trained, num, seed, settings)
+    return [{"metric": record["metric"], "split": record["split"], **provenance, **record} for record in records]
 
 
 def _caption_accuracy(

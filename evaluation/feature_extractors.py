@@ -20,6 +20,7 @@ from cli.errors import UserError
 from data.preprocess import clip_evaluation
 from models import create_model
 from models.inception import Inception
+from sample.rerank import open_clip_run
 from sample.trained import TrainedSampler
 from weights.inception import from_torch
 from weights.sources import RANDOM
@@ -161,9 +162,7 @@ class ClipExtractor:
         """
         if resize not in ("", cls.resize):
             raise UserError(f"--resize={resize} is unknown to clip, which has only {cls.resize}")
-        trained = TrainedSampler.open(source)
-        if trained.config.objective != "clip":
-            raise UserError(f"{source} is a run of {trained.config.objective}, not of clip; give --features=clip:RUN")
+        trained = open_clip_run(source)
         weights = {"params": trained.weights.params, "variables": trained.weights.variables}
         return cls(trained, f"clip-{hash_tree(weights)}")
 

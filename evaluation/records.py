@@ -9,7 +9,19 @@ from weights.run import EVALUATION, Run
 
 Record = dict[str, Any]
 
-_NOT_SHARES = ("mse", "psnr_db", "perplexity", "fid", "kid", "cmmd", "inception_score", "deviation", "rank", "cosine")
+_NOT_SHARES = (
+    "mse",
+    "psnr_db",
+    "perplexity",
+    "fid",
+    "kid",
+    "cmmd",
+    "inception_score",
+    "deviation",
+    "rank",
+    "cosine",
+    "clip_score",
+)
 
 
 def is_share(name: str, value: Any) -> bool:

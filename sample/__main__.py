@@ -22,6 +22,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="a caption, or @FILE with one a line; repeatable")
     parser.add_argument("--image", action="append", default=[], help="a picture to reconstruct; repeatable")
     parser.add_argument("--num", type=int, default=8, help="pictures for each prompt (default 8)")
+    parser.add_argument("--rerank", metavar="RUN", help="a trained CLIP, which sorts the pictures of each prompt")
+    parser.add_argument("--keep", type=int, default=0, help="how many it keeps of each prompt (default: all)")
     parser.add_argument("--out", default="grid.png", help="the grid (default grid.png)")
     parser.add_argument("--files", default="", help="also write each picture and samples.json to this folder")
     options = parser.parse_args(arguments)
@@ -29,17 +31,23 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--num must be at least 1, not {options.num}")
     if bool(options.prompt) == bool(options.image):
         raise UserError("give --prompt=TEXT, or --image=FILE for a run that reconstructs pictures")
+    if options.keep and not options.rerank:
+        raise UserError("--keep needs --rerank=RUN, a trained CLIP that chooses")
+    if not 0 <= options.keep <= options.num:
+        raise UserError(f"--keep={options.keep} must lie between 1 and --num={options.num}")
     prompts = _read_prompts(options.prompt)
     if any(not prompt.strip() for prompt in prompts):
         raise UserError("the prompt is empty; describe a picture, for example --prompt='a small red circle'")
 
     from sample.command import draw_prompts, reconstruct, write_files  # imports jax
+    from sample.rerank import open_clip_run
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
     settings = sampling_settings(options)
     if prompts:
-        drawn = draw_prompts(trained, prompts, options.num, options.seed, settings)
+        clip = open_clip_run(options.rerank) if options.rerank else None
+        drawn = draw_prompts(trained, prompts, options.num, options.seed, settings, clip, options.keep)
     else:
         drawn = reconstruct(trained, options.image)
     try:

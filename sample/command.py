@@ -13,6 +13,7 @@ from PIL import Image
 from cli.errors import UserError
 from data.preprocess import PictureTransform, center_square, transform_pair
 from sample.grid import draw_grid, to_uint8
+from sample.rerank import best_first, clip_cosines
 from sample.trained import TrainedSampler
 
 
@@ -34,21 +35,48 @@ class Drawn:
 
 
 def draw_prompts(
-    trained: TrainedSampler, prompts: Sequence[str], num: int, seed: int, settings: Mapping[str, Any]
+    trained: TrainedSampler,
+    prompts: Sequence[str],
+    num: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    clip: TrainedSampler | None = None,
+    keep: int = 0,
 ) -> Drawn:
     """Draws `num` pictures of each prompt, a row of the grid each (several rows beyond eight).
+
+    Args:
+      trained: the run that draws.
+      prompts: captions.
+      num: pictures drawn for each.
+      seed: s; picture i of a prompt is drawn with `fold_in(key(s), i)`.
+      settings: overrides of `config.sample`.
+      clip: chooses among the pictures of a prompt, if there is one.
+      keep: how many it keeps of each prompt, best first; 0 for all.
 
     Raises:
       UserError: if the run takes no captions, a prompt is empty or a setting is impossible.
     """
-    rows = trained.encode([prompt for prompt in prompts for _ in range(num)])
+    captions = [prompt for prompt in prompts for _ in range(num)]
     indices = list(range(num)) * len(prompts)
-    outputs = trained(rows, seed=seed, indices=indices, **settings)
+    outputs = trained(trained.encode(captions), seed=seed, indices=indices, **settings)
     images = to_uint8(outputs["image"])
-    records = [{"prompt": prompt, "seed": seed, "index": index} for prompt in prompts for index in range(num)]
-    columns = min(num, 8) if num > 1 else min(len(prompts), 8)
-    picture = draw_grid(images, columns=columns, labels=[record["prompt"] for record in records])
-    return Drawn(images, records, _describe(trained, seed, settings), picture)
+    records: list[dict[str, Any]] = [
+        {"prompt": prompt, "seed": seed, "index": index} for prompt, index in zip(captions, indices, strict=True)
+    ]
+    description, shown = _describe(trained, seed, settings), num
+    if clip is not None:
+        shown = keep or num
+        cosines = clip_cosines(clip, images, captions).reshape(len(prompts), num)
+        kept = (best_first(cosines, shown) + num * np.arange(len(prompts))[:, None]).ravel()
+        images = images[kept]
+        records = [{**records[place], "clip_cosine": float(cosines.ravel()[place])} for place in kept]
+        description |= {"rerank": str(clip.run.folder), "rerank_step": clip.weights.step, "candidates": num}
+    columns = min(shown, 8) if shown > 1 else min(len(prompts), 8)
+    labels = [record["prompt"] for record in records]
+    if clip is not None:
+        labels = [f"{record['prompt']} [{record['clip_cosine']:.3f}]" for record in records]
+    return Drawn(images, records, description, draw_grid(images, columns=columns, labels=labels))
 
 
 def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:

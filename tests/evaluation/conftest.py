@@ -1,4 +1,4 @@
-"""Two real (tiny) runs, trained once for all that evaluates them."""
+"""Three real (tiny) runs, trained once for all that evaluates them."""
 
 import pytest
 
@@ -23,3 +23,12 @@ def stage2(scenes_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "dalle"
     train(config, workdir)
     return TrainedSampler.open(workdir, chunk=16)
+
+
+@pytest.fixture(scope="session")
+def clip_run(scenes_dir, tmp_path_factory):
+    """A CLIP."""
+    config = load_config(["--config=configs/scenes/clip.py:debug", f"--config.data.data_dir={scenes_dir}"])
+    workdir = tmp_path_factory.mktemp("runs") / "clip"
+    train(config, workdir)
+    return TrainedSampler.open(workdir, chunk=32)

@@ -6,31 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli.config import load_config
 from cli.errors import UserError
 from data import scenes
 from evaluation import clip_evaluation
 from evaluation.clip_evaluation import ClipSettings, Pictures, TextFeatures, clip_records, read_pictures
-from evaluation.command import evaluate_run
+from evaluation.command import Tools, evaluate_run
 from evaluation.feature_extractors import create_extractor
 from evaluation.records import format_table, write_records
 from evaluation.scene_prompts import captions_of
-from sample.trained import TrainedSampler
-from train.loop import train
-
-
-@pytest.fixture(scope="module")
-def clip_run(scenes_dir, tmp_path_factory):
-    config = load_config(["--config=configs/scenes/clip.py:debug", f"--config.data.data_dir={scenes_dir}"])
-    workdir = tmp_path_factory.mktemp("runs") / "clip"
-    train(config, workdir)
-    return TrainedSampler.open(workdir, chunk=32)
 
 
 def test_a_run_is_evaluated_and_its_matrix_is_drawn(clip_run):
     settings = ClipSettings(num_train=120)
     metrics = ["zero_shot", "retrieval", "linear_probe", "similarity"]
-    records = evaluate_run(clip_run, metrics, ["validation", "held_out"], 40, 0, {}, clip=settings)
+    records = evaluate_run(clip_run, metrics, ["validation", "held_out"], 40, 0, {}, Tools(clip=settings))
     assert [(r["metric"], r["split"]) for r in records[:2]] == [
         ("zero_shot", "validation"),
         ("retrieval", "validation"),

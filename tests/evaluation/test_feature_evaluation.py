@@ -10,7 +10,7 @@ import pytest
 
 from cli.errors import UserError
 from data.pipeline import RecordSource
-from evaluation.command import evaluate_run
+from evaluation.command import Tools, evaluate_run
 from evaluation.feature_evaluation import FEATURE_METRICS, FeatureSettings, draw_pictures
 from evaluation.feature_extractors import Classifier, FeatureExtractor
 from evaluation.feature_metrics import feature_statistics, frechet_distance
@@ -47,9 +47,9 @@ class ColorsAlone:
     seen = 0
 
 
-def settings(tmp_path, extractor=None, **changes) -> FeatureSettings:
+def settings(tmp_path, extractor=None, **changes) -> Tools:
     chosen = {"kid_subset_size": 0, **changes}
-    return FeatureSettings(extractor or Colors(), FeatureStore(tmp_path / "features"), **chosen)
+    return Tools(features=FeatureSettings(extractor or Colors(), FeatureStore(tmp_path / "features"), **chosen))
 
 
 def test_the_stand_ins_are_extractors():
@@ -67,7 +67,7 @@ def test_every_metric_of_a_run_that_draws(stage2, tmp_path):
         assert {key: record[key] for key in expected} == expected
         assert record.get("num_real") == (None if record["metric"] == "inception_score" else 40)
         assert all(np.isfinite(value) for value in record["values"].values())
-    assert chosen.extractor.seen == 20 + 40  # each picture once for all metrics
+    assert chosen.features.extractor.seen == 20 + 40  # each picture once for all metrics
     assert records[1]["subset_size"] == 0 and records[4]["counted"] == {"precision": 20, "recall": 40}
 
 
@@ -153,7 +153,7 @@ def test_mistakes(stage2, tmp_path):
 
     with pytest.raises(UserError, match="fid compares features; give --features=inception:FILE"):
         evaluate_run(stage2, ["fid"], ["validation"], 20, 0, {})
-    with pytest.raises(UserError, match="'fiid' does not apply to dalle; choose caption_accuracy, fid"):
+    with pytest.raises(UserError, match="'fiid' does not apply to dalle; choose caption_accuracy, .*, fid"):
         evaluate(["fiid"])
     with pytest.raises(UserError, match="kid is not defined on features of colors-alone/none/1, which are for fid"):
         evaluate(["kid"], extractor=ColorsAlone())

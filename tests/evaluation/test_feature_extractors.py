@@ -103,7 +103,7 @@ def test_a_hash_sees_values_paths_and_dtypes():
 
 def test_mistakes(weights, tmp_path):
     for spec in ("inceptoin:file", "inception", "inception:", ""):
-        with pytest.raises(UserError, match="NAME:FILE, NAME inception"):
+        with pytest.raises(UserError, match="NAME:FILE, NAME clip, inception"):
             create_extractor(spec)
     with pytest.raises(UserError, match="--resize=bilinear is unknown to inception; choose clean or tf1"):
         create_extractor(f"inception:{weights[0]}", "bilinear")

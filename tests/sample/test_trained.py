@@ -11,6 +11,7 @@ from cli.errors import UserError
 from data.preprocess import center_square, clip_evaluation
 from sample.__main__ import main
 from sample.command import draw_prompts, read_picture
+from sample.rerank import open_clip_run
 from sample.trained import TrainedSampler
 from train.loop import train
 
@@ -19,6 +20,14 @@ from train.loop import train
 def folder(scenes_dir, tmp_path_factory):
     config = load_config(["--config=configs/scenes/dalle.py:debug", f"--config.data.data_dir={scenes_dir}"])
     workdir = tmp_path_factory.mktemp("runs") / "dalle"
+    train(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def clip_folder(scenes_dir, tmp_path_factory):
+    config = load_config(["--config=configs/scenes/clip.py:debug", f"--config.data.data_dir={scenes_dir}"])
+    workdir = tmp_path_factory.mktemp("runs") / "clip"
     train(config, workdir)
     return workdir
 
@@ -100,3 +109,33 @@ def test_long_prompts_are_cut_with_a_warning(folder, capsys):
     ids = trained.encode(["a red circle " * 20])["text"]
     assert ids.shape == (1, 12) and np.count_nonzero(ids) == 12
     assert "only the first 12 tokens" in capsys.readouterr().out
+
+
+def test_a_clip_keeps_the_pictures_that_it_finds_nearest(folder, clip_folder, tmp_path):
+    command = [f"--run={folder}", "--prompt=a red circle", "--prompt=a blue star", "--num=6", "--seed=5"]
+    main([*command, f"--out={tmp_path}/all.png", f"--files={tmp_path}/all"])
+    main([*command, f"--rerank={clip_folder}", "--keep=2", f"--out={tmp_path}/best.png", f"--files={tmp_path}/best"])
+    drawn, best = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("all", "best"))
+    assert best["settings"]["candidates"] == 6 and best["settings"]["rerank"] == str(clip_folder)
+    rows = drawn["samples"]
+    pictures = {(row["prompt"], row["index"]): np.asarray(Image.open(tmp_path / "all" / row["file"])) for row in rows}
+    clip = open_clip_run(str(clip_folder))
+    for prompt in ("a red circle", "a blue star"):
+        images = np.stack([pictures[prompt, index] for index in range(6)])
+        features = clip({"image": images}, seed=0, indices=range(6))["image_features"]
+        text = clip(clip.encode([prompt]), seed=0, indices=[0])["text_features"][0]
+        kept = [row for row in best["samples"] if row["prompt"] == prompt]
+        assert [row["index"] for row in kept] == list(np.argsort(-(features @ text))[:2])
+        np.testing.assert_allclose([row["clip_cosine"] for row in kept], np.sort(features @ text)[::-1][:2], atol=1e-5)
+        assert (np.asarray(Image.open(tmp_path / "best" / kept[0]["file"])) == pictures[prompt, kept[0]["index"]]).all()
+
+
+def test_mistakes_of_reranking(folder, clip_folder):
+    command = [f"--run={folder}", "--prompt=a red circle", "--num=2"]
+    for extra, message in [
+        (["--keep=1"], "--keep needs --rerank"),
+        ([f"--rerank={clip_folder}", "--keep=3"], "between 1 and --num=2"),
+        ([f"--rerank={folder}"], "is a run of dalle, not of clip"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            main([*command, *extra])

@@ -1,0 +1,162 @@
+"""What a CLIP makes of the pictures that a run draws: how near they are to their captions, and what choosing gains."""
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cli.errors import UserError
+from data.pipeline import RecordSource
+from data.preprocess import choose_caption
+from evaluation.caption_accuracy import captioned_pictures, world_of
+from evaluation.clip_score import CONVENTIONS, PREFIX, clip_score
+from evaluation.grader import SceneGrader
+from evaluation.records import Record
+from sample.grid import to_uint8
+from sample.rerank import clip_cosines
+from sample.trained import TrainedSampler
+from weights.run import SAMPLES
+
+JUDGED = ("clip_score", "rerank")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """The CLIP that judges.
+
+    Attributes:
+      clip: its run.
+      convention: of the score, one of `evaluation.clip_score.CONVENTIONS`.
+      candidates: most pictures that it chooses from.
+    """
+
+    clip: TrainedSampler
+    convention: str = "cosine"
+    candidates: int = 16
+
+    def __post_init__(self) -> None:
+        """Raises UserError on an impossible value."""
+        if self.convention not in CONVENTIONS:
+            raise UserError(f"--convention={self.convention} is unknown; choose one of {', '.join(CONVENTIONS)}")
+        if self.candidates < 1:
+            raise UserError(f"--candidates must be at least 1, not {self.candidates}")
+
+
+def judge_record(
+    name: str, trained: TrainedSampler, judge: Judge, split: str, num: int, seed: int, settings: Mapping[str, Any]
+) -> Record:
+    """Computes one metric of `JUDGED`: its values and what they depend on beside the run and its sampling.
+
+    Args:
+      name: of the metric.
+      trained: the run that draws.
+      judge: the rest.
+      split: of the run's dataset.
+      num: captions.
+      seed: of drawing.
+      settings: overrides of `config.sample`.
+
+    Raises:
+      UserError: if the split has fewer records, or a record has no caption.
+    """
+    about = {"clip": str(judge.clip.run.folder), "clip_step": judge.clip.weights.step}
+    if name == "rerank":
+        return {**_rerank(trained, judge.clip, split, num, judge.candidates, seed, settings), **about}
+    return {**_score(trained, judge, split, num, seed, settings), **about}
+
+
+def _score(
+    trained: TrainedSampler, judge: Judge, split: str, num: int, seed: int, settings: Mapping[str, Any]
+) -> Record:
+    """CLIP score of the pictures of a split's first captions; of any dataset, as nothing is graded."""
+    source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)
+    if num > len(source):
+        raise UserError(f"{split} has {len(source)} records, fewer than --num={num}")
+    captions = [choose_caption(source[index]["captions"], None) for index in range(num)]
+    images = to_uint8(trained(trained.encode(captions), seed=seed, indices=range(num), **settings)["image"])
+    prefix = PREFIX if judge.convention == "hessel" else ""
+    cosines = clip_cosines(judge.clip, images, [prefix + caption for caption in captions])
+    return {"values": {"clip_score": clip_score(cosines, judge.convention)}, "convention": judge.convention}
+
+
+def _rerank(
+    trained: TrainedSampler,
+    clip: TrainedSampler,
+    split: str,
+    num: int,
+    candidates: int,
+    seed: int,
+    settings: Mapping[str, Any],
+) -> Record:
+    """Draws candidates for captions of the embedded dataset, and grades the one chosen from 1, 2, 4, ... of them.
+
+    Candidate j of caption i is picture j num + i of the seed, so that the first is the one of `caption_accuracy`.
+
+    Returns:
+      Shares `chosen_<k>`, of captions whose chosen picture has every attribute right; `any_<k>`, of those with such a
+      picture among k, which no choice can exceed; and the standard errors of the first, over captions.
+    """
+    captions = captioned_pictures(trained.config, split, num).captions
+    grader, rows = SceneGrader(world_of(trained.config)), trained.encode(captions)
+    right, cosines = np.empty((num, candidates), bool), np.empty((num, candidates))
+    for j in range(candidates):
+        outputs = trained(rows, seed=seed, indices=range(j * num, (j + 1) * num), **settings)
+        images = to_uint8(outputs["image"])
+        right[:, j] = [score["all"] for score in grader.grade(captions, images)]
+        cosines[:, j] = clip_cosines(clip, images, captions)
+    values, errors = {}, {}
+    for k in powers_of_two(candidates):
+        chosen, possible = chosen_from(right, cosines, k)
+        values[f"chosen_{k}"], values[f"any_{k}"] = float(chosen.mean()), float(possible.mean())
+        errors[k] = float(chosen.std(ddof=1) / np.sqrt(num))
+    folder = trained.run.folder / SAMPLES
+    folder.mkdir(exist_ok=True)
+    draw_curve(values, errors, f"{split}, {num} captions").save(folder / f"rerank_{split}.png")
+    return {
+        "values": values,
+        "counted": dict.fromkeys(values, num),
+        "standard_errors": {f"chosen_{k}": error for k, error in errors.items()},
+        "candidates": candidates,
+    }
+
+
+def chosen_from(
+    right: Bool[np.ndarray, "n c"], cosines: Float[np.ndarray, "n c"], k: int
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """How often the nearest of k candidates is right, and any of them: means over all c / k groups of a caption."""
+    groups = right.shape[1] // k
+    right, cosines = (x[:, : groups * k].reshape(len(x), groups, k) for x in (right, cosines))
+    chosen = np.take_along_axis(right, np.argmax(cosines, axis=2)[..., None], axis=2)[..., 0]
+    return chosen.mean(axis=1), right.any(axis=2).mean(axis=1)
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, ... up to a limit."""
+    return [2**power for power in range(limit.bit_length())]
+
+
+def draw_curve(values: Mapping[str, float], errors: Mapping[int, float], title: str) -> Image.Image:
+    """Plots accuracy against candidates, with bars of two standard errors."""
+    counts: Sequence[int] = list(errors)
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(5, 3.5), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        chosen = [100 * values[f"chosen_{k}"] for k in counts]
+        bars = [200 * errors[k] for k in counts]
+        axes.errorbar(counts, chosen, yerr=bars, marker="o", capsize=3, label="CLIP's choice")
+        axes.plot(counts, [100 * values[f"any_{k}"] for k in counts], "--", color="gray", label="any of them")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(k) for k in counts])
+        axes.set_xlabel("candidates")
+        axes.set_ylabel("every attribute right, %")
+        axes.set_title(title)
+        axes.legend()
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png")
+    return Image.open(stream).convert("RGB")

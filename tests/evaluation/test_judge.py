@@ -1,0 +1,65 @@
+"""What a CLIP makes of drawn pictures: a judge that knows chooses right, one that does not gains nothing."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli.errors import UserError
+from evaluation import judge as judging
+from evaluation.__main__ import main
+from evaluation.command import Tools, evaluate_run
+from evaluation.judge import Judge, chosen_from, powers_of_two
+
+
+def test_the_chosen_is_the_nearest_of_each_group():
+    right = np.array([[True, False, False, True], [False, False, True, False]])
+    cosines = np.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
+    for k, chosen, possible in [(1, [0.5, 0.25], [0.5, 0.25]), (2, [0.5, 0.5], [1, 0.5]), (4, [1, 0], [1, 1])]:
+        np.testing.assert_array_equal(chosen_from(right, cosines, k), (chosen, possible))
+    assert powers_of_two(16) == [1, 2, 4, 8, 16] and powers_of_two(7) == [1, 2, 4]
+
+
+def test_a_judge_that_knows_finds_whatever_is_right(stage2, clip_run, monkeypatch):
+    """Grades are drawn at random, since the tiny transformer draws nothing right."""
+    graded = []
+
+    def grade(self, captions, images):
+        graded.append(np.random.default_rng(len(graded)).random(len(captions)) < 0.3)
+        return [{"all": bool(right)} for right in graded[-1]]
+
+    monkeypatch.setattr(judging.SceneGrader, "grade", grade)
+    monkeypatch.setattr(judging, "clip_cosines", lambda *_: graded[-1] * 1.0)
+    (record,) = evaluate_run(stage2, ["rerank"], ["validation"], 16, 0, {}, Tools(judge=Judge(clip_run, candidates=4)))
+    values = record["values"]
+    assert values["chosen_4"] == values["any_4"] == np.any(graded, axis=0).mean()
+    assert values["chosen_1"] == pytest.approx(np.mean(graded)) and values["chosen_1"] < values["chosen_2"]
+    assert record["standard_errors"]["chosen_4"] > 0 and record["candidates"] == 4
+    with Image.open(stage2.run.folder / "samples" / "rerank_validation.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_the_score_is_the_mean_cosine_of_a_run_s_pictures(stage2, clip_run):
+    (record,) = evaluate_run(stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(judge=Judge(clip_run)))
+    other = evaluate_run(
+        stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(judge=Judge(clip_run, "torchmetrics"))
+    )
+    assert -1 <= record["values"]["clip_score"] <= 1 and record["convention"] == "cosine"
+    assert other[0]["values"]["clip_score"] == pytest.approx(max(100 * record["values"]["clip_score"], 0))
+    assert record["clip"] == str(clip_run.run.folder) and record["clip_step"] == 4
+
+
+def test_the_command_judges_and_names_mistakes(stage2, clip_run):
+    command = [f"--run={stage2.run.folder}", "--metrics=clip_score", "--splits=validation", "--num=8"]
+    main([*command, f"--clip={clip_run.run.folder}"])
+    stored = json.loads((stage2.run.folder / "evaluation.json").read_text())
+    assert stored[-1]["metric"] == "clip_score" and "guidance" in stored[-1]
+    for extra, message in [
+        ([], "need a CLIP that judges; give --clip=RUN"),
+        ([f"--clip={stage2.run.folder}"], "is a run of dalle, not of clip"),
+        ([f"--clip={clip_run.run.folder}", "--convention=cosines"], "choose one of cosine, hessel, torchmetrics"),
+        ([f"--clip={clip_run.run.folder}", "--candidates=0"], "must be at least 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            main([*command, *extra])
