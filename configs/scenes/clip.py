@@ -1,12 +1,15 @@
-"""CLIP on `scenes`: a small ViT and a small text transformer.
+"""CLIP on `scenes`: a small convolutional tower, or a small ViT, and a small text transformer.
 
 Paper: Radford et al. 2021, section 2.
 
     python -m scripts.prepare --dataset=scenes/pair32
     python -m train --config=configs/scenes/clip.py --workdir=runs/clip
 
-Arguments: `pair32` (default), `single32` (what `make demo` draws), `resnet` (the convolutional tower, on pair32),
-`sigmoid` (SigLIP's loss, on pair32), `debug` (seconds; on single32).
+Hardware and time: 2 CPU cores, 11 minutes. Expect, of single objects, 96 % of shapes and 100 % of colors named
+right on validation, 85 % and 99 % on held-out combinations (`python -m evaluation --run=runs/clip`).
+
+Arguments: `pair32` (default), `single32` (one object; not measured), `vit` (a ViT in place of the ResNet; slower to
+learn shapes), `sigmoid` (SigLIP's loss; not measured), `debug` (seconds; a ViT on single32).
 """
 
 import math
@@ -19,12 +22,12 @@ from configs.mesh_rules import CLIP
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the experiment."""
-    argument = check_argument(argument, ("pair32", "single32", "resnet", "sigmoid", "debug"))
+    argument = check_argument(argument, ("pair32", "single32", "vit", "sigmoid", "debug"))
     single = argument in ("single32", "debug")
     config = get_defaults()
     config.objective = "clip"
-    config.steps = 3000
-    config.batch_size = 256
+    config.steps = 2500
+    config.batch_size = 128
 
     config.data.dataset = "scenes/single32" if single else "scenes/pair32"
     config.data.image_size = 32
@@ -37,21 +40,21 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.clip.name = "clip"
     config.models.clip.embed_dim = 64
     config.models.clip.image_size = 32
-    if argument == "resnet":
+    if argument in ("vit", "debug"):
+        config.models.clip.image_tower = "vit"
+        config.models.clip.image_width = 96
+        config.models.clip.image_layers = 3
+        config.models.clip.image_heads = 2
+        config.models.clip.patch_size = 4
+    else:
         config.models.clip.image_tower = "resnet"
         config.models.clip.image_width = 32
         config.models.clip.image_layers = (1, 1, 1)
-    else:
-        config.models.clip.image_tower = "vit"
-        config.models.clip.image_width = 128
-        config.models.clip.image_layers = 4
-        config.models.clip.image_heads = 2
-        config.models.clip.patch_size = 4
     config.models.clip.text_vocab_size = 353 if single else 394  # what the dataset's tokenizer has, with both ends
     config.models.clip.text_length = config.data.text_length
     config.models.clip.text_end_id = config.models.clip.text_vocab_size - 1
-    config.models.clip.text_width = 128
-    config.models.clip.text_layers = 3
+    config.models.clip.text_width = 96
+    config.models.clip.text_layers = 2
     config.models.clip.text_heads = 2
     config.models.clip.activation = "quick_gelu"
     config.models.clip.logit_scale_init = math.log(1 / 0.07)
@@ -71,7 +74,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.weight_decay = 0.1
     config.optimizer.no_decay = r"(bias|scale|class_embedding)$"
     config.optimizer.clip_norm = 1.0
-    config.optimizer.schedule.peak = 1e-3
+    config.optimizer.schedule.peak = 2e-3
     config.optimizer.schedule.warmup_steps = 200
     config.optimizer.bounds = ((r"logit_scale$", 0.0, math.log(100)),)
     config.ema.decay = 0.99

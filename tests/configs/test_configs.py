@@ -29,7 +29,9 @@ def test_a_config_is_locked_documented_and_survives_json(name):
     assert f"python -m train --config={name}" in docstring and "Paper:" in docstring
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "/paper/" in name else []) for name in CONFIGS]
+)
 def test_the_debug_variant_runs_without_any_other_run(name, scenes_dir, tmp_path):
     config = load_config([f"--config={ROOT / name}:debug", f"--config.data.data_dir={scenes_dir}"])
     assert train(config, tmp_path / "run") == EXIT_OK

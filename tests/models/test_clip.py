@@ -1,5 +1,6 @@
 """CLIP's towers: published sizes, what the text tower may see, where features are read."""
 
+import functools
 import math
 
 import jax
@@ -36,7 +37,7 @@ def build(**fields):
     text = rng.integers(1, 30, text.shape).astype(np.int32)
     text[:, 5:] = [fields["text_end_id"], 0, 0]
     images, text = jnp.asarray(images), jnp.asarray(text)
-    return model, model.init(jax.random.key(0), images, text), images, text
+    return model, jax.jit(model.init)(jax.random.key(0), images, text), images, text
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +132,9 @@ def test_quick_gelu_and_gelu_are_not_the_same(tiny):
 def test_a_resnet_keeps_statistics_of_what_it_is_trained_on():
     model, variables, images, text = build(**TINY_RESNET)
     assert set(variables) == {"params", "batch_stats"}
-    still = model.apply(variables, images, text)
-    out, moved = model.apply(variables, images, text, train=True, mutable=["batch_stats"])
+    still = jax.jit(model.apply)(variables, images, text)
+    training = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    out, moved = training(variables, images, text)
     assert np.abs(out.image - still.image).max() > 1e-3
     before = variables["batch_stats"]["image"]["stem_1"]["norm"]
     after = moved["batch_stats"]["image"]["stem_1"]["norm"]
@@ -148,7 +150,8 @@ def test_a_resnet_keeps_statistics_of_what_it_is_trained_on():
 
 def test_initialization_is_the_published_one():
     model = models.create_model("clip", **{**TINY, "text_width": 128, "image_width": 128, "text_vocab_size": 999})
-    params = model.init(jax.random.key(1), *[jnp.ones(x.shape, x.dtype) for x in model.example_inputs(1)])["params"]
+    inputs = [jnp.ones(x.shape, x.dtype) for x in model.example_inputs(1)]
+    params = jax.jit(model.init)(jax.random.key(1), *inputs)["params"]
     text, image = params["text"], params["image"]
 
     def std(tree, *path):

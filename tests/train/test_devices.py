@@ -34,13 +34,12 @@ def losses(workdir: Path) -> list[float]:
 # Widths that every axis divides.
 DVAE = ("--config.models.dvae.encoder_hidden=32", "--config.models.dvae.decoder_hidden=32")
 FROZEN = ("--config.frozen.dvae.encoder_hidden=32", "--config.frozen.dvae.decoder_hidden=32")
-SMALL_CLIP = ("--config.models.clip.image_layers=1", "--config.models.clip.text_layers=1")
 CONFIGS = {
     "dvae": ("--config=configs/scenes/dvae.py:gumbel", *DVAE, "--config.batch_size=8"),
     "vqvae": ("--config=configs/scenes/dvae.py:debug", *DVAE, "--config.batch_size=8"),
     "clip": ("--config=configs/scenes/clip.py:debug", "--config.models.clip.scan=True"),
-    "clip, resnet": ("--config=configs/scenes/clip.py:resnet", "--config.batch_size=8"),
-    "clip, sigmoid": ("--config=configs/scenes/clip.py:sigmoid", "--config.batch_size=8", *SMALL_CLIP),
+    "clip, resnet": ("--config=configs/scenes/clip.py:pair32", "--config.batch_size=8"),
+    "clip, sigmoid": ("--config=configs/scenes/clip.py:sigmoid", "--config.batch_size=8"),
     "dalle": ("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=8"),
     "dalle, scanned": (
         *("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=8"),

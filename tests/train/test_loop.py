@@ -296,12 +296,8 @@ def long_run(scenes_dir, tmp_path_factory):
     return workdir
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW), pytest.param(signal.SIGKILL, marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_loses_nothing(scenes_dir, tmp_path, long_run, number):
     """The real command, stopped by a signal and started again."""
     workdir = tmp_path / "run"
