@@ -47,6 +47,13 @@ IMPORTERS = {
     "orbax": r"weights/checkpoint\.py|tests/",
     "torch": r"tests/parity/",
     "dall_e": r"tests/parity/",
+    "cleanfid": r"tests/parity/",
+    "open_clip": r"tests/parity/",
+    "pytorch_fid": r"tests/parity/",
+    "torch_fidelity": r"tests/parity/",
+    "torchmetrics": r"tests/parity/",
+    "torchvision": r"tests/parity/",
+    "transformers": r"tests/parity/",
     "tensorflow": r"(?!)",
 }
 
