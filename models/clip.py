@@ -1,12 +1,15 @@
 """CLIP: an image tower and a text tower with one joint embedding (Radford et al. 2021, sections 2.3 and 2.4)."""
 
 import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -105,6 +108,23 @@ class Clip(nn.Module):
         if self.text_heads is None:
             self.text_heads = self.text_width // 64
         super().__post_init__()
+
+    # What a network that is trained further may have of its own; see `adapt`.
+    ADAPTABLE: ClassVar[tuple[str, ...]] = ("image_size",)
+
+    def adapt(self, params: Mapping[str, Any], trained: "Clip") -> dict[str, Any]:
+        """Parameters to start from, of a network that was trained at another `image_size`: positions are interpolated.
+
+        Args:
+          params: of `trained`, which differs in nothing else.
+          trained: says how large its pictures were.
+        """
+        cells = self.patch_size or 32  # pixels of a position
+        before, after = trained.image_size // cells, self.image_size // cells
+        path = ("position", "embedding") if self.image_tower == "vit" else ("pool", "position", "embedding")
+        leaves = flatten_dict(dict(params["image"]))
+        leaves[path] = resize_positions(jnp.asarray(leaves[path]), before, after)
+        return {**params, "image": unflatten_dict(leaves)}
 
     def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`."""
@@ -338,6 +358,19 @@ class TextTransformer(nn.Module):
         is_end = text == self.end_id
         state = jnp.take_along_axis(states, jnp.argmax(is_end, axis=1)[:, None, None], axis=1)[:, 0]
         return jnp.where(jnp.any(is_end, axis=1)[:, None], self.projection(state), jnp.nan)
+
+
+def resize_positions(embedding: Float[Array, "l d"], before: int, after: int) -> Float[Array, "m d"]:
+    """Interpolates position embeddings bicubically (Dosovitskiy et al. 2021, section 3.2), but for the first.
+
+    Args:
+      embedding: of one position apart, then of a square grid in raster order.
+      before: side of that grid.
+      after: side of the grid wanted.
+    """
+    first, grid = embedding[:1], embedding[1:].reshape(before, before, -1)
+    grid = jax.image.resize(grid, (after, after, grid.shape[-1]), "cubic")
+    return jnp.concatenate([first, grid.reshape(after * after, -1)])
 
 
 def normalize(features: Float[Array, "b e"]) -> Float[Array, "b e"]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from models import create_model
 from train.sharding import path_name
 from train.state import TrainState
 from weights.sources import (
@@ -28,7 +29,8 @@ Tree = Any
 def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Callable[[Tree], Tree]) -> TrainState:
     """Replaces `state.params[part]` by the weights that `config.initialize.<part>` names, if any; "random" is none.
 
-    The moving average and the optimizer start from the new parameters too.
+    The moving average and the optimizer start from the new parameters too. A network may take parameters of one that
+    differs in its fields `ADAPTABLE`, by its method `adapt`.
 
     Raises:
       UserError: if there is no such part, or its network computes something else (all differing fields listed), or
@@ -43,6 +45,9 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
             raise UserError(f"config.initialize.{name}: this objective trains {', '.join(params)}")
         _check_fields(config, name)
         part = load_part(entry, config.seed)
+        ours, theirs = create_model(**model_of(config.models[name])), create_model(**part.model)
+        if any(getattr(ours, field) != getattr(theirs, field) for field in _adaptable(ours)):
+            part = dataclasses.replace(part, params=ours.adapt(part.params, theirs))
         have = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part.params)}
         want = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params[name])}
         wrong = sorted(
@@ -64,9 +69,14 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
 def _check_fields(config: ConfigDict, name: str) -> None:
     """Raises UserError where the weights are of a network that computes something else."""
     entry = config.initialize[name]
-    trained = trained_model(open_source(find_source(entry.source)), entry.part)
-    if differing := differing_fields(trained, model_of(config.models[name])):
+    trained, wanted = trained_model(open_source(find_source(entry.source)), entry.part), model_of(config.models[name])
+    if differing := differing_fields(trained, wanted, _adaptable(create_model(**wanted))):
         raise UserError(
             f"config.initialize.{name}: {entry.source} is another network than config.models.{name}: "
             f"{'; '.join(differing)}; set the same fields"
         )
+
+
+def _adaptable(model: Any) -> tuple[str, ...]:
+    """The fields in which a network may differ from the one whose parameters it starts from."""
+    return getattr(model, "ADAPTABLE", ())

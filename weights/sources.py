@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def open_source(folder: str | Path) -> Run | Pretrained:
     return (Pretrained if PROVENANCE in config else Run)(Path(folder), config)
 
 
-def differing_fields(trained: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def differing_fields(trained: dict[str, Any], wanted: dict[str, Any], adaptable: Collection[str] = ()) -> list[str]:
     """Says in which fields a trained network computes something else than the wanted one, "field: theirs, not ours".
 
     What a field is when it is left out, the network says. Weights of equal shapes may need different networks: nothing
@@ -89,6 +90,7 @@ def differing_fields(trained: dict[str, Any], wanted: dict[str, Any]) -> list[st
     Args:
       trained: {name, fields} of the network that the weights are of.
       wanted: {name, fields} of the one that is to have them.
+      adaptable: fields that may differ.
     """
     if trained["name"] != wanted["name"]:
         return [f"name: {trained['name']!r}, not {wanted['name']!r}"]
@@ -96,7 +98,7 @@ def differing_fields(trained: dict[str, Any], wanted: dict[str, Any]) -> list[st
     return [
         f"{field}: {getattr(theirs, field)!r}, not {getattr(ours, field)!r}"
         for field in ours.__dataclass_fields__
-        if field not in _FREE_FIELDS and getattr(theirs, field) != getattr(ours, field)
+        if field not in (*_FREE_FIELDS, *adaptable) and getattr(theirs, field) != getattr(ours, field)
     ]
 
 

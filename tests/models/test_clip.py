@@ -211,3 +211,24 @@ def test_siglip_has_a_bias_too(tiny):
     assert out.logit_scale == pytest.approx(10) and out.logit_bias == -10
     extra = set(variables["params"]) - set(tiny[1]["params"])
     assert extra == {"logit_bias"}
+
+
+def test_positions_are_interpolated_for_pictures_of_another_size(tiny):
+    """A linear ramp stays one, the class token's position stays, and what is not position is untouched."""
+    model, variables, _, _ = tiny
+    larger = models.create_model("clip", **{**TINY, "image_size": 32})
+    rows, columns = np.divmod(np.arange(4), 2)
+    ramp = np.stack([rows, columns], axis=1).astype(np.float32)
+    embedding = np.zeros((5, 32), np.float32)
+    embedding[0], embedding[1:, :2] = 7, ramp
+    params = {**variables["params"], "image": {**variables["params"]["image"], "position": {"embedding": embedding}}}
+    adapted = larger.adapt(params, model)
+    positions = np.asarray(adapted["image"]["position"]["embedding"])
+    assert positions.shape == (17, 32) and (positions[0] == 7).all()
+    grid = positions[1:].reshape(4, 4, 32)
+    np.testing.assert_allclose(grid[:, :, 1], grid[:, :, 0].T, atol=1e-6)
+    assert (np.diff(grid[:, 0, 0]) > 0).all() and np.ptp(grid[1, :, 0]) < 1e-6
+    rest = jax.tree.map(np.array_equal, adapted["image"]["blocks_0"], params["image"]["blocks_0"])
+    assert jax.tree.all(rest) and adapted["text"] is params["text"]
+    shapes = jax.eval_shape(larger.init, jax.random.key(0), *larger.example_inputs(1))["params"]
+    assert jax.tree.map(jnp.shape, adapted) == jax.tree.map(jnp.shape, shapes)

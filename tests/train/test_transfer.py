@@ -58,3 +58,21 @@ def test_fine_tuning_starts_from_a_pretrained_folder(scenes_dir, tmp_path):
     train(config(scenes_dir, "dvae.py", *settings, "--config.steps=2"), tmp_path / "run")
     # With a learning rate of zero, what it started from is what it has.
     assert_same_trees(Run.open(tmp_path / "run").load(ema=False).params["dvae"], params)
+
+
+@pytest.mark.slow
+def test_a_clip_goes_on_at_another_resolution_and_nothing_else_may_differ(scenes_dir, tmp_path):
+    wanted = config(scenes_dir, "clip.py").models.clip.to_dict()
+    part = random_part({**wanted, "image_size": 16}, 0)
+    write_pretrained(tmp_path / "clip", part.model, part.params, {}, part="clip", provenance={"format": "made up"})
+    settings = (f"--config.initialize.clip.source={tmp_path}/clip", "--config.steps=2")
+    still = (*settings, "--config.optimizer.schedule.peak=0.0")
+    assert train(config(scenes_dir, "clip.py", *still), tmp_path / "run") == EXIT_OK
+    params = Run.open(tmp_path / "run").load(ema=False).params["clip"]
+    assert_same_trees(params["text"], part.params["text"])
+    assert params["image"]["position"]["embedding"].shape == (65, 32)
+    np.testing.assert_array_equal(
+        params["image"]["position"]["embedding"][0], part.params["image"]["position"]["embedding"][0]
+    )
+    with pytest.raises(UserError, match="activation: 'quick_gelu', not 'gelu'"):
+        train(config(scenes_dir, "clip.py", *settings, "--config.models.clip.activation=gelu"), tmp_path / "other")
