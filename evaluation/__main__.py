@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command.parser("evaluation", _DESCRIPTION)
     add_sampling_arguments(parser)
     parser.add_argument("--metrics", default="", help="comma-separated (default: all that apply)")
-    parser.add_argument("--splits", default="validation,held_out", help="comma-separated (default validation,held_out)")
+    parser.add_argument("--splits", default="", help="comma-separated (default: validation, and held_out of scenes)")
     parser.add_argument("--num", type=int, default=1000, help="pictures of each split (default 1000)")
     features = parser.add_argument_group("metrics that compare features")
     features.add_argument("--features", metavar="NAME:FILE", help="extractor and its weights: inception:FILE.pth")
@@ -65,17 +65,19 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.num < 1:
         raise UserError(f"--num must be at least 1, not {options.num}")
+    if options.num_train < 2:
+        raise UserError(f"--num_train must be at least 2, not {options.num_train}")
     if options.num_real < 0 or options.kid_subset_size < 0 or options.kid_subsets < 1:
         raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
-    from evaluation.command import Tools, evaluate_run  # imports jax
+    from evaluation.command import Tools, default_splits, evaluate_run  # imports jax
     from evaluation.records import format_table, write_records
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
     settings = sampling_settings(options)
     metrics = [name for name in options.metrics.split(",") if name]
-    splits = options.splits.split(",")
+    splits = [name for name in options.splits.split(",") if name] or default_splits(trained.config)
     tools = Tools(_feature_settings(options), _judge(options), _clip_settings(options))
     records = evaluate_run(trained, metrics, splits, options.num, options.seed, settings, tools)
     write_records(trained.run, records)

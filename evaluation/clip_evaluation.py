@@ -72,13 +72,31 @@ class Pictures:
     scenes: tuple[Scene, ...]
 
 
+def default_metrics(trained: TrainedSampler) -> tuple[str, ...]:
+    """What is computed unless a user names metrics: of a dataset without classes, nothing that needs them."""
+    data = trained.config.data
+    classes = _is_scenes(trained) or RecordSource(data.dataset, data.validation_split, data.data_dir).class_names
+    return ("zero_shot", "retrieval", "similarity") if classes else ("retrieval", "similarity")
+
+
 def read_pictures(trained: TrainedSampler, split: str, num: int) -> Pictures:
-    """Reads at most `num` records of a split of the run's dataset."""
+    """Reads the first `num` records of a split of the run's dataset.
+
+    Raises:
+      UserError: if it has fewer.
+    """
     data = trained.config.data
     source = RecordSource(data.dataset, split, data.data_dir)
-    records = [source[index] for index in range(min(num, len(source)))]
+    if num > len(source):
+        raise UserError(f"{split} has {len(source)} records, fewer than the {num} asked for")
     transform = transform_pair(data.transform).evaluation
-    images = np.stack([transform(record["image"], data.image_size, None) for record in records])
+    records: list[dict[str, Any]] = []
+    shown: list[UInt8[np.ndarray, "h w 3"]] = []
+    for index in range(num):
+        record = source[index]
+        shown.append(transform(record.pop("image"), data.image_size, None))  # whole photographs would not fit in memory
+        records.append(record)
+    images = np.stack(shown)
     captions = tuple(record["captions"] for record in records)
     if not _is_scenes(trained):
         names = source.class_names
@@ -164,13 +182,16 @@ def _zero_shot(
         counted |= {name: total for name, (_, total) in pairs.items()}
         return {"values": values, "counted": counted}
     labels, names = _classes(pictures, settings)
+    known = labels >= 0  # hidden labels, of a test split, are -1
+    if not known.any():
+        raise UserError(f"no picture of this split has a class in the field {settings.label}; choose another split")
     classes = class_embeddings(embed, fill_templates(names, settings.templates))
-    values = top_accuracy(features, classes, labels)
+    values = top_accuracy(features[known], classes, labels[known])
     return {
         "values": values,
-        "counted": dict.fromkeys(values, len(labels)),
+        "counted": dict.fromkeys(values, int(known.sum())),
         "label": settings.label,
-        "classes": len(names),
+        "classes": list(settings.classes) or len(names),
         "templates": list(settings.templates),
     }
 
@@ -198,8 +219,7 @@ def _pair_accuracy(
 def _retrieval(trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed) -> Record:
     """Pictures by caption and captions by picture, among pictures that their captions tell apart."""
     captions = pictures.captions
-    if not all(captions):
-        raise UserError(f"retrieval needs captions, and {trained.config.data.dataset} has none; choose another metric")
+    _require_captions(trained, captions)
     if pictures.scenes:
         world = world_of(trained.config)
         captions = tuple(tuple(t for t in texts if parse_caption(world, t).complete) for texts in captions)
@@ -218,14 +238,16 @@ def _linear_probe(
     trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], settings: ClipSettings
 ) -> Record:
     """Fits a probe for each label on the training split, and counts what it gets right on this one."""
-    train = read_pictures(trained, trained.config.data.split, settings.num_train)
+    data = trained.config.data
+    records = len(RecordSource(data.dataset, data.split, data.data_dir))
+    train = read_pictures(trained, data.split, min(settings.num_train, records))
     train_features = embed_images(trained, train.images)
     values, counted, strengths = {}, {}, {}
     for name in pictures.names if pictures.scenes else (settings.label,):
         if name not in pictures.names:
             raise UserError(_no_label(pictures, name))
         fit, check = train.labels[name] >= 0, pictures.labels[name] >= 0
-        if fit.any() and check.any():
+        if fit.sum() > 1 and check.any():
             probe = choose_probe(train_features[fit], train.labels[name][fit], len(pictures.names[name]))
             values[name] = probe.accuracy(features[check], pictures.labels[name][check])
             counted[name], strengths[name] = int(check.sum()), probe.strength
@@ -236,13 +258,27 @@ def _similarity(
     trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed, split: str
 ) -> Record:
     """Draws the cosines of the first pictures and captions; the values are means of own pairs and of others."""
+    _require_captions(trained, pictures.captions[:_SHOWN])
     captions = [texts[0] for texts in pictures.captions[:_SHOWN]]
     cosines = embed(captions) @ features[:_SHOWN].T
     folder = trained.run.folder / SAMPLES
     folder.mkdir(exist_ok=True)
     draw_similarity(pictures.images[:_SHOWN], captions, cosines).save(folder / f"similarity_{split}.png")
     own = np.eye(len(cosines), dtype=bool)
-    return {"values": {"own_cosine": float(cosines[own].mean()), "other_cosine": float(cosines[~own].mean())}}
+    values = {"own_cosine": float(cosines[own].mean())}
+    if len(cosines) > 1:
+        values["other_cosine"] = float(cosines[~own].mean())
+    return {"values": values, "pictures": len(cosines)}
+
+
+def _require_captions(trained: TrainedSampler, captions: Sequence[tuple[str, ...]]) -> None:
+    """Raises UserError unless each picture has one."""
+    without = [place for place, texts in enumerate(captions) if not any(text.strip() for text in texts)]
+    if without:
+        raise UserError(
+            f"record {without[0]} of {trained.config.data.dataset} has no caption ({len(without)} have none); "
+            "choose a metric that needs no captions"
+        )
 
 
 def _classes(pictures: Pictures, settings: ClipSettings) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:

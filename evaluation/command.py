@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data.pipeline import dataset_folder
+from data.pipeline import RecordSource, dataset_folder
 from evaluation.caption_accuracy import CaptionedPictures, caption_accuracy, captioned_pictures
-from evaluation.clip_evaluation import CLIP_METRICS, ClipSettings, clip_records
+from evaluation.clip_evaluation import CLIP_METRICS, ClipSettings, clip_records, default_metrics
 from evaluation.feature_evaluation import FEATURE_METRICS, FeatureSettings, check_feature_metrics, feature_records
 from evaluation.judge import JUDGED, Judge, judge_record
 from evaluation.reconstruction import code_usage, reconstruction_errors
@@ -19,9 +20,8 @@ from sample.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
 from weights.run import SAMPLES
 
-# What is computed unless a user names metrics.
+# What is computed unless a user names metrics; of a CLIP see `default_metrics`.
 METRICS: Mapping[str, tuple[str, ...]] = {
-    "clip": ("zero_shot", "retrieval", "similarity"),
     "dalle": ("caption_accuracy",),
     "dvae": ("reconstruction",),
     "vqvae": ("reconstruction",),
@@ -47,6 +47,11 @@ class Tools:
     features: FeatureSettings | None = None
     judge: Judge | None = None
     clip: ClipSettings = ClipSettings()
+
+
+def default_splits(config: ConfigDict) -> list[str]:
+    """What is evaluated unless a user names splits: the validation split, and what the embedded dataset holds out."""
+    return [config.data.validation_split] + ["held_out"] * config.data.dataset.startswith("scenes/")
 
 
 def evaluate_run(
@@ -76,7 +81,8 @@ def evaluate_run(
       UserError: if a metric is unknown or does not apply, or lacks what it needs.
     """
     objective, tools = trained.config.objective, tools or Tools()
-    names = tuple(dict.fromkeys(metrics or METRICS[objective]))
+    defaults = default_metrics(trained) if objective == "clip" else METRICS[objective]
+    names = tuple(dict.fromkeys(metrics or defaults))
     known = CLIP_METRICS if objective == "clip" else METRICS[objective]
     known += (JUDGED if objective in _DRAW_CAPTIONS else ()) + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
     for name in names:
@@ -87,6 +93,8 @@ def evaluate_run(
     compared = [name for name in names if name in FEATURE_METRICS]
     check_feature_metrics(compared, num, tools.features)
 
+    for split in splits:
+        RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)  # a mistake is found before work
     records = []
     for split in splits:
         if objective == "clip":

@@ -7,6 +7,7 @@ features, and an identity that changes whenever its features would.
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -164,7 +165,8 @@ class ClipExtractor:
             raise UserError(f"--resize={resize} is unknown to clip, which has only {cls.resize}")
         trained = open_clip_run(source)
         weights = {"params": trained.weights.params, "variables": trained.weights.variables}
-        return cls(trained, f"clip-{hash_tree(weights)}")
+        network = json.dumps(trained.config.models.clip.to_dict(), sort_keys=True).encode()
+        return cls(trained, f"clip-{hash_tree(weights)}-{hashlib.sha256(network).hexdigest()[:8]}")
 
     @property
     def metrics(self) -> tuple[str, ...]:

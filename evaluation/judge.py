@@ -114,7 +114,7 @@ def _rerank(
     for k in powers_of_two(candidates):
         chosen, possible = chosen_from(right, cosines, k)
         values[f"chosen_{k}"], values[f"any_{k}"] = float(chosen.mean()), float(possible.mean())
-        errors[k] = float(chosen.std(ddof=1) / np.sqrt(num))
+        errors[k] = float(chosen.std(ddof=1) / np.sqrt(num)) if num > 1 else 0.0
     folder = trained.run.folder / SAMPLES
     folder.mkdir(exist_ok=True)
     draw_curve(values, errors, f"{split}, {num} captions").save(folder / f"rerank_{split}.png")

@@ -9,6 +9,9 @@ from weights.run import EVALUATION, Run
 
 Record = dict[str, Any]
 
+# What a record found; all else is what it was computed with.
+_FOUND = ("values", "counted", "strength", "standard_errors")
+
 _NOT_SHARES = (
     "mse",
     "psnr_db",
@@ -35,9 +38,7 @@ def write_records(run: Run, records: Sequence[Record]) -> None:
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
     def identity(record: Record) -> str:
-        return json.dumps(
-            {key: value for key, value in record.items() if key not in ("values", "counted")}, sort_keys=True
-        )
+        return json.dumps({key: value for key, value in record.items() if key not in _FOUND}, sort_keys=True)
 
     new = {identity(record) for record in records}
     kept = [record for record in earlier if identity(record) not in new]
@@ -50,11 +51,12 @@ def format_table(records: Sequence[Record]) -> str:
     """Lays records out for a terminal, shares with their standard error."""
     lines = []
     for record in records:
-        settings = {k: v for k, v in record.items() if k not in ("metric", "split", "values", "counted")}
+        settings = {k: v for k, v in record.items() if k not in ("metric", "split", *_FOUND)}
         lines.append(f"{record['metric']} on {record['split']} ({json.dumps(settings)})")
         for name, value in record["values"].items():
             if is_share(name, value):
-                error = math.sqrt(max(value * (1 - value), 0) / record["counted"][name])
+                binomial = math.sqrt(max(value * (1 - value), 0) / record["counted"][name])
+                error = record.get("standard_errors", {}).get(name, binomial)
                 lines.append(f"  {name:<28} {100 * value:6.1f} %  +- {100 * error:.1f}")
             else:
                 lines.append(f"  {name:<28} {value:10.5g}")

@@ -15,7 +15,8 @@ def retrieval_ranks(
     """The rank of the nearest item that belongs to each query, 1 for the best.
 
     Only items of other owners stand before it: with several captions a picture, the nearest of its own counts (the
-    protocol of COCO and Flickr30k). An item as near as it counts against it, so that equal features retrieve nothing.
+    protocol of COCO and Flickr30k). An item as near as it counts against it, so that equal features retrieve nothing,
+    nor do features that are no numbers.
 
     Args:
       queries: features of unit length.
@@ -30,7 +31,7 @@ def retrieval_ranks(
         similarity = queries[part] @ items.T
         own = query_owner[part, None] == item_owner[None, :]
         best = np.max(np.where(own, similarity, -np.inf), axis=1, keepdims=True)
-        ranks[part] = 1 + np.sum((similarity >= best) & ~own, axis=1)
+        ranks[part] = 1 + np.sum(~(similarity < best) & ~own, axis=1)
     return ranks
 
 

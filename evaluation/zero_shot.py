@@ -65,5 +65,5 @@ def top_accuracy(
     """
     similarity = np.asarray(image_features, np.float64) @ np.asarray(classes, np.float64).T
     right = np.take_along_axis(similarity, labels[:, None], axis=1)
-    rank = np.sum(similarity >= right, axis=1)  # 1 for the nearest
+    rank = np.sum(~(similarity < right), axis=1)  # 1 for the nearest; a feature that is no number is never right
     return {f"top_{k}": float(np.mean(rank <= k)) for k in top if k < len(classes)}

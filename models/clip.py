@@ -119,9 +119,10 @@ class Clip(nn.Module):
           params: of `trained`, which differs in nothing else.
           trained: says how large its pictures were.
         """
-        cells = self.patch_size or 32  # pixels of a position
+        vit = self.image_tower == "vit"
+        cells = self.patch_size if vit else 2 ** (len(self.image_layers) + 1)  # pixels of a position
         before, after = trained.image_size // cells, self.image_size // cells
-        path = ("position", "embedding") if self.image_tower == "vit" else ("pool", "position", "embedding")
+        path = ("position", "embedding") if vit else ("pool", "position", "embedding")
         leaves = flatten_dict(dict(params["image"]))
         leaves[path] = resize_positions(jnp.asarray(leaves[path]), before, after)
         return {**params, "image": unflatten_dict(leaves)}
@@ -135,6 +136,10 @@ class Clip(nn.Module):
         check_remat(self.remat)
         if not 0 <= self.text_end_id < self.text_vocab_size:
             raise ValueError(f"text_end_id={self.text_end_id} is not one of the text_vocab_size={self.text_vocab_size}")
+        for tower in ("image", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if heads < 1 or (width % heads and self.image_tower == "vit"):
+                raise ValueError(f"{tower}_heads={heads} must be at least 1 and divide {tower}_width={width}")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         stack = {"implementation": self.implementation, "scan": self.scan, "remat": self.remat, **types}
         if self.image_tower == "vit":

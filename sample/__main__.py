@@ -44,6 +44,10 @@ def main(arguments: Sequence[str]) -> None:
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
+    if trained.config.objective == "clip":
+        raise UserError(
+            f"{options.run} is a CLIP, which draws nothing; give it to --rerank, or to python -m evaluation"
+        )
     settings = sampling_settings(options)
     if prompts:
         clip = open_clip_run(options.rerank) if options.rerank else None

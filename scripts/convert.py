@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
 
     import jax
 
-    # Weights go from file to file: no accelerator is needed, and its memory may be too small.
+    # Weights go from file to file: what is converted need not fit an accelerator's memory.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         (_convert_inward if options.source else _convert_outward)(options)
 

@@ -111,6 +111,12 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
         config.data, tokenizer, split=config.data.validation_split, seed=config.seed, train=False
     )
     size, rows = config.batch_size, process_rows(program.rows, config.batch_size)
+    if validation_stream.epoch_size < size and is_first():
+        print(
+            f"warning: {config.data.validation_split} has {validation_stream.epoch_size} records, fewer than a batch "
+            f"of {size}; they repeat, which a loss that compares the examples of a batch takes for mistakes",
+            flush=True,
+        )
 
     def validation() -> Iterator[Batch]:
         for number in range(min(config.evaluate.batches, max(1, validation_stream.epoch_size // size))):

@@ -10,7 +10,7 @@ from cli.errors import UserError
 from data import scenes
 from evaluation import clip_evaluation
 from evaluation.clip_evaluation import ClipSettings, Pictures, TextFeatures, clip_records, read_pictures
-from evaluation.command import Tools, evaluate_run
+from evaluation.command import Tools, default_splits, evaluate_run
 from evaluation.feature_extractors import create_extractor
 from evaluation.records import format_table, write_records
 from evaluation.scene_prompts import captions_of
@@ -109,8 +109,32 @@ def test_a_dataset_of_classes_is_classified_by_templates(clip_run, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             clip_records(clip_run, ["zero_shot"], "validation", 24, other)
-    with pytest.raises(UserError, match="retrieval needs captions"):
+    with pytest.raises(UserError, match="record 0 of scenes/single32 has no caption .24 have none"):
         clip_records(clip_run, ["retrieval"], "validation", 24, settings)
+
+
+def test_hidden_labels_are_not_counted_and_one_picture_has_no_others(clip_run, monkeypatch):
+    pictures = read_pictures(clip_run, "validation", 12)
+    labels = {"label": np.array([0, 1, -1] * 4)}
+    classes = Pictures(pictures.images, pictures.captions, labels, {"label": ("red", "green")}, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_evaluation, "read_pictures", lambda *_: classes)
+        (record,) = clip_records(clip_run, ["zero_shot"], "validation", 12, ClipSettings(classes=("a", "b")))
+        assert record["counted"] == {"top_1": 8} and record["classes"] == ["a", "b"]
+        labels["label"][:] = -1
+        with pytest.raises(UserError, match="no picture of this split has a class"):
+            clip_records(clip_run, ["zero_shot"], "validation", 12, ClipSettings())
+    (record,) = clip_records(clip_run, ["similarity"], "validation", 1, ClipSettings())
+    assert set(record["values"]) == {"own_cosine"} and record["pictures"] == 1
+
+
+def test_what_is_computed_by_default(clip_run):
+    assert clip_evaluation.default_metrics(clip_run) == ("zero_shot", "retrieval", "similarity")
+    assert default_splits(clip_run.config) == ["validation", "held_out"]
+    with pytest.raises(UserError, match="fewer than the 5000 asked for"):
+        evaluate_run(clip_run, [], ["validation"], 5000, 0, {})
+    with pytest.raises(UserError, match="no split 'test'"):
+        evaluate_run(clip_run, [], ["validation", "test"], 10, 0, {})
 
 
 def test_metrics_of_other_runs_do_not_apply(clip_run):

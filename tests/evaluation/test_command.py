@@ -44,6 +44,7 @@ def test_records_carry_what_they_depend_on_and_are_replaced_not_repeated(stage2)
         records = evaluate_run(stage2, ["caption_accuracy"], ["validation"], 20, 5, {"guidance": guidance})
         write_records(stage2.run, records)
     stored = json.loads((stage2.run.folder / "evaluation.json").read_text())
+    stored = [record for record in stored if record["metric"] == "caption_accuracy"]
     assert [record["guidance"] for record in stored] == [3.0, 1.0]
     expected = {"num": 20, "seed": 5, "step": 4, "ema": True, "dataset": "scenes/single32/1.0.0", "temperature": 0.5}
     assert {key: stored[0][key] for key in expected} == expected

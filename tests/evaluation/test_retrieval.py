@@ -33,6 +33,11 @@ def test_equal_features_retrieve_nothing():
     assert values["text_to_image_r10"] == 0 and values["image_to_text_median_rank"] == 20
 
 
+def test_features_that_are_no_numbers_retrieve_nothing():
+    values = retrieval_metrics(np.full((20, 2), np.nan), np.ones((20, 2)), np.arange(20))
+    assert values["text_to_image_r10"] == 0 and values["image_to_text_r10"] == 0
+
+
 def test_own_features_retrieve_everything():
     features = unit(np.random.default_rng(1), 50, 16)
     values = retrieval_metrics(features, np.repeat(features, 2, axis=0), np.repeat(np.arange(50), 2))

@@ -19,6 +19,10 @@ def test_the_nearest_class_is_the_answer_and_a_tie_is_none():
     assert top_accuracy(images, classes, np.array([0, 2, 0]), top=(1, 2, 3)) == {"top_1": 1 / 3, "top_2": 2 / 3}
 
 
+def test_features_that_are_no_numbers_are_never_right():
+    assert top_accuracy(np.full((4, 3), np.nan), np.eye(3), np.array([0, 1, 2, 0]), top=(1, 2))["top_2"] == 0
+
+
 def test_templates_and_files(tmp_path):
     assert fill_templates(["cat", "dog"], ["a {}.", "the {} {}"]) == [
         ["a cat.", "the cat cat"],

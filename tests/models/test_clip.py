@@ -186,6 +186,8 @@ def test_initialization_is_the_published_one():
         ({"patch_size": 5}, "patch_size=5 must divide"),
         ({"image_tower": "mlp"}, "unknown image_tower 'mlp'"),
         ({"text_end_id": 40}, "text_end_id=40"),
+        ({"text_heads": None}, "text_heads=0 must be at least 1"),
+        ({"image_heads": 3}, "image_heads=3 must be at least 1 and divide image_width=32"),
         ({"remat": "some"}, "unknown remat"),
         ({"activation": "softest"}, "unknown activation"),
     ],
@@ -232,3 +234,10 @@ def test_positions_are_interpolated_for_pictures_of_another_size(tiny):
     assert jax.tree.all(rest) and adapted["text"] is params["text"]
     shapes = jax.eval_shape(larger.init, jax.random.key(0), *larger.example_inputs(1))["params"]
     assert jax.tree.map(jnp.shape, adapted) == jax.tree.map(jnp.shape, shapes)
+
+
+def test_a_resnet_goes_on_at_another_resolution_too():
+    model, larger = (models.create_model("clip", **{**TINY_RESNET, "image_size": size}) for size in (32, 48))
+    trees = [jax.eval_shape(m.init, jax.random.key(0), *m.example_inputs(1))["params"] for m in (model, larger)]
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), trees[0])
+    assert jax.tree.map(jnp.shape, larger.adapt(params, model)) == jax.tree.map(jnp.shape, trees[1])

@@ -136,6 +136,7 @@ def test_mistakes_of_reranking(folder, clip_folder):
         (["--keep=1"], "--keep needs --rerank"),
         ([f"--rerank={clip_folder}", "--keep=3"], "between 1 and --num=2"),
         ([f"--rerank={folder}"], "is a run of dalle, not of clip"),
+        ([f"--run={clip_folder}"], "is a CLIP, which draws nothing"),
     ]:
         with pytest.raises(UserError, match=message):
             main([*command, *extra])

@@ -25,7 +25,7 @@ from models.layers.partitioning import shard_rows
 from sample.clip import ClipSampler
 from sample.dvae import from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
-from train.objectives.dvae import to_host
+from train.objectives.dvae import gather, to_host
 
 KINDS = ("contrastive", "sigmoid")
 
@@ -134,7 +134,7 @@ class ClipObjective:
         """Cosines of the batch's pictures (columns) with its captions (rows, each marked by its own picture)."""
         request = {"image": batch["image"], "text": batch["text"]}
         features = self.sampler(params, variables, frozen, request, example_keys(rng, batch))
-        cosines = np.asarray(features["text_features"]) @ np.asarray(features["image_features"]).T
+        cosines = gather(features["text_features"]) @ gather(features["image_features"]).T
         return {
             "similarity": Preview(images=similarity_matrix(to_host(from_uint8(batch["image"])), cosines), columns=1)
         }

@@ -108,9 +108,14 @@ def check_reconstruction(kind: str) -> None:
         raise UserError(f"config.loss.reconstruction={kind!r} is unknown; choose one of {', '.join(RECONSTRUCTIONS)}")
 
 
+def gather(rows: Float[Array, "b *s"]) -> np.ndarray:
+    """An array in numpy, the whole batch on every process: a collective call."""
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
 def to_host(images: Float[Array, "b h w c"]) -> np.ndarray:
     """Images in [-1, 1] as bytes in numpy, the whole batch on every process: a collective call."""
-    return to_uint8(np.asarray(multihost_utils.process_allgather(images, tiled=True)))
+    return to_uint8(gather(images))
 
 
 @dataclasses.dataclass(frozen=True)
