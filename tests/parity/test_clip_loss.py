@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import open_clip
+import open_clip.loss
 import pytest
 import torch
 
@@ -32,9 +32,9 @@ def test_value_and_gradients(features, kind, scale, bias):
     tensors = [torch.tensor(np.asarray(x), requires_grad=True) for x in inputs]
     image, text, logit_scale, logit_bias = tensors
     if kind == "contrastive":
-        theirs = open_clip.ClipLoss()(image, text, logit_scale.exp())
+        theirs = open_clip.loss.ClipLoss()(image, text, logit_scale.exp())
     else:
-        theirs = open_clip.SigLipLoss()(image, text, logit_scale.exp(), logit_bias)
+        theirs = open_clip.loss.SigLipLoss()(image, text, logit_scale.exp(), logit_bias)
     theirs.backward()
     assert float(value) == pytest.approx(theirs.item(), rel=1e-5)
     for ours, tensor in zip(gradients, tensors, strict=True):
