@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PACKAGES = ("cli", "configs", "data", "models", "weights", "sample", "evaluation", "train", "scripts")
+PACKAGES = ("cli", "configs", "data", "diffusion", "models", "weights", "sample", "evaluation", "train", "scripts")
 
 setup(
     name="tessera-jax",
@@ -55,6 +55,7 @@ setup(
         "parity": [
             "attrs>=25.0",
             "clean-fid>=0.1.35",
+            "diffusers>=0.39",
             "open-clip-torch>=3.2",
             "pytorch-fid>=0.3",
             "requests>=2.32",

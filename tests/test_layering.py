@@ -48,6 +48,7 @@ IMPORTERS = {
     "torch": r"tests/parity/",
     "dall_e": r"tests/parity/",
     "cleanfid": r"tests/parity/",
+    "diffusers": r"tests/parity/",
     "open_clip": r"tests/parity/",
     "pytorch_fid": r"tests/parity/",
     "torch_fidelity": r"tests/parity/",

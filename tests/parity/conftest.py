@@ -4,12 +4,14 @@ Its Linux wheels are built for CUDA: beside a CPU build of torch their operators
 where it describes two of them. No test calls these; they only need a name.
 """
 
-import torch
+import importlib
+
+from torch import library
 
 try:
-    import torchvision  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    importlib.import_module("torchvision")
 except RuntimeError as error:
     if "torchvision::nms does not exist" not in str(error):
         raise
-    torch.library.define("torchvision::nms", "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-    torch.library.define("torchvision::qnms", "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("torchvision::nms", "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("torchvision::qnms", "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,0 +1,19 @@
+"""What a diffusion network is told beside the noisy picture and the time."""
+
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+
+@struct.dataclass
+class Conditioning:
+    """One example's description in each row; what a network was not built for must be None.
+
+    Attributes:
+      tokens: [B L D], a sequence to attend to, such as the features of a caption.
+      mask: [B L], True where a token is to be seen; None for everywhere.
+      label: [B], a class number; the last of a network's classes stands for none where guidance needs one.
+    """
+
+    tokens: Float[Array, "b l d"] | None = None
+    mask: Bool[Array, "b l"] | None = None
+    label: Int[Array, "b"] | None = None

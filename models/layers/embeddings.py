@@ -1,0 +1,30 @@
+"""Embeddings of numbers: the time of a diffusion process."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def sinusoidal_embedding(
+    t: Float[Array, "b"], width: int, *, sine_first: bool = False, last_period: bool = False, max_period: float = 10000
+) -> Float[Array, "b {width}"]:
+    """Sines and cosines of t at frequencies that fall from 1 to 1 / max_period (Vaswani et al. 2017, section 3.5).
+
+    Published networks differ in two details, which cannot be seen in their parameters.
+
+    Args:
+      t: times, as the network was fed them; in the published ones 0 to 999 or 1 to 1000.
+      width: D; an odd one ends in a zero.
+      sine_first: sines before cosines, as in DDPM; latent diffusion, ADM and U-ViT have cosines first.
+      last_period: the last frequency is 1 / max_period, as in DDPM; else the one that would follow it is.
+      max_period: of the slowest wave, over 2 pi.
+
+    Returns:
+      float32.
+    """
+    half = width // 2
+    exponent = jnp.arange(half, dtype=jnp.float32) / (half - (1 if last_period else 0))
+    angles = t.astype(jnp.float32)[:, None] * jnp.exp(-math.log(max_period) * exponent)
+    waves = (jnp.sin(angles), jnp.cos(angles)) if sine_first else (jnp.cos(angles), jnp.sin(angles))
+    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, width % 2)))
