@@ -1,0 +1,168 @@
+"""Samplers as plans: from noise to data with a network that estimates the data, as one compiled scan.
+
+A plan is computed in float64 before anything runs. At step i the network is asked once, for m_i = denoise(x_i, t_i),
+and the next state is a linear combination
+
+    x_{i+1} = a_i y_i + sum_j b_ij m_{i-j} + c_i z_i,
+
+where y_i is the state that the step starts from (x_i, or an earlier one within a step of several stages) and z_i is
+noise. `diffusion.solvers` makes the plans of the samplers; `solve` runs any of them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+State = Any  # an array or a pytree of arrays
+Denoise = Callable[[State, Array], Any]  # (x_t, t []) -> estimate of x_0; with learned variances, (x_0, fraction)
+Noise = Callable[[Array], State]  # step -> standard normal, of the state's shapes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The coefficients of a sampler; all arrays are float64.
+
+    Attributes:
+      t: [S], when the network is asked.
+      alpha: [S], of the states it is asked about.
+      sigma: [S], of them.
+      state: [S], a_i.
+      model: [S, J], b_ij: of this estimate, the one before, and so on.
+      noise: [S], c_i.
+      starts: [S], whether x_i is what later steps start from; else they start from y_{i-1}.
+      of_noise: the m_ij that are combined are estimates of the noise, (x_i - alpha_i m_i) / sigma_i.
+      corrector: None, or [S, J + 3]: before x_i is used it becomes its products with x_i, y_{i-1}, m_i, m_{i-1}, ...
+      log_variance: None, or [S, 2]: c_i is learned, between the square roots of these two variances.
+      first_noise: added to what the sampler starts from.
+    """
+
+    t: Float[np.ndarray, " s"]
+    alpha: Float[np.ndarray, " s"]
+    sigma: Float[np.ndarray, " s"]
+    state: Float[np.ndarray, " s"]
+    model: Float[np.ndarray, "s j"]
+    noise: Float[np.ndarray, " s"]
+    starts: np.ndarray
+    of_noise: bool = False
+    corrector: np.ndarray | None = None
+    log_variance: np.ndarray | None = None
+    first_noise: float = 0.0
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is asked."""
+        return len(self.t)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise."""
+        return bool(np.any(self.noise)) or self.log_variance is not None or self.first_noise != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """Where a sampler ended.
+
+    Attributes:
+      x: the sample.
+      states: the states at which the network was asked, [S, ...]; None unless asked for.
+      estimates: the network's estimates of the data, [S, ...]; None unless asked for.
+    """
+
+    x: State
+    states: State | None = None
+    estimates: State | None = None
+
+
+def solve(plan: Plan, denoise: Denoise, x: State, noise: Noise | None = None, *, trajectory: bool = False) -> Solution:
+    """Runs a sampler: a scan over its plan, with one call of `denoise` a step.
+
+    Args:
+      plan: of the sampler.
+      denoise: the network's estimate of the data, see `diffusion.process.Process.denoiser`.
+      x: a sample at the plan's first time: float32, an array or a pytree.
+      noise: standard normal noise of a step, where the plan draws any; step -1 is before the first.
+      trajectory: also return what went on between.
+
+    Raises:
+      ValueError: if the plan draws noise and none is given.
+    """
+    if plan.stochastic and noise is None:
+        raise ValueError("this sampler draws noise; give it noise=")
+    columns: dict[str, Any] = {
+        "step": np.arange(plan.evaluations, dtype=np.int32),
+        **{name: getattr(plan, name) for name in ("t", "alpha", "sigma", "state", "model", "noise")},
+        "starts": plan.starts,
+    }
+    optional = {"corrector": plan.corrector, "log_variance": plan.log_variance}
+    columns |= {name: value for name, value in optional.items() if value is not None}
+    rows = {
+        name: jnp.asarray(value, jnp.float32 if value.dtype == np.float64 else value.dtype)
+        for name, value in columns.items()
+    }
+    if plan.first_noise and noise is not None:
+        x = _combine([(1.0, x), (plan.first_noise, noise(jnp.asarray(-1)))])
+    depth = plan.model.shape[1]
+
+    def body(carry: tuple[State, State, tuple[State, ...]], row: dict[str, Array]) -> tuple[Any, Any]:
+        x, y, past = carry
+        estimate, fraction = denoise(x, row["t"]), None
+        if plan.log_variance is not None:
+            estimate, fraction = estimate
+        shown = (x, estimate) if trajectory else None
+        m = estimate
+        if plan.of_noise:
+            m = _combine([(1 / row["sigma"], x), (-row["alpha"] / row["sigma"], estimate)])
+        if plan.corrector is not None:
+            x = _combine(list(zip(row["corrector"], (x, y, m, *past), strict=True)))
+        past = (m, *past)
+        y = jax.tree.map(lambda new, old: jnp.where(row["starts"], new, old), x, y)
+        terms = [(row["state"], y), *((row["model"][j], past[j]) for j in range(depth))]
+        if plan.stochastic and noise is not None:
+            drawn = noise(row["step"])
+            if fraction is not None:
+                low, high = row["log_variance"]
+                scale = jax.tree.map(lambda part: jnp.exp((part * high + (1 - part) * low) / 2), fraction)
+                drawn = jax.tree.map(jnp.multiply, scale, drawn)
+            terms.append((row["noise"], drawn))
+        return (_combine(terms), y, past[: len(carry[2])]), shown
+
+    zeros = jax.tree.map(jnp.zeros_like, x)
+    kept = depth if plan.corrector is not None else depth - 1
+    (x, _, _), shown = jax.lax.scan(body, (x, x, (zeros,) * kept), rows)
+    return Solution(x, *shown) if trajectory else Solution(x)
+
+
+def per_example_noise(keys: Array, x: State) -> Noise:
+    """Noise of an example and step that depends on the example's key alone.
+
+    Args:
+      keys: one for each row.
+      x: a state, whose arrays' first dimension is the rows'.
+    """
+
+    def noise(step: Array) -> State:
+        leaves, structure = jax.tree.flatten(x)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step + 1)
+        drawn = [
+            jax.vmap(lambda key, leaf=leaf, place=place: jax.random.normal(jax.random.fold_in(key, place), leaf.shape))(
+                step_keys, leaf
+            )
+            for place, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, drawn)
+
+    return noise
+
+
+def _combine(terms: Sequence[tuple[Any, State]]) -> State:
+    """The sum of factors times states."""
+    factors = [factor for factor, _ in terms]
+    return jax.tree.map(
+        lambda *leaves: sum(f * leaf for f, leaf in zip(factors, leaves, strict=True)), *(s for _, s in terms)
+    )

@@ -1,0 +1,89 @@
+"""Grids: published times, ends, and what is refused."""
+
+import numpy as np
+import pytest
+
+from diffusion.grid import continuous_grid, discrete_grid, karras_noise, timesteps
+from diffusion.schedule import DiscreteSchedule, FlowSchedule, VPSchedule
+
+STABLE_DIFFUSION = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
+
+
+def test_times_of_stable_diffusion():
+    assert timesteps("leading", 50, 1000, offset=1)[[0, 1, 2, -2, -1]].tolist() == [981, 961, 941, 21, 1]
+    assert timesteps("leading", 10, 1000).tolist() == list(range(900, -1, -100))
+    assert timesteps("linspace", 10, 1000)[:2].tolist() == [999, 888]
+    assert timesteps("trailing", 10, 1000)[[0, 1, -1]].tolist() == [999, 899, 99]
+    assert timesteps("linspace", 20, 1000, intervals=True)[[0, 1, -2, -1]].tolist() == [999, 949, 100, 50]
+
+
+def test_noise_of_stable_diffusion_at_ten_karras_steps():
+    expected = [14.6146, 9.1029, 5.4784, 3.1686, 1.7494, 0.9141, 0.4469, 0.2014, 0.0819, 0.0292, 0]
+    np.testing.assert_allclose(discrete_grid(STABLE_DIFFUSION, 10, "karras").noise, expected, atol=1e-4)
+
+
+def test_noise_of_stable_diffusion_at_twenty_intervals():
+    noise = discrete_grid(STABLE_DIFFUSION, 20, "linspace", intervals=True).noise
+    np.testing.assert_allclose(noise[[0, 1, -2, -1]], [14.6146, 10.9042, 0.22558, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("num", [1, 5, 13, 50, 999])
+@pytest.mark.parametrize("intervals", [False, True])
+def test_a_grid_has_the_steps_that_were_asked_for_and_ends_clean(spacing, num, intervals):
+    grid = discrete_grid(STABLE_DIFFUSION, num, spacing, intervals=intervals)
+    assert len(grid) == num
+    assert (grid.alpha[-1], grid.sigma[-1]) == (1, 0)
+
+
+def test_the_first_time_can_be_the_end():
+    offset = discrete_grid(STABLE_DIFFUSION, 50, offset=1, end="first")
+    assert offset.sigma[-1] == pytest.approx(STABLE_DIFFUSION.sigma(0.0))
+    plain = discrete_grid(STABLE_DIFFUSION, 50, end="first")
+    assert (len(offset), len(plain)) == (50, 49)  # the last of these times is the end itself
+
+
+@pytest.mark.parametrize("spacing", ["time", "log_snr", "karras"])
+def test_continuous_grids_lie_between_their_ends(spacing):
+    grid = continuous_grid(VPSchedule(), 7, spacing, time_min=1e-3)
+    assert len(grid) == 7
+    assert grid.t[[0, -1]] == pytest.approx([1, 1e-3], rel=1e-9)
+    clean = continuous_grid(VPSchedule(), 7, spacing, time_min=1e-3, clean=True)
+    assert len(clean) == 7
+    assert clean.sigma[-1] == 0
+
+
+def test_log_snr_spacing_is_even_in_lambda():
+    steps = np.diff(continuous_grid(VPSchedule(), 7, "log_snr", time_min=1e-3).log_snr)
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-9)
+
+
+def test_karras_levels_are_even_in_their_seventh_root():
+    roots = karras_noise(80.0, 0.002, 18) ** (1 / 7)
+    np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0], rtol=1e-9)
+
+
+def test_flow_reaches_the_data_by_itself():
+    grid = continuous_grid(FlowSchedule(), 4)
+    assert (grid.alpha[-1], grid.sigma[-1]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: timesteps("even", 5, 10), "unknown spacing 'even'; choose one of leading"),
+        (lambda: timesteps("leading", 11, 10), "11 steps are not between 1 and those of the schedule, 10"),
+        (lambda: timesteps("leading", 0, 10), "0 steps are not between 1"),
+        (lambda: discrete_grid(STABLE_DIFFUSION, 5, end="zero"), "unknown end 'zero'; choose clean or first"),
+        (
+            lambda: discrete_grid(DiscreteSchedule(zero_terminal_snr=True), 5, "karras"),
+            "zero terminal SNR has none",
+        ),
+        (lambda: continuous_grid(VPSchedule(), 0), "0 steps are too few"),
+        (lambda: continuous_grid(VPSchedule(), 5, "leading"), "unknown spacing 'leading'; choose one of time"),
+        (lambda: continuous_grid(VPSchedule(), 5, time_min=2.0), "do not lie in the schedule's"),
+    ],
+)
+def test_an_impossible_grid_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

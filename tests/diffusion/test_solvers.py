@@ -1,0 +1,266 @@
+"""Samplers on data whose exact denoiser is known: orders of convergence, distributions, network calls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import solvers
+from diffusion.grid import Grid, continuous_grid, discrete_grid
+from diffusion.plan import per_example_noise, solve
+from diffusion.schedule import DiscreteSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
+
+VP = VPSchedule()
+PLANS = {
+    "ddim": solvers.ddim,
+    "euler": solvers.euler,
+    "heun": solvers.heun,
+    "plms": solvers.plms,
+    "dpm_solver_multistep": functools.partial(solvers.dpm_solver_multistep, lower_order_final=False),
+    "dpm_solver_singlestep": lambda grid: solvers.dpm_solver_singlestep(grid, solvers.fast_orders(len(grid))),
+    "unipc": solvers.unipc,
+    "unipc_3": functools.partial(solvers.unipc, order=3),
+}
+
+
+def _run(plan, denoise, x, keys=None):
+    def run(x):
+        noise = None if keys is None else per_example_noise(keys, x)
+        return solve(plan, denoise, x, noise).x
+
+    return np.asarray(jax.jit(run)(jnp.asarray(x, jnp.float32)))
+
+
+def _end_in_float64(plan, denoise, x):
+    """What `solve` computes, in numpy: float32 would hide the order of a good solver."""
+    y, past = x, []
+    for i in range(plan.evaluations):
+        estimate = denoise(x, plan.t[i])
+        m = (x - plan.alpha[i] * estimate) / plan.sigma[i] if plan.of_noise else estimate
+        if plan.corrector is not None:
+            known = [x, y, m, *past]
+            x = sum(factor * value for factor, value in zip(plan.corrector[i], known, strict=False))
+        past = [m, *past]
+        y = x if plan.starts[i] else y
+        x = plan.state[i] * y + sum(factor * value for factor, value in zip(plan.model[i], past, strict=False))
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("ddim", 1),
+        ("euler", 1),
+        ("heun", 2),
+        ("plms", 2),
+        ("dpm_solver_multistep", 2),
+        ("dpm_solver_singlestep", 2),
+        ("unipc", 2.8),
+        ("unipc_3", 2.5),
+    ],
+)
+def test_the_error_falls_with_the_order_of_the_sampler(name, order, gaussian):
+    x, errors = np.linspace(-3, 3, 13), []
+    for steps in (40, 160):
+        grid = continuous_grid(VP, steps, "log_snr", time_min=1e-3)
+        end = _end_in_float64(PLANS[name](grid), gaussian.denoiser(VP), x)
+        errors.append(np.abs(end - gaussian.end(grid, x)).max())
+    measured = np.log(errors[0] / errors[1]) / np.log(4)
+    assert order - 0.1 < measured < order + 1.2, errors
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("schedule", [SubVPSchedule(), VESchedule()], ids=lambda schedule: type(schedule).__name__)
+def test_every_sampler_ends_where_the_ode_does(name, schedule, gaussian):
+    grid = continuous_grid(schedule, 60, "log_snr", time_min=1e-3)
+    x = np.linspace(-1, 1, 5) * grid.sigma[0] + grid.alpha[0] * gaussian.mean
+    end = _run(PLANS[name](grid), gaussian.denoiser(schedule), x)
+    np.testing.assert_allclose(end, gaussian.end(grid, x), atol=0.1 if name in ("ddim", "euler") else 0.01)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_scan_computes_its_plan(name, gaussian):
+    grid = discrete_grid(DiscreteSchedule(), 7, intervals=True)
+    if name == "plms":
+        grid = discrete_grid(DiscreteSchedule(), 7, offset=1, end="first")
+    plan = PLANS[name](grid)
+    denoise, x = gaussian.denoiser(DiscreteSchedule()), np.linspace(-2, 2, 5)
+    np.testing.assert_allclose(_run(plan, denoise, x), _end_in_float64(plan, denoise, x), atol=2e-5)
+
+
+def test_a_straight_flow_needs_one_step():
+    # Data at one point: every path of the flow is a straight line.
+    grid = continuous_grid(FlowSchedule(), 1)
+    end = _run(solvers.euler(grid), lambda x, t: jnp.full_like(x, 0.3), np.linspace(-2, 2, 5))
+    np.testing.assert_allclose(end, 0.3, atol=1e-6)
+
+
+def test_network_calls():
+    grid = continuous_grid(VP, 20, "log_snr", time_min=1e-3)
+    clean = discrete_grid(DiscreteSchedule(), 20)
+    calls = {name: make(grid).evaluations for name, make in PLANS.items()}
+    assert calls == {**dict.fromkeys(PLANS, 20), "heun": 40, "plms": 21}
+    assert solvers.heun(clean).evaluations == 39  # the step to clean data is Euler's
+    assert solvers.plms(discrete_grid(DiscreteSchedule(), 50, offset=1)).evaluations == 51
+
+
+def test_each_step_calls_the_network_once(gaussian):
+    traced = []
+
+    def denoise(x, t):
+        traced.append(1)
+        return gaussian.denoiser(VP)(x, t)
+
+    plan = solvers.unipc(continuous_grid(VP, 20, "log_snr", time_min=1e-3))
+    jax.make_jaxpr(lambda x: solve(plan, denoise, x).x)(jnp.zeros(3))
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        solvers.ddpm,
+        functools.partial(solvers.ddpm, variance="large"),
+        functools.partial(solvers.ddim, eta=1.0),
+        functools.partial(solvers.ddim, eta=0.5),
+        solvers.euler_ancestral,
+    ],
+    ids=["ddpm", "ddpm_large", "ddim_1", "ddim_half", "euler_ancestral"],
+)
+def test_stochastic_samplers_draw_the_data(make, gaussian):
+    schedule, count = DiscreteSchedule(steps=200, end=0.1), 4000
+    grid = discrete_grid(schedule, 200)
+    keys = jax.random.split(jax.random.key(0), count)
+    x = jax.vmap(jax.random.normal)(jax.random.split(jax.random.key(1), count))
+    end = _run(make(grid), gaussian.denoiser(schedule), x, keys)
+    # Four standard errors of the mean, and of the deviation beside what 200 steps leave of the variance "large".
+    assert abs(end.mean() - gaussian.mean) < 4 * gaussian.std / count**0.5
+    assert abs(end.std() - gaussian.std) < 4 * gaussian.std / (2 * count) ** 0.5 + 0.01
+
+
+@pytest.mark.parametrize("schedule", [VP, SubVPSchedule(), VESchedule()], ids=lambda schedule: type(schedule).__name__)
+def test_the_reverse_sde_draws_the_data(schedule, gaussian):
+    count = 4000
+    grid = continuous_grid(schedule, 500, time_min=1e-3)
+    keys = jax.random.split(jax.random.key(0), count)
+    x = grid.sigma[0] * jax.vmap(jax.random.normal)(jax.random.split(jax.random.key(1), count))
+    end = _run(solvers.reverse_sde(grid, schedule), gaussian.denoiser(schedule), x, keys)
+    assert abs(end.mean() - gaussian.mean) < 4 * gaussian.std / count**0.5 + 0.01
+    assert abs(end.std() - gaussian.std) < 4 * gaussian.std / (2 * count) ** 0.5 + 0.02
+
+
+def test_churn_keeps_the_distribution(gaussian):
+    levels = np.append(np.geomspace(10, 0.02, 40), 0.0)
+    grid, count = Grid(levels, np.ones(41), levels), 4000
+
+    def denoise(x, sigma):
+        return (gaussian.std**2 * x + sigma**2 * gaussian.mean) / (gaussian.std**2 + sigma**2)
+
+    keys = jax.random.split(jax.random.key(0), count)
+    x = 10 * jax.vmap(jax.random.normal)(jax.random.split(jax.random.key(1), count))
+    plan = solvers.heun(grid, churn=10.0)
+    assert plan.stochastic
+    end = _run(plan, denoise, x, keys)
+    assert abs(end.mean() - gaussian.mean) < 4 * gaussian.std / count**0.5 + 0.01
+    assert abs(end.std() - gaussian.std) < 4 * gaussian.std / (2 * count) ** 0.5 + 0.01
+
+
+def test_ddim_with_eta_one_is_ancestral_sampling():
+    grid = discrete_grid(DiscreteSchedule(), 10)
+    ancestral, ddim = solvers.ddpm(grid), solvers.ddim(grid, eta=1.0)
+    for name in ("state", "model", "noise"):
+        np.testing.assert_allclose(getattr(ddim, name), getattr(ancestral, name), rtol=1e-9, atol=1e-12)
+
+
+def test_learned_variances_lie_between_small_and_large():
+    grid = discrete_grid(DiscreteSchedule(), 10)
+    x, keys = jnp.zeros((3, 2)), jax.random.split(jax.random.key(0), 3)
+    ends = {}
+    for name, fraction in (("small", 0.0), ("large", 1.0)):
+
+        def denoise(x, t, fraction=fraction):
+            return 0.5 * x, jnp.full_like(x, fraction)
+
+        ends[name] = _run(solvers.ddpm(grid, "learned"), denoise, x, keys)
+        fixed = _run(solvers.ddpm(grid, name), lambda x, t: 0.5 * x, x, keys)
+        np.testing.assert_allclose(ends[name], fixed, rtol=1e-5)
+    assert not np.allclose(ends["small"], ends["large"])
+
+
+@pytest.mark.parametrize("name", ["dpm_solver_multistep", "unipc", "heun"])
+def test_samples_of_a_mixture_are_spread_as_the_data(name, mixture):
+    means, std, count = mixture.means, mixture.std, 4000
+    grid = continuous_grid(VP, 60, "log_snr", time_min=1e-3)
+    x = np.random.default_rng(0).standard_normal((count, 2))
+    end = _run(PLANS[name](grid), mixture.denoiser(VP), x)
+    distance = np.linalg.norm(end[:, None] - means, axis=-1)
+    share = np.bincount(distance.argmin(1), minlength=8) / count
+    assert np.abs(share - 1 / 8).max() < 4 * (1 / 8 * 7 / 8 / count) ** 0.5
+    # Squared distance from the mode: a chi-squared of two degrees, of mean 2 std^2 and the same deviation.
+    nearest = np.square(distance.min(1))
+    assert abs(nearest.mean() - 2 * std**2) < 4 * 2 * std**2 / count**0.5 + 0.002
+
+
+def test_noise_is_the_examples_own():
+    plan = solvers.euler_ancestral(discrete_grid(DiscreteSchedule(), 5))
+    keys = jax.random.split(jax.random.key(3), 4)
+    x = jnp.zeros((4, 2))
+    together = _run(plan, lambda x, t: 0.5 * x, x, keys)
+    alone = _run(plan, lambda x, t: 0.5 * x, x[:1], keys[2:3])
+    np.testing.assert_allclose(together[2], alone[0], rtol=1e-6)
+    assert len(np.unique(together)) == together.size
+
+
+def test_a_state_may_be_a_tree(gaussian):
+    grid = continuous_grid(VP, 8, "log_snr", time_min=1e-3)
+    x = {"image": jnp.linspace(-1, 1, 6).reshape(2, 3), "text": jnp.linspace(-2, 2, 4).reshape(2, 2)}
+    denoise = gaussian.denoiser(VP)
+
+    def both(x, t):
+        return jax.tree.map(lambda leaf: denoise(leaf, t), x)
+
+    end = jax.jit(lambda x: solve(solvers.unipc(grid), both, x).x)(x)
+    for name, leaf in x.items():
+        np.testing.assert_allclose(end[name], _run(solvers.unipc(grid), denoise, leaf), rtol=1e-6)
+
+
+def test_a_trajectory_has_what_the_network_saw_and_said(gaussian):
+    grid = continuous_grid(VP, 6, "log_snr", time_min=1e-3)
+    x = jnp.linspace(-1, 1, 3)
+    solution = solve(solvers.ddim(grid), gaussian.denoiser(VP), x, trajectory=True)
+    assert solution.states.shape == solution.estimates.shape == (6, 3)
+    np.testing.assert_allclose(solution.states[0], x)
+    said = gaussian.denoiser(VP)(solution.states[3], jnp.asarray(grid.t[3], jnp.float32))
+    np.testing.assert_allclose(solution.estimates[3], said, rtol=1e-5)
+
+
+GRID = discrete_grid(DiscreteSchedule(), 6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: solvers.ddpm(GRID, "fixed"), "unknown variance 'fixed'; choose one of small"),
+        (lambda: solvers.dpm_solver_singlestep(GRID, (3, 2)), "must add up to the 6 steps"),
+        (lambda: solvers.dpm_solver_singlestep(GRID, (3, 3)), "its order must be 1"),
+        (lambda: solvers.unipc(GRID, 0), "order=0 is impossible"),
+        (lambda: solvers.heun(GRID, churn=1.0), "needs alpha = 1 and t = sigma"),
+        (lambda: solve(solvers.ddpm(GRID), lambda x, t: x, jnp.zeros(2)), "draws noise; give it noise="),
+    ],
+)
+def test_an_impossible_sampler_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_fast_orders_spend_every_call():
+    assert [solvers.fast_orders(num) for num in (1, 2, 3, 4, 6, 50)] == [
+        (1,),
+        (2,),
+        (2, 1),
+        (3, 1),
+        (3, 2, 1),
+        (*(3,) * 16, 2),
+    ]

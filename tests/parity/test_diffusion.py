@@ -1,0 +1,205 @@
+"""Schedules, times, and whole trajectories of samplers beside those of diffusers, with an exact denoiser."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from diffusion import solvers
+from diffusion.grid import discrete_grid
+from diffusion.plan import solve
+from diffusion.schedule import DiscreteSchedule
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
+MEANS, VARIANCE = np.linspace(-1, 1, 8), 0.25  # of the data, a Gaussian in each of eight components
+START = np.linspace(2, -2, 8)
+STEPS = (1, 5, 10, 13, 50)
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+def _data(x, t):
+    """E[x_0 | x_t]."""
+    alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+    return (alpha * VARIANCE * x + sigma**2 * MEANS) / (alpha**2 * VARIANCE + sigma**2)
+
+
+def _theirs(scheduler, steps):
+    """The times, noise levels and end of a trajectory."""
+    scheduler.set_timesteps(steps)
+    x = torch.tensor(START).reshape(1, 1, 1, 8)
+    if hasattr(scheduler, "sigmas"):
+        x = x * scheduler.init_noise_sigma
+    times = []
+    for t in scheduler.timesteps:
+        seen, time = scheduler.scale_model_input(x, t).numpy(), np.asarray(float(t))
+        eps = (seen - SCHEDULE.alpha(time) * _data(seen, time)) / SCHEDULE.sigma(time)
+        x = scheduler.step(torch.tensor(eps), t, x).prev_sample
+        times.append(float(t))
+    return np.array(times), x.numpy().ravel()
+
+
+def _sigmas(scheduler, steps):
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.numpy()
+
+
+def _ours(plan, start=START):
+    return np.asarray(jax.jit(lambda x: solve(plan, _data, x).x)(jnp.asarray(start, jnp.float32)))
+
+
+def _compare(scheduler, steps, plan, unscaled=False):
+    times, end = _theirs(scheduler, steps)
+    start = START * float(scheduler.init_noise_sigma) * plan.alpha[0] if unscaled else START
+    np.testing.assert_allclose(plan.t, times[: len(plan.t)], atol=1e-4)
+    np.testing.assert_allclose(_ours(plan, start), end, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "end"),
+    [("linear", 1e-4, 2e-2), ("scaled_linear", 0.00085, 0.012), ("cosine", 1e-4, 2e-2)],
+)
+@pytest.mark.parametrize("zero", [False, True])
+def test_alpha_bar(kind, start, end, zero):
+    name = {"cosine": "squaredcos_cap_v2"}.get(kind, kind)
+    reference = diffusers.DDIMScheduler(
+        beta_start=start, beta_end=end, beta_schedule=name, rescale_betas_zero_snr=zero
+    ).alphas_cumprod.numpy()
+    alpha_bar = DiscreteSchedule(kind, start=start, end=end, zero_terminal_snr=zero).alpha_bar
+    np.testing.assert_allclose(alpha_bar, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [*STEPS, 1000])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_times_are_diffusers(spacing, steps):
+    scheduler = diffusers.DDIMScheduler(**BETAS, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    np.testing.assert_array_equal(discrete_grid(SCHEDULE, steps, spacing).t[:-1], scheduler.timesteps.numpy())
+    if steps == 1000:  # as intervals, these are not between the thousand times of the chain; diffusers repeats some
+        return
+    scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    grid = discrete_grid(SCHEDULE, steps, spacing, intervals=True)
+    np.testing.assert_array_equal(grid.t[:-1], scheduler.timesteps.numpy())
+    np.testing.assert_allclose(grid.noise, scheduler.sigmas.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [*STEPS, 1000])
+def test_ddim(steps):
+    # With leading times alone: elsewhere diffusers steps by 1000 // steps, which is not where the next time lies.
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False)
+    _compare(scheduler, steps, solvers.ddim(discrete_grid(SCHEDULE, steps)))
+
+
+def test_ddim_of_stable_diffusion_ends_at_the_first_noise():
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
+    _compare(scheduler, 50, solvers.ddim(discrete_grid(SCHEDULE, 50, offset=1, end="first")))
+
+
+@pytest.mark.parametrize("steps", [5, 10, 13, 50, 1000])
+def test_plms(steps):
+    # Leading times, as for DDIM. With time 0 among them diffusers asks the network there and stays where it is.
+    scheduler = diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True)
+    _compare(scheduler, steps, solvers.plms(discrete_grid(SCHEDULE, steps, end="first")))
+
+
+def test_plms_of_stable_diffusion():
+    scheduler = diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
+    plan = solvers.plms(discrete_grid(SCHEDULE, 50, offset=1, end="first"))
+    assert plan.evaluations == 51
+    _compare(scheduler, 50, plan)
+
+
+@pytest.mark.parametrize("steps", [*STEPS, 1000])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(
+    ("name", "make"), [("EulerDiscreteScheduler", solvers.euler), ("HeunDiscreteScheduler", solvers.heun)]
+)
+def test_euler_and_heun(name, make, spacing, steps):
+    scheduler = getattr(diffusers, name)(**BETAS, timestep_spacing=spacing)
+    _compare(scheduler, steps, make(discrete_grid(SCHEDULE, steps, spacing, whole=False)), unscaled=True)
+
+
+def test_euler_with_karras_noise():
+    scheduler = diffusers.EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True)
+    # Its times lie between those of the chain, where diffusers interpolates the noise level for one purpose and its
+    # logarithm for another.
+    plan = solvers.euler(discrete_grid(SCHEDULE, 10, "karras"))
+    np.testing.assert_allclose(plan.sigma / plan.alpha, _sigmas(scheduler, 10)[:-1], rtol=5e-5)
+    times, _ = _theirs(scheduler, 10)
+    np.testing.assert_allclose(plan.t, times, atol=0.01)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_dpm_solver_multistep(spacing, steps):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS, timestep_spacing=spacing)
+    _compare(scheduler, steps, solvers.dpm_solver_multistep(discrete_grid(SCHEDULE, steps, spacing, intervals=True)))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_dpm_solver_singlestep(steps):
+    scheduler = diffusers.DPMSolverSinglestepScheduler(**BETAS, solver_order=3, lower_order_final=True)
+    scheduler.set_timesteps(steps)
+    stages = scheduler.order_list  # of each network call, its stage in a step
+    orders = [stage for stage, after in zip(stages, [*stages[1:], 1], strict=True) if after == 1]
+    grid = discrete_grid(SCHEDULE, steps, "linspace", intervals=True)
+    _compare(scheduler, steps, solvers.dpm_solver_singlestep(grid, orders, midpoint=True))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("order", [2, 3])
+def test_unipc(order, spacing, steps):
+    scheduler = diffusers.UniPCMultistepScheduler(
+        **BETAS, timestep_spacing=spacing, solver_order=order, final_sigmas_type="zero"
+    )
+    _compare(scheduler, steps, solvers.unipc(discrete_grid(SCHEDULE, steps, spacing, intervals=True), order))
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ancestral_steps(spacing, variance):
+    """Means and deviations of single steps: the noise of two libraries cannot be the same."""
+    kind = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}[variance]
+    scheduler = diffusers.DDPMScheduler(**BETAS, clip_sample=False, variance_type=kind, timestep_spacing=spacing)
+    scheduler.set_timesteps(13)
+    plan = solvers.ddpm(discrete_grid(SCHEDULE, 13, spacing), variance)
+    # After its last step diffusers leaves noise of the larger variance in the sample, unless that step is from time 0.
+    steps = scheduler.timesteps if variance == "small" or scheduler.timesteps[-1] == 0 else scheduler.timesteps[:-1]
+    for i, t in enumerate(steps):
+        time = np.asarray(float(t))
+        estimate = _data(START, time)
+        eps = (START - SCHEDULE.alpha(time) * estimate) / SCHEDULE.sigma(time)
+        output = torch.tensor(eps).reshape(1, 1, 1, 8)
+        if variance == "learned":
+            output = torch.cat([output, torch.full_like(output, 0.4)], dim=1)
+        x = torch.tensor(START).reshape(1, 1, 1, 8)
+        drawn = [scheduler.step(output, t, x, generator=torch.Generator().manual_seed(7)).prev_sample for _ in range(2)]
+        assert torch.equal(*drawn)
+        noise = torch.randn((1, 1, 1, 8), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        scale = plan.noise[i]
+        if plan.log_variance is not None:
+            scale *= np.exp((0.7 * plan.log_variance[i, 1] + 0.3 * plan.log_variance[i, 0]) / 2)
+        expected = plan.state[i] * START + plan.model[i, 0] * estimate + scale * noise.numpy().ravel()
+        np.testing.assert_allclose(expected, drawn[0].numpy().ravel(), atol=1e-4)
+
+
+def test_euler_ancestral_steps():
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(**BETAS)
+    scheduler.set_timesteps(10)
+    plan = solvers.euler_ancestral(discrete_grid(SCHEDULE, 10, "linspace", whole=False))
+    for i, t in enumerate(scheduler.timesteps):
+        x = torch.tensor(START).reshape(1, 1, 1, 8) * scheduler.init_noise_sigma
+        seen = scheduler.scale_model_input(x, t).numpy().ravel()
+        estimate = _data(seen, np.asarray(float(t)))
+        eps = (seen - plan.alpha[i] * estimate) / plan.sigma[i]
+        stepped = scheduler.step(
+            torch.tensor(eps).reshape(1, 1, 1, 8), t, x, generator=torch.Generator().manual_seed(7)
+        ).prev_sample
+        noise = torch.randn((1, 1, 1, 8), generator=torch.Generator().manual_seed(7), dtype=torch.float64).numpy()
+        after = plan.alpha[i + 1] if i < 9 else 1.0
+        ours = (plan.state[i] * seen + plan.model[i, 0] * estimate + plan.noise[i] * noise.ravel()) / after
+        np.testing.assert_allclose(ours, stepped.numpy().ravel(), atol=1e-3, rtol=1e-4)
