@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data import scenes
+from data import points, scenes
 from data.preprocess import choose_caption, transform_pair
 from data.tokenizer import Tokenizer
 
@@ -58,14 +58,17 @@ def dataset_folder(dataset: str, data_dir: str | None) -> Path:
 
 
 def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """What a batch of RGB pictures holds, told from its config alone: no dataset is opened.
+    """What a batch of RGB pictures (or points) holds, told from its config alone: no dataset is opened.
 
     Args:
-      config: `config.data`, as `ExampleStream` takes it; text is there where `text_length` is positive.
+      config: `config.data`, as `open_stream` takes it; text is there where `text_length` is positive, label where
+        `label_field` is named.
 
     Returns:
-      name -> (shape of one example, dtype), in the order of `ExampleStream`.
+      name -> (shape of one example, dtype), in the order of the stream.
     """
+    if config.dataset.startswith(points.PREFIX):
+        return {"point": ((2,), np.dtype(np.float32)), "index": ((), np.dtype(np.int32))}
     size, length = config.image_size, config.text_length
     spec: dict[str, tuple[tuple[int, ...], np.dtype]] = {
         "image": ((size, size, 3), np.dtype(np.uint8)),
@@ -73,6 +76,8 @@ def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]
     }
     if length:
         spec["text"] = ((length,), np.dtype(np.int32))
+    if config.label_field:
+        spec["label"] = ((), np.dtype(np.int32))
     return spec
 
 
@@ -233,23 +238,29 @@ def evaluation_pictures(config: ConfigDict, split: str) -> Iterator[CaptionedPic
 class ExampleStream:
     """The endless, index-determined stream of training examples, or one pass over an evaluation split.
 
-    `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] (i modulo 2^31) and, with a tokenizer, `text`
-    int32 [L].
+    `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] (i modulo 2^31), with a tokenizer `text` int32
+    [L], and with a `label_field` `label` int32 [].
     """
 
     def __init__(self, config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool):
         """Builds the stream.
 
         Args:
-          config: `config.data`: dataset, data_dir, image_size, transform, text_length, bpe_dropout, cache.
+          config: `config.data`: dataset, data_dir, image_size, transform, text_length, bpe_dropout, label_field, cache.
           tokenizer: encodes captions; None leaves text out.
           split: the split to read.
           seed: of shuffling and augmentation.
           train: shuffle and repeat, choose captions and crops at random. Otherwise records come in stored order,
             repeated too, with the first caption and what evaluation does with pictures in place of the transform.
+
+        Raises:
+          UserError: if the dataset is not prepared, or has no such split or class numbers.
         """
-        fields = {"image"} if tokenizer is None else {"image", *CAPTION_FIELDS}
+        self._label = config.label_field
+        fields = {"image", self._label} if tokenizer is None else {"image", self._label, *CAPTION_FIELDS}
         self.source = RecordSource(config.dataset, split, config.data_dir, config.cache, fields=fields)
+        if self._label and self._label not in self.source.class_names:
+            raise UserError(f"dataset {config.dataset} has no field {self._label!r} of class numbers; see label_field")
         self._size = config.image_size
         self._length = config.text_length
         self._dropout = config.bpe_dropout if train else 0.0
@@ -269,6 +280,11 @@ class ExampleStream:
     def epoch_size(self) -> int:
         """Number of records in one pass."""
         return len(self.source)
+
+    @property
+    def damaged(self) -> int:
+        """Number of records that could not be read so far."""
+        return len(self.source.damaged)
 
     def place(self, index: int) -> int:
         """Returns which record example `index` is made of; every epoch has each record once."""
@@ -291,12 +307,24 @@ class ExampleStream:
                         print(f"warning: caption cut to {self._length} tokens: {caption!r}", flush=True)
                     self.truncated += 1
             example["text"] = ids
+        if self._label:
+            example["label"] = np.asarray(record[self._label], np.int32)
         return example
 
     def batch(self, indices: Sequence[int]) -> Example:
         """Returns the examples of these indices, stacked."""
         examples = [self[index] for index in indices]
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+Stream = ExampleStream | points.PointStream
+
+
+def open_stream(config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool) -> Stream:
+    """The stream of a dataset: stored, or of points that are made on the fly. Arguments as of `ExampleStream`."""
+    if config.dataset.startswith(points.PREFIX):
+        return points.PointStream(config.dataset, split, seed)
+    return ExampleStream(config, tokenizer, split=split, seed=seed, train=train)
 
 
 class BatchReader(Iterator[Example]):
@@ -307,7 +335,7 @@ class BatchReader(Iterator[Example]):
 
     def __init__(
         self,
-        stream: ExampleStream,
+        stream: Stream,
         *,
         batch_size: int,
         rows: Sequence[int],

@@ -59,6 +59,15 @@ class Plan:
         return len(self.t)
 
     @property
+    def first_scale(self) -> float:
+        """The standard deviation of the noise that sampling starts from, as published samplers have it.
+
+        That of noisy data of variance 1, or sigma alone where noise grows on unscaled data.
+        """
+        sigma = np.sqrt(np.square(self.sigma[0]) - np.square(self.first_noise))
+        return float(sigma if self.alpha[0] == 1 else np.hypot(self.alpha[0], sigma))
+
+    @property
     def stochastic(self) -> bool:
         """Whether it draws noise."""
         return bool(np.any(self.noise)) or self.log_variance is not None or self.first_noise != 0

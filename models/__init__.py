@@ -14,12 +14,16 @@ from models.clip import Clip
 from models.dalle import Dalle
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
 from models.inception import Inception
+from models.point_denoiser import PointDenoiser
+from models.text_encoder import TextEncoder
 
 MODELS: dict[str, type[nn.Module]] = {
     "clip": Clip,
     "dalle": Dalle,
     "dvae": DiscreteVAE,
     "inception": Inception,
+    "point_denoiser": PointDenoiser,
+    "text_encoder": TextEncoder,
     "vqvae": VectorQuantizedVAE,
 }
 

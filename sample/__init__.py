@@ -16,11 +16,13 @@ def create_sampler(config: ConfigDict) -> Any:
     # Imported here: a command imports this package before it may import JAX (see cli/allocator.py).
     from sample.clip import ClipSampler
     from sample.dalle import DalleSampler
+    from sample.diffusion import DiffusionSampler
     from sample.dvae import ReconstructionSampler
 
     samplers = {
         "clip": ClipSampler,
         "dalle": DalleSampler,
+        "diffusion": DiffusionSampler,
         "dvae": ReconstructionSampler,
         "vqvae": ReconstructionSampler,
     }

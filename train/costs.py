@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data.pipeline import BatchReader, ExampleStream, load_tokenizer
+from data.pipeline import BatchReader, load_tokenizer, open_stream
 from models import create_model
 from sample import create_sampler
 from sample.trained import CHUNK
@@ -196,7 +196,7 @@ def measure_data(
     """
     data = config.data
     tokenizer = load_tokenizer(data) if data.text_length else None
-    stream = ExampleStream(data, tokenizer, split=data.split, seed=config.seed, train=True)
+    stream = open_stream(data, tokenizer, split=data.split, seed=config.seed, train=True)
     rows = process_rows(batch_sharding(make_mesh(config.mesh)), config.batch_size)
     reader = BatchReader(
         stream,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from cli.config import from_json, to_json
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
-from data.pipeline import BatchReader, ExampleStream
+from data.pipeline import BatchReader, Stream, open_stream
 from data.tokenizer import Tokenizer
 from sample.grid import draw_grid
 from train.environment import describe_environment
@@ -93,7 +93,7 @@ class _Training:
     """What the loop needs beside the state."""
 
     program: Program
-    stream: ExampleStream
+    stream: Stream
     tokenizer: Tokenizer | None
     rows: list[int]
     frozen: Tree
@@ -104,10 +104,10 @@ class _Training:
 def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
     _check_parts(config, tokenizer)
-    stream = ExampleStream(config.data, tokenizer, split=config.data.split, seed=config.seed, train=True)
+    stream = open_stream(config.data, tokenizer, split=config.data.split, seed=config.seed, train=True)
     example = {name: (value.shape[1:], value.dtype) for name, value in stream.batch([0]).items()}
     program = create_program(config, make_mesh(config.mesh), example)
-    validation_stream = ExampleStream(
+    validation_stream = open_stream(
         config.data, tokenizer, split=config.data.validation_split, seed=config.seed, train=False
     )
     size, rows = config.batch_size, process_rows(program.rows, config.batch_size)
@@ -272,9 +272,8 @@ def _run(
 
         log.exit_code = EXIT_OK if step == config.steps else EXIT_PREEMPTED
 
-    if training.stream.truncated or training.stream.source.damaged:
-        damaged = len(training.stream.source.damaged)
-        print(f"captions truncated: {training.stream.truncated}; records damaged: {damaged}")
+    if training.stream.truncated or training.stream.damaged:
+        print(f"captions truncated: {training.stream.truncated}; records damaged: {training.stream.damaged}")
     if step < config.steps:
         saved = f"saved step {step}" if step else "nothing to save yet"
         if is_first():

@@ -8,12 +8,14 @@ from cli.errors import UserError
 from train.objectives.clip import ClipObjective
 from train.objectives.contract import Objective
 from train.objectives.dalle import DalleObjective
+from train.objectives.diffusion import DiffusionObjective
 from train.objectives.dvae import DiscreteVAEObjective
 from train.objectives.vqvae import VectorQuantizedVAEObjective
 
 OBJECTIVES: dict[str, Any] = {
     "clip": ClipObjective,
     "dalle": DalleObjective,
+    "diffusion": DiffusionObjective,
     "dvae": DiscreteVAEObjective,
     "vqvae": VectorQuantizedVAEObjective,
 }

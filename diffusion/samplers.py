@@ -1,0 +1,85 @@
+"""The samplers by name, each on the times that it was published with unless told otherwise."""
+
+from collections.abc import Callable
+
+from diffusion import solvers
+from diffusion.grid import Grid, continuous_grid, discrete_grid
+from diffusion.plan import Plan
+from diffusion.schedule import DiscreteSchedule, Schedule
+
+SAMPLERS = (
+    "ddpm",
+    "ddim",
+    "plms",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm_solver_multistep",
+    "dpm_solver_singlestep",
+    "unipc",
+    "reverse_sde",
+)
+
+TIME_MIN = 1e-3  # where samplers of the SDEs stop, as published (Lu et al. 2022a, section 4.2)
+
+_OF_INTERVALS = ("dpm_solver_multistep", "dpm_solver_singlestep", "unipc")
+_BETWEEN_STEPS = ("euler", "euler_ancestral", "heun")
+
+_PLANS: dict[str, Callable[[Grid], Plan]] = {
+    "plms": solvers.plms,
+    "euler": solvers.euler,
+    "euler_ancestral": solvers.euler_ancestral,
+    "heun": solvers.heun,
+    "dpm_solver_multistep": solvers.dpm_solver_multistep,
+    "unipc": solvers.unipc,
+}
+
+
+def make_plan(
+    schedule: Schedule, sampler: str, steps: int, *, spacing: str = "", eta: float = 0.0, variance: str = "small"
+) -> Plan:
+    """The plan of a sampler.
+
+    Args:
+      schedule: that the network was trained on.
+      sampler: one of `SAMPLERS`.
+      steps: S; the network is asked once a step, by "heun" twice.
+      spacing: of `diffusion.grid`; "" for the sampler's own: of a chain "linspace" for DPM-Solver, UniPC, Euler and
+        Heun, and "leading" for the others; in continuous time "log_snr", for the singlestep solver, the reverse SDE and
+        flow "time".
+      eta: of "ddim".
+      variance: of "ddpm".
+
+    Raises:
+      ValueError: if there is no such sampler or spacing, or the steps are impossible.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if isinstance(schedule, DiscreteSchedule):
+        if sampler == "reverse_sde":
+            raise ValueError("sampler 'reverse_sde' needs a schedule in continuous time; ddpm is that of a chain")
+        usual = "linspace" if sampler in (*_OF_INTERVALS, *_BETWEEN_STEPS) else "leading"
+        grid = discrete_grid(
+            schedule,
+            steps,
+            spacing or usual,
+            intervals=sampler in _OF_INTERVALS,
+            whole=sampler not in _BETWEEN_STEPS,
+        )
+    else:
+        by_time = sampler in ("dpm_solver_singlestep", "reverse_sde") or schedule.sigma(0.0) == 0 == schedule.alpha(1.0)
+        first = max(TIME_MIN, schedule.time_range[0]) if schedule.alpha(schedule.time_range[1]) else None
+        grid = continuous_grid(schedule, steps, spacing or ("time" if by_time else "log_snr"), time_min=first)
+        if sampler == "reverse_sde":
+            return solvers.reverse_sde(grid, schedule)
+    if sampler == "ddpm":
+        return solvers.ddpm(grid, variance)
+    if sampler == "ddim":
+        return solvers.ddim(grid, eta)
+    if sampler == "dpm_solver_singlestep":
+        # A step to clean data can only be of order 1; the calls before it are DPM-Solver-fast's.
+        orders = (
+            (*solvers.fast_orders(steps - 1), 1) if grid.sigma[-1] == 0 and steps > 1 else solvers.fast_orders(steps)
+        )
+        return solvers.dpm_solver_singlestep(grid, orders)
+    return _PLANS[sampler](grid)

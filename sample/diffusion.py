@@ -1,0 +1,307 @@
+"""Captions, classes or nothing -> pictures with a trained diffusion: one compiled scan of a solver.
+
+Guidance is uncond + w (cond - uncond), w = 1 meaning none (Ho and Salimans 2022), of the network's output, in one call
+on both halves of a doubled batch. The unconditional half reads the blank caption, or a negative prompt.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from diffusion.guidance import Guidance, interleave, pairs, separate
+from diffusion.plan import per_example_noise, solve
+from diffusion.process import Process
+from diffusion.samplers import make_plan
+from diffusion.schedule import create_schedule
+from models import create_model
+from models.conditioning import Conditioning
+from weights.sources import model_of
+
+Tree = Any
+Request = dict[str, Any]
+
+_NUMBERS = ("guidance", "rescale", "guidance_start", "guidance_stop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What a sampler is compiled for, beside the batch.
+
+    Attributes:
+      sampler: see `diffusion.samplers.SAMPLERS`.
+      steps: S.
+      spacing: of the times; "" for the sampler's own.
+      eta: of DDIM.
+    """
+
+    sampler: str
+    steps: int
+    spacing: str = ""
+    eta: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextContext:
+    """Where the features of captions come from.
+
+    Attributes:
+      model: the network.
+      part: its name: "text", trained with the denoiser, or "clip", frozen.
+      blank: ids of the caption that says nothing.
+    """
+
+    model: nn.Module
+    part: str
+    blank: tuple[int, ...]
+
+    def __call__(self, params: Tree, frozen: Tree, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """Features of each token."""
+        if self.part == "text":
+            return self.model.apply({"params": params["text"]}, text)
+        tree = frozen[self.part]
+        return self.model.apply({"params": tree["params"], **tree["variables"]}, text, method="encode_text_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionSampler:
+    """Draws pictures, or points.
+
+    Attributes:
+      model: the denoiser, a diffusion backbone; its parameters are `params["denoiser"]`.
+      process: what it was trained on.
+      text: where captions' features come from; None for a denoiser that reads none.
+      defaults: of the solver.
+      guidance: default w; 1 for none.
+      rescale: default phi, see `diffusion.guidance.Guidance`.
+      guidance_start: default share of the process before which there is no guidance.
+      guidance_stop: default share after which there is none.
+    """
+
+    model: nn.Module
+    process: Process
+    text: TextContext | None
+    defaults: Steps
+    guidance: float = 1.0
+    rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "DiffusionSampler":
+        """Builds the sampler of `config.models`, `config.frozen`, `config.process` and the defaults in `config.sample`.
+
+        Raises:
+          UserError: if the process or a default is impossible.
+        """
+        model = create_model(**config.models.denoiser)
+        fields = config.process.to_dict()
+        try:
+            process = Process(create_schedule(**fields.pop("schedule")), **fields)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config.process is impossible: {error}") from error
+        steps = Steps(*(config.sample[key] for key in ("sampler", "steps", "spacing", "eta")))
+        numbers = {key: config.sample[key] for key in _NUMBERS}
+        sampler = cls(model, process, _text_context(config), steps, **numbers)
+        sampler.request()  # finds what is impossible in the defaults
+        return sampler
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self.model.example_inputs(1)[0].shape[1:]
+
+    @property
+    def null_label(self) -> int | None:
+        """The class that stands for none; None for a denoiser without classes."""
+        classes = getattr(self.model, "num_classes", None)
+        return classes - 1 if classes else None
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the denoiser is told what to draw."""
+        return self.text is not None or self.null_label is not None
+
+    def request(
+        self,
+        text: Int[np.ndarray, "b l"] | None = None,
+        label: Int[np.ndarray, " b"] | None = None,
+        negative: Int[np.ndarray, "b l"] | None = None,
+        **overrides: Any,
+    ) -> Request:
+        """A request for pictures, one for each key.
+
+        Args:
+          text: caption ids; None draws without a caption.
+          label: class numbers; None draws without a class.
+          negative: ids of what to lead away from, in place of the blank caption.
+          **overrides: of the defaults: sampler, steps, spacing, eta; guidance, rescale, guidance_start, guidance_stop;
+            and trajectory=True for what the network saw and estimated on the way.
+
+        Returns:
+          What `__call__` takes. Prompts, classes and the numbers of guidance lead to no new compilation.
+
+        Raises:
+          UserError: on an unknown override, an impossible value, or a condition that the denoiser does not take.
+        """
+        solver = [field.name for field in dataclasses.fields(Steps)]
+        unknown = sorted(set(overrides) - {*solver, *_NUMBERS, "trajectory"})
+        if unknown:
+            known = ", ".join((*solver, *_NUMBERS))
+            raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {known}")
+        if text is not None and self.text is None:
+            raise UserError("this run takes no captions")
+        if label is not None and self.null_label is None:
+            raise UserError("this run takes no classes")
+        if label is not None and not np.all((label >= 0) & (label <= self.null_label)):
+            raise UserError(
+                f"classes are 0 to {self.null_label}, the last for none, not {label.min()} to {label.max()}"
+            )
+        steps = dataclasses.replace(self.defaults, **{key: overrides[key] for key in solver if key in overrides})
+        self._check_steps(steps)
+        numbers = {key: float(overrides.get(key, getattr(self, key))) for key in _NUMBERS}
+        _check_numbers(numbers)
+        if numbers["guidance"] != 1 and not self.conditional:
+            raise UserError("this run takes no condition, so there is nothing to guide; leave guidance at 1")
+        rows = {"text": text, "label": label, "negative": negative}
+        return {
+            **{key: np.asarray(value, np.int32) for key, value in rows.items() if value is not None},
+            **{key: np.float32(value) for key, value in numbers.items()},
+            "steps": steps,
+            "trajectory": bool(overrides.get("trajectory", False)),
+        }
+
+    def __call__(
+        self, params: Tree, variables: Tree, frozen: Tree, request: Request, keys: Key[Array, "b"]
+    ) -> dict[str, Array]:
+        """Draws one sample for each key; sample i depends on its condition and key alone.
+
+        Args:
+          params: {"denoiser": tree, ...}.
+          variables: unused.
+          frozen: {"clip": {"params": tree, "variables": collections}} where captions are read by a frozen CLIP.
+          request: from `request`.
+          keys: one for each sample.
+
+        Returns:
+          {"image" (or "point"): float [b ...]}; with a trajectory also "states" and "estimates", [b s ...].
+        """
+        del variables
+        guided = self.conditional and float(request["guidance"]) != 1.0
+        arrays = {key: value for key, value in request.items() if key not in ("steps", "trajectory")}
+        return _draw(self, request["steps"], guided, request["trajectory"], params, frozen, arrays, keys)
+
+    def conditioning(self, params: Tree, frozen: Tree, rows: Mapping[str, Array]) -> Conditioning:
+        """What the denoiser is told of rows that have `text`, `label`, or both."""
+        tokens = self.text(params, frozen, rows["text"]) if self.text is not None else None
+        return Conditioning(tokens=tokens, label=rows["label"] if self.null_label is not None else None)
+
+    def blank(self, rows: Mapping[str, Array], count: int) -> dict[str, Array]:
+        """The rows with what they lack: blank captions, the class that stands for none."""
+        filled = dict(rows)
+        if self.text is not None and "text" not in filled:
+            filled["text"] = jnp.broadcast_to(jnp.asarray(self.text.blank, jnp.int32), (count, len(self.text.blank)))
+        if self.null_label is not None and "label" not in filled:
+            filled["label"] = jnp.full(count, self.null_label, jnp.int32)
+        return filled
+
+    def _check_steps(self, steps: Steps) -> None:
+        """Raises UserError unless the solver can run."""
+        try:
+            fields = dataclasses.asdict(steps)
+            make_plan(self.process.schedule, fields.pop("sampler"), variance=self.process.variance, **fields)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"sampler {steps.sampler!r} with {steps.steps} steps: {error}") from error
+        if steps.eta and steps.sampler != "ddim":
+            raise UserError(f"eta={steps.eta} belongs to the sampler ddim, not to {steps.sampler}")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _draw(
+    sampler: DiffusionSampler,
+    steps: Steps,
+    guided: bool,
+    trajectory: bool,
+    params: Tree,
+    frozen: Tree,
+    request: Request,
+    keys: Array,
+) -> dict[str, Array]:
+    """The compiled program of `DiffusionSampler.__call__`."""
+    process, count = sampler.process, len(keys)
+    plan = make_plan(
+        process.schedule, steps.sampler, steps.steps, spacing=steps.spacing, eta=steps.eta, variance=process.variance
+    )
+    rows = {key: request[key] for key in ("text", "label") if key in request}
+    cond = sampler.conditioning(params, frozen, sampler.blank(rows, count))
+    told = cond
+    if guided:
+        negative = {"text": request["negative"]} if "negative" in request else {}
+        told = interleave(cond, sampler.conditioning(params, frozen, sampler.blank(negative, count)))
+    guidance = Guidance(request["guidance"], request["rescale"], request["guidance_start"], request["guidance_stop"])
+    low, high = process.schedule.time_range
+
+    def denoise(x_t: Array, t: Array) -> Any:
+        def network(x: Array, time: Array) -> Array:
+            if not guided:
+                return sampler.model.apply({"params": params["denoiser"]}, x, time, told)
+            output = sampler.model.apply({"params": params["denoiser"]}, pairs(x), pairs(time), told)
+            return _guide(guidance, process, *separate(output), (high - t) / (high - low))
+
+        estimate = process.denoiser(network)(x_t, t)
+        # A fixed variance is the plan's own; the network's idea of it is asked for in ancestral sampling alone.
+        return estimate[0] if process.variance == "learned" and plan.log_variance is None else estimate
+
+    first = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), sampler.sample_shape))(keys)
+    noise_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 1)
+    x = plan.first_scale * first
+    solution = solve(plan, denoise, x, per_example_noise(noise_keys, x), trajectory=trajectory)
+    name = "point" if len(sampler.sample_shape) == 1 else "image"
+    outputs = {name: solution.x}
+    if trajectory:
+        outputs |= {key: jnp.moveaxis(getattr(solution, key), 0, 1) for key in ("states", "estimates")}
+    return outputs
+
+
+def _guide(guidance: Guidance, process: Process, cond: Array, uncond: Array, progress: Array) -> Array:
+    """The guided output; learned variances are the conditional ones (Nichol et al. 2021, GLIDE)."""
+    if process.variance != "learned":
+        return guidance(cond, uncond, progress)
+    mean, values = jnp.split(cond, 2, axis=-1)
+    return jnp.concatenate([guidance(mean, jnp.split(uncond, 2, axis=-1)[0], progress), values], axis=-1)
+
+
+def _text_context(config: ConfigDict) -> TextContext | None:
+    """The network that reads captions, if the config has one: `config.models.text` or `config.frozen.clip`."""
+    if "text" in config.models and "clip" in config.frozen:
+        raise UserError("config.models.text and config.frozen.clip would both read captions; leave one out")
+    if "text" in config.models:
+        model = create_model(**config.models.text)
+        return TextContext(model, "text", (0,) * model.text_length)
+    if "clip" in config.frozen:
+        model = create_model(**model_of(config.frozen.clip))
+        # The empty caption between its ends; the start token is the one before the end token.
+        blank = (model.text_end_id - 1, model.text_end_id)
+        return TextContext(model, "clip", blank + (0,) * (model.text_length - 2))
+    return None
+
+
+def _check_numbers(numbers: Mapping[str, float]) -> None:
+    """Raises UserError unless guidance is possible."""
+    checks: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+        ("guidance", lambda w: 0 <= w < float("inf"), "1 means none, more follows the prompt more, 0 ignores it"),
+        ("rescale", lambda phi: 0 <= phi <= 1, "use 0 for none to 1 for all of it"),
+        ("guidance_start", lambda share: 0 <= share <= 1, "use a share of the process, 0 to 1"),
+        ("guidance_stop", lambda share: 0 <= share <= 1, "use a share of the process, 0 to 1"),
+    )
+    for name, possible, advice in checks:
+        if not possible(numbers[name]):
+            raise UserError(f"{name}={numbers[name]} is impossible; {advice}")

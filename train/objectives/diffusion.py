@@ -1,0 +1,141 @@
+"""Denoising diffusion (Ho et al. 2020, eq. 14), on points or pixels, free or told a caption or a class.
+
+    loss = mean of weight(t) |output - target|^2 over dimensions,  t and the noise drawn for each example
+
+plus, with learned variances, T / 1000 times the variational bound of the chain's step, which trains the variances alone
+(Nichol and Dhariwal 2021, section 3.1 and eq. 16). Conditions are dropped at random, for guidance.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from diffusion.posterior import bound_terms
+from diffusion.schedule import DiscreteSchedule
+from models.conditioning import Conditioning
+from sample.diffusion import DiffusionSampler
+from sample.dvae import from_uint8
+from sample.points import draw_points
+from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
+from train.objectives.dvae import gather, to_host
+
+QUARTERS = 4  # of the process, whose losses are logged apart
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionObjective:
+    """Trains part `denoiser`, a diffusion backbone, and part `text`, if captions are read by a network of their own.
+
+    Attributes:
+      sampler: holds the networks and the process, and draws the previews.
+      dropout: probability that an example is told nothing: the blank caption, the class for none. Published 0.1 to 0.2.
+    """
+
+    sampler: DiffusionSampler
+    dropout: float
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "DiffusionObjective":
+        """Reads `config.models`, `config.frozen`, `config.process`, `config.sample` and `config.loss`.
+
+        Raises:
+          UserError: if the process is impossible, or dropout has nothing to drop.
+        """
+        objective = cls(DiffusionSampler.from_config(config), **config.loss)
+        if not 0 <= objective.dropout < 1:
+            raise UserError(f"config.loss.dropout={objective.dropout} must be at least 0 and below 1")
+        if objective.dropout and not objective.sampler.conditional:
+            raise UserError("config.loss.dropout has nothing to drop: the denoiser is told nothing; set it to 0")
+        if objective.sampler.text is not None and not config.data.text_length:
+            raise UserError("the denoiser reads captions, and config.data.text_length is 0; set it to their length")
+        return objective
+
+    def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:
+        """Returns ({"denoiser": parameters, "text": parameters where there is one}, {})."""
+        del batch
+        sampler = self.sampler
+        params = {}
+        if sampler.text is not None and sampler.text.part == "text":
+            inputs = [jnp.zeros(x.shape, x.dtype) for x in sampler.text.model.example_inputs(1)]
+            params["text"] = sampler.text.model.init(jax.random.fold_in(rng, 1), *inputs)["params"]
+        inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sampler.model.example_inputs(1))
+        params["denoiser"] = sampler.model.init(rng, *inputs)["params"]
+        return params, {}
+
+    def loss(
+        self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""], step: Array, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The loss of a batch.
+
+        Metrics: loss, weighted; mse, not; mse_q1 to mse_q4, of the quarters of the process, the first nearest to data;
+        and with learned variances bound, the bound's terms, bits per dimension and step.
+
+        `batch` holds point float [b d] or image uint8 [b h w 3], and text int32 [b l] or label int32 [b].
+        """
+        del step
+        sampler, process = self.sampler, self.sampler.process
+        x_0 = batch["point"] if "point" in batch else from_uint8(batch["image"])
+        # One key for each use, of each example.
+        keys = jax.vmap(lambda key: jax.random.split(key, 4))(example_keys(rng, batch))
+        t = process.draw_time(jax.vmap(jax.random.uniform)(keys[:, 0]))
+        eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(keys[:, 1])
+        x_t = process.noised(x_0, eps, t)
+        rows = {name: batch[name] for name in ("text", "label") if name in batch and sampler.conditional}
+        if train and self.dropout:
+            dropped = jax.vmap(jax.random.uniform)(keys[:, 2]) < self.dropout
+            blank = sampler.blank({}, len(t))
+            rows = {
+                name: jnp.where(dropped.reshape(-1, *(1,) * (row.ndim - 1)), blank[name], row)
+                for name, row in rows.items()
+                if name in blank
+            }
+        told = sampler.conditioning(params, frozen, sampler.blank(rows, len(t)))
+        output = self._apply(params, x_t, process.network_time(t), told, rng, train)
+        prediction, bound = output, None
+        if process.variance == "learned":
+            prediction, values = jnp.split(output, 2, axis=-1)
+            fixed = jnp.concatenate([jax.lax.stop_gradient(prediction), values], axis=-1)
+            bound = bound_terms(process, fixed, x_0, x_t, t)
+        axes = tuple(range(1, x_0.ndim))
+        mse = jnp.mean(jnp.square(prediction - process.target(x_0, eps, t)), axis=axes)
+        loss = process.weight(t) * mse
+        if bound is not None and isinstance(process.schedule, DiscreteSchedule):
+            loss = loss + process.schedule.steps / 1000 * bound
+        values = {"loss": loss, "mse": mse, **({"bound": bound} if bound is not None else {})}
+        ones = jnp.ones_like(t)
+        metrics = {name: (jnp.sum(value), jnp.sum(ones)) for name, value in values.items()}
+        low, high = process.schedule.time_range
+        quarter = jnp.clip(jnp.floor((t - low) / max(high - low, 1e-9) * QUARTERS), 0, QUARTERS - 1)
+        for number in range(QUARTERS):
+            inside = (quarter == number).astype(jnp.float32)
+            metrics[f"mse_q{number + 1}"] = (jnp.sum(inside * mse), jnp.sum(inside))
+        return jnp.mean(loss), Aux(metrics=metrics, variables=variables)
+
+    def preview(
+        self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""]
+    ) -> dict[str, Preview]:
+        """Samples for the batch's captions or classes; of points, a picture of 64 samples for each of the batch."""
+        sampler = self.sampler
+        keys = example_keys(rng, batch)
+        if "point" in batch:
+            keys = jax.vmap(lambda key: jax.random.split(key, 64))(keys).reshape(-1)
+            points = sampler(params, variables, frozen, sampler.request(), keys)["point"]
+            return {"samples": Preview(images=draw_points(gather(points))[None], columns=1)}
+        rows = {"text": batch["text"]} if sampler.text is not None else {}
+        if sampler.null_label is not None:
+            rows["label"] = batch["label"]
+        request = sampler.request(**{name: np.asarray(row) for name, row in rows.items()})
+        images = to_host(sampler(params, variables, frozen, request, keys)["image"])
+        labels = gather(rows["text"]) if "text" in rows else None
+        if labels is None and "label" in rows:
+            labels = tuple(str(label) for label in gather(rows["label"]))
+        return {"samples": Preview(images=images, columns=min(len(images), 8), labels=labels)}
+
+    def _apply(self, params: Tree, x_t: Array, t: Array, told: Conditioning, rng: Key[Array, ""], train: bool) -> Array:
+        rngs = {"dropout": jax.random.fold_in(rng, 0)} if train else None
+        return self.sampler.model.apply({"params": params["denoiser"]}, x_t, t, told, train, rngs=rngs)
