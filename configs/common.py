@@ -91,6 +91,28 @@ def get_defaults() -> ConfigDict:
     return config
 
 
+def make_debug(config: ConfigDict, *, steps: int, batch_size: int) -> None:
+    """What every `debug` variant changes: seconds of work, saved and evaluated twice, on the embedded dataset.
+
+    Its networks' sizes are the experiment's to choose.
+    """
+    config.steps = steps
+    config.batch_size = batch_size
+    config.data.dataset = "scenes/single32"
+    config.data.image_size = 32
+    config.data.workers = 1
+    config.mesh.fsdp = 1
+    if config.mesh.topology:
+        config.mesh.topology = "v5e:2x2"
+    config.optimizer.schedule.warmup_steps = min(config.optimizer.schedule.warmup_steps, 1)
+    config.optimizer.schedule.decay_steps = 100  # the same compiled update for any number of steps
+    config.checkpoint.every = config.evaluate.every = steps // 2
+    config.evaluate.batches = 1
+    config.evaluate.previews = 2
+    config.log.every = 1
+    config.wandb.mode = "disabled"
+
+
 def check_argument(argument: str, known: tuple[str, ...]) -> str:
     """Returns the argument of `--config=file.py:argument`, or the first known one if it is empty.
 

@@ -12,12 +12,11 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from grain.experimental import index_shuffle
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -146,7 +145,13 @@ class RecordSource:
         self._decoders = {"image": tfds.decode.SkipDecoding()} if skips else None
         self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
         self._lock = threading.Lock()
+        self._split = split
         self.damaged: set[int] = set()
+
+    def require(self, num: int, option: str = "--num") -> None:
+        """Raises UserError if the split has fewer records than a command was asked for by an option."""
+        if num > len(self):
+            raise UserError(f"{self._split} has {len(self)} records, fewer than {option}={num}")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -203,36 +208,6 @@ def _captions(record: Mapping[str, Any]) -> tuple[str, ...]:
         captions = captions.get("text", ())
     captions = [captions] if isinstance(captions, str | bytes) else captions
     return tuple(c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in captions)
-
-
-class CaptionedPicture(NamedTuple):
-    """A picture as evaluation sees it.
-
-    Attributes:
-      image: [h w c].
-      captions: all that were written for it.
-    """
-
-    image: UInt8[np.ndarray, "h w c"]
-    captions: tuple[str, ...]
-
-
-def evaluation_pictures(config: ConfigDict, split: str) -> Iterator[CaptionedPicture]:
-    """Yields every picture of a split that can be read, once and in stored order, with all of its captions.
-
-    Args:
-      config: `config.data`: dataset, data_dir, image_size, transform.
-      split: TFDS split expression; a part such as `validation[:1000]` reads no more than that.
-
-    Raises:
-      UserError: if the dataset is not prepared or has no such split.
-    """
-    source = RecordSource(config.dataset, split, config.data_dir, fields={"image", *CAPTION_FIELDS})
-    transform = transform_pair(config.transform).evaluation
-    for index in range(len(source)):
-        record = source[index]
-        if index not in source.damaged:  # in place of a damaged record comes the next one, which has its own turn
-            yield CaptionedPicture(transform(record["image"], config.image_size, None), record["captions"])
 
 
 class ExampleStream:

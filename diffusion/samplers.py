@@ -78,8 +78,7 @@ def make_plan(
         return solvers.ddim(grid, eta)
     if sampler == "dpm_solver_singlestep":
         # A step to clean data can only be of order 1; the calls before it are DPM-Solver-fast's.
-        orders = (
-            (*solvers.fast_orders(steps - 1), 1) if grid.sigma[-1] == 0 and steps > 1 else solvers.fast_orders(steps)
-        )
+        clean = grid.sigma[-1] == 0 and steps > 1
+        orders = solvers.fast_orders(steps - clean) + (1,) * clean
         return solvers.dpm_solver_singlestep(grid, orders)
     return _PLANS[sampler](grid)

@@ -16,6 +16,9 @@ Evaluates a run and writes evaluation.json beside its checkpoints.
 caption_accuracy   share of captions whose picture has every attribute right, and each attribute (embedded dataset)
 reconstruction     error of an image tokenizer, codes it uses, and scenes still read right after it
 
+energy_distance    of a diffusion of points: between points drawn and data, beside that of data and other data
+likelihood         of one in continuous time: bits per dimension, by the probability-flow ODE
+
 zero_shot          of a CLIP: share of pictures whose class (or, on the embedded dataset, attribute) it names
 retrieval          of a CLIP: recall at 1, 5, 10 and median rank, captions to pictures and back
 similarity         of a CLIP: cosines of the first pictures and captions, also drawn into the run's samples/
@@ -88,9 +91,9 @@ def _feature_settings(options: argparse.Namespace) -> Any:
     """The `FeatureSettings` that were asked for, or None."""
     if not options.features:
         return None
-    from evaluation.feature_evaluation import FeatureSettings
-    from evaluation.feature_extractors import create_extractor
-    from evaluation.reference_features import FeatureStore, default_folder
+    from evaluation.features.evaluation import FeatureSettings
+    from evaluation.features.extractors import create_extractor
+    from evaluation.features.reference import FeatureStore, default_folder
 
     return FeatureSettings(
         extractor=create_extractor(options.features, options.resize),
@@ -105,16 +108,16 @@ def _judge(options: argparse.Namespace) -> Any:
     """The `Judge` that was asked for, or None."""
     if not options.clip:
         return None
-    from evaluation.judge import Judge
-    from sample.rerank import open_clip_run
+    from evaluation.clip.judge import Judge
+    from sample.embedding import ClipEmbedder
 
-    return Judge(open_clip_run(options.clip), options.convention, options.candidates)
+    return Judge(ClipEmbedder.open(options.clip), options.convention, options.candidates)
 
 
 def _clip_settings(options: argparse.Namespace) -> Any:
     """The `ClipSettings` that were asked for."""
-    from evaluation.clip_evaluation import ClipSettings
-    from evaluation.zero_shot import read_lines
+    from evaluation.clip.evaluation import ClipSettings
+    from evaluation.clip.zero_shot import read_lines
 
     lists = {name: getattr(options, name) for name in ("classes", "templates")}
     given = {name: read_lines(path, name) for name, path in lists.items() if path}

@@ -32,10 +32,10 @@ def world_of(config: ConfigDict) -> scenes.World:
     Raises:
       UserError: for another dataset, which has no grader.
     """
-    dataset, _, name = config.data.dataset.partition("/")
-    if dataset != "scenes" or name not in scenes.WORLDS:
+    world = scenes.find_world(config.data.dataset)
+    if world is None:
         raise UserError(f"captions of {config.data.dataset} cannot be graded; only those of scenes can")
-    return scenes.WORLDS[name]
+    return world
 
 
 def captioned_pictures(config: ConfigDict, split: str, num: int) -> CaptionedPictures:
@@ -46,8 +46,7 @@ def captioned_pictures(config: ConfigDict, split: str, num: int) -> CaptionedPic
     """
     world = world_of(config)
     source = RecordSource(config.data.dataset, split, config.data.data_dir)
-    if num > len(source):
-        raise UserError(f"{split} has {len(source)} records, fewer than --num={num}")
+    source.require(num)
     captions, images = [], []
     for index in range(num):
         record = source[index]

@@ -10,10 +10,12 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data.pipeline import RecordSource, dataset_folder
-from evaluation.caption_accuracy import CaptionedPictures, caption_accuracy, captioned_pictures
-from evaluation.clip_evaluation import CLIP_METRICS, ClipSettings, clip_records, default_metrics
-from evaluation.feature_evaluation import FEATURE_METRICS, FeatureSettings, check_feature_metrics, feature_records
-from evaluation.judge import JUDGED, Judge, judge_record
+from data.scenes import find_world
+from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
+from evaluation.clip.evaluation import CLIP_METRICS, ClipSettings, clip_records, default_metrics
+from evaluation.clip.judge import JUDGED, Judge, judge_record
+from evaluation.features.evaluation import FEATURE_METRICS, FeatureSettings, check_feature_metrics, feature_records
+from evaluation.points import POINT_METRICS, default_point_metrics, draws_points, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record
 from sample.grid import draw_grid, to_uint8
@@ -23,15 +25,16 @@ from weights.run import SAMPLES
 # What is computed unless a user names metrics; of a CLIP see `default_metrics`.
 METRICS: Mapping[str, tuple[str, ...]] = {
     "dalle": ("caption_accuracy",),
+    "diffusion": ("caption_accuracy",),
     "dvae": ("reconstruction",),
     "vqvae": ("reconstruction",),
 }
 
 # The objectives whose runs make pictures; features of these are compared when a user names such a metric.
-_MAKE_PICTURES = ("dalle", "dvae", "vqvae")
+_MAKE_PICTURES = ("dalle", "diffusion", "dvae", "vqvae")
 
 # Those whose runs draw captions; a CLIP judges their pictures when a user names such a metric.
-_DRAW_CAPTIONS = ("dalle",)
+_DRAW_CAPTIONS = ("dalle", "diffusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,21 @@ class Tools:
 
 def default_splits(config: ConfigDict) -> list[str]:
     """What is evaluated unless a user names splits: the validation split, and what the embedded dataset holds out."""
-    return [config.data.validation_split] + ["held_out"] * config.data.dataset.startswith("scenes/")
+    return [config.data.validation_split, *(["held_out"] if find_world(config.data.dataset) else [])]
+
+
+def applicable_metrics(trained: TrainedSampler) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The metrics of a run that are computed unless a user names some, and those that are computed when named."""
+    objective = trained.config.objective
+    if objective == "clip":
+        defaults = default_metrics(trained)
+        return defaults, tuple(name for name in CLIP_METRICS if name not in defaults)
+    if draws_points(trained.config):
+        defaults = default_point_metrics(trained)
+        return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
+    captions = objective in _DRAW_CAPTIONS and trained.tokenizer is not None
+    others = (JUDGED if captions else ()) + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
+    return METRICS[objective] if captions or objective not in _DRAW_CAPTIONS else (), others
 
 
 def evaluate_run(
@@ -78,48 +95,50 @@ def evaluate_run(
       One record for each metric and split, with values and everything they depend on.
 
     Raises:
-      UserError: if a metric is unknown or does not apply, or lacks what it needs.
+      UserError: if a metric is unknown or does not apply, or lacks what it needs, or a setting is not the run's.
     """
     objective, tools = trained.config.objective, tools or Tools()
-    defaults = default_metrics(trained) if objective == "clip" else METRICS[objective]
-    names = tuple(dict.fromkeys(metrics or defaults))
-    known = CLIP_METRICS if objective == "clip" else METRICS[objective]
-    known += (JUDGED if objective in _DRAW_CAPTIONS else ()) + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
+    defaults, others = applicable_metrics(trained)
+    names, known = tuple(dict.fromkeys(metrics or defaults)), (*defaults, *others)
     for name in names:
         if name not in known:
-            raise UserError(f"metric {name!r} does not apply to {objective}; choose {', '.join(known)}")
+            raise UserError(f"metric {name!r} does not apply to this run of {objective}; choose {', '.join(known)}")
+    if not names:
+        raise UserError(f"name what to compute with --metrics; this run of {objective} has {', '.join(known)}")
     if tools.judge is None and set(names) & set(JUDGED):
         raise UserError(f"{' and '.join(JUDGED)} need a CLIP that judges; give --clip=RUN")
     compared = [name for name in names if name in FEATURE_METRICS]
     check_feature_metrics(compared, num, tools.features)
 
-    for split in splits:
+    trained.check_settings(settings)
+    for split in () if draws_points(trained.config) else splits:
         RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)  # a mistake is found before work
     records = []
     for split in splits:
         if objective == "clip":
             records += clip_records(trained, names, split, num, tools.clip)
-        for name in names if objective != "clip" else ():
+            continue
+        for name in names:
             if name in JUDGED and tools.judge is not None:
                 values = judge_record(name, trained, tools.judge, split, num, seed, settings)
-                records.append({"metric": name, "split": split, **values})
-            elif name in METRICS[objective]:
-                pictures = captioned_pictures(trained.config, split, num)
-                if name == "caption_accuracy":
-                    values = _caption_accuracy(trained, pictures, split, seed, settings)
-                else:
-                    values = _reconstruction(trained, pictures)
-                records.append({"metric": name, "split": split, **values})
+            elif name == "caption_accuracy":
+                values = _caption_accuracy(trained, split, num, seed, settings)
+            elif name == "reconstruction":
+                values = _reconstruction(trained, split, num)
+            elif name in POINT_METRICS:
+                values = point_values(name, trained, split, num, seed, settings)
+            else:
+                continue  # compares features, below
+            records.append({"metric": name, "split": split, **values})
         if compared and tools.features is not None:  # one drawing for all of them
             records += feature_records(trained, compared, split, num, seed, settings, tools.features)
     provenance = _provenance(trained, num, seed, settings)
     return [{"metric": record["metric"], "split": record["split"], **provenance, **record} for record in records]
 
 
-def _caption_accuracy(
-    trained: TrainedSampler, pictures: CaptionedPictures, split: str, seed: int, settings: Mapping[str, Any]
-) -> Record:
+def _caption_accuracy(trained: TrainedSampler, split: str, num: int, seed: int, settings: Mapping[str, Any]) -> Record:
     """Grades drawn captions; saves the first of them as a picture, the wrong ones marked."""
+    pictures = captioned_pictures(trained.config, split, num)
 
     def draw(captions: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
         outputs = trained(trained.encode(captions), seed=seed, indices=range(len(captions)), **settings)
@@ -141,8 +160,9 @@ def _caption_accuracy(
     return {"values": accuracy.shares, "counted": accuracy.counted}
 
 
-def _reconstruction(trained: TrainedSampler, pictures: CaptionedPictures) -> Record:
+def _reconstruction(trained: TrainedSampler, split: str, num: int) -> Record:
     """Passes pictures through the tokenizer and grades what is left of them."""
+    pictures = captioned_pictures(trained.config, split, num)
     tokens = []
 
     def draw(captions: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
@@ -165,12 +185,13 @@ def _spell(settings: Mapping[str, Any]) -> str:
 
 def _provenance(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Record:
     data = trained.config.data
+    drawing = {"seed": seed, **trained.config.sample, **settings} if trained.config.sample else {}
     return {
         "num": num,
-        "seed": seed,
         "step": trained.weights.step,
         "ema": trained.weights.ema,
-        "dataset": f"{data.dataset}/{dataset_folder(data.dataset, data.data_dir).name}",
-        **trained.config.sample.to_dict(),
-        **settings,
+        "dataset": data.dataset
+        if draws_points(trained.config)
+        else f"{data.dataset}/{dataset_folder(data.dataset, data.data_dir).name}",
+        **drawing,
     }

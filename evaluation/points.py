@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data.points import PointStream
+from data.points import PREFIX, PointStream
 from diffusion.likelihood import bits_per_dimension, log_likelihood
 from diffusion.schedule import DiscreteSchedule
 from evaluation.records import Record
@@ -22,17 +23,19 @@ _BLOCK = 2000  # points that are compared with as many others at once
 
 
 def energy_distance(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, without bias (Szekely and Rizzo 2013, eq. 6.1); about 0 for equal distributions.
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely and Rizzo 2013, eq. 6.1): 0 for equal distributions.
 
-    The estimate may be a little below 0.
+    The estimate is without bias, so it may be a little below 0.
     """
 
     def mean(a: np.ndarray, b: np.ndarray) -> float:
         blocks = (a[start : start + _BLOCK] for start in range(0, len(a), _BLOCK))
-        return sum(np.linalg.norm(block[:, None] - b, axis=-1).sum() for block in blocks) / (len(a) * len(b))
+        return sum(np.linalg.norm(block[:, None] - b, axis=-1).sum(dtype=np.float64) for block in blocks) / (
+            len(a) * len(b)
+        )
 
     within = [mean(z, z) * len(z) / (len(z) - 1) for z in (x, y)]
-    return 2 * mean(x, y) - sum(within)
+    return float(2 * mean(x, y) - sum(within))
 
 
 def default_point_metrics(trained: TrainedSampler) -> tuple[str, ...]:
@@ -41,7 +44,12 @@ def default_point_metrics(trained: TrainedSampler) -> tuple[str, ...]:
     return POINT_METRICS[:1] if chain else POINT_METRICS
 
 
-def point_record(
+def draws_points(config: ConfigDict) -> bool:
+    """Whether a run is of points, which are no pictures."""
+    return config.data.dataset.startswith(PREFIX)
+
+
+def point_values(
     name: str, trained: TrainedSampler, split: str, num: int, seed: int, settings: Mapping[str, Any]
 ) -> Record:
     """Computes a metric of a run whose dataset is one of `data.points`.
@@ -74,9 +82,7 @@ def point_record(
 def _likelihood(sampler: DiffusionSampler, params: Any, data: np.ndarray) -> np.ndarray:
     process = sampler.process
     if isinstance(process.schedule, DiscreteSchedule):
-        raise UserError(
-            "the exact likelihood is that of a schedule in continuous time; leave the metric likelihood out"
-        )
+        raise UserError("likelihood is exact for schedules in continuous time alone; leave this metric out")
     schedule = process.schedule
 
     def network(x: Any, t: Any) -> Any:

@@ -24,6 +24,9 @@ _NOT_SHARES = (
     "rank",
     "cosine",
     "clip_score",
+    "energy_distance",
+    "of_data",
+    "bits_per_dimension",
 )
 
 

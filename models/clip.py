@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from models.layers.initialization import torch_bias, torch_kernel
 from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 from models.modified_resnet import ModifiedResNet
@@ -141,7 +142,8 @@ class Clip(nn.Module):
             if heads < 1 or (width % heads and self.image_tower == "vit"):
                 raise ValueError(f"{tower}_heads={heads} must be at least 1 and divide {tower}_width={width}")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        stack = {"implementation": self.implementation, "scan": self.scan, "remat": self.remat, **types}
+        stack = {"features": self.embed_dim, "activation": self.activation, "implementation": self.implementation}
+        stack |= {"scan": self.scan, "remat": self.remat, **types}
         if self.image_tower == "vit":
             if self.patch_size is None or self.image_size % self.patch_size:
                 raise ValueError(f"patch_size={self.patch_size} must divide image_size={self.image_size}")
@@ -150,9 +152,8 @@ class Clip(nn.Module):
                 depth=self.image_layers,
                 heads=self.image_heads,
                 mlp_ratio=self.image_mlp_ratio,
+                image_size=self.image_size,
                 patch_size=self.patch_size,
-                features=self.embed_dim,
-                activation=self.activation,
                 **stack,
             )
         elif self.image_tower == "resnet":
@@ -172,8 +173,6 @@ class Clip(nn.Module):
             width=self.text_width,
             depth=self.text_layers,
             heads=self.text_heads,
-            features=self.embed_dim,
-            activation=self.activation,
             **stack,
         )
         # Parameters of their own, not of a tower: the temperature has a bound, and no weight decay.
@@ -231,15 +230,13 @@ class Clip(nn.Module):
         return self.text(text)
 
 
-class VisionTransformer(nn.Module):
-    """A ViT (Dosovitskiy et al. 2021) with a normalization before the layers and one of the class token behind them.
+class Transformer(nn.Module):
+    """What both transformers share: layers, a normalization behind them, and a projection to the joint embedding.
 
     Attributes:
       width: D.
       depth: number of layers.
       heads: number of heads.
-      mlp_ratio: hidden width of the feed-forward block over D.
-      patch_size: pixels.
       features: output width E.
       activation, implementation, scan, remat, dtype, param_dtype: as in `Clip`.
     """
@@ -247,85 +244,93 @@ class VisionTransformer(nn.Module):
     width: int
     depth: int
     heads: int
-    mlp_ratio: int | float
-    patch_size: int
     features: int
     activation: str
-    implementation: str = "xla"
-    scan: bool = False
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
+    implementation: str
+    scan: bool
+    remat: str
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
-    @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"], train: bool) -> Float[Array, "b {self.features}"]:
-        """Embeds normalized pictures; training differs in nothing."""
-        del train
+    def add_layers(self, mlp_hidden: int, initializers: BlockInitializers) -> None:
+        """Makes what is shared; to be called by `setup`."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = nn.initializers.normal(self.width**-0.5)
-        side = (self.patch_size, self.patch_size)
-        linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as PyTorch starts its layers
-        patches = nn.Conv(self.width, side, side, use_bias=False, kernel_init=linear, name="patch", **types)
-        x = patches(images.astype(self.dtype)).reshape(len(images), -1, self.width)
-        first = self.param("class_embedding", init, (self.width,), self.param_dtype)
-        x = jnp.concatenate([jnp.broadcast_to(first.astype(self.dtype), (len(x), 1, self.width)), x], axis=1)
-        position = nn.Embed(x.shape[1], self.width, embedding_init=init, name="position", **types)
-        x = nn.LayerNorm(epsilon=1e-5, name="first_norm", **types)(x + position(jnp.arange(x.shape[1])))
-        hidden = int(self.width * self.mlp_ratio)
-        initializers = BlockInitializers(
-            attention=nn.initializers.xavier_uniform(),
-            attention_out=linear,
-            mlp=linear,
-            mlp_out=linear,
-            mlp_bias=_uniform(self.width**-0.5),
-            mlp_out_bias=_uniform(hidden**-0.5),
-        )
-        blocks = [
+        self.blocks = [
             Block(
                 width=self.width,
                 heads=self.heads,
                 head_dim=self.width // self.heads,
-                mlp_hidden=hidden,
+                mlp_hidden=mlp_hidden,
                 activation=self.activation,
                 initializers=initializers,
                 implementation=self.implementation,
-                name=f"blocks_{i}",
                 **types,
             )
-            for i in range(self.depth)
+            for _ in range(self.depth)
         ]
-        x = apply_blocks(blocks, shard_rows(x), (None,), (0,) * self.depth, scan=self.scan, remat=self.remat)
-        x = nn.LayerNorm(epsilon=1e-5, name="final_norm", **types)(x[:, 0])
-        return nn.Dense(self.features, use_bias=False, kernel_init=init, name="projection", **types)(x)
+        self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        init = nn.initializers.normal(self.width**-0.5)
+        self.projection = nn.Dense(self.features, use_bias=False, kernel_init=init, **types)
+
+    def apply_layers(self, x: Float[Array, "b l d"], mask: np.ndarray | None) -> Float[Array, "b l d"]:
+        """Applies the layers; `mask` as in `models.layers.attention.attend`."""
+        return apply_blocks(self.blocks, shard_rows(x), (mask,), (0,) * self.depth, scan=self.scan, remat=self.remat)
 
 
-class TextTransformer(nn.Module):
+class VisionTransformer(Transformer):
+    """A ViT (Dosovitskiy et al. 2021) with a normalization before the layers and one of the class token behind them.
+
+    Attributes:
+      image_size: pixels.
+      patch_size: pixels; divides it.
+      mlp_ratio: hidden width of the feed-forward block over D.
+    """
+
+    image_size: int
+    patch_size: int
+    mlp_ratio: int | float
+
+    def setup(self) -> None:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init, side = nn.initializers.normal(self.width**-0.5), (self.patch_size, self.patch_size)
+        self.patch = nn.Conv(self.width, side, side, use_bias=False, kernel_init=torch_kernel, **types)
+        self.class_embedding = self.param("class_embedding", init, (self.width,), self.param_dtype)
+        positions = (self.image_size // self.patch_size) ** 2 + 1
+        self.position = nn.Embed(positions, self.width, embedding_init=init, **types)
+        self.first_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        hidden = int(self.width * self.mlp_ratio)
+        initializers = BlockInitializers(
+            attention=nn.initializers.xavier_uniform(),
+            attention_out=torch_kernel,
+            mlp=torch_kernel,
+            mlp_out=torch_kernel,
+            mlp_bias=torch_bias(self.width),
+            mlp_out_bias=torch_bias(hidden),
+        )
+        self.add_layers(hidden, initializers)
+
+    def __call__(self, images: Float[Array, "b h w 3"], train: bool) -> Float[Array, "b {self.features}"]:
+        """Embeds normalized pictures; training differs in nothing."""
+        del train
+        x = self.patch(images.astype(self.dtype)).reshape(len(images), -1, self.width)
+        first = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (len(x), 1, self.width))
+        x = jnp.concatenate([first, x], axis=1)
+        x = self.apply_layers(self.first_norm(x + self.position(jnp.arange(x.shape[1]))), None)
+        return self.projection(self.final_norm(x[:, 0]))
+
+
+class TextTransformer(Transformer):
     """A causal transformer over caption ids.
 
     Attributes:
       vocab_size: number of ids.
       length: L.
       end_id: of the end token.
-      width: D.
-      depth: number of layers.
-      heads: number of heads.
-      features: output width E.
-      activation, implementation, scan, remat, dtype, param_dtype: as in `Clip`.
     """
 
     vocab_size: int
     length: int
     end_id: int
-    width: int
-    depth: int
-    heads: int
-    features: int
-    activation: str
-    implementation: str = "xla"
-    scan: bool = False
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -333,30 +338,15 @@ class TextTransformer(nn.Module):
         residual = normal(scale * (2 * self.depth) ** -0.5)
         self.embedding = nn.Embed(self.vocab_size, self.width, embedding_init=normal(0.02), **types)
         self.position = nn.Embed(self.length, self.width, embedding_init=normal(0.01), **types)
-        self.blocks = [
-            Block(
-                width=self.width,
-                heads=self.heads,
-                head_dim=self.width // self.heads,
-                mlp_hidden=4 * self.width,
-                activation=self.activation,
-                initializers=BlockInitializers(
-                    attention=normal(scale), attention_out=residual, mlp=normal(2**-0.5 * scale), mlp_out=residual
-                ),
-                implementation=self.implementation,
-                **types,
-            )
-            for _ in range(self.depth)
-        ]
-        self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
-        self.projection = nn.Dense(self.features, use_bias=False, kernel_init=normal(scale), **types)
+        initializers = BlockInitializers(
+            attention=normal(scale), attention_out=residual, mlp=normal(2**-0.5 * scale), mlp_out=residual
+        )
+        self.add_layers(4 * self.width, initializers)
 
     def __call__(self, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """States of every position, normalized."""
         x = self.embedding(text) + self.position(jnp.arange(text.shape[1]))
-        mask = np.tril(np.ones((self.length, self.length), bool))
-        x = apply_blocks(self.blocks, shard_rows(x), (mask,), (0,) * self.depth, scan=self.scan, remat=self.remat)
-        return self.final_norm(x)
+        return self.final_norm(self.apply_layers(x, np.tril(np.ones((self.length, self.length), bool))))
 
     def pool(self, states: Float[Array, "b l d"], text: Int[Array, "b l"]) -> Float[Array, "b {self.features}"]:
         """Projects the state of each row's first end token; NaN where there is none, so that it shows."""
@@ -382,12 +372,3 @@ def normalize(features: Float[Array, "b e"]) -> Float[Array, "b e"]:
     """Features of unit length, float32."""
     features = features.astype(jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
-
-
-def _uniform(bound: float) -> nn.initializers.Initializer:
-    """U(-bound, bound)."""
-
-    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init

@@ -11,10 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.layers.attention import attend
+from models.layers.initialization import torch_bias, torch_kernel
 
 EXPANSION = 4
-# U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)): what the published code, which leaves convolutions alone, starts from.
-KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class ConvNorm(nn.Module):
@@ -50,7 +49,7 @@ class ConvNorm(nn.Module):
             self.stride,
             padding=((edge, edge), (edge, edge)),  # "SAME" pads on one side only where the stride is 2
             use_bias=False,
-            kernel_init=KERNEL_INIT,
+            kernel_init=torch_kernel,
             name="conv",
             **types,
         )(x)
@@ -89,6 +88,8 @@ class Bottleneck(nn.Module):
 class AttentionPool(nn.Module):
     """Attention from the mean of all positions to that mean and all positions, and a projection of what it reads.
 
+    Kernels and positions start at N(0, 1 / width), biases as PyTorch's do.
+
     Attributes:
       heads: number of heads.
       features: output width E.
@@ -106,16 +107,17 @@ class AttentionPool(nn.Module):
         """Pools a feature map."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(x.shape[-1] ** -0.5)
+        dense = {"kernel_init": init, "bias_init": torch_bias(x.shape[-1]), **types}
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
         position = nn.Embed(x.shape[1], x.shape[-1], embedding_init=init, name="position", **types)
         x = x + position(jnp.arange(x.shape[1]))
         heads = (self.heads, x.shape[-1] // self.heads)
-        query = nn.DenseGeneral(heads, kernel_init=init, name="query", **types)(x[:, :1])
-        key = nn.DenseGeneral(heads, kernel_init=init, name="key", **types)(x)
-        value = nn.DenseGeneral(heads, kernel_init=init, name="value", **types)(x)
+        query = nn.DenseGeneral(heads, name="query", **dense)(x[:, :1])
+        key = nn.DenseGeneral(heads, name="key", **dense)(x)
+        value = nn.DenseGeneral(heads, name="value", **dense)(x)
         y = attend(query, key, value)
-        return nn.DenseGeneral(self.features, axis=(-2, -1), kernel_init=init, name="out", **types)(y)[:, 0]
+        return nn.DenseGeneral(self.features, axis=(-2, -1), name="out", **dense)(y)[:, 0]
 
 
 class ModifiedResNet(nn.Module):

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("the prompt is empty; describe a picture, for example --prompt='a small red circle'")
 
     from sample.command import draw_prompts, reconstruct, write_files  # imports jax
-    from sample.rerank import open_clip_run
+    from sample.embedding import ClipEmbedder
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
@@ -49,8 +49,9 @@ def main(arguments: Sequence[str]) -> None:
             f"{options.run} is a CLIP, which draws nothing; give it to --rerank, or to python -m evaluation"
         )
     settings = sampling_settings(options)
+    trained.check_settings(settings)
     if prompts:
-        clip = open_clip_run(options.rerank) if options.rerank else None
+        clip = ClipEmbedder.open(options.rerank) if options.rerank else None
         drawn = draw_prompts(trained, prompts, options.num, options.seed, settings, clip, options.keep)
     else:
         drawn = reconstruct(trained, options.image)

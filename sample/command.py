@@ -12,8 +12,8 @@ from PIL import Image
 
 from cli.errors import UserError
 from data.preprocess import PictureTransform, center_square, transform_pair
+from sample.embedding import ClipEmbedder
 from sample.grid import draw_grid, to_uint8
-from sample.rerank import best_first, clip_cosines
 from sample.trained import TrainedSampler
 
 
@@ -40,7 +40,7 @@ def draw_prompts(
     num: int,
     seed: int,
     settings: Mapping[str, Any],
-    clip: TrainedSampler | None = None,
+    clip: ClipEmbedder | None = None,
     keep: int = 0,
 ) -> Drawn:
     """Draws `num` pictures of each prompt, a row of the grid each (several rows beyond eight).
@@ -51,7 +51,7 @@ def draw_prompts(
       num: pictures drawn for each.
       seed: s; picture i of a prompt is drawn with `fold_in(key(s), i)`.
       settings: overrides of `config.sample`.
-      clip: chooses among the pictures of a prompt, if there is one.
+      clip: chooses among the pictures of a prompt, if there is one (Ramesh et al. 2021, section 2.6).
       keep: how many it keeps of each prompt, best first; 0 for all.
 
     Raises:
@@ -67,11 +67,16 @@ def draw_prompts(
     description, shown = _describe(trained, seed, settings), num
     if clip is not None:
         shown = keep or num
-        cosines = clip_cosines(clip, images, captions).reshape(len(prompts), num)
-        kept = (best_first(cosines, shown) + num * np.arange(len(prompts))[:, None]).ravel()
+        cosines = clip.cosines(images, captions).reshape(len(prompts), num)
+        best = np.argsort(-cosines, axis=1, kind="stable")[:, :shown]  # of equals, the one drawn first
+        kept = (best + num * np.arange(len(prompts))[:, None]).ravel()
         images = images[kept]
         records = [{**records[place], "clip_cosine": float(cosines.ravel()[place])} for place in kept]
-        description |= {"rerank": str(clip.run.folder), "rerank_step": clip.weights.step, "candidates": num}
+        description |= {
+            "rerank": str(clip.trained.run.folder),
+            "rerank_step": clip.trained.weights.step,
+            "candidates": num,
+        }
     columns = min(shown, 8) if shown > 1 else min(len(prompts), 8)
     labels = [record["prompt"] for record in records]
     if clip is not None:

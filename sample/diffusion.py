@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from diffusion.guidance import Guidance, interleave, pairs, separate
-from diffusion.plan import per_example_noise, solve
+from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
 from diffusion.samplers import make_plan
 from diffusion.schedule import create_schedule
@@ -162,9 +162,7 @@ class DiffusionSampler:
         if label is not None and self.null_label is None:
             raise UserError("this run takes no classes")
         if label is not None and not np.all((label >= 0) & (label <= self.null_label)):
-            raise UserError(
-                f"classes are 0 to {self.null_label}, the last for none, not {label.min()} to {label.max()}"
-            )
+            raise UserError(f"classes are 0 to {self.null_label} (none), not {label.min()} to {label.max()}")
         steps = dataclasses.replace(self.defaults, **{key: overrides[key] for key in solver if key in overrides})
         self._check_steps(steps)
         numbers = {key: float(overrides.get(key, getattr(self, key))) for key in _NUMBERS}
@@ -199,6 +197,30 @@ class DiffusionSampler:
         arrays = {key: value for key, value in request.items() if key not in ("steps", "trajectory")}
         return _draw(self, request["steps"], guided, request["trajectory"], params, frozen, arrays, keys)
 
+    def plan(self, steps: Steps) -> Plan:
+        """The plan of a solver on this process.
+
+        Raises:
+          ValueError: if there is no such sampler or spacing, or the steps are impossible.
+        """
+        return make_plan(
+            self.process.schedule,
+            steps.sampler,
+            steps.steps,
+            spacing=steps.spacing,
+            eta=steps.eta,
+            variance=self.process.variance,
+        )
+
+    def estimate(self, params: Tree, x_t: Float[np.ndarray, "b *shape"], t: float) -> Float[np.ndarray, "b *shape"]:
+        """The estimate of the data in x_t, without a condition."""
+
+        def network(x: Array, time: Array) -> Array:
+            return self.model.apply({"params": params["denoiser"]}, x, time, Conditioning())
+
+        estimate = jax.jit(self.process.denoiser(network))(jnp.asarray(x_t), jnp.asarray(t, jnp.float32))
+        return np.asarray(estimate[0] if self.process.variance == "learned" else estimate)
+
     def conditioning(self, params: Tree, frozen: Tree, rows: Mapping[str, Array]) -> Conditioning:
         """What the denoiser is told of rows that have `text`, `label`, or both."""
         tokens = self.text(params, frozen, rows["text"]) if self.text is not None else None
@@ -216,8 +238,7 @@ class DiffusionSampler:
     def _check_steps(self, steps: Steps) -> None:
         """Raises UserError unless the solver can run."""
         try:
-            fields = dataclasses.asdict(steps)
-            make_plan(self.process.schedule, fields.pop("sampler"), variance=self.process.variance, **fields)
+            self.plan(steps)
         except (TypeError, ValueError) as error:
             raise UserError(f"sampler {steps.sampler!r} with {steps.steps} steps: {error}") from error
         if steps.eta and steps.sampler != "ddim":
@@ -237,9 +258,7 @@ def _draw(
 ) -> dict[str, Array]:
     """The compiled program of `DiffusionSampler.__call__`."""
     process, count = sampler.process, len(keys)
-    plan = make_plan(
-        process.schedule, steps.sampler, steps.steps, spacing=steps.spacing, eta=steps.eta, variance=process.variance
-    )
+    plan = sampler.plan(steps)
     rows = {key: request[key] for key in ("text", "label") if key in request}
     cond = sampler.conditioning(params, frozen, sampler.blank(rows, count))
     told = cond

@@ -1,7 +1,8 @@
 """Pictures of points in the plane, and of how they are noised and denoised."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.axes
 import matplotlib.figure
@@ -9,7 +10,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from data.points import PointStream
+from sample.diffusion import DiffusionSampler
+from sample.trained import TrainedSampler
+
 _LIMIT = 2.6  # of the axes
+_SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the process, that the figure shows
 _DATA, _SAMPLES, _FIELD = "#3565b5", "#c2482e", "#4b4b52"
 
 
@@ -48,6 +54,36 @@ def draw_process(
     for row, title in enumerate(rows):
         axes[row, 0].set_ylabel(title, fontsize=10)
     return Image.fromarray(_pixels(figure))
+
+
+def draw_point_run(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Image.Image:
+    """The figure of `draw_process` for a run of points.
+
+    Args:
+      trained: a run of the objective "diffusion" whose dataset is one of `data.points`.
+      num: points of the data, and drawn.
+      seed: of both.
+      settings: overrides of `config.sample`.
+    """
+    sampler: DiffusionSampler = trained.sampler
+    process, config = sampler.process, trained.config
+    drawn = trained({}, seed=seed, indices=range(num), trajectory=True, **settings)
+    plan = sampler.plan(sampler.request(**settings)["steps"])
+    data = PointStream(config.data.dataset, config.data.validation_split, seed).batch(range(num))["point"]
+    eps = np.random.default_rng(seed).standard_normal(data.shape).astype(np.float32)
+    low, high = process.schedule.time_range
+    axis = np.linspace(-0.92 * _LIMIT, 0.92 * _LIMIT, 15, dtype=np.float32)
+    places = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    noised, denoised, fields = [], [], []
+    for share in _SHARES:
+        near = int(np.argmin(np.abs(plan.t - (low + share * (high - low)))))
+        t = plan.t[near]
+        alpha, sigma = float(process.schedule.alpha(t)), float(process.schedule.sigma(t))
+        noised.append(alpha * data + sigma * eps if share else data)
+        denoised.append(drawn["states"][:, near] if share else drawn["point"])
+        estimate = sampler.estimate(trained.weights.params, places, float(t))
+        fields.append((places, alpha * estimate - places))
+    return draw_process(noised, denoised, fields, _SHARES)
 
 
 def _scatter(axes: matplotlib.axes.Axes, points: np.ndarray, color: str) -> None:

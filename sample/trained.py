@@ -1,7 +1,7 @@
 """A run folder made ready to sample: weights, frozen stages, tokenizer, and a compiled sampler."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,12 @@ class TrainedSampler:
         resolve_frozen(config, near=run.folder)
         weights = run.load(step, ema)
         return cls(run, config, create_sampler(config), weights, load_frozen(config), run.tokenizer(), chunk)
+
+    def check_settings(self, names: Iterable[str]) -> None:
+        """Raises UserError if an override of `config.sample` is of what the run's sampler does not have."""
+        unknown = [f"--{name}" for name in names if name not in self.config.sample]
+        if unknown:
+            raise UserError(f"{self.run.folder} is a run of {self.config.objective}; leave out {', '.join(unknown)}")
 
     def encode(self, captions: Sequence[str]) -> Rows:
         """Tokenizes captions for a request: {"text": int32 [n l]}.

@@ -5,14 +5,17 @@ package of the project. Both must happen before anything imports JAX or the proj
 """
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["MPLBACKEND"] = "agg"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's matrices are small here: threads would wait for each other
 # Optimizing takes most of a tiny program's time; the arithmetic it would change is not what tests are about.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
@@ -54,4 +57,21 @@ def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     scenes.prepare("single32", str(folder), train=300, validation=60, held_out=40)
     prepare("scenes/single32", str(folder), 512)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def debug_run(scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`debug_run("scenes/dvae.py")`: the folder of that config's debug variant, trained once for all who look at it."""
+    from cli.config import load_config
+    from cli.errors import EXIT_OK
+    from train.loop import train
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        workdir = tmp_path_factory.mktemp("runs") / Path(name).stem
+        config = load_config([f"--config={ROOT}/configs/{name}:debug", f"--config.data.data_dir={scenes_dir}"])
+        assert train(config, workdir) == EXIT_OK
+        return workdir
+
     return folder

@@ -257,22 +257,21 @@ def clip_config(model: Clip) -> dict[str, Any]:
     Raises:
       UserError: if there is none.
     """
-    towers = 32 if model.image_tower == "resnet" else 1
-    head_width = model.image_width * towers // model.image_heads  # pyright: ignore[reportOptionalOperand]
+    layers, heads = model.image_layers, model.image_heads
+    assert heads is not None  # the network has filled it in
     problems = []
     if model.activation not in ("gelu", "quick_gelu"):
         problems.append(f"its activation is {model.activation!r}; OpenCLIP has gelu and quick_gelu")
-    if model.image_tower == "resnet" and len(model.image_layers) != 4:  # pyright: ignore[reportArgumentType]
-        problems.append(f"its image_layers are {model.image_layers}; a ResNet of OpenCLIP has 4 stages")
+    if isinstance(layers, tuple) and len(layers) != 4:
+        problems.append(f"its image_layers are {layers}; a ResNet of OpenCLIP has 4 stages")
     problems += undivided_heads(model)
     if problems:
         raise UserError(f"this CLIP cannot be written for OpenCLIP: {'; '.join(problems)}")
-    resnet = model.image_tower == "resnet"
     vision = {
         "image_size": model.image_size,
-        "layers": list(model.image_layers) if resnet else model.image_layers,  # pyright: ignore[reportCallIssue]
+        "layers": list(layers) if isinstance(layers, tuple) else layers,
         "width": model.image_width,
-        "head_width": head_width,
+        "head_width": model.image_width * (32 if model.image_tower == "resnet" else 1) // heads,
         "patch_size": model.patch_size,
         "mlp_ratio": model.image_mlp_ratio,
     }

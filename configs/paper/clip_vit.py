@@ -20,7 +20,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults
+from configs.common import check_argument, get_defaults, make_debug
 from configs.mesh_rules import CLIP
 
 PAIRS = 400_000_000
@@ -108,21 +108,11 @@ def get_model(embed_dim: int, image_size: int, text_width: int) -> ConfigDict:
 
 
 def shrink(config: ConfigDict) -> None:
-    """Makes a debug variant: the embedded dataset, its tokenizer, seconds."""
-    config.steps = 2
-    config.batch_size = 8
-    config.data.dataset = "scenes/single32"
+    """Makes a debug variant: the embedded dataset, its tokenizer, one layer of text."""
+    make_debug(config, steps=2, batch_size=8)
     config.data.tokenizer = ""
     config.data.text_ends = True
     config.data.text_length = config.models.clip.text_length = 24
-    config.data.workers = 1
     config.models.clip.text_vocab_size = 353
     config.models.clip.text_end_id = 352
     config.models.clip.text_layers = 1
-    config.mesh.topology = "v5e:2x2"
-    config.optimizer.schedule.warmup_steps = 1
-    config.checkpoint.every = config.evaluate.every = 1
-    config.evaluate.batches = 1
-    config.evaluate.previews = 2
-    config.log.every = 1
-    config.wandb.mode = "disabled"

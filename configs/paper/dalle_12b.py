@@ -13,7 +13,7 @@ per block, PowerSGD) is replaced by bfloat16. `debug` runs a tiny size on `scene
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults
+from configs.common import check_argument, get_defaults, make_debug
 from configs.mesh_rules import FROZEN_CONVOLUTIONS, TRANSFORMER, WHOLE
 from configs.paper import dvae
 
@@ -87,12 +87,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.checkpoint.every = 1_000
     config.evaluate.every = 5_000
     if argument == "debug":
-        config.steps = 2
-        config.batch_size = 4
-        config.data.dataset = "scenes/single32"
-        config.data.image_size = 32
+        make_debug(config, steps=2, batch_size=4)
         config.data.text_length = config.models.dalle.text_length = 12
-        config.data.workers = 1
         config.frozen.dvae.source = "random"
         config.models.dalle.text_vocab_size = 512
         config.models.dalle.image_vocab_size = 64
@@ -100,13 +96,5 @@ def get_config(argument: str = "") -> ConfigDict:
         config.models.dalle.width = 32
         config.models.dalle.heads = 2
         config.models.dalle.depth = 3
-        config.mesh.fsdp = 1
-        config.mesh.topology = "v5e:2x2"
-        config.optimizer.schedule.warmup_steps = 1
-        config.checkpoint.every = config.evaluate.every = 1
-        config.evaluate.batches = 1
-        config.evaluate.previews = 2
-        config.log.every = 1
-        config.wandb.mode = "disabled"
     config.lock()
     return config

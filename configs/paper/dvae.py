@@ -11,7 +11,7 @@ Parameters: 53,786,240 (encoder) + 43,829,766 (decoder). The dataset is the user
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults
+from configs.common import check_argument, get_defaults, make_debug
 from configs.mesh_rules import CONVOLUTIONS, WHOLE
 
 
@@ -62,19 +62,11 @@ def get_config(argument: str = "") -> ConfigDict:
     config.checkpoint.every = 5_000
     config.evaluate.every = 10_000
     if argument == "debug":
-        config.steps = 2
-        config.batch_size = 4
-        config.data.dataset = "scenes/single32"
-        config.data.image_size = config.models.dvae.image_size = 32
-        config.data.workers = 1
+        make_debug(config, steps=2, batch_size=4)
+        config.models.dvae.image_size = config.data.image_size
         config.models.dvae.vocab_size = 64
         config.models.dvae.encoder_hidden = config.models.dvae.decoder_hidden = 8
         config.models.dvae.decoder_init = 8
         config.models.dvae.blocks_per_group = 1
-        config.mesh.topology = "v5e:2x2"
-        config.checkpoint.every = config.evaluate.every = 1
-        config.evaluate.batches = 1
-        config.log.every = 1
-        config.wandb.mode = "disabled"
     config.lock()
     return config

@@ -13,7 +13,7 @@ run).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults
+from configs.common import check_argument, get_defaults, make_debug
 from configs.mesh_rules import FROZEN_CONVOLUTIONS, TRANSFORMER, WHOLE
 from configs.scenes import dvae
 
@@ -83,17 +83,10 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument == "pair32":
         config.steps = 20000
     if argument == "debug":
-        config.steps = 4
-        config.batch_size = 8
+        make_debug(config, steps=4, batch_size=8)
         config.models.dalle.width = 32
         config.models.dalle.depth = 3
         config.models.dalle.attention = "published"
         config.frozen.dvae.source = "random"
-        config.checkpoint.every = config.evaluate.every = 2
-        config.evaluate.batches = 1
-        config.evaluate.previews = 4
-        config.log.every = 1
-        config.optimizer.schedule.warmup_steps = 1
-        config.wandb.mode = "disabled"
     config.lock()
     return config

@@ -15,7 +15,7 @@ at the same size, on single32), `debug` (seconds).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults
+from configs.common import check_argument, get_defaults, make_debug
 from configs.mesh_rules import CONVOLUTIONS, WHOLE
 
 
@@ -75,14 +75,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.steps = 8000
         config.models.dvae.vocab_size = 512
     if argument == "debug":
-        config.steps = 4
-        config.batch_size = 8
+        make_debug(config, steps=4, batch_size=8)
         config.models.dvae.encoder_hidden = config.models.dvae.decoder_hidden = 16
         config.models.dvae.blocks_per_group = 1
-        config.checkpoint.every = config.evaluate.every = 2
-        config.evaluate.batches = 1
-        config.log.every = 1
-        config.optimizer.schedule.warmup_steps = 1
-        config.wandb.mode = "disabled"
     config.lock()
     return config

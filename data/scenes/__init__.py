@@ -2,7 +2,7 @@
 
 from data.scenes.captions import CaptionQuery, ObjectQuery, parse_caption, write_captions
 from data.scenes.render import Layout, render, sample_layout
-from data.scenes.scene import WORLDS, Scene, SceneObject, World, sample_scene
+from data.scenes.scene import WORLDS, Scene, SceneObject, World, find_world, sample_scene
 from data.scenes.storage import prepare
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "World",
+    "find_world",
     "parse_caption",
     "prepare",
     "render",

@@ -149,6 +149,11 @@ def _pair32() -> World:
 WORLDS: Mapping[str, World] = MappingProxyType({"single32": _single32(), "pair32": _pair32()})
 
 
+def find_world(dataset: str) -> World | None:
+    """The world of a dataset's name, `scenes/<world>`; None for any other dataset."""
+    return {f"scenes/{name}": world for name, world in WORLDS.items()}.get(dataset)
+
+
 def sample_scene(world: World, rng: np.random.Generator, held_out: bool = False) -> Scene:
     """Draws a scene.
 

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from cli.config import from_json, load_config, to_json
-from cli.errors import EXIT_OK
 from sample.trained import TrainedSampler
 from scripts.describe import describe
-from train.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*/[a-z]*.py"))
@@ -32,10 +30,8 @@ def test_a_config_is_locked_documented_and_survives_json(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if "/paper/" in name else []) for name in CONFIGS]
 )
-def test_the_debug_variant_runs_without_any_other_run(name, scenes_dir, tmp_path):
-    config = load_config([f"--config={ROOT / name}:debug", f"--config.data.data_dir={scenes_dir}"])
-    assert train(config, tmp_path / "run") == EXIT_OK
-    trained = TrainedSampler.open(tmp_path / "run", chunk=2)
+def test_the_debug_variant_runs_without_any_other_run(name, debug_run):
+    trained = TrainedSampler.open(debug_run(name.removeprefix("configs/")), chunk=2)
     if trained.tokenizer is not None:
         rows = trained.encode(["a small red circle"] * 3)
     else:

@@ -19,7 +19,6 @@ from data.pipeline import (
     RecordSource,
     batch_spec,
     dataset_folder,
-    evaluation_pictures,
     load_tokenizer,
 )
 from data.preprocess import choose_caption, transform_pair
@@ -214,32 +213,10 @@ def test_captions_of_other_datasets_are_found(data_config, tokenizer, tmp_path, 
     with config.unlocked():
         config.dataset, config.data_dir = "others", str(tmp_path)
     captions = ("one", "zwölf", "three") if name == "captions" else ("zwölf",)
-    pictures = list(evaluation_pictures(config, "train"))
-    assert [picture.captions for picture in pictures] == [captions] * 3
-    assert {picture.image.shape for picture in pictures} == {(32, 32, 3)}
+    source = RecordSource("others", "train", str(tmp_path))
+    assert [source[index]["captions"] for index in range(3)] == [captions] * 3
     texts = {tokenizer.decode(ids) for ids in make_stream(config, tokenizer).batch(range(60))["text"]}
     assert texts == set(captions)
-
-
-def test_evaluation_reads_every_picture_once_with_all_its_captions(data_config, monkeypatch):
-    config = data_config.copy_and_resolve_references()
-    with config.unlocked():
-        config.transform = "clip_training"
-    source = RecordSource(config.dataset, "validation[:9]", config.data_dir)
-    pictures = list(evaluation_pictures(config, "validation[:9]"))
-    assert [picture.captions for picture in pictures] == [source[index]["captions"] for index in range(9)]
-    assert all((picture.image == source[index]["image"]).all() for index, picture in enumerate(pictures))
-    assert min(len(picture.captions) for picture in pictures) > 1
-
-    def fetch(source, place):
-        if place in (4, 8):
-            raise OSError("broken file")
-        return intact(source, place)
-
-    intact = RecordSource._fetch
-    monkeypatch.setattr(RecordSource, "_fetch", fetch)
-    rest = list(evaluation_pictures(config, "validation[:9]"))
-    assert [picture.captions for picture in rest] == [pictures[index].captions for index in (0, 1, 2, 3, 5, 6, 7)]
 
 
 def test_captions_take_turns(data_config, tokenizer):

@@ -195,7 +195,6 @@ def plain_loss_and_gradient(dtype):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"scan": True},
         {"remat": "full"},
         {"scan": True, "remat": "dots"},
         {"scan": True, "remat": "full", "implementation": "splash_interpreted"},

@@ -51,7 +51,7 @@ def jax_step(path: str, batch_size: int) -> Callable[[int], None]:
     from train.mesh import make_mesh
     from train.program import create_program
 
-    overrides = ["batch_size=%d" % batch_size, "models.clip.scan=False", "models.clip.remat=none"]
+    overrides = [f"batch_size={batch_size}", "models.clip.scan=False", "models.clip.remat=none"]
     config = load_config([f"--config={path}", *(f"--config.{override}" for override in overrides)])
     program = create_program(config, make_mesh(config.mesh))
     with program.in_mesh():

@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 import models
-from evaluation.feature_extractors import InceptionExtractor, resize_clean
+from evaluation.features.extractors import InceptionExtractor, resize_clean
 from models.inception import resize_tf1
 from weights.inception import from_torch, to_torch
 from weights.tensors import read_tensors

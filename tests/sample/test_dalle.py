@@ -43,6 +43,7 @@ def make_config(model=None, sample=None, dvae=None):
                     "decoder_init": 4,
                     "width_multipliers": (1,),
                     "patch_size": 2,
+                    "blocks_per_group": 1,
                     "input_kernel": 1,
                     "source": "random",
                     "part": "dvae",

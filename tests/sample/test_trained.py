@@ -6,38 +6,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli.config import load_config
 from cli.errors import UserError
 from data.preprocess import center_square, clip_evaluation
 from sample.__main__ import main
 from sample.command import draw_prompts, read_picture
-from sample.rerank import open_clip_run
+from sample.embedding import ClipEmbedder
 from sample.trained import TrainedSampler
-from train.loop import train
 
 
-@pytest.fixture(scope="module")
-def folder(scenes_dir, tmp_path_factory):
-    config = load_config(["--config=configs/scenes/dalle.py:debug", f"--config.data.data_dir={scenes_dir}"])
-    workdir = tmp_path_factory.mktemp("runs") / "dalle"
-    train(config, workdir)
-    return workdir
+@pytest.fixture
+def folder(debug_run):
+    return debug_run("scenes/dalle.py")
 
 
-@pytest.fixture(scope="module")
-def clip_folder(scenes_dir, tmp_path_factory):
-    config = load_config(["--config=configs/scenes/clip.py:debug", f"--config.data.data_dir={scenes_dir}"])
-    workdir = tmp_path_factory.mktemp("runs") / "clip"
-    train(config, workdir)
-    return workdir
+@pytest.fixture
+def clip_folder(debug_run):
+    return debug_run("scenes/clip.py")
 
 
-@pytest.fixture(scope="module")
-def stage1(scenes_dir, tmp_path_factory):
-    config = load_config(["--config=configs/scenes/dvae.py:debug", f"--config.data.data_dir={scenes_dir}"])
-    workdir = tmp_path_factory.mktemp("runs") / "dvae"
-    train(config, workdir)
-    return workdir
+@pytest.fixture
+def stage1(debug_run):
+    return debug_run("scenes/dvae.py")
 
 
 def test_a_picture_depends_on_its_prompt_seed_and_index_alone(folder):
@@ -97,6 +86,7 @@ def test_picture_files_are_seen_as_evaluation_sees_pictures(tmp_path, transform)
         (["--run={folder}", "--prompt=x", "--out=/proc/nowhere/x.png"], "cannot write"),
         (["--run={folder}", "--prompt=x", "--out={tmp}/grid.txt"], "cannot write"),
         (["--run={stage1}", "--image={tmp}/none.png"], "cannot read the picture"),
+        (["--run={stage1}", "--image=x.png", "--guidance=3"], "is a run of vqvae; leave out --guidance"),
     ],
 )
 def test_mistakes(folder, stage1, tmp_path, arguments, message):
@@ -119,11 +109,10 @@ def test_a_clip_keeps_the_pictures_that_it_finds_nearest(folder, clip_folder, tm
     assert best["settings"]["candidates"] == 6 and best["settings"]["rerank"] == str(clip_folder)
     rows = drawn["samples"]
     pictures = {(row["prompt"], row["index"]): np.asarray(Image.open(tmp_path / "all" / row["file"])) for row in rows}
-    clip = open_clip_run(str(clip_folder))
+    clip = ClipEmbedder.open(clip_folder)
     for prompt in ("a red circle", "a blue star"):
         images = np.stack([pictures[prompt, index] for index in range(6)])
-        features = clip({"image": images}, seed=0, indices=range(6))["image_features"]
-        text = clip(clip.encode([prompt]), seed=0, indices=[0])["text_features"][0]
+        features, text = clip.images(images), clip.texts([prompt])[0]
         kept = [row for row in best["samples"] if row["prompt"] == prompt]
         assert [row["index"] for row in kept] == list(np.argsort(-(features @ text))[:2])
         np.testing.assert_allclose([row["clip_cosine"] for row in kept], np.sort(features @ text)[::-1][:2], atol=1e-5)

@@ -80,11 +80,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(scenes_dir, whole, tmp_path):
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(scenes_dir, tmp_path, capsys):
     workdir = tmp_path / "run"
-    settings = ("--config.optimizer.schedule.decay_steps=100",)
-    train(config(scenes_dir, "--config.steps=2", *settings), workdir)
-    train(config(scenes_dir, "--config.steps=2", *settings), workdir)
+    train(config(scenes_dir, "--config.steps=2"), workdir)
+    train(config(scenes_dir, "--config.steps=2"), workdir)
     assert "is complete" in capsys.readouterr().out
-    train(config(scenes_dir, "--config.steps=3", *settings), workdir)
+    train(config(scenes_dir, "--config.steps=3"), workdir)
     assert [step for step, _ in losses(workdir)] == [1, 2, 3]
 
 
@@ -113,7 +112,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(scenes_dir, tmp_path):
     """A limit on the size of files stands for the disk: no checkpoint can be written, small files can."""
     workdir = tmp_path / "run"
     command = ["-m", "train", f"--config={ROOT}/configs/scenes/dvae.py:debug", f"--workdir={workdir}"]
-    command += [f"--config.data.data_dir={scenes_dir}", "--config.optimizer.schedule.decay_steps=100"]
+    command += [f"--config.data.data_dir={scenes_dir}"]
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
     limit += "sys.argv = sys.argv[1:]; runpy.run_module('train', run_name='__main__', alter_sys=True)"
     for steps, code in ((2, EXIT_OK), (4, EXIT_USER_ERROR), (4, EXIT_OK)):
@@ -148,7 +147,7 @@ def test_an_update_that_is_not_finite_is_named_and_never_saved_or_else_skipped(
     scenes_dir, tmp_path, monkeypatch, capsys
 ):
     workdir = tmp_path / "run"
-    settings = ("--config.steps=6", "--config.log.every=100", "--config.optimizer.schedule.decay_steps=100")
+    settings = ("--config.steps=6", "--config.log.every=100")
     train(config(scenes_dir, *settings, "--config.steps=2"), workdir)
     loss = VectorQuantizedVAEObjective.loss
 
@@ -260,25 +259,24 @@ def test_stage_two_trains_on_a_stage_one_run_and_is_found_after_a_move(scenes_di
 def test_a_frozen_stage_that_is_trained_further_does_not_change_who_uses_it(scenes_dir, tmp_path):
     from sample.trained import TrainedSampler
 
-    fixed = "--config.optimizer.schedule.decay_steps=100"
-    train(config(scenes_dir, fixed, "--config.steps=2"), tmp_path / "stage1")
-    settings = (f"--config.frozen.dvae.source={tmp_path}/stage1", fixed)
+    train(config(scenes_dir, "--config.steps=2"), tmp_path / "stage1")
+    settings = (f"--config.frozen.dvae.source={tmp_path}/stage1",)
     train(config(scenes_dir, *settings, "--config.steps=2", name="scenes/dalle.py:debug"), tmp_path / "stage2")
     before = TrainedSampler.open(tmp_path / "stage2").frozen
-    train(config(scenes_dir, fixed, "--config.steps=4"), tmp_path / "stage1")
+    train(config(scenes_dir, "--config.steps=4"), tmp_path / "stage1")
     assert_same_trees(TrainedSampler.open(tmp_path / "stage2").frozen, before)
     train(config(scenes_dir, *settings, "--config.steps=3", name="scenes/dalle.py:debug"), tmp_path / "stage2")
     assert Run.open(tmp_path / "stage2").config.frozen.dvae.step == 2
     # Once the checkpoint that it was trained with is gone, it says so.
-    train(config(scenes_dir, fixed, "--config.steps=6"), tmp_path / "stage1")
+    train(config(scenes_dir, "--config.steps=6"), tmp_path / "stage1")
     with pytest.raises(UserError, match="has no checkpoint 2; it has 6, 4"):
         TrainedSampler.open(tmp_path / "stage2")
 
 
 def test_fine_tuning_starts_from_another_run(scenes_dir, whole, tmp_path):
-    settings = (f"--config.initialize.dvae.source={whole}", "--config.steps=2", "--config.optimizer.schedule.peak=0.0")
+    settings = (f"--config.initialize.dvae.source={whole}", "--config.steps=1")
     train(config(scenes_dir, *settings), tmp_path / "run")
-    # With a learning rate of zero, what it started from is what it has.
+    # A warm-up begins with a learning rate of zero: what it started from is what it has.
     assert_same_trees(Run.open(tmp_path / "run").load(ema=False).params, Run.open(whole).load().params)
     other = (f"--config.initialize.dvae.source={whole}", "--config.models.dvae.encoder_hidden=32")
     with pytest.raises(UserError, match="another network than config.models.dvae: encoder_hidden: 16, not 32"):

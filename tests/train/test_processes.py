@@ -61,7 +61,7 @@ def test_slurm_and_cloud_tpu_are_detected(monkeypatch, variables, tpu, joined):
 
 @pytest.mark.slow
 def test_a_signal_to_one_saves_the_same_step_on_both_and_one_process_goes_on(scenes_dir, start_pair, tmp_path):
-    pair = start_pair(CONFIG, tmp_path / "run", *LONG, "--config.optimizer.schedule.decay_steps=100")
+    pair = start_pair(CONFIG, tmp_path / "run", *LONG)
     pair.wait_for_step(3)
     pair.processes[1].send_signal(signal.SIGTERM)
     assert pair.codes() == [EXIT_PREEMPTED, EXIT_PREEMPTED], pair.output()
@@ -74,7 +74,7 @@ def test_a_signal_to_one_saves_the_same_step_on_both_and_one_process_goes_on(sce
     # What two processes saved, one reads.
     command = [sys.executable, "-m", "train", f"--config={CONFIG}"]
     command += [f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={scenes_dir}", *LONG[1:]]
-    command += [f"--config.steps={saved + 2}", "--config.optimizer.schedule.decay_steps=100"]
+    command += [f"--config.steps={saved + 2}"]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == EXIT_OK and f"continuing at step {saved}" in again.stdout, again.stderr
 

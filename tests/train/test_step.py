@@ -37,10 +37,12 @@ def one_step(config):
     return jax.device_get(state), jax.device_get(metrics), jax.device_get(health)
 
 
-@pytest.mark.parametrize("name", ["scenes/dvae.py:gumbel", "scenes/dalle.py:debug"])
+@pytest.mark.parametrize(
+    "name", ["scenes/dvae.py:gumbel", pytest.param("scenes/dalle.py:debug", marks=pytest.mark.slow)]
+)
 def test_microbatches_give_the_update_of_the_whole_batch(name):
-    small = ("--config.models.dvae.encoder_hidden=16", "--config.models.dvae.decoder_hidden=16")
-    small = small if "dvae" in name else ()
+    fields = {"encoder_hidden": 16, "decoder_hidden": 16, "blocks_per_group": 1} if "dvae" in name else {}
+    small = [f"--config.models.dvae.{field}={value}" for field, value in fields.items()]
     whole, metrics, health = one_step(config(name, *small))
     parts, part_metrics, part_health = one_step(config(name, *small, "--config.mesh.microbatches=4"))
     np.testing.assert_allclose(part_health.loss, health.loss, rtol=1e-5)

@@ -25,7 +25,7 @@ from models.layers.partitioning import shard_rows
 from sample.clip import ClipSampler
 from sample.dvae import from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
-from train.objectives.dvae import gather, to_host
+from train.objectives.preview import gather, to_host
 
 KINDS = ("contrastive", "sigmoid")
 

@@ -22,7 +22,7 @@ from models.dalle import Dalle, DalleLogits, position_pads
 from sample.dalle import DalleSampler
 from sample.dvae import from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
-from train.objectives.dvae import to_host
+from train.objectives.preview import to_host
 
 
 @dataclasses.dataclass(frozen=True)

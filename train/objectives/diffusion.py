@@ -22,7 +22,7 @@ from sample.diffusion import DiffusionSampler
 from sample.dvae import from_uint8
 from sample.points import draw_points
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
-from train.objectives.dvae import gather, to_host
+from train.objectives.preview import gather, to_host
 
 QUARTERS = 4  # of the process, whose losses are logged apart
 

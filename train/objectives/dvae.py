@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
@@ -24,8 +23,8 @@ from cli.errors import UserError
 from models.dvae import DiscreteVAE, map_pixels, unmap_pixels
 from models.layers.quantizer import straight_through
 from sample.dvae import ReconstructionSampler, from_uint8
-from sample.grid import to_uint8
 from train.objectives.contract import Aux, Batch, Metrics, Preview, Tree, example_keys
+from train.objectives.preview import to_host
 
 RECONSTRUCTIONS = ("logit_laplace", "l2")
 
@@ -106,16 +105,6 @@ def check_reconstruction(kind: str) -> None:
     """Raises UserError if there is no such reconstruction term."""
     if kind not in RECONSTRUCTIONS:
         raise UserError(f"config.loss.reconstruction={kind!r} is unknown; choose one of {', '.join(RECONSTRUCTIONS)}")
-
-
-def gather(rows: Float[Array, "b *s"]) -> np.ndarray:
-    """An array in numpy, the whole batch on every process: a collective call."""
-    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
-
-
-def to_host(images: Float[Array, "b h w c"]) -> np.ndarray:
-    """Images in [-1, 1] as bytes in numpy, the whole batch on every process: a collective call."""
-    return to_uint8(gather(images))
 
 
 @dataclasses.dataclass(frozen=True)

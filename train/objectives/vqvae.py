@@ -29,8 +29,8 @@ from train.objectives.dvae import (
     mean_metrics,
     mse255,
     reconstruction_loss,
-    to_host,
 )
+from train.objectives.preview import to_host
 
 Codebook = dict[str, Array]
 

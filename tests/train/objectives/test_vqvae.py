@@ -35,6 +35,7 @@ def objective(**loss):
                         "decoder_init": 8,
                         "width_multipliers": (1,),
                         "patch_size": 4,
+                        "blocks_per_group": 1,
                         "input_kernel": 1,
                     }
                 },
@@ -118,7 +119,7 @@ def test_update_equals_numpy():
 
 def test_first_step_seeds_the_codebook_from_encoder_outputs():
     tiny, batch = objective(codebook_decay=0.0), random_batch()
-    params, variables = tiny.init(KEY, batch)
+    params, variables = jax.jit(tiny.init)(KEY, batch)
     assert not np.any(variables["dvae"]["codebook"]["usage"])
     _, aux = run(tiny, params, variables, batch, 0)
     codebook = aux.variables["dvae"]["codebook"]
@@ -271,6 +272,7 @@ print(len(jax.devices()), "devices agree")
 """
 
 
+@pytest.mark.slow
 def test_codebook_is_the_same_for_a_batch_sharded_over_devices():
     """Seeding, update and restart over the global batch: one replicated run against one with two examples a device."""
     here = Path(__file__).resolve()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from evaluation import feature_metrics
-from evaluation.feature_metrics import (
+from evaluation.features import metrics
+from evaluation.features.metrics import (
     FeatureStatistics,
     clip_mmd,
     feature_statistics,
@@ -18,7 +18,7 @@ from evaluation.feature_metrics import (
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """So that every sum here is over several of them, the last one shorter."""
-    monkeypatch.setattr(feature_metrics, "_CHUNK", 7)
+    monkeypatch.setattr(metrics, "_CHUNK", 7)
 
 
 def draw(num: int, dimension: int, seed: int, shift: float = 0.0) -> np.ndarray:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from evaluation import retrieval
-from evaluation.retrieval import retrieval_metrics, retrieval_ranks
+from evaluation.clip import retrieval
+from evaluation.clip.retrieval import retrieval_metrics, retrieval_ranks
 
 
 def unit(rng, *shape):

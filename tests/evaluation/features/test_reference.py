@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from evaluation.reference_features import FeatureStore, dataset_provenance, default_folder
+from evaluation.features.reference import FeatureStore, dataset_provenance, default_folder
 
 PROVENANCE = {"format": 1, "dataset": "scenes/single32/1.0.0", "split": "validation", "num": 3, "features": "a"}
 

@@ -43,9 +43,10 @@ def class_prompts(world: World, attribute: str) -> list[list[str]]:
             *(values[name] for name in (*OBJECT_ATTRIBUTES, "background"))
         )
     ]
+    labels = [scene_label(world, scene, attribute) for scene in scenes]
     return [
-        [write_captions(world, scene)[0] for scene in scenes if _value(scene, attribute) == value]
-        for value in values[attribute]
+        captions_of(world, [scene for scene, label in zip(scenes, labels, strict=True) if label == number])
+        for number in range(len(values[attribute]))
     ]
 
 
@@ -75,9 +76,11 @@ def alternatives(world: World, scene: Scene, attribute: str, place: int = 0) -> 
     return [scene, *changed]
 
 
-def _value(scene: Scene, attribute: str) -> str:
-    """An attribute of a scene of one object."""
-    return scene.background if attribute == "background" else getattr(scene.objects[0], attribute)
+def scene_label(world: World, scene: Scene, attribute: str) -> int:
+    """The number of an attribute's value in a scene of one object, else -1."""
+    item, *others = scene.objects
+    value = scene.background if attribute == "background" else getattr(item, attribute)
+    return -1 if others else attribute_values(world)[attribute].index(value)
 
 
 def captions_of(world: World, scenes: Sequence[Scene]) -> list[str]:

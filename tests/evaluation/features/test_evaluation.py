@@ -11,15 +11,15 @@ import pytest
 from cli.errors import UserError
 from data.pipeline import RecordSource
 from evaluation.command import Tools, evaluate_run
-from evaluation.feature_evaluation import FEATURE_METRICS, FeatureSettings, draw_pictures
-from evaluation.feature_extractors import Classifier, FeatureExtractor
-from evaluation.feature_metrics import feature_statistics, frechet_distance
+from evaluation.features.evaluation import FEATURE_METRICS, FeatureSettings, draw_pictures
+from evaluation.features.extractors import Classifier, FeatureExtractor
+from evaluation.features.metrics import feature_statistics, frechet_distance
+from evaluation.features.reference import FeatureStore
 from evaluation.records import format_table, write_records
-from evaluation.reference_features import FeatureStore
 from evaluation.report import Section, write_report
 from sample.trained import TrainedSampler
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Colors:

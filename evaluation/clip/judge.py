@@ -15,11 +15,11 @@ from cli.errors import UserError
 from data.pipeline import RecordSource
 from data.preprocess import choose_caption
 from evaluation.caption_accuracy import captioned_pictures, world_of
-from evaluation.clip_score import CONVENTIONS, PREFIX, clip_score
+from evaluation.clip.score import CONVENTIONS, PREFIX, clip_score
 from evaluation.grader import SceneGrader
 from evaluation.records import Record
+from sample.embedding import ClipEmbedder
 from sample.grid import to_uint8
-from sample.rerank import clip_cosines
 from sample.trained import TrainedSampler
 from weights.run import SAMPLES
 
@@ -31,12 +31,12 @@ class Judge:
     """The CLIP that judges.
 
     Attributes:
-      clip: its run.
-      convention: of the score, one of `evaluation.clip_score.CONVENTIONS`.
+      clip: its run, which embeds.
+      convention: of the score, one of `evaluation.clip.score.CONVENTIONS`.
       candidates: most pictures that it chooses from.
     """
 
-    clip: TrainedSampler
+    clip: ClipEmbedder
     convention: str = "cosine"
     candidates: int = 16
 
@@ -65,7 +65,8 @@ def judge_record(
     Raises:
       UserError: if the split has fewer records, or a record has no caption.
     """
-    about = {"clip": str(judge.clip.run.folder), "clip_step": judge.clip.weights.step}
+    run = judge.clip.trained
+    about = {"clip": str(run.run.folder), "clip_step": run.weights.step}
     if name == "rerank":
         return {**_rerank(trained, judge.clip, split, num, judge.candidates, seed, settings), **about}
     return {**_score(trained, judge, split, num, seed, settings), **about}
@@ -76,18 +77,17 @@ def _score(
 ) -> Record:
     """CLIP score of the pictures of a split's first captions; of any dataset, as nothing is graded."""
     source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)
-    if num > len(source):
-        raise UserError(f"{split} has {len(source)} records, fewer than --num={num}")
+    source.require(num)
     captions = [choose_caption(source[index]["captions"], None) for index in range(num)]
     images = to_uint8(trained(trained.encode(captions), seed=seed, indices=range(num), **settings)["image"])
     prefix = PREFIX if judge.convention == "hessel" else ""
-    cosines = clip_cosines(judge.clip, images, [prefix + caption for caption in captions])
+    cosines = judge.clip.cosines(images, [prefix + caption for caption in captions])
     return {"values": {"clip_score": clip_score(cosines, judge.convention)}, "convention": judge.convention}
 
 
 def _rerank(
     trained: TrainedSampler,
-    clip: TrainedSampler,
+    clip: ClipEmbedder,
     split: str,
     num: int,
     candidates: int,
@@ -109,7 +109,7 @@ def _rerank(
         outputs = trained(rows, seed=seed, indices=range(j * num, (j + 1) * num), **settings)
         images = to_uint8(outputs["image"])
         right[:, j] = [score["all"] for score in grader.grade(captions, images)]
-        cosines[:, j] = clip_cosines(clip, images, captions)
+        cosines[:, j] = clip.cosines(images, captions)
     values, errors = {}, {}
     for k in powers_of_two(candidates):
         chosen, possible = chosen_from(right, cosines, k)

@@ -13,21 +13,22 @@ from jaxtyping import Float, Int, UInt8
 from cli.errors import UserError
 from data.pipeline import RecordSource
 from data.preprocess import transform_pair
-from data.scenes import Scene, World, parse_caption
-from evaluation.caption_accuracy import world_of
-from evaluation.linear_probe import choose_probe
-from evaluation.records import Record
-from evaluation.retrieval import retrieval_metrics
-from evaluation.scene_prompts import (
+from data.scenes import Scene, World, find_world, parse_caption
+from evaluation.clip.linear_probe import choose_probe
+from evaluation.clip.retrieval import retrieval_metrics
+from evaluation.clip.scene_prompts import (
     OBJECT_ATTRIBUTES,
     alternatives,
     attribute_values,
     captions_of,
     class_prompts,
+    scene_label,
     scene_of,
 )
-from evaluation.similarity import draw_similarity
-from evaluation.zero_shot import DEFAULT_TEMPLATES, Embed, class_embeddings, fill_templates, top_accuracy
+from evaluation.clip.similarity import draw_similarity
+from evaluation.clip.zero_shot import DEFAULT_TEMPLATES, Embed, class_embeddings, fill_templates, top_accuracy
+from evaluation.records import Record
+from sample.embedding import ClipEmbedder
 from sample.trained import TrainedSampler
 from weights.run import SAMPLES
 
@@ -62,20 +63,22 @@ class Pictures:
       labels: field -> class numbers; on the embedded dataset, attribute -> values' numbers, -1 where there are two
         objects.
       names: field -> names of its classes.
-      scenes: what each shows, on the embedded dataset; else ().
+      world: of the embedded dataset; else None.
+      scenes: what each picture of it shows.
     """
 
     images: UInt8[np.ndarray, "n h w 3"]
     captions: tuple[tuple[str, ...], ...]
     labels: dict[str, Int[np.ndarray, " n"]]
     names: dict[str, tuple[str, ...]]
-    scenes: tuple[Scene, ...]
+    world: World | None = None
+    scenes: tuple[Scene, ...] = ()
 
 
 def default_metrics(trained: TrainedSampler) -> tuple[str, ...]:
     """What is computed unless a user names metrics: of a dataset without classes, nothing that needs them."""
     data = trained.config.data
-    classes = _is_scenes(trained) or RecordSource(data.dataset, data.validation_split, data.data_dir).class_names
+    classes = find_world(data.dataset) or RecordSource(data.dataset, data.validation_split, data.data_dir).class_names
     return ("zero_shot", "retrieval", "similarity") if classes else ("retrieval", "similarity")
 
 
@@ -87,8 +90,7 @@ def read_pictures(trained: TrainedSampler, split: str, num: int) -> Pictures:
     """
     data = trained.config.data
     source = RecordSource(data.dataset, split, data.data_dir)
-    if num > len(source):
-        raise UserError(f"{split} has {len(source)} records, fewer than the {num} asked for")
+    source.require(num)
     transform = transform_pair(data.transform).evaluation
     records: list[dict[str, Any]] = []
     shown: list[UInt8[np.ndarray, "h w 3"]] = []
@@ -98,15 +100,15 @@ def read_pictures(trained: TrainedSampler, split: str, num: int) -> Pictures:
         records.append(record)
     images = np.stack(shown)
     captions = tuple(record["captions"] for record in records)
-    if not _is_scenes(trained):
+    world = find_world(data.dataset)
+    if world is None:
         names = source.class_names
         labels = {name: np.array([int(record[name]) for record in records]) for name in names}
-        return Pictures(images, captions, labels, names, ())
-    world = world_of(trained.config)
+        return Pictures(images, captions, labels, names)
     scenes = tuple(scene_of(record, world) for record in records)
     names = {name: values for name, values in attribute_values(world).items() if name != "relation"}
-    labels = {name: np.array([_label(scene, name, values) for scene in scenes]) for name, values in names.items()}
-    return Pictures(images, captions, labels, names, scenes)
+    labels = {name: np.array([scene_label(world, scene, name) for scene in scenes]) for name in names}
+    return Pictures(images, captions, labels, names, world, scenes)
 
 
 def clip_records(
@@ -118,58 +120,31 @@ def clip_records(
       trained: a run of the objective "clip".
       names: of `CLIP_METRICS`.
       split: of its dataset.
-      num: pictures of it, at most.
+      num: pictures, the first of it.
       settings: classes and templates.
 
     Returns:
       A record for each metric: name, split, values, how many pictures each share is of, and settings.
 
     Raises:
-      UserError: if the dataset has no captions or no such classes, as the metric needs.
+      UserError: if the split has fewer, or no captions or no such classes, as the metric needs.
     """
     pictures = read_pictures(trained, split, num)
-    features, embed = embed_images(trained, pictures.images), TextFeatures(trained)
+    clip = ClipEmbedder(trained)
+    features = clip.images(pictures.images)
     makers = {
-        "zero_shot": lambda: _zero_shot(trained, pictures, features, embed, settings),
-        "retrieval": lambda: _retrieval(trained, pictures, features, embed),
-        "linear_probe": lambda: _linear_probe(trained, pictures, features, settings),
-        "similarity": lambda: _similarity(trained, pictures, features, embed, split),
+        "zero_shot": lambda: _zero_shot(pictures, features, clip.texts, settings),
+        "retrieval": lambda: _retrieval(trained, pictures, features, clip.texts),
+        "linear_probe": lambda: _linear_probe(clip, pictures, features, settings),
+        "similarity": lambda: _similarity(trained, pictures, features, clip.texts, split),
     }
     return [{"metric": name, "split": split, **makers[name]()} for name in names]
 
 
-def embed_images(trained: TrainedSampler, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n e"]:
-    """Features of pictures, of unit length."""
-    return trained({"image": images}, seed=0, indices=range(len(images)))["image_features"]
-
-
-class TextFeatures:
-    """Features of texts, of unit length; each is embedded once, however often it is asked for."""
-
-    def __init__(self, trained: TrainedSampler):
-        self._trained = trained
-        self._known: dict[str, Float[np.ndarray, " e"]] = {}
-
-    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
-        """Returns the features of texts, in their order."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            rows = self._trained.encode(new)
-            features = self._trained(rows, seed=0, indices=range(len(new)))["text_features"]
-            self._known |= dict(zip(new, features, strict=True))
-        return np.stack([self._known[text] for text in texts])
-
-
-def _zero_shot(
-    trained: TrainedSampler,
-    pictures: Pictures,
-    features: Float[np.ndarray, "n e"],
-    embed: Embed,
-    settings: ClipSettings,
-) -> Record:
+def _zero_shot(pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed, settings: ClipSettings) -> Record:
     """Classifies; on the embedded dataset each attribute in turn."""
-    if pictures.scenes:
-        world = world_of(trained.config)
+    world = pictures.world
+    if world is not None:
         values, counted = {}, {}
         for attribute, labels in pictures.labels.items():
             single = labels >= 0
@@ -220,8 +195,8 @@ def _retrieval(trained: TrainedSampler, pictures: Pictures, features: Float[np.n
     """Pictures by caption and captions by picture, among pictures that their captions tell apart."""
     captions = pictures.captions
     _require_captions(trained, captions)
-    if pictures.scenes:
-        world = world_of(trained.config)
+    world = pictures.world
+    if world is not None:
         captions = tuple(tuple(t for t in texts if parse_caption(world, t).complete) for texts in captions)
         meanings: Sequence[Any] = pictures.scenes
     else:
@@ -235,15 +210,15 @@ def _retrieval(trained: TrainedSampler, pictures: Pictures, features: Float[np.n
 
 
 def _linear_probe(
-    trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], settings: ClipSettings
+    clip: ClipEmbedder, pictures: Pictures, features: Float[np.ndarray, "n e"], settings: ClipSettings
 ) -> Record:
     """Fits a probe for each label on the training split, and counts what it gets right on this one."""
-    data = trained.config.data
+    data = clip.trained.config.data
     records = len(RecordSource(data.dataset, data.split, data.data_dir))
-    train = read_pictures(trained, data.split, min(settings.num_train, records))
-    train_features = embed_images(trained, train.images)
+    train = read_pictures(clip.trained, data.split, min(settings.num_train, records))
+    train_features = clip.images(train.images)
     values, counted, strengths = {}, {}, {}
-    for name in pictures.names if pictures.scenes else (settings.label,):
+    for name in (settings.label,) if pictures.world is None else pictures.names:
         if name not in pictures.names:
             raise UserError(_no_label(pictures, name))
         fit, check = train.labels[name] >= 0, pictures.labels[name] >= 0
@@ -297,15 +272,3 @@ def _classes(pictures: Pictures, settings: ClipSettings) -> tuple[Int[np.ndarray
 def _no_label(pictures: Pictures, label: str) -> str:
     has = f"it has {', '.join(pictures.names)}" if pictures.names else "it has none"
     return f"the dataset has no field {label!r} of class numbers ({has}); give --label"
-
-
-def _is_scenes(trained: TrainedSampler) -> bool:
-    return trained.config.data.dataset.startswith("scenes/")
-
-
-def _label(scene: Scene, attribute: str, values: tuple[str, ...]) -> int:
-    """The number of an attribute's value in a scene of one object, else -1."""
-    item, *others = scene.objects
-    if others:
-        return -1
-    return values.index(scene.background if attribute == "background" else getattr(item, attribute))

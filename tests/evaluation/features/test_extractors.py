@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-import evaluation.feature_extractors as feature_extractors
+import evaluation.features.extractors as feature_extractors
 import models
 from cli.errors import UserError
-from evaluation.feature_extractors import InceptionExtractor, create_extractor, hash_tree, resize_clean
+from evaluation.features.extractors import InceptionExtractor, create_extractor, hash_tree, resize_clean
 from weights.inception import to_torch
 from weights.tensors import write_tensors
 

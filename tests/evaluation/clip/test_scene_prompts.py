@@ -3,7 +3,7 @@
 import pytest
 
 from data.scenes import WORLDS, Scene, SceneObject, parse_caption
-from evaluation.scene_prompts import alternatives, attribute_values, captions_of, class_prompts
+from evaluation.clip.scene_prompts import alternatives, attribute_values, captions_of, class_prompts
 
 WORLD = WORLDS["pair32"]
 PAIR = Scene("navy", (SceneObject("circle", "red", "small"), SceneObject("square", "blue", "large")), "above")

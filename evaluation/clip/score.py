@@ -9,13 +9,6 @@ from jaxtyping import Float
 PREFIX = "A photo depicts "  # before every caption, in "hessel"
 
 
-def cosines(
-    image_features: Float[np.ndarray, "n e"], text_features: Float[np.ndarray, "n e"]
-) -> Float[np.ndarray, " n"]:
-    """Cosine of each picture with its own caption; features are of unit length."""
-    return np.sum(np.asarray(image_features, np.float64) * np.asarray(text_features, np.float64), axis=1)
-
-
 def clip_score(cosine: Float[np.ndarray, " n"], convention: str) -> float:
     """Averages cosines.
 

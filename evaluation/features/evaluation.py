@@ -15,10 +15,10 @@ from jaxtyping import Float, UInt8
 from cli.errors import UserError
 from data.pipeline import RecordSource
 from data.preprocess import center_square, choose_caption
-from evaluation import feature_metrics
-from evaluation.feature_extractors import Classifier, FeatureExtractor
+from evaluation.features import metrics
+from evaluation.features.extractors import Classifier, FeatureExtractor
+from evaluation.features.reference import FeatureStore, dataset_provenance
 from evaluation.records import Record
-from evaluation.reference_features import FeatureStore, dataset_provenance
 from sample.grid import to_uint8
 from sample.trained import TrainedSampler
 
@@ -37,7 +37,7 @@ class FeatureSettings:
       extractor: measures pictures.
       store: keeps the dataset's features.
       num_real: pictures of the dataset; 0 for as many as are drawn.
-      kid_subsets: see `feature_metrics.kernel_inception_distance`.
+      kid_subsets: see `metrics.kernel_inception_distance`.
       kid_subset_size: pictures in each; 0 for one estimate of all.
     """
 
@@ -108,9 +108,8 @@ def feature_records(
     """
     num_real = settings.num_real or num
     source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)
-    if max(num, num_real) > len(source):
-        which = f"--num={num}" if num >= num_real else f"--num_real={num_real}"
-        raise UserError(f"{split} has {len(source)} records, fewer than {which}")
+    source.require(num)
+    source.require(num_real, "--num_real")
 
     pictures = draw_pictures(trained, source, num, seed, sampling)
     features, logits = _measure(settings.extractor, pictures, "inception_score" in names)
@@ -181,18 +180,18 @@ def _values(
 ) -> Record:
     """One metric's values, what shares are shares of, and settings of its own."""
     if name == "fid":
-        statistics = (feature_metrics.feature_statistics(features) for features in (generated, real))
-        return {"values": {"fid": feature_metrics.frechet_distance(*statistics)}, "counted": {}}
+        statistics = (metrics.feature_statistics(features) for features in (generated, real))
+        return {"values": {"fid": metrics.frechet_distance(*statistics)}, "counted": {}}
     if name == "kid":
         chosen = {"subsets": settings.kid_subsets, "subset_size": settings.kid_subset_size}
-        kid = feature_metrics.kernel_inception_distance(generated, real, **chosen)
+        kid = metrics.kernel_inception_distance(generated, real, **chosen)
         return {**chosen, "values": {"kid": kid.mean, "kid_deviation": kid.deviation}, "counted": {}}
     if name == "cmmd":
-        return {"values": {"cmmd": feature_metrics.clip_mmd(generated, real)}, "counted": {}}
+        return {"values": {"cmmd": metrics.clip_mmd(generated, real)}, "counted": {}}
     if name == "inception_score":
-        score = feature_metrics.inception_score(logits, splits=_SPLITS)
+        score = metrics.inception_score(logits, splits=_SPLITS)
         values = {"inception_score": score.mean, "inception_score_deviation": score.deviation}
         return {"inception_splits": _SPLITS, "values": values, "counted": {}}
-    precision, recall = feature_metrics.precision_recall(generated, real, neighbors=_NEIGHBORS)
+    precision, recall = metrics.precision_recall(generated, real, neighbors=_NEIGHBORS)
     counted = {"precision": len(generated), "recall": len(real)}
     return {"neighbors": _NEIGHBORS, "values": {"precision": precision, "recall": recall}, "counted": counted}

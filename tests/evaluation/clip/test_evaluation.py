@@ -8,15 +8,18 @@ from PIL import Image
 
 from cli.errors import UserError
 from data import scenes
-from evaluation import clip_evaluation
-from evaluation.clip_evaluation import ClipSettings, Pictures, TextFeatures, clip_records, read_pictures
+from evaluation.clip import evaluation as clip_evaluation
+from evaluation.clip import linear_probe
+from evaluation.clip.evaluation import ClipSettings, Pictures, clip_records, read_pictures
+from evaluation.clip.scene_prompts import attribute_values, captions_of, scene_label
 from evaluation.command import Tools, default_splits, evaluate_run
-from evaluation.feature_extractors import create_extractor
+from evaluation.features.extractors import create_extractor
 from evaluation.records import format_table, write_records
-from evaluation.scene_prompts import captions_of
+from sample.embedding import ClipEmbedder
 
 
-def test_a_run_is_evaluated_and_its_matrix_is_drawn(clip_run):
+def test_a_run_is_evaluated_and_its_matrix_is_drawn(clip_run, monkeypatch):
+    monkeypatch.setattr(linear_probe, "STRENGTHS", (1e-2, 1.0))
     settings = ClipSettings(num_train=120)
     metrics = ["zero_shot", "retrieval", "linear_probe", "similarity"]
     records = evaluate_run(clip_run, metrics, ["validation", "held_out"], 40, 0, {}, Tools(clip=settings))
@@ -33,15 +36,15 @@ def test_a_run_is_evaluated_and_its_matrix_is_drawn(clip_run):
         assert min(picture.size) > 300
     write_records(clip_run.run, records)
     assert json.loads((clip_run.run.folder / "evaluation.json").read_text())[0]["metric"] == "zero_shot"
+    assert "seed" not in records[0] and records[0]["step"] == 4  # nothing is drawn
     assert "median_rank" in format_table(records) and "%" in format_table(records)
 
 
 class Oracle:
     """Features that say what a scene is: one number for each distinct caption in full."""
 
-    def __init__(self, pictures, world):
+    def __init__(self, world):
         self.world, self.seen = world, {}
-        self.images = {image.tobytes(): scene for image, scene in zip(pictures.images, pictures.scenes, strict=True)}
 
     def vector(self, scene):
         values = [f"{item.shape} {item.color} {item.size}".split() for item in scene.objects]
@@ -63,17 +66,13 @@ def test_a_network_that_knows_is_always_right(clip_run, monkeypatch, name):
     shown = tuple(scenes.sample_scene(world, rng) for _ in range(30))
     captions = tuple(scenes.write_captions(world, scene) for scene in shown)
     images = rng.integers(0, 256, (30, 32, 32, 3)).astype(np.uint8)
-    names = {k: v for k, v in clip_evaluation.attribute_values(world).items() if k != "relation"}
-    labels = {k: np.array([clip_evaluation._label(scene, k, v) for scene in shown]) for k, v in names.items()}
-    pictures = Pictures(images, captions, labels, names, shown)
-    oracle = Oracle(pictures, world)
+    names = {k: v for k, v in attribute_values(world).items() if k != "relation"}
+    labels = {k: np.array([scene_label(world, scene, k) for scene in shown]) for k in names}
+    pictures = Pictures(images, captions, labels, names, world, shown)
+    oracle = Oracle(world)
     monkeypatch.setattr(clip_evaluation, "read_pictures", lambda *_: pictures)
-    monkeypatch.setattr(clip_evaluation, "world_of", lambda config: world)
-    monkeypatch.setattr(
-        clip_evaluation, "embed_images", lambda _, images: np.stack([oracle.vector(scene) for scene in shown])
-    )
-    embed = lambda texts: np.stack([oracle.text(text) for text in texts])  # noqa: E731
-    monkeypatch.setattr(clip_evaluation, "TextFeatures", lambda _: embed)
+    monkeypatch.setattr(ClipEmbedder, "images", lambda *_: np.stack([oracle.vector(scene) for scene in shown]))
+    monkeypatch.setattr(ClipEmbedder, "texts", lambda _, texts: np.stack([oracle.text(text) for text in texts]))
     zero_shot, retrieval = clip_records(clip_run, ["zero_shot", "retrieval"], "validation", 30, ClipSettings())
     assert set(zero_shot["values"].values()) == {1.0}
     pairs = {"pair_shape", "pair_color", "pair_size", "pair_background", "relation"}
@@ -84,18 +83,17 @@ def test_a_network_that_knows_is_always_right(clip_run, monkeypatch, name):
 
 def test_equal_texts_have_equal_features_in_their_order(clip_run):
     texts = ["a small red circle", "a large blue star", "a small red circle"]
-    embed = TextFeatures(clip_run)
+    embed = ClipEmbedder(clip_run).texts
     features = embed(texts)
     np.testing.assert_array_equal(features[0], features[2])
-    np.testing.assert_array_equal(embed(texts[1:2])[0], features[1])
-    np.testing.assert_allclose(TextFeatures(clip_run)(texts[1:2])[0], features[1], atol=1e-5)
+    np.testing.assert_array_equal(embed(["a green cross", texts[1]])[1], features[1])
+    assert np.abs(embed(["a green cross"])[0] - features).max(axis=1).min() > 1e-4
+    np.testing.assert_allclose(ClipEmbedder(clip_run).texts(texts[1:2])[0], features[1], atol=1e-5)
 
 
 def test_a_dataset_of_classes_is_classified_by_templates(clip_run, monkeypatch):
     pictures = read_pictures(clip_run, "validation", 24)
-    classes = Pictures(
-        pictures.images, ((),) * 24, {"label": np.arange(24) % 3}, {"label": ("red", "green", "blue")}, ()
-    )
+    classes = Pictures(pictures.images, ((),) * 24, {"label": np.arange(24) % 3}, {"label": ("red", "green", "blue")})
     monkeypatch.setattr(clip_evaluation, "read_pictures", lambda *_: classes)
     settings = ClipSettings(templates=("a {} circle", "a {} star"))
     (record,) = clip_records(clip_run, ["zero_shot"], "validation", 24, settings)
@@ -116,7 +114,7 @@ def test_a_dataset_of_classes_is_classified_by_templates(clip_run, monkeypatch):
 def test_hidden_labels_are_not_counted_and_one_picture_has_no_others(clip_run, monkeypatch):
     pictures = read_pictures(clip_run, "validation", 12)
     labels = {"label": np.array([0, 1, -1] * 4)}
-    classes = Pictures(pictures.images, pictures.captions, labels, {"label": ("red", "green")}, ())
+    classes = Pictures(pictures.images, pictures.captions, labels, {"label": ("red", "green")})
     with monkeypatch.context() as patch:
         patch.setattr(clip_evaluation, "read_pictures", lambda *_: classes)
         (record,) = clip_records(clip_run, ["zero_shot"], "validation", 12, ClipSettings(classes=("a", "b")))
@@ -131,13 +129,15 @@ def test_hidden_labels_are_not_counted_and_one_picture_has_no_others(clip_run, m
 def test_what_is_computed_by_default(clip_run):
     assert clip_evaluation.default_metrics(clip_run) == ("zero_shot", "retrieval", "similarity")
     assert default_splits(clip_run.config) == ["validation", "held_out"]
-    with pytest.raises(UserError, match="fewer than the 5000 asked for"):
+    with pytest.raises(UserError, match="fewer than --num=5000"):
         evaluate_run(clip_run, [], ["validation"], 5000, 0, {})
     with pytest.raises(UserError, match="no split 'test'"):
         evaluate_run(clip_run, [], ["validation", "test"], 10, 0, {})
 
 
-def test_metrics_of_other_runs_do_not_apply(clip_run):
+def test_metrics_and_settings_of_other_runs_do_not_apply(clip_run):
+    with pytest.raises(UserError, match="is a run of clip; leave out --guidance, --top_k"):
+        evaluate_run(clip_run, [], ["validation"], 10, 0, {"guidance": 3.0, "top_k": 5})
     with pytest.raises(UserError, match="does not apply to clip; choose zero_shot"):
         evaluate_run(clip_run, ["caption_accuracy"], ["validation"], 10, 0, {})
 
@@ -147,9 +147,9 @@ def test_a_clip_measures_features_of_pictures_of_any_size(clip_run):
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3)).astype(np.uint8)
     features = extractor.features(images)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
-    assert "cmmd" in extractor.metrics and extractor.identity.startswith("clip-")
+    assert "cmmd" in extractor.metrics and extractor.identity.startswith("clip/center_square/")
     assert create_extractor(f"clip:{clip_run.run.folder}").identity == extractor.identity
-    with pytest.raises(UserError, match="--resize=tf1 is unknown to clip"):
+    with pytest.raises(UserError, match="--resize=tf1 is unknown to clip; this run has only center_square"):
         create_extractor(f"clip:{clip_run.run.folder}", "tf1")
 
 

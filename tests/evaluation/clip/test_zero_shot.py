@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from evaluation.zero_shot import class_embeddings, fill_templates, read_lines, top_accuracy
+from evaluation.clip.zero_shot import class_embeddings, fill_templates, read_lines, top_accuracy
 
 
 def test_a_class_is_the_mean_of_its_prompts():

@@ -18,11 +18,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from cli.errors import UserError
-from data.preprocess import clip_evaluation
 from models import create_model
 from models.inception import Inception
-from sample.rerank import open_clip_run
-from sample.trained import TrainedSampler
+from sample.embedding import ClipEmbedder
 from weights.inception import from_torch
 from weights.sources import RANDOM
 from weights.tensors import read_tensors
@@ -146,13 +144,15 @@ class ClipExtractor:
     """The image tower of a CLIP; features are its embeddings, of unit length.
 
     Attributes:
-      trained: the run.
+      clip: the run.
       identity: see `FeatureExtractor`.
+      resize: what evaluation does in place of the run's transform; CLIP's own is Pillow's antialiased bicubic filter on
+        bytes, and a central square.
     """
 
-    trained: TrainedSampler
+    clip: ClipEmbedder
     identity: str
-    resize: str = "clip"  # Pillow's antialiased bicubic filter on bytes, and a central square
+    resize: str
 
     @classmethod
     def load(cls, source: str, resize: str = "") -> "ClipExtractor":
@@ -161,12 +161,14 @@ class ClipExtractor:
         Raises:
           UserError: if it is missing or no CLIP, or another resize is asked for.
         """
-        if resize not in ("", cls.resize):
-            raise UserError(f"--resize={resize} is unknown to clip, which has only {cls.resize}")
-        trained = open_clip_run(source)
-        weights = {"params": trained.weights.params, "variables": trained.weights.variables}
-        network = json.dumps(trained.config.models.clip.to_dict(), sort_keys=True).encode()
-        return cls(trained, f"clip-{hash_tree(weights)}-{hashlib.sha256(network).hexdigest()[:8]}")
+        clip = ClipEmbedder.open(source)
+        if resize not in ("", clip.transform):
+            raise UserError(f"--resize={resize} is unknown to clip; this run has only {clip.transform}")
+        run = clip.trained
+        weights = {"params": run.weights.params, "variables": run.weights.variables}
+        network = json.dumps(run.config.models.clip.to_dict(), sort_keys=True).encode()
+        hashes = f"{hash_tree(weights)}-{hashlib.sha256(network).hexdigest()[:8]}"
+        return cls(clip, f"clip/{clip.transform}/{hashes}", clip.transform)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -175,9 +177,7 @@ class ClipExtractor:
 
     def features(self, images: Pictures) -> Float[np.ndarray, "n d"]:
         """Embeds pictures."""
-        size = self.trained.config.data.image_size
-        prepared = np.stack([clip_evaluation(image, size) for image in images])
-        return self.trained({"image": prepared}, seed=0, indices=range(len(images)))["image_features"]
+        return self.clip.images(images)
 
 
 EXTRACTORS: dict[str, Callable[[str, str], FeatureExtractor]] = {

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from cli.errors import UserError
-from evaluation import judge as judging
 from evaluation.__main__ import main
+from evaluation.clip import judge as judging
+from evaluation.clip.judge import Judge, chosen_from, powers_of_two
 from evaluation.command import Tools, evaluate_run
-from evaluation.judge import Judge, chosen_from, powers_of_two
+from sample.embedding import ClipEmbedder
 
 
 def test_the_chosen_is_the_nearest_of_each_group():
@@ -30,8 +31,10 @@ def test_a_judge_that_knows_finds_whatever_is_right(stage2, clip_run, monkeypatc
         return [{"all": bool(right)} for right in graded[-1]]
 
     monkeypatch.setattr(judging.SceneGrader, "grade", grade)
-    monkeypatch.setattr(judging, "clip_cosines", lambda *_: graded[-1] * 1.0)
-    (record,) = evaluate_run(stage2, ["rerank"], ["validation"], 16, 0, {}, Tools(judge=Judge(clip_run, candidates=4)))
+    monkeypatch.setattr(ClipEmbedder, "cosines", lambda *_: graded[-1] * 1.0)
+    (record,) = evaluate_run(
+        stage2, ["rerank"], ["validation"], 16, 0, {}, Tools(judge=Judge(ClipEmbedder(clip_run), candidates=4))
+    )
     values = record["values"]
     assert values["chosen_4"] == values["any_4"] == np.any(graded, axis=0).mean()
     assert values["chosen_1"] == pytest.approx(np.mean(graded)) and values["chosen_1"] < values["chosen_2"]
@@ -41,10 +44,9 @@ def test_a_judge_that_knows_finds_whatever_is_right(stage2, clip_run, monkeypatc
 
 
 def test_the_score_is_the_mean_cosine_of_a_run_s_pictures(stage2, clip_run):
-    (record,) = evaluate_run(stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(judge=Judge(clip_run)))
-    other = evaluate_run(
-        stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(judge=Judge(clip_run, "torchmetrics"))
-    )
+    clip = ClipEmbedder(clip_run)
+    (record,) = evaluate_run(stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(judge=Judge(clip)))
+    other = evaluate_run(stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(judge=Judge(clip, "torchmetrics")))
     assert -1 <= record["values"]["clip_score"] <= 1 and record["convention"] == "cosine"
     assert other[0]["values"]["clip_score"] == pytest.approx(max(100 * record["values"]["clip_score"], 0))
     assert record["clip"] == str(clip_run.run.folder) and record["clip_step"] == 4

@@ -3,7 +3,7 @@
 import numpy as np
 import scipy.special
 
-from evaluation.linear_probe import choose_probe, fit_probe
+from evaluation.clip.linear_probe import choose_probe, fit_probe
 
 
 def blobs(rng, n, spread):

@@ -1,0 +1,1 @@
+"""What a CLIP knows of a dataset, and what it makes of the pictures that a run draws."""

@@ -1,0 +1,17 @@
+"""From arrays on devices to what previews show: numpy, whole on every process."""
+
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float
+
+from sample.grid import to_uint8
+
+
+def gather(rows: Float[Array, "b *s"]) -> np.ndarray:
+    """An array in numpy, the whole batch on every process: a collective call."""
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+def to_host(images: Float[Array, "b h w c"]) -> np.ndarray:
+    """Images in [-1, 1] as bytes in numpy, the whole batch on every process: a collective call."""
+    return to_uint8(gather(images))
