@@ -5,7 +5,7 @@ from collections.abc import Callable
 from diffusion import solvers
 from diffusion.grid import Grid, continuous_grid, discrete_grid
 from diffusion.plan import Plan
-from diffusion.schedule import DiscreteSchedule, Schedule
+from diffusion.schedule import DiscreteSchedule, FlowSchedule, Schedule
 
 SAMPLERS = (
     "ddpm",
@@ -29,7 +29,6 @@ _PLANS: dict[str, Callable[[Grid], Plan]] = {
     "plms": solvers.plms,
     "euler": solvers.euler,
     "euler_ancestral": solvers.euler_ancestral,
-    "heun": solvers.heun,
     "dpm_solver_multistep": solvers.dpm_solver_multistep,
     "unipc": solvers.unipc,
 }
@@ -67,8 +66,8 @@ def make_plan(
             whole=sampler not in _BETWEEN_STEPS,
         )
     else:
-        by_time = sampler in ("dpm_solver_singlestep", "reverse_sde") or schedule.sigma(0.0) == 0 == schedule.alpha(1.0)
-        first = max(TIME_MIN, schedule.time_range[0]) if schedule.alpha(schedule.time_range[1]) else None
+        by_time = sampler in ("dpm_solver_singlestep", "reverse_sde") or isinstance(schedule, FlowSchedule)
+        first = None if isinstance(schedule, FlowSchedule) else max(TIME_MIN, schedule.time_range[0])
         grid = continuous_grid(schedule, steps, spacing or ("time" if by_time else "log_snr"), time_min=first)
         if sampler == "reverse_sde":
             return solvers.reverse_sde(grid, schedule)
@@ -77,8 +76,15 @@ def make_plan(
     if sampler == "ddim":
         return solvers.ddim(grid, eta)
     if sampler == "dpm_solver_singlestep":
-        # A step to clean data can only be of order 1; the calls before it are DPM-Solver-fast's.
-        clean = grid.sigma[-1] == 0 and steps > 1
-        orders = solvers.fast_orders(steps - clean) + (1,) * clean
-        return solvers.dpm_solver_singlestep(grid, orders)
+        return solvers.dpm_solver_singlestep(grid, _orders(grid))
+    if sampler == "heun":
+        return solvers.heun(grid, straight=isinstance(schedule, FlowSchedule))
     return _PLANS[sampler](grid)
+
+
+def _orders(grid: Grid) -> tuple[int, ...]:
+    """DPM-Solver-fast's orders; steps from noise alone or to clean data are infinite in lambda, so of order 1."""
+    first, last = int(grid.alpha[0] == 0), int(grid.sigma[-1] == 0)
+    if len(grid) <= first + last:
+        return (1,) * len(grid)
+    return (1,) * first + solvers.fast_orders(len(grid) - first - last) + (1,) * last

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,74 +63,65 @@ def euler_ancestral(grid: Grid) -> Plan:
 
     In the variance-exploding view: s_up^2 = s'^2 (s^2 - s'^2) / s^2 and s_down^2 = s'^2 - s_up^2.
     """
-    s, alpha = grid.noise, grid.alpha
-    up = s[1:] * np.sqrt(1 - np.square(s[1:] / s[:-1]))
-    down = np.square(s[1:]) / s[:-1]
+    alpha, after = grid.alpha, grid.noise[1:]
+    share = np.square(after * alpha[:-1] / grid.sigma[:-1])  # s'^2 / s^2, also where s is infinite
     return _plan(
         grid,
-        state=alpha[1:] / alpha[:-1] * down / s[:-1],
-        model=alpha[1:] * (1 - down / s[:-1]),
-        noise=alpha[1:] * up,
+        state=alpha[1:] * np.square(after) * alpha[:-1] / np.square(grid.sigma[:-1]),
+        model=alpha[1:] * (1 - share),
+        noise=alpha[1:] * after * np.sqrt(1 - share),
     )
 
 
 def heun(
-    grid: Grid, churn: float = 0.0, churn_range: tuple[float, float] = (0.0, np.inf), churn_noise: float = 1.0
+    grid: Grid,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, np.inf),
+    churn_noise: float = 1.0,
+    *,
+    straight: bool = False,
 ) -> Plan:
     """Heun's method with the ODE of `euler`, two network calls a step, one for the last (Karras et al. 2022).
 
     Args:
-      grid: times; evaluated with churn at those that its noise levels, raised, would have, so that needs a grid of a
-        schedule whose alpha is 1 and t is sigma.
-      churn: S_churn of algorithm 2; 0 is the deterministic algorithm 1.
+      grid: times.
+      churn: S_churn of algorithm 2; 0 is the deterministic algorithm 1. Noise is raised between the schedule's times,
+        so this needs a grid whose alpha is 1 and t is sigma.
       churn_range: S_min and S_max, the noise levels between which noise is added.
       churn_noise: S_noise, the standard deviation of what is added.
+      straight: average the slopes of x / (alpha + sigma) over sigma / (alpha + sigma) in place of those of x / alpha
+        over sigma / alpha. Rectified flow's own time, and finite where a chain begins in noise alone.
 
     Raises:
-      ValueError: if churn is asked for on a grid of another kind.
+      ValueError: if churn is asked for on a grid of another kind, or the grid begins in noise alone without `straight`.
     """
-    if churn and not (np.all(grid.alpha == 1) and np.allclose(grid.t, grid.sigma)):
+    if churn and (straight or not (np.all(grid.alpha == 1) and np.allclose(grid.t, grid.sigma))):
         raise ValueError("churn raises the noise between the schedule's times: it needs alpha = 1 and t = sigma")
-    s, alpha, steps = grid.noise, grid.alpha, len(grid)
+    if grid.alpha[0] == 0 and not straight:
+        raise ValueError("heun needs some signal at its first time, which is noise alone; choose ddim or unipc")
+    scale, steps = grid.alpha + grid.sigma if straight else grid.alpha, len(grid)
+    s = grid.sigma / scale
     churned = (s[:-1] >= churn_range[0]) & (s[:-1] <= churn_range[1])
     raised = s[:-1] * (1 + np.where(churned, min(churn / steps, np.sqrt(2) - 1), 0))
-    extra = churn_noise * np.sqrt(np.square(raised) - np.square(s[:-1]))
-    rows: list[tuple[float, float, float, float, list[float], float, bool]] = []
+    extra = np.append(churn_noise * np.sqrt(np.square(raised) - np.square(s[:-1])), 0.0)
+    rows: list[dict[str, Any]] = []
     for i in range(steps):
         high, low = raised[i], s[i + 1]
-        start, end = alpha[i], alpha[i + 1]
-        time = high if churn else grid.t[i]
-        following = extra[i + 1] if i + 1 < steps else 0.0
-        slope = (low - high) / high  # of Euler's step, times y - x_0
-        first = (end / start * (1 + slope), [-end * slope, 0.0])
-        rows.append((time, start, start * high, *first, 0.0 if low else following, True))
+        ratio, end = scale[i + 1] / scale[i], scale[i + 1]
+        # With y = x / scale the slope is (y - x_0) / s.
+        slope = (low - high) / high
+        one = {"t": high if churn else grid.t[i], "alpha": grid.alpha[i], "sigma": scale[i] * high, "starts": True}
+        rows.append({**one, "state": ratio * (1 + slope), "model": [-end * slope, 0], "noise": extra[i + 1]})
         if low:
             # The second slope is taken at Euler's point, which is a combination of y and the first estimate.
+            rows[-1]["noise"] = 0.0
             half = (low - high) / 2
             state = 1 + half / high + half / low * (1 + slope)
-            before = -half / high - half / low * slope
-            rows.append(
-                (
-                    grid.t[i + 1],
-                    end,
-                    end * low,
-                    end / start * state,
-                    [-end * half / low, end * before],
-                    following,
-                    False,
-                )
-            )
-    t, at, noise_level, state, model, noise, starts = (list(column) for column in zip(*rows, strict=True))
-    return Plan(
-        t=np.array(t),
-        alpha=np.array(at),
-        sigma=np.array(noise_level),
-        state=np.array(state),
-        model=np.array(model),
-        noise=np.array(noise),
-        starts=np.array(starts),
-        first_noise=float(extra[0]),
-    )
+            model = [-end * half / low, -end * (half / high + half / low * slope)]
+            two = {"t": grid.t[i + 1], "alpha": grid.alpha[i + 1], "sigma": grid.sigma[i + 1], "starts": False}
+            rows.append({**two, "state": ratio * state, "model": model, "noise": extra[i + 1]})
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return Plan(**columns, first_noise=float(extra[0]))
 
 
 def plms(grid: Grid) -> Plan:
@@ -137,7 +129,12 @@ def plms(grid: Grid) -> Plan:
 
     Adams-Bashforth of orders up to 4 on the noise estimates, moved by DDIM's transfer. The first step is Heun's in this
     sense, so S steps ask the network S + 1 times. A single step is DDIM's.
+
+    Raises:
+      ValueError: if the grid begins in noise alone.
     """
+    if grid.alpha[0] == 0:
+        raise ValueError("plms needs some signal at its first time, which is noise alone; choose ddim or unipc")
     if len(grid) == 1:
         return ddim(grid)
     alpha, sigma = grid.alpha, grid.sigma
@@ -210,12 +207,13 @@ def dpm_solver_singlestep(grid: Grid, orders: Sequence[int], *, midpoint: bool =
         latter; neither changes the order.
 
     Raises:
-      ValueError: if the orders do not add up to the grid's steps, or a step to clean data has an order above 1.
+      ValueError: if the orders do not add up to the grid's steps, or a step that is infinitely long in lambda has an
+        order above 1.
     """
     if sum(orders) != len(grid) or not set(orders) <= {1, 2, 3}:
         raise ValueError(f"orders {tuple(orders)} of 1 to 3 must add up to the {len(grid)} steps of the grid")
-    if grid.sigma[-1] == 0 and orders[-1] != 1:
-        raise ValueError("a step to data without noise has no inner nodes in lambda; its order must be 1")
+    if (grid.sigma[-1] == 0 and orders[-1] != 1) or (grid.alpha[0] == 0 and orders[0] != 1):
+        raise ValueError("a step from noise alone or to clean data has no inner nodes in lambda; its order must be 1")
     step = _ExponentialStep(grid)
     model = np.zeros((len(grid), 3))
     state, starts = np.zeros(len(grid)), np.zeros(len(grid), bool)
@@ -258,6 +256,8 @@ def unipc(grid: Grid, order: int = 2) -> Plan:
     for i, k in enumerate(orders):
         if grid.sigma[i + 1] == 0:
             k = 1
+        # Noise alone is infinitely far away in lambda, so what was estimated there has no difference.
+        k = min(k, max(1, int(np.sum(np.isfinite(step.log_snr[: i + 1])))))
         base = step.first(i, i + 1)
         points = np.array([-step.share(i - j, i, i + 1) for j in range(1, k)])
         # The published code keeps 1/2 for a single difference, which solves the equation to its order.
@@ -282,7 +282,12 @@ def reverse_sde(grid: Grid, schedule: ContinuousSchedule) -> Plan:
     """Euler-Maruyama steps of the reverse-time SDE (Song et al. 2021, eq. 6), the last without noise.
 
     dx = (f x - g^2 score) dt + g dw, with score = (alpha x_0 - x) / sigma^2.
+
+    Raises:
+      ValueError: if the grid begins in noise alone, where f has no limit.
     """
+    if grid.alpha[0] == 0:
+        raise ValueError("the reverse SDE needs some signal at its first time, which is noise alone; choose heun")
     t, alpha, sigma = grid.t[:-1], grid.alpha[:-1], grid.sigma[:-1]
     span = grid.t[:-1] - grid.t[1:]
     f, squared = schedule.drift(t), schedule.diffusion_squared(t)
@@ -296,7 +301,7 @@ class _ExponentialStep:
     """Integrals over lambda of DPM-Solver++'s exact solution (Lu et al. 2022b, eq. 9), finite at infinite lambda."""
 
     def __init__(self, grid: Grid):
-        self._grid, self._lambda = grid, grid.log_snr
+        self._grid, self.log_snr = grid, grid.log_snr
 
     def _decay(self, start: int, end: int) -> float:
         """exp(-h)."""
@@ -309,19 +314,19 @@ class _ExponentialStep:
 
     def second(self, start: int, end: int) -> float:
         """alpha_end (1 - (1 - exp(-h)) / h), of an estimate that grows as (lambda - lambda_start) / h."""
-        h = self._lambda[end] - self._lambda[start]
+        h = self.log_snr[end] - self.log_snr[start]
         return self._grid.alpha[end] * (1 + np.expm1(-h) / h)
 
     def share(self, start: int, end: int, last: int, of: int | None = None) -> float:
         """Distance in lambda from start to end, over that from `end` (or `of`) to last."""
-        low = self._lambda[end if of is None else of]
-        return (self._lambda[end] - self._lambda[start]) / (self._lambda[last] - low)
+        low = self.log_snr[end if of is None else of]
+        return (self.log_snr[end] - self.log_snr[start]) / (self.log_snr[last] - low)
 
     def unified(self, start: int, points: np.ndarray, order: int) -> np.ndarray:
         """UniPC's weights of differences at these points, in h from start (Zhao et al. 2023, eq. 5)."""
         if order == 0:
             return np.zeros(0)
-        h = -(self._lambda[start + 1] - self._lambda[start])
+        h = -(self.log_snr[start + 1] - self.log_snr[start])
         scale = np.expm1(h)
         phi, factorial, right = scale / h - 1, 1, []
         for i in range(1, order + 1):

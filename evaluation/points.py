@@ -14,6 +14,7 @@ from data.points import PREFIX, PointStream
 from diffusion.likelihood import bits_per_dimension, log_likelihood
 from diffusion.schedule import DiscreteSchedule
 from evaluation.records import Record
+from models.conditioning import Conditioning
 from sample.diffusion import DiffusionSampler
 from sample.trained import TrainedSampler
 
@@ -86,7 +87,7 @@ def _likelihood(sampler: DiffusionSampler, params: Any, data: np.ndarray) -> np.
     schedule = process.schedule
 
     def network(x: Any, t: Any) -> Any:
-        return sampler.model.apply({"params": params["denoiser"]}, x, t)
+        return sampler.model.apply({"params": params["denoiser"]}, x, t, Conditioning())
 
     log_p = jax.jit(lambda x: log_likelihood(schedule, process.denoiser(network), x, time_min=1e-3))(jnp.asarray(data))
     return np.asarray(bits_per_dimension(log_p, data.shape[1]))

@@ -16,6 +16,7 @@ from models.dvae import DiscreteVAE, VectorQuantizedVAE
 from models.inception import Inception
 from models.point_denoiser import PointDenoiser
 from models.text_encoder import TextEncoder
+from models.uvit import UViT
 
 MODELS: dict[str, type[nn.Module]] = {
     "clip": Clip,
@@ -24,6 +25,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "inception": Inception,
     "point_denoiser": PointDenoiser,
     "text_encoder": TextEncoder,
+    "uvit": UViT,
     "vqvae": VectorQuantizedVAE,
 }
 

@@ -1,7 +1,10 @@
 """What a diffusion network is told beside the noisy picture and the time."""
 
+import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+Leaf = Array | jax.ShapeDtypeStruct  # a network says what it takes by shapes alone
 
 
 @struct.dataclass
@@ -14,6 +17,6 @@ class Conditioning:
       label: [B], a class number; the last of a network's classes stands for none where guidance needs one.
     """
 
-    tokens: Float[Array, "b l d"] | None = None
-    mask: Bool[Array, "b l"] | None = None
-    label: Int[Array, "b"] | None = None
+    tokens: Float[Leaf, "b l d"] | None = None
+    mask: Bool[Leaf, "b l"] | None = None
+    label: Int[Leaf, "b"] | None = None

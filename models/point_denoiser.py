@@ -27,18 +27,14 @@ class PointDenoiser(nn.Module):
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
-    def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Conditioning]:
         """Shapes of the arguments of `__call__`."""
         points = jax.ShapeDtypeStruct((batch_size, self.dimensions), jnp.float32)
-        return points, jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+        return points, jax.ShapeDtypeStruct((batch_size,), jnp.float32), Conditioning()
 
     @nn.compact
     def __call__(
-        self,
-        x_t: Float[Array, "b d"],
-        t: Float[Array, "b"],
-        conditioning: Conditioning | None = None,
-        train: bool = False,
+        self, x_t: Float[Array, "b d"], t: Float[Array, "b"], conditioning: Conditioning, train: bool = False
     ) -> Float[Array, "b d"]:
         """Predicts what it was trained to, from points and their times.
 
@@ -46,7 +42,7 @@ class PointDenoiser(nn.Module):
           ValueError: if there is a condition, which this network does not take.
         """
         del train
-        if conditioning is not None and jax.tree.leaves(conditioning):
+        if jax.tree.leaves(conditioning):
             raise ValueError("the network point_denoiser takes no condition")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         time = nn.Dense(self.width, name="time", **types)(sinusoidal_embedding(t, self.width))

@@ -11,19 +11,22 @@ from cli.errors import UserError
 _DESCRIPTION = """\
 Converts weights between this project and others.
 
-  inward    --source=FORMAT --model=clip --input=INPUT --output=DIR
+  inward    --source=FORMAT --input=INPUT --output=DIR
             INPUT is a folder, a file of weights (.safetensors, .npz, .pt, .bin), or hf:ORGANIZATION/NAME[@REVISION] of
-            the Hugging Face hub. DIR becomes a pretrained folder; configs name it as a source:
+            the Hugging Face hub. DIR becomes a pretrained folder; configs name it as a source, by its part:
             --config.initialize.clip.source=DIR or --config.frozen.clip.source=DIR
   outward   --to=FORMAT --run=DIR --output=DIR
             DIR is a run or a pretrained folder. The result is what the other library loads:
             transformers   CLIPModel.from_pretrained(DIR)
             open_clip      open_clip.create_model("local-dir:DIR"), or create_model(NAME, pretrained=FILE)
+            uvit           utils.get_nnet(**ARGUMENTS) of the published U-ViT with nnet.json, and load_state_dict
+All formats are CLIP's but for "uvit"; INPUT is then a published .pth file, or a folder that --to=uvit wrote.
 """
 
-SOURCES = ("transformers", "open_clip", "openai")
-TARGETS = ("transformers", "open_clip")
-MODELS = ("clip",)
+# The networks that are converted from and to each format.
+SOURCES = {"transformers": ("clip",), "open_clip": ("clip",), "openai": ("clip",), "uvit": ("uvit",)}
+TARGETS = ("transformers", "open_clip", "uvit")
+MODELS = ("clip", "uvit")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--source", choices=SOURCES, help="the format to read")
     direction.add_argument("--to", choices=TARGETS, help="the format to write")
-    parser.add_argument("--model", choices=MODELS, default="clip", help="the network (default clip)")
+    parser.add_argument("--model", choices=MODELS, help="the network (default: the one that the format is of)")
     parser.add_argument("--part", default="", help="what a run calls it (default: as the network)")
     parser.add_argument("--input", default="", help="with --source: folder, file, or hf:ORGANIZATION/NAME[@REVISION]")
     parser.add_argument("--name", default="", help="OpenCLIP's name of a network that comes without a config")
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises UserError for flags that are missing or that belong to the other direction."""
+    """Fills the network in; raises UserError for flags that are missing or that belong to something else."""
     inward = {"--input": options.input, "--name": options.name}
     outward = {"--run": options.run, "--step": options.step}
     needed, foreign = ("--input", outward) if options.source else ("--run", inward)
@@ -58,6 +61,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"{'--source' if options.source else '--to'} needs {needed}; see --help")
     if wrong := [flag for flag, value in foreign.items() if value]:
         raise UserError(f"{', '.join(wrong)} cannot be given with {'--source' if options.source else '--to'}")
+    models = SOURCES[options.source or options.to]
+    options.model = options.model or models[0]
+    if options.model not in models:
+        raise UserError(f"{options.source or options.to} is a format of {', '.join(models)}, not of {options.model}")
     if options.name and options.source != "open_clip":
         raise UserError("--name is OpenCLIP's name of a network; leave it out")
 
@@ -65,7 +72,7 @@ def _check(options: argparse.Namespace) -> None:
 def _convert_inward(options: argparse.Namespace) -> None:
     """Writes a pretrained folder."""
     from models import create_model
-    from weights import open_clip, transformers
+    from weights import open_clip, transformers, uvit
     from weights.origin import open_origin
     from weights.pretrained import new_folder, write_pretrained
     from weights.run import TOKENIZER
@@ -74,6 +81,9 @@ def _convert_inward(options: argparse.Namespace) -> None:
     if options.source == "transformers":
         fields, tensors = transformers.read_clip(origin)
         params, variables = transformers.clip_from_transformers(create_model(**fields), tensors)
+    elif options.source == "uvit":
+        fields, tensors = uvit.read_uvit(origin)
+        params, variables = uvit.from_uvit(create_model(**fields), tensors), {}
     else:
         read = open_clip.read_openai_clip(origin) if options.source == "openai" else None
         fields, tensors = read or open_clip.read_clip(origin, options.name)
@@ -91,7 +101,7 @@ def _convert_inward(options: argparse.Namespace) -> None:
 def _convert_outward(options: argparse.Namespace) -> None:
     """Writes what another library loads."""
     from models import create_model
-    from weights import open_clip, transformers
+    from weights import open_clip, transformers, uvit
     from weights.pretrained import new_folder, write_json
     from weights.sources import open_source, trained_model
     from weights.tensors import write_tensors
@@ -106,6 +116,8 @@ def _convert_outward(options: argparse.Namespace) -> None:
     params, variables = weights.params[part], weights.variables.get(part, {})
     if options.to == "transformers":
         documents, (name, tensors) = transformers.clip_files(model, params)
+    elif options.to == "uvit":
+        documents, (name, tensors) = uvit.uvit_files(model, params)
     else:
         documents, (name, tensors) = open_clip.clip_files(model, params, variables)
     write_tensors(output / name, tensors)

@@ -69,12 +69,14 @@ class Rule:
       names: what it is called there: a template of `re.Match.expand`, or a function of the match. A last part that is
         one of our leaf names is translated. Several names hold what lies apart on the third axis from the end here:
         query, key and value.
-      kernel: the form of a leaf called "kernel"; a bias is flat there, anything else is the same.
+      kernel: the form of a leaf called "kernel"; a bias is flat there.
+      other: the form of anything else.
     """
 
     path: str
     names: str | tuple[str, ...] | Callable[[re.Match[str]], str]
     kernel: Form = LINEAR
+    other: Form = SAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Layout:
             if match := re.fullmatch(rule.path, path.partition("/")[2]):
                 templates = rule.names(match) if callable(rule.names) else rule.names
                 templates = (templates,) if isinstance(templates, str) else templates
-                form = {"kernel": rule.kernel, "bias": FLAT}.get(leaf, SAME)
+                form = {"kernel": rule.kernel, "bias": FLAT}.get(leaf, rule.other)
                 return tuple(self._translated(match.expand(template)) for template in templates), form
         raise UserError(f"the layout of {self.what} has no place for {path}; convert to another one")
 

@@ -189,7 +189,7 @@ def place_whole(value: Any, like: Any) -> jax.Array:
 def random_part(model: dict[str, Any], seed: int) -> Part:
     """Initializes a network; traceable."""
     network = create_model(**model)
-    inputs = [jnp.zeros(x.shape, x.dtype) for x in network.example_inputs(1)]
+    inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.example_inputs(1))
     variables = dict(network.init(jax.random.key(seed), *inputs))
     return Part(model, variables.pop("params"), variables)
 

@@ -214,6 +214,7 @@ class SelfAttention(nn.Module):
       head_dim: width K of one head; N K need not be D.
       kernel_init: initializer of the query/key/value projection.
       out_init: initializer of the output projection.
+      use_bias: whether the query/key/value projection has a bias; the output projection has one.
       implementation: see `attend`; of `__call__`.
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -224,6 +225,7 @@ class SelfAttention(nn.Module):
     head_dim: int
     kernel_init: Initializer = nn.initializers.normal(0.02)
     out_init: Initializer = nn.initializers.normal(0.02)
+    use_bias: bool = True
     implementation: str = "xla"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -231,6 +233,7 @@ class SelfAttention(nn.Module):
     def setup(self) -> None:
         self.query_key_value = nn.DenseGeneral(
             (3, self.heads, self.head_dim),
+            use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from models.layers.attention import KeyValueCache, Mask, MaskChoice, SelfAttention
 from models.layers.mlp import MLP
+from models.layers.normalization import AdaptiveLayerNorm
 from models.layers.partitioning import shard_rows
 
 Initializer = nn.initializers.Initializer
@@ -55,6 +56,8 @@ class BlockInitializers:
 class Block(nn.Module):
     """A pre-normalization transformer layer; LayerNorm has float32 statistics and epsilon 1e-5.
 
+    Raises ValueError when called with a condition that it was not built for, or without the one that it was.
+
     Attributes:
       width: D.
       heads: number of heads N.
@@ -62,6 +65,8 @@ class Block(nn.Module):
       mlp_hidden: hidden width of the feed-forward block.
       activation: see `models.layers.mlp.ACTIVATIONS`.
       initializers: of the parameters.
+      attention_bias: whether the query/key/value projection has one.
+      adaptive: a condition scales and shifts what both norms return (`AdaptiveLayerNorm`); not for decoding.
       implementation: see `models.layers.attention.attend`.
       dtype: of the computation; LayerNorm statistics, attention scores and softmax are float32 in any case.
       param_dtype: of the parameters.
@@ -73,6 +78,8 @@ class Block(nn.Module):
     mlp_hidden: int
     activation: str
     initializers: BlockInitializers
+    attention_bias: bool = True
+    adaptive: bool = False
     implementation: str = "xla"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -80,17 +87,19 @@ class Block(nn.Module):
     def setup(self) -> None:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         inits = self.initializers
-        self.attention_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        norm: Any = functools.partial(AdaptiveLayerNorm if self.adaptive else nn.LayerNorm, epsilon=1e-5, **types)
+        self.attention_norm = norm()
         self.attention = SelfAttention(
             self.width,
             self.heads,
             self.head_dim,
             kernel_init=inits.attention,
             out_init=inits.attention_out,
+            use_bias=self.attention_bias,
             implementation=self.implementation,
             **types,
         )
-        self.mlp_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.mlp_norm = norm()
         self.mlp = MLP(
             self.mlp_hidden,
             self.activation,
@@ -101,10 +110,16 @@ class Block(nn.Module):
             **types,
         )
 
-    def __call__(self, x: Float[Array, "b l d"], mask: Mask | None = None) -> Float[Array, "b l d"]:
-        """Applies the layer; `mask` as in `attend`."""
-        x = shard_rows(x + self.attention(self.attention_norm(x), mask))
-        return shard_rows(x + self.mlp(self.mlp_norm(x)))
+    def __call__(
+        self, x: Float[Array, "b l d"], mask: Mask | None = None, condition: Float[Array, "b c"] | None = None
+    ) -> Float[Array, "b l d"]:
+        """Applies the layer; `mask` as in `attend`, `condition` if it is adaptive."""
+        if self.adaptive != (condition is not None):
+            needs, given = ("needs", "none") if self.adaptive else ("takes no", "one")
+            raise ValueError(f"a layer with adaptive={self.adaptive} {needs} condition, {given} was given")
+        conditions = (condition,) if self.adaptive else ()
+        x = shard_rows(x + self.attention(self.attention_norm(x, *conditions), mask))
+        return shard_rows(x + self.mlp(self.mlp_norm(x, *conditions)))
 
     def prefill(
         self, x: Float[Array, "b l d"], mask: np.ndarray, length: int
@@ -164,7 +179,7 @@ def apply_blocks(
         return layer.apply({"params": params}, x, mask)
 
     if not scan:
-        layers = [_rematerialized(functools.partial(apply, mask=mask), remat) for mask in masks]
+        layers = [rematerialized(functools.partial(apply, mask=mask), remat) for mask in masks]
         for kind, tree in zip(kinds, params, strict=True):
             x = layers[kind](x, tree)
         return x
@@ -173,17 +188,23 @@ def apply_blocks(
         params, kind = inputs
         return apply(x, params, masks[0] if len(masks) == 1 else MaskChoice(tuple(masks), kind)), None
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[_cast_dense(tree, layer.dtype) for tree in params])
     # Between iterations there are no common subexpressions, so nothing needs to stop their elimination.
-    x, _ = jax.lax.scan(_rematerialized(body, remat, prevent_cse=False), x, (stacked, jnp.array(kinds)))
+    inputs = (stacked_parameters(blocks), jnp.array(kinds))
+    x, _ = jax.lax.scan(rematerialized(body, remat, prevent_cse=False), x, inputs)
     return x
 
 
-def _rematerialized(function: Callable[..., Any], remat: str, prevent_cse: bool = True) -> Callable[..., Any]:
-    """A layer's function under a policy of `REMAT`."""
+def rematerialized(function: Callable[..., Any], remat: str, prevent_cse: bool = True) -> Callable[..., Any]:
+    """A layer's function under a policy of `REMAT`; `prevent_cse` as in `jax.checkpoint`, False inside a scan."""
     if remat == "none":
         return function
     return jax.checkpoint(function, policy=REMAT[remat], prevent_cse=prevent_cse)
+
+
+def stacked_parameters(blocks: Sequence[Block]) -> Any:
+    """Parameters of layers of one kind as one tree, layers first, for `jax.lax.scan`."""
+    params = [_cast_dense(block.variables["params"], block.dtype) for block in blocks]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
 
 
 def _cast_dense(params: Any, dtype: DTypeLike) -> Any:

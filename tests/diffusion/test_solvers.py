@@ -10,6 +10,7 @@ import pytest
 from diffusion import solvers
 from diffusion.grid import Grid, continuous_grid, discrete_grid
 from diffusion.plan import per_example_noise, solve
+from diffusion.samplers import SAMPLERS, make_plan
 from diffusion.schedule import DiscreteSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
 
 VP = VPSchedule()
@@ -95,6 +96,30 @@ def test_a_straight_flow_needs_one_step():
     grid = continuous_grid(FlowSchedule(), 1)
     end = _run(solvers.euler(grid), lambda x, t: jnp.full_like(x, 0.3), np.linspace(-2, 2, 5))
     np.testing.assert_allclose(end, 0.3, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddpm"])
+@pytest.mark.parametrize(
+    "schedule", [FlowSchedule(), DiscreteSchedule(zero_terminal_snr=True), VPSchedule()], ids=["flow", "zero_snr", "vp"]
+)
+def test_every_sampler_has_a_plan_or_a_reason(sampler, schedule, gaussian):
+    impossible = {
+        "zero_snr": ("heun", "reverse_sde"),
+        "flow": ("plms", "reverse_sde"),
+    }
+    name = {FlowSchedule: "flow", DiscreteSchedule: "zero_snr"}.get(type(schedule), "vp")
+    if sampler in impossible.get(name, ()):
+        with pytest.raises(ValueError, match="noise alone|continuous time"):
+            make_plan(schedule, sampler, 20)
+        return
+    plan = make_plan(schedule, sampler, 20)
+    for field in ("t", "state", "model", "noise"):
+        assert np.all(np.isfinite(getattr(plan, field)))
+    if not plan.stochastic:
+        x = np.linspace(-1, 1, 5)
+        end = _end_in_float64(plan, gaussian.denoiser(schedule), x)
+        # From noise alone the ODE of a Gaussian takes x to mean + std x, nearly so from almost noise alone.
+        np.testing.assert_allclose(end, gaussian.mean + gaussian.std * x, atol=0.15)
 
 
 def test_network_calls():

@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from cli.config import to_json
 from cli.errors import UserError
+from models import create_model
 from models.clip import Clip
 from scripts.convert import main
-from weights import open_clip, transformers
+from weights import open_clip, transformers, uvit
 from weights.checkpoint import CheckpointStore
 from weights.pretrained import Pretrained
 from weights.tensors import read_tensors, write_tensors
@@ -82,6 +83,25 @@ def test_a_file_of_openai_s_has_quick_gelu(tmp_path):
         main(["--source=openai", f"--input={tmp_path}", f"--output={tmp_path}/again"])
 
 
+def test_a_u_vit_in_and_out_again(tmp_path, capsys):
+    fields = {"name": "uvit", "image_size": 4, "patch_size": 2, "width": 64, "depth": 2, "heads": 1, "num_classes": 3}
+    model, params, _ = tiny(fields)
+    (tmp_path / "theirs").mkdir()
+    tensors = uvit.to_uvit(model, params)
+    write_tensors(tmp_path / "theirs" / "cifar10.safetensors", tensors)
+    main(["--source=uvit", f"--input={tmp_path}/theirs/cifar10.safetensors", f"--output={tmp_path}/ours"])
+    assert "--config.initialize.uvit.source" in capsys.readouterr().out
+    ours = Pretrained.open(tmp_path / "ours")
+    assert create_model(**ours.config.models.uvit) == model
+    assert_same_trees(ours.load().params["uvit"], params)
+    main(["--to=uvit", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
+    assert json.loads((tmp_path / "back" / "nnet.json").read_text())["num_classes"] == 3
+    back = read_tensors(tmp_path / "back" / "nnet_ema.safetensors")
+    assert back.keys() == tensors.keys() and all((back[name] == tensors[name]).all() for name in tensors)
+    with pytest.raises(UserError, match="part 'uvit' of .* is a uvit, not a clip; choose --part"):
+        main(["--to=open_clip", f"--run={tmp_path}/ours", "--part=uvit", f"--output={tmp_path}/none"])
+
+
 def test_from_the_hub_s_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -130,6 +150,7 @@ def test_a_run_s_moving_average_is_what_goes_out(tmp_path):
         (["--to=open_clip", "--run=x", "--input=y", "--name=RN50"], "--input, --name cannot be given with --to"),
         (["--source=openai", "--input=x", "--name=RN50"], "leave it out"),
         (["--source=keras", "--input=x"], "invalid choice: 'keras'"),
+        (["--source=uvit", "--input=x", "--model=clip"], "uvit is a format of uvit, not of clip"),
         (["--source=openai", "--to=open_clip"], "not allowed with"),
         (["--to=open_clip", "--run={tmp}/none"], "none does not exist"),
         (["--source=transformers", "--input={tmp}"], "has no config.json; give another"),

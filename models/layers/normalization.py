@@ -1,0 +1,35 @@
+"""Normalization that a condition scales and shifts."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Initializer = nn.initializers.Initializer
+
+
+class AdaptiveLayerNorm(nn.Module):
+    """y_s LayerNorm(x) + y_b, where a dense layer makes [y_s - 1, y_b] of a condition (Bao et al. 2023, section 3.1).
+
+    The dense layer's bias starts at 0, so that a small condition leaves a plain LayerNorm. Statistics are float32.
+
+    Attributes:
+      epsilon: added to the variance.
+      kernel_init: of the dense layer.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    epsilon: float = 1e-5
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], condition: Float[Array, "b c"]) -> Float[Array, "b l d"]:
+        """Normalizes each position; all positions of an example share their condition."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        project = nn.Dense(2 * x.shape[-1], kernel_init=self.kernel_init, name="projection", **types)
+        scale, shift = jnp.split(project(condition)[:, None], 2, axis=-1)
+        norm = nn.LayerNorm(epsilon=self.epsilon, use_scale=False, use_bias=False, dtype=self.dtype, name="norm")
+        return norm(x) * (1 + scale) + shift
