@@ -16,6 +16,7 @@ from models.dvae import DiscreteVAE, VectorQuantizedVAE
 from models.inception import Inception
 from models.point_denoiser import PointDenoiser
 from models.text_encoder import TextEncoder
+from models.unet import UNet
 from models.uvit import UViT
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -26,6 +27,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "point_denoiser": PointDenoiser,
     "text_encoder": TextEncoder,
     "uvit": UViT,
+    "unet": UNet,
     "vqvae": VectorQuantizedVAE,
 }
 

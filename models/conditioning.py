@@ -1,10 +1,13 @@
 """What a diffusion network is told beside the noisy picture and the time."""
 
+from typing import Any
+
 import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-Leaf = Array | jax.ShapeDtypeStruct  # a network says what it takes by shapes alone
+# Shapes alone where a network is described and not run; `Any` to type checkers, as whoever computes has arrays.
+_ArrayOrShape: Any = Array | jax.ShapeDtypeStruct
 
 
 @struct.dataclass
@@ -17,6 +20,6 @@ class Conditioning:
       label: [B], a class number; the last of a network's classes stands for none where guidance needs one.
     """
 
-    tokens: Float[Leaf, "b l d"] | None = None
-    mask: Bool[Leaf, "b l"] | None = None
-    label: Int[Leaf, "b"] | None = None
+    tokens: Float[_ArrayOrShape, "b l d"] | None = None
+    mask: Bool[_ArrayOrShape, "b l"] | None = None
+    label: Int[_ArrayOrShape, "b"] | None = None

@@ -18,15 +18,23 @@ Converts weights between this project and others.
   outward   --to=FORMAT --run=DIR --output=DIR
             DIR is a run or a pretrained folder. The result is what the other library loads:
             transformers   CLIPModel.from_pretrained(DIR)
+            diffusers      UNet2DModel.from_pretrained(DIR), or UNet2DConditionModel if it has transformers
             open_clip      open_clip.create_model("local-dir:DIR"), or create_model(NAME, pretrained=FILE)
             uvit           utils.get_nnet(**ARGUMENTS) of the published U-ViT with nnet.json, and load_state_dict
-All formats are CLIP's but for "uvit"; INPUT is then a published .pth file, or a folder that --to=uvit wrote.
+"diffusers" is of UNets, INPUT a folder of one or of a pipeline; "uvit" is of U-ViTs, INPUT a published .pth file or a
+folder that --to=uvit wrote; all others are CLIP's.
 """
 
 # The networks that are converted from and to each format.
-SOURCES = {"transformers": ("clip",), "open_clip": ("clip",), "openai": ("clip",), "uvit": ("uvit",)}
-TARGETS = ("transformers", "open_clip", "uvit")
-MODELS = ("clip", "uvit")
+SOURCES = {
+    "transformers": ("clip",),
+    "diffusers": ("unet",),
+    "open_clip": ("clip",),
+    "openai": ("clip",),
+    "uvit": ("uvit",),
+}
+TARGETS = ("transformers", "diffusers", "open_clip", "uvit")
+MODELS = ("clip", "unet", "uvit")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -72,7 +80,7 @@ def _check(options: argparse.Namespace) -> None:
 def _convert_inward(options: argparse.Namespace) -> None:
     """Writes a pretrained folder."""
     from models import create_model
-    from weights import open_clip, transformers, uvit
+    from weights import diffusers, open_clip, transformers, uvit
     from weights.origin import open_origin
     from weights.pretrained import new_folder, write_pretrained
     from weights.run import TOKENIZER
@@ -84,6 +92,9 @@ def _convert_inward(options: argparse.Namespace) -> None:
     elif options.source == "uvit":
         fields, tensors = uvit.read_uvit(origin)
         params, variables = uvit.from_uvit(create_model(**fields), tensors), {}
+    elif options.source == "diffusers":
+        fields, tensors = diffusers.read_unet(origin)
+        params, variables = diffusers.unet_from_diffusers(create_model(**fields), tensors)
     else:
         read = open_clip.read_openai_clip(origin) if options.source == "openai" else None
         fields, tensors = read or open_clip.read_clip(origin, options.name)
@@ -94,14 +105,15 @@ def _convert_inward(options: argparse.Namespace) -> None:
         provenance["name"] = options.name
     part = options.part or options.model
     write_pretrained(output, fields, params, variables, part=part, provenance=provenance, tokenizer=tokenizer)
-    print(f"{output}: part {part!r}, {_count(params):,} parameters, activation {fields['activation']}")
+    activation = f", activation {fields['activation']}" if "activation" in fields else ""
+    print(f"{output}: part {part!r}, {_count(params):,} parameters{activation}")
     print(f"use it with --config.initialize.{part}.source={output} or --config.frozen.{part}.source={output}")
 
 
 def _convert_outward(options: argparse.Namespace) -> None:
     """Writes what another library loads."""
     from models import create_model
-    from weights import open_clip, transformers, uvit
+    from weights import diffusers, open_clip, transformers, uvit
     from weights.pretrained import new_folder, write_json
     from weights.sources import open_source, trained_model
     from weights.tensors import write_tensors
@@ -118,6 +130,8 @@ def _convert_outward(options: argparse.Namespace) -> None:
         documents, (name, tensors) = transformers.clip_files(model, params)
     elif options.to == "uvit":
         documents, (name, tensors) = uvit.uvit_files(model, params)
+    elif options.to == "diffusers":
+        documents, (name, tensors) = diffusers.unet_files(model, params)
     else:
         documents, (name, tensors) = open_clip.clip_files(model, params, variables)
     write_tensors(output / name, tensors)

@@ -131,9 +131,29 @@ class HubRepository(Origin):
             ) from error
         except OSError as error:  # HTTP errors and those of the disk
             raise UserError(f"cannot fetch {name} of {where}: {str(error).splitlines()[0]}") from error
-        if self._commit is None and path.parent.parent.name == "snapshots":
-            self._commit = path.parent.name
+        folders = [folder for folder in path.parents if folder.parent.name == "snapshots"]
+        if self._commit is None and folders:
+            self._commit = folders[0].name
         return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Subfolder(Origin):
+    """A folder inside another origin."""
+
+    origin: Origin
+    folder: str
+
+    def describe(self) -> str:
+        """The outer origin and the folder."""
+        return f"{self.origin.describe()}, {self.folder}/"
+
+    def find(self, *names: str) -> Path | None:
+        """The first of these files that the folder has."""
+        return self.origin.find(*(f"{self.folder}/{name}" for name in names))
+
+    def _limits(self) -> str:
+        return self.origin._limits()
 
 
 def open_origin(text: str) -> Origin:

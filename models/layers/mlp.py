@@ -56,3 +56,31 @@ class MLP(nn.Module):
         y = ACTIVATIONS[self.activation](y)
         out = {"kernel_init": self.out_init, "bias_init": self.out_bias_init}
         return nn.Dense(x.shape[-1], name="down", **out, **types)(y)
+
+
+class GatedMLP(nn.Module):
+    """A gated feed-forward block (Shazeer 2020, "GLU Variants Improve Transformer"): down(up(x) * activation(gate(x))).
+
+    Attributes:
+      hidden: width between the layers.
+      activation: of the gate, a key of `ACTIVATIONS`; "gelu" makes it GEGLU.
+      kernel_init: initializer of the first layers, which are one: index 0 of its output is up, 1 the gate.
+      out_init: initializer of the last layer.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    hidden: int
+    activation: str = "gelu"
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    out_init: Initializer = nn.initializers.normal(0.02)
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Applies the block to each position on its own."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        both = nn.DenseGeneral((2, self.hidden), kernel_init=self.kernel_init, name="up_gate", **types)(x)
+        y = both[..., 0, :] * ACTIVATIONS[self.activation](both[..., 1, :])
+        return nn.Dense(x.shape[-1], kernel_init=self.out_init, name="down", **types)(y)

@@ -13,12 +13,14 @@ from cli.errors import UserError
 from models import create_model
 from models.clip import Clip
 from scripts.convert import main
-from weights import open_clip, transformers, uvit
+from weights import diffusers, open_clip, transformers, uvit
 from weights.checkpoint import CheckpointStore
 from weights.pretrained import Pretrained
 from weights.tensors import read_tensors, write_tensors
 
+from ..models.random_parameters import random_parameters
 from ..weights.clip_samples import FIELDS, RESNET, assert_same_trees, tiny
+from ..weights.unet_samples import STABLE_DIFFUSION_2
 
 
 def write_theirs(folder, to: str, fields=FIELDS):
@@ -64,6 +66,46 @@ def test_in_and_out_again(form, fields, tmp_path, capsys):
             assert back.keys() == tensors.keys()
             assert all((back[name] == tensors[name]).all() for name in tensors)
     assert len(list((tmp_path / "back").iterdir())) == (3 if form == "transformers" else 2)
+
+
+def write_pipeline(folder):
+    """A pipeline's folder with the UNet that it holds; returns what ours should make of it."""
+    model = create_model(**STABLE_DIFFUSION_2)
+    params = random_parameters(model)
+    documents, (name, tensors) = diffusers.unet_files(model, params)
+    write_tensors(folder / "unet" / name, tensors)
+    for document, value in documents.items():
+        (folder / "unet" / document).write_text(json.dumps(value))
+    (folder / "model_index.json").write_text("{}")
+    return params
+
+
+def test_the_unet_of_a_pipeline_in_and_out_again(tmp_path, capsys):
+    params = write_pipeline(tmp_path / "theirs")
+    for folder, name in (("theirs", "ours"), ("theirs/unet", "same")):
+        main(["--source=diffusers", f"--input={tmp_path}/{folder}", f"--output={tmp_path}/{name}"])
+        ours = Pretrained.open(tmp_path / name)
+        assert ours.config.models.unet.to_dict() == STABLE_DIFFUSION_2
+        assert_same_trees(ours.load().params["unet"], params)
+    assert "part 'unet', " in capsys.readouterr().out
+    main(["--to=diffusers", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
+    for path in (tmp_path / "theirs" / "unet").iterdir():
+        assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes() or path.suffix == ".json"
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config == json.loads((tmp_path / "theirs" / "unet" / "config.json").read_text())
+
+
+def test_a_pipeline_in_the_hub_s_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit, repository = "01234567" * 5, tmp_path / "cache" / "models--tiny--pipeline"
+    params = write_pipeline(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    main(["--source=diffusers", "--input=hf:tiny/pipeline", f"--output={tmp_path}/ours"])
+    ours = Pretrained.open(tmp_path / "ours")
+    assert ours.config.provenance.input == f"hf:tiny/pipeline@{commit}"
+    assert_same_trees(ours.load().params["unet"], params)
 
 
 def test_a_file_of_openai_s_has_quick_gelu(tmp_path):
@@ -151,6 +193,8 @@ def test_a_run_s_moving_average_is_what_goes_out(tmp_path):
         (["--source=openai", "--input=x", "--name=RN50"], "leave it out"),
         (["--source=keras", "--input=x"], "invalid choice: 'keras'"),
         (["--source=uvit", "--input=x", "--model=clip"], "uvit is a format of uvit, not of clip"),
+        (["--source=diffusers", "--input=x", "--model=clip"], "diffusers is a format of unet, not of clip"),
+        (["--source=diffusers", "--input={tmp}"], "has no config.json; give another"),
         (["--source=openai", "--to=open_clip"], "not allowed with"),
         (["--to=open_clip", "--run={tmp}/none"], "none does not exist"),
         (["--source=transformers", "--input={tmp}"], "has no config.json; give another"),

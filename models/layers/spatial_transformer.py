@@ -1,0 +1,140 @@
+"""Transformer layers over the pixels of a feature map that may read a context, such as a caption's features.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3 and appendix E.2.1.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from models.layers.attention import attend
+from models.layers.group_norm_resnet import KERNEL_INITS, group_norm
+from models.layers.mlp import GatedMLP
+from models.layers.partitioning import shard_rows
+
+MLP_RATIO = 4
+
+
+class ContextAttention(nn.Module):
+    """Multi-head attention from one sequence to another; queries, keys and values have no bias, the output has one.
+
+    Attributes:
+      heads: number of heads N; they share the width of the queries' sequence.
+      kernel_init: a key of `KERNEL_INITS`.
+      implementation: see `models.layers.attention.attend`.
+      dtype: of the computation; scores and softmax are float32.
+      param_dtype: of the parameters.
+    """
+
+    heads: int
+    kernel_init: str = "fan_in"
+    implementation: str = "xla"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], context: Float[Array, "b m e"], mask: Bool[Array, "b m"] | None = None
+    ) -> Float[Array, "b l d"]:
+        """Attends from `x` to `context`.
+
+        Args:
+          x: asks.
+          context: answers; `x` itself for self-attention.
+          mask: True where the context is to be seen; where an example has none of it, it reads zeros.
+        """
+        width = x.shape[-1]
+        init = KERNEL_INITS[self.kernel_init]
+        dense = {"kernel_init": init, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        head = (self.heads, width // self.heads)
+        query = nn.DenseGeneral(head, use_bias=False, name="query", **dense)(x)
+        key_value = nn.DenseGeneral((2, *head), use_bias=False, name="key_value", **dense)(context)
+        # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
+        implementation = "xla" if self.is_initializing() else self.implementation
+        seen = None if mask is None else mask[:, None, None]
+        y = attend(query, key_value[..., 0, :, :], key_value[..., 1, :, :], seen, implementation)
+        if mask is not None:
+            y = jnp.where(mask.any(axis=1)[:, None, None, None], y, jnp.zeros((), y.dtype))
+        return nn.DenseGeneral(width, axis=(-2, -1), name="out", **dense)(y)
+
+
+class ContextBlock(nn.Module):
+    """A pre-normalization layer: self-attention, attention to the context, and a gated feed-forward block (GEGLU).
+
+    Attributes:
+      heads, kernel_init, implementation, dtype, param_dtype: as in `ContextAttention`; LayerNorm has float32 statistics
+        and epsilon 1e-5.
+    """
+
+    heads: int
+    kernel_init: str = "fan_in"
+    implementation: str = "xla"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], context: Float[Array, "b m e"] | None, mask: Bool[Array, "b m"] | None = None
+    ) -> Float[Array, "b l d"]:
+        """Applies the layer; without a context the second attention is to `x` too."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        attention = {"heads": self.heads, "kernel_init": self.kernel_init, "implementation": self.implementation}
+        init = KERNEL_INITS[self.kernel_init]
+        y = nn.LayerNorm(epsilon=1e-5, name="self_norm", **types)(x)
+        x = shard_rows(x + ContextAttention(name="self_attention", **attention, **types)(y, y))
+        y = nn.LayerNorm(epsilon=1e-5, name="context_norm", **types)(x)
+        read = y if context is None else context
+        x = shard_rows(x + ContextAttention(name="context_attention", **attention, **types)(y, read, mask))
+        y = nn.LayerNorm(epsilon=1e-5, name="mlp_norm", **types)(x)
+        hidden = MLP_RATIO * x.shape[-1]
+        mlp = GatedMLP(hidden, activation="gelu", kernel_init=init, out_init=init, name="mlp", **types)
+        return shard_rows(x + mlp(y))
+
+
+class SpatialTransformer(nn.Module):
+    """x + layers over its normalized pixels, between two projections, the last of which starts at 0.
+
+    Attributes:
+      heads: number of heads N.
+      depth: number of layers.
+      linear_projection: the projections are dense layers, as Stable Diffusion 2 stores them; else 1x1 convolutions,
+        which compute the same.
+      groups: of the norm, whose epsilon is 1e-6.
+      kernel_init: a key of `KERNEL_INITS`.
+      implementation: see `models.layers.attention.attend`.
+      dtype: of the computation; statistics, scores and softmax are float32.
+      param_dtype: of the parameters.
+    """
+
+    heads: int
+    depth: int = 1
+    linear_projection: bool = False
+    groups: int = 32
+    kernel_init: str = "fan_in"
+    implementation: str = "xla"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"] | None, mask: Bool[Array, "b m"] | None = None
+    ) -> Float[Array, "b h w c"]:
+        """Applies the block; `context` and `mask` as in `ContextBlock`."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        fields = {"kernel_init": self.kernel_init, "implementation": self.implementation, **types}
+        y = group_norm(self.groups, 1e-6, name="norm", **types)(x)
+        y = self._projection(y, KERNEL_INITS[self.kernel_init], "input")
+        y = y.reshape(len(x), -1, x.shape[-1])
+        for i in range(self.depth):
+            y = ContextBlock(self.heads, name=f"blocks_{i}", **fields)(y, context, mask)
+        y = self._projection(y.reshape(x.shape), nn.initializers.zeros_init(), "output")
+        return shard_rows(x + y)
+
+    def _projection(self, x: Array, init: jax.nn.initializers.Initializer, name: str) -> Array:
+        """A dense layer over channels, in one of two shapes."""
+        fields = {"kernel_init": init, "dtype": self.dtype, "param_dtype": self.param_dtype, "name": name}
+        if self.linear_projection:
+            return nn.Dense(x.shape[-1], **fields)(x)
+        return nn.Conv(x.shape[-1], (1, 1), **fields)(x)

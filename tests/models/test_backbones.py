@@ -1,0 +1,149 @@
+"""What every diffusion backbone promises: `backbone(x_t, t, conditioning, train) -> prediction`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+from models.conditioning import Conditioning
+
+from .random_parameters import random_parameters
+
+UNET = {"image_size": 8, "in_channels": 3, "width": 8, "multipliers": (1, 2), "attention_levels": (), "blocks": 1}
+UNET |= {"heads": 2, "groups": 4, "out_channels": 4, "num_classes": 4}
+# Name of a case -> (name of a model, its fields); a case reads tokens or labels, or both.
+BACKBONES = {
+    "unet of tokens and labels": ("unet", {**UNET, "attention": "transformer", "context_width": 6}),
+    "unet of labels": ("unet", {**UNET, "scale_shift": True, "resampler": "residual"}),
+}
+READ_TOKENS = ["unet of tokens and labels"]
+READ_LABELS = ["unet of tokens and labels", "unet of labels"]
+ALL = list(BACKBONES)
+
+
+@dataclasses.dataclass
+class Case:
+    """A network with random parameters, two examples for it, and the network compiled."""
+
+    model: Any
+    params: Any
+    x_t: Any
+    t: Any
+    conditioning: Conditioning
+
+    def __post_init__(self):
+        self.apply = jax.jit(
+            lambda x_t, t, conditioning: self.model.apply({"params": self.params}, x_t, t, conditioning)
+        )
+
+    def __call__(self, **changes):
+        """The prediction, some of the inputs changed."""
+        inputs = {"x_t": self.x_t, "t": self.t}
+        inputs = {name: changes.pop(name, value) for name, value in inputs.items()}
+        return np.asarray(self.apply(*inputs.values(), self.conditioning.replace(**changes)))
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """Cases by name, made once each."""
+    made = {}
+
+    def get(case: str) -> Case:
+        if case not in made:
+            name, fields = BACKBONES[case]
+            model = models.create_model(name, **fields)
+            rng = np.random.default_rng(0)
+            x_t, _, conditioning = jax.tree.map(
+                lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), model.example_inputs(2)
+            )
+            if conditioning.tokens is not None:
+                mask = np.ones(conditioning.tokens.shape[:2], bool)
+                mask[0, 2:] = False
+                conditioning = conditioning.replace(mask=jnp.asarray(mask))
+            if conditioning.label is not None:
+                conditioning = conditioning.replace(label=jnp.array([1, 2], jnp.int32))
+            made[case] = Case(model, random_parameters(model), x_t, jnp.array([3.0, 700.0]), conditioning)
+        return made[case]
+
+    return get
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_a_prediction_is_as_large_as_the_picture_and_float32(case, cases):
+    network = cases(case)
+    half = network.model.clone(dtype=jnp.bfloat16)
+    inputs = (network.x_t, network.t, network.conditioning)
+    for model in (network.model, half):
+        shape = jax.eval_shape(model.apply, {"params": network.params}, *inputs)
+        assert shape.shape[:3] == network.x_t.shape[:3] and shape.dtype == jnp.float32
+    out = network()
+    assert np.isfinite(out).all() and out.std() > 0.01
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_the_time_matters(case, cases):
+    network = cases(case)
+    apart = np.abs(network(t=network.t + 1) - network())
+    assert apart.reshape(2, -1).max(axis=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("case", READ_LABELS)
+def test_the_label_matters(case, cases):
+    network = cases(case)
+    apart = np.abs(network(label=jnp.array([2, 2], jnp.int32)) - network())
+    assert apart[0].max() > 1e-3 and apart[1].max() < 1e-6
+
+
+@pytest.mark.parametrize("case", READ_TOKENS)
+def test_only_tokens_in_sight_matter(case, cases):
+    network = cases(case)
+    tokens, before = network.conditioning.tokens, network()
+    hidden = network(tokens=tokens.at[0, 2:].add(10.0))
+    np.testing.assert_allclose(hidden, before, atol=1e-6)
+    seen = np.abs(network(tokens=tokens.at[0, 1].add(1.0)) - before)
+    assert seen[0].max() > 1e-3 and seen[1].max() < 1e-6
+    unmasked = np.abs(network(mask=jnp.ones(tokens.shape[:2], bool)) - before)
+    assert unmasked[0].max() > 1e-3 and unmasked[1].max() < 1e-6
+
+
+@pytest.mark.parametrize("case", READ_TOKENS)
+def test_without_a_mask_all_tokens_are_in_sight(case, cases):
+    network = cases(case)
+    everything = network(mask=jnp.ones(network.conditioning.mask.shape, bool))
+    np.testing.assert_allclose(network(mask=None), everything, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_examples_do_not_see_each_other(case, cases):
+    network = cases(case)
+    swapped = network(
+        x_t=network.x_t.at[1].multiply(-2.0),
+        t=network.t.at[1].set(5.0),
+        **({} if network.conditioning.label is None else {"label": network.conditioning.label.at[1].set(3)}),
+        **({} if network.conditioning.tokens is None else {"tokens": network.conditioning.tokens.at[1].add(1.0)}),
+    )
+    before = network()
+    np.testing.assert_allclose(swapped[0], before[0], atol=1e-6)
+    assert np.abs(swapped[1] - before[1]).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALL)
+def test_a_gradient_reaches_every_parameter(case, cases):
+    network = cases(case)
+    target = jnp.asarray(np.random.default_rng(1).normal(size=network().shape), jnp.float32)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            out = network.model.apply({"params": params}, network.x_t, network.t, network.conditioning)
+            return jnp.mean((out - target) ** 2)
+
+        return jax.grad(loss)(params)
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(network.params)):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-8, jax.tree_util.keystr(path)
