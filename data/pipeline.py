@@ -66,7 +66,7 @@ def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]
     Returns:
       name -> (shape of one example, dtype), in the order of the stream.
     """
-    if config.dataset.startswith(points.PREFIX):
+    if points.is_points(config.dataset):
         return {"point": ((2,), np.dtype(np.float32)), "index": ((), np.dtype(np.int32))}
     size, length = config.image_size, config.text_length
     spec: dict[str, tuple[tuple[int, ...], np.dtype]] = {
@@ -297,7 +297,7 @@ Stream = ExampleStream | points.PointStream
 
 def open_stream(config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool) -> Stream:
     """The stream of a dataset: stored, or of points that are made on the fly. Arguments as of `ExampleStream`."""
-    if config.dataset.startswith(points.PREFIX):
+    if points.is_points(config.dataset):
         return points.PointStream(config.dataset, split, seed)
     return ExampleStream(config, tokenizer, split=split, seed=seed, train=train)
 

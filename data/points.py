@@ -11,6 +11,12 @@ from cli.errors import UserError
 
 PREFIX = "points/"  # of the names of such datasets
 
+
+def is_points(dataset: str) -> bool:
+    """Whether a dataset's name is of points, which are no pictures and are stored nowhere."""
+    return dataset.startswith(PREFIX)
+
+
 _SPLITS = {"train": 0, "validation": 1}
 
 

@@ -10,12 +10,13 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data.pipeline import RecordSource, dataset_folder
+from data.points import is_points
 from data.scenes import find_world
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.clip.evaluation import CLIP_METRICS, ClipSettings, clip_records, default_metrics
 from evaluation.clip.judge import JUDGED, Judge, judge_record
 from evaluation.features.evaluation import FEATURE_METRICS, FeatureSettings, check_feature_metrics, feature_records
-from evaluation.points import POINT_METRICS, default_point_metrics, draws_points, point_values
+from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record
 from sample.grid import draw_grid, to_uint8
@@ -63,7 +64,7 @@ def applicable_metrics(trained: TrainedSampler) -> tuple[tuple[str, ...], tuple[
     if objective == "clip":
         defaults = default_metrics(trained)
         return defaults, tuple(name for name in CLIP_METRICS if name not in defaults)
-    if draws_points(trained.config):
+    if is_points(trained.config.data.dataset):
         defaults = default_point_metrics(trained)
         return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
     captions = objective in _DRAW_CAPTIONS and trained.tokenizer is not None
@@ -111,7 +112,7 @@ def evaluate_run(
     check_feature_metrics(compared, num, tools.features)
 
     trained.check_settings(settings)
-    for split in () if draws_points(trained.config) else splits:
+    for split in () if is_points(trained.config.data.dataset) else splits:
         RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)  # a mistake is found before work
     records = []
     for split in splits:
@@ -191,7 +192,7 @@ def _provenance(trained: TrainedSampler, num: int, seed: int, settings: Mapping[
         "step": trained.weights.step,
         "ema": trained.weights.ema,
         "dataset": data.dataset
-        if draws_points(trained.config)
+        if is_points(trained.config.data.dataset)
         else f"{data.dataset}/{dataset_folder(data.dataset, data.data_dir).name}",
         **drawing,
     }

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data.points import PREFIX, PointStream
+from data.points import PointStream
 from diffusion.likelihood import bits_per_dimension, log_likelihood
 from diffusion.schedule import DiscreteSchedule
 from evaluation.records import Record
@@ -43,11 +42,6 @@ def default_point_metrics(trained: TrainedSampler) -> tuple[str, ...]:
     """What is computed unless a user names metrics: a likelihood only where there is an exact one."""
     chain = isinstance(trained.sampler.process.schedule, DiscreteSchedule)
     return POINT_METRICS[:1] if chain else POINT_METRICS
-
-
-def draws_points(config: ConfigDict) -> bool:
-    """Whether a run is of points, which are no pictures."""
-    return config.data.dataset.startswith(PREFIX)
 
 
 def point_values(

@@ -48,8 +48,8 @@ class TextEncoder(nn.Module):
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(0.02)
-        self.token = nn.Embed(self.text_vocab_size, self.width, embedding_init=init, name="token", **types)
-        self.position = self.param("position_embedding", init, (self.text_length, self.width), self.param_dtype)
+        self.token = nn.Embed(self.text_vocab_size, self.width, embedding_init=init, **types)
+        self.position = nn.Embed(self.text_length, self.width, embedding_init=init, **types)
         self.blocks = [
             Block(
                 width=self.width,
@@ -67,7 +67,7 @@ class TextEncoder(nn.Module):
 
     def __call__(self, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """Features of the tokens, of unit scale; pads are tokens like others."""
-        x = self.token(text) + self.position.astype(self.dtype)
+        x = self.token(text) + self.position(jnp.arange(self.text_length))
         if self.layers:
             x = apply_blocks(self.blocks, x, [None], [0] * self.layers, scan=self.scan, remat=self.remat)
         return self.norm(x)

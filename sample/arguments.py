@@ -3,7 +3,10 @@
 import argparse
 from typing import Any
 
-_SETTINGS = ("guidance", "temperature", "top_k", "top_p")
+_SETTINGS = (
+    *("guidance", "temperature", "top_k", "top_p"),
+    *("sampler", "steps", "spacing", "eta", "rescale", "guidance_start", "guidance_stop"),
+)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +19,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's config")
     parser.add_argument("--top_k", type=int, help="0 for all; default: the run's config")
     parser.add_argument("--top_p", type=float, help="1 for all; default: the run's config")
+    diffusion = parser.add_argument_group("sampling of a diffusion (defaults: the run's config)")
+    diffusion.add_argument("--sampler", help="such as ddpm, ddim, dpm_solver_multistep; a wrong one lists them all")
+    diffusion.add_argument("--steps", type=int, help="of the sampler")
+    diffusion.add_argument("--spacing", help="of its times, such as leading, trailing, karras; '' for its own")
+    diffusion.add_argument("--eta", type=float, help="of ddim: 0 draws no noise, 1 as much as ddpm")
+    diffusion.add_argument("--rescale", type=float, help="0 to 1: of guided pictures, to the spread of unguided ones")
+    diffusion.add_argument("--guidance_start", type=float, help="share of the process before which there is none")
+    diffusion.add_argument("--guidance_stop", type=float, help="share of the process after which there is none")
 
 
 def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from cli.errors import UserError
 from data.preprocess import PictureTransform, center_square, transform_pair
 from sample.embedding import ClipEmbedder
 from sample.grid import draw_grid, to_uint8
+from sample.points import draw_point_run
 from sample.trained import TrainedSampler
 
 
@@ -101,6 +102,12 @@ def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:
     labels = [label for name in files for label in (Path(name).name, "reconstruction")]
     records = [{"image": name, "index": index} for index, name in enumerate(files)]
     return Drawn(results, records, _describe(trained, 0, {}), draw_grid(pairs, columns=2, labels=labels))
+
+
+def draw_figure(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Drawn:
+    """One picture of what a diffusion of points does; see `sample.points.draw_point_run`."""
+    figure = draw_point_run(trained, num, seed, settings)
+    return Drawn(np.asarray(figure)[None], [{"points": num}], _describe(trained, seed, settings), figure)
 
 
 def read_picture(

@@ -68,7 +68,7 @@ class TextContext:
         if self.part == "text":
             return self.model.apply({"params": params["text"]}, text)
         tree = frozen[self.part]
-        return self.model.apply({"params": tree["params"], **tree["variables"]}, text, method="encode_text_tokens")
+        return self.model.apply({"params": tree["params"], **tree["variables"]}, text, method="encode_text")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sample.diffusion import DiffusionSampler
 from sample.trained import TrainedSampler
 
 _LIMIT = 2.6  # of the axes
-_SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the process, that the figure shows
+_SHARES = (0.0, 0.03, 0.08, 0.2, 0.5, 1.0)  # of the process, that the figure shows
 _DATA, _SAMPLES, _FIELD = "#3565b5", "#c2482e", "#4b4b52"
 
 

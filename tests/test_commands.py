@@ -49,7 +49,7 @@ MISTAKES = {
     "missing run to evaluate": (["evaluation", "--run={tmp}"], "is not a run folder"),
     "empty prompt": (["sample", "--run={tmp}/no", "--prompt= "], "the prompt is empty"),
     "missing prompt file": (["sample", "--run={tmp}/no", "--prompt=@{tmp}/none.txt"], "no prompt file"),
-    "no prompt": (["sample", "--run={tmp}/no"], "give --prompt"),
+    "no run to sample": (["sample", "--run={tmp}/no"], "no does not exist"),
     "no pictures": (["sample", "--run={tmp}/no", "--prompt=x", "--num=0"], "--num must be at least 1"),
     "demo that cannot write": (["scripts.demo", "--workdir=/proc/nowhere"], "cannot write /proc/nowhere/report.html"),
     "demo with too many captions": (["scripts.demo", "--num=9999"], "--num must be between"),

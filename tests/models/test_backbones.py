@@ -15,14 +15,17 @@ from .random_parameters import random_parameters
 
 UNET = {"image_size": 8, "in_channels": 3, "width": 8, "multipliers": (1, 2), "attention_levels": (), "blocks": 1}
 UNET |= {"heads": 2, "groups": 4, "out_channels": 4, "num_classes": 4}
+UVIT = {"image_size": 8, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "out_channels": 4, "num_classes": 4}
 # Name of a case -> (name of a model, its fields); a case reads tokens or labels, or both.
 BACKBONES = {
     "unet of tokens and labels": ("unet", {**UNET, "attention": "transformer", "context_width": 6}),
+    "uvit of tokens and labels": ("uvit", {**UVIT, "context_length": 5, "context_width": 6}),
+    "uvit of labels": ("uvit", {**UVIT, "time": "adaln", "long_skip": "add"}),
     "unet of labels": ("unet", {**UNET, "scale_shift": True, "resampler": "residual"}),
 }
-READ_TOKENS = ["unet of tokens and labels"]
-READ_LABELS = ["unet of tokens and labels", "unet of labels"]
 ALL = list(BACKBONES)
+READ_TOKENS = [case for case in ALL if "tokens" in case]
+READ_LABELS = [case for case in ALL if "labels" in case]
 
 
 @dataclasses.dataclass

@@ -1,20 +1,25 @@
-"""Times CLIP's training step beside OpenCLIP's: `python tests/parity/benchmark_clip.py --model=vit`.
+"""Times CLIP's training step beside OpenCLIP's: `PYTHONPATH=. python tests/parity/benchmark_clip.py --model=vit`.
 
-The same published architecture, batch, float32, optimizer (AdamW) and threads, in one process and in alternating
+The same architecture, batch, float32, optimizer (AdamW) and threads, in one process and in alternating
 windows; both are warmed up first. Prints the seconds of a step of each (median over windows) and their ratio.
 """
 
 import argparse
+import importlib
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from cli.allocator import reexec_with_fast_allocator
 
+# Name -> (config, overrides of its network): the published sizes, and those of a laptop's experiment.
 MODELS = {
-    "vit": ("configs/paper/clip_vit.py", "ViT-B-32-quickgelu"),
-    "resnet": ("configs/paper/clip_resnet.py", "RN50-quickgelu"),
+    "vit": ("configs/paper/clip_vit.py", ()),
+    "resnet": ("configs/paper/clip_resnet.py", ()),
+    "small_vit": ("configs/scenes/clip.py:vit", ()),
+    "small_resnet": ("configs/scenes/clip.py", ("image_layers=(1,1,1,1)", "image_size=64")),
 }
 
 
@@ -26,8 +31,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="updates in a window")
     options = parser.parse_args()
-    config, name = MODELS[options.model]
-    ours, theirs = jax_step(config, options.batch_size), open_clip_step(name, options.batch_size)
+    config = read_config(*MODELS[options.model], options.batch_size)
+    ours, theirs = jax_step(config), open_clip_step(config)
     for run in (ours, theirs):
         run(2)
     seconds: dict[str, list[float]] = {"jax": [], "torch": []}
@@ -42,17 +47,24 @@ def main() -> None:
     print(f"ratio: {medians['torch'] / medians['jax']:.2f}")
 
 
-def jax_step(path: str, batch_size: int) -> Callable[[int], None]:
+def read_config(path: str, overrides: Sequence[str], batch_size: int) -> Any:
+    """The config, in float32 and without recomputation."""
+    from cli.config import load_config
+
+    network = ("dtype=float32", "scan=False", "remat=none", *overrides)
+    flags = [f"--config.models.clip.{override}" for override in network]
+    sizes = [flag.replace("models.clip", "data") for flag in flags if "image_size" in flag]
+    return load_config([f"--config={path}", f"--config.batch_size={batch_size}", *flags, *sizes])
+
+
+def jax_step(config: Any) -> Callable[[int], None]:
     """A function that makes as many updates of the config's training step."""
     import jax
 
-    from cli.config import load_config
     from train.costs import made_up_batch
     from train.mesh import make_mesh
     from train.program import create_program
 
-    overrides = [f"batch_size={batch_size}", "models.clip.scan=False", "models.clip.remat=none"]
-    config = load_config([f"--config={path}", *(f"--config.{override}" for override in overrides)])
     program = create_program(config, make_mesh(config.mesh))
     with program.in_mesh():
         batch = made_up_batch(program, config)
@@ -68,25 +80,31 @@ def jax_step(path: str, batch_size: int) -> Callable[[int], None]:
     return run
 
 
-def open_clip_step(name: str, batch_size: int) -> Callable[[int], None]:
-    """A function that makes as many updates of OpenCLIP's network, as its training script does."""
+def open_clip_step(config: Any) -> Callable[[int], None]:
+    """A function that makes as many updates of OpenCLIP's network of the same shape, as its training script does."""
+    importlib.import_module("conftest")  # lies beside this file; makes torchvision importable, which OpenCLIP needs
+
     import open_clip
     import torch
 
+    from models import create_model
+    from weights.open_clip import clip_config
+
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = open_clip.create_model(name)
+    network = create_model(**config.models.clip)
+    model = open_clip.CLIP(**clip_config(network)["model_cfg"])
     model.train()
     loss_of = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.2)
-    images = torch.randn(batch_size, 3, 224, 224)
-    text = torch.randint(1, 49405, (batch_size, 77))
-    text[:, -1] = 49407
+    images = torch.randn(config.batch_size, 3, network.image_size, network.image_size)
+    text = torch.randint(1, network.text_vocab_size - 2, (config.batch_size, network.text_length))
+    text[:, -1] = network.text_vocab_size - 1
 
     def run(count: int) -> None:
         for _ in range(count):
             optimizer.zero_grad()
-            features = model(images, text)
-            loss_of(*features).backward()
+            image, caption, scale = model(images, text)
+            loss_of(image, caption, scale).backward()
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, 4.6052)

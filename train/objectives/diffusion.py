@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from diffusion.posterior import bound_terms
 from diffusion.schedule import DiscreteSchedule
-from models.conditioning import Conditioning
 from sample.diffusion import DiffusionSampler
 from sample.dvae import from_uint8
 from sample.points import draw_points
@@ -95,7 +94,9 @@ class DiffusionObjective:
                 if name in blank
             }
         told = sampler.conditioning(params, frozen, sampler.blank(rows, len(t)))
-        output = self._apply(params, x_t, process.network_time(t), told, rng, train)
+        noise = {"dropout_keys": keys[:, 3]} if train and getattr(sampler.model, "dropout", 0) else {}
+        tree = {"params": params["denoiser"]}
+        output = sampler.model.apply(tree, x_t, process.network_time(t), told, train, **noise)
         prediction, bound = output, None
         if process.variance == "learned":
             prediction, values = jnp.split(output, 2, axis=-1)
@@ -135,7 +136,3 @@ class DiffusionObjective:
         if labels is None and "label" in rows:
             labels = tuple(str(label) for label in gather(rows["label"]))
         return {"samples": Preview(images=images, columns=min(len(images), 8), labels=labels)}
-
-    def _apply(self, params: Tree, x_t: Array, t: Array, told: Conditioning, rng: Key[Array, ""], train: bool) -> Array:
-        rngs = {"dropout": jax.random.fold_in(rng, 0)} if train else None
-        return self.sampler.model.apply({"params": params["denoiser"]}, x_t, t, told, train, rngs=rngs)

@@ -2,12 +2,12 @@
 
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from sample.grid import to_uint8
 
 
-def gather(rows: Float[Array, "b *s"]) -> np.ndarray:
+def gather(rows: Shaped[Array, "b *s"]) -> np.ndarray:
     """An array in numpy, the whole batch on every process: a collective call."""
     return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 

@@ -138,7 +138,7 @@ def test_what_is_computed_by_default(clip_run):
 def test_metrics_and_settings_of_other_runs_do_not_apply(clip_run):
     with pytest.raises(UserError, match="is a run of clip; leave out --guidance, --top_k"):
         evaluate_run(clip_run, [], ["validation"], 10, 0, {"guidance": 3.0, "top_k": 5})
-    with pytest.raises(UserError, match="does not apply to clip; choose zero_shot"):
+    with pytest.raises(UserError, match="does not apply to this run of clip; choose zero_shot"):
         evaluate_run(clip_run, ["caption_accuracy"], ["validation"], 10, 0, {})
 
 

@@ -153,7 +153,7 @@ def test_mistakes(stage2, tmp_path):
 
     with pytest.raises(UserError, match="fid compares features; give --features=inception:FILE"):
         evaluate_run(stage2, ["fid"], ["validation"], 20, 0, {})
-    with pytest.raises(UserError, match="'fiid' does not apply to dalle; choose caption_accuracy, .*, fid"):
+    with pytest.raises(UserError, match="'fiid' does not apply to this run of dalle; choose caption_accuracy, .*, fid"):
         evaluate(["fiid"])
     with pytest.raises(UserError, match="kid is not defined on features of colors-alone/none/1, which are for fid"):
         evaluate(["kid"], extractor=ColorsAlone())

@@ -1,0 +1,166 @@
+"""Sampling from a diffusion: whose picture is whose, guidance, compilation, and what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sample.diffusion
+from cli.errors import UserError
+from configs.scenes import ddpm_uvit
+from configs.toy import swiss_roll
+from sample import create_sampler
+
+TEXT = np.random.default_rng(0).integers(1, 20, (4, 12)).astype(np.int32)
+
+
+def keys(count=4):
+    return jax.random.split(jax.random.key(5), count)
+
+
+@pytest.fixture(scope="module")
+def drawer():
+    """A sampler of captions with random parameters, and what it draws for a request."""
+    config = ddpm_uvit.get_config("debug")
+    with config.unlocked():
+        config.models.denoiser.update({"width": 16, "heads": 2, "image_size": 8, "context_width": 16})
+        config.models.text.update({"width": 16, "text_vocab_size": 20})
+        config.sample.steps = 4
+    sampler = create_sampler(config)
+    inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sampler.model.example_inputs(1))
+    text = sampler.text.model
+    params = {
+        "denoiser": jax.jit(sampler.model.init)(jax.random.key(0), *inputs)["params"],
+        "text": jax.jit(text.init)(jax.random.key(1), jnp.asarray(TEXT[:1]))["params"],
+    }
+    leaves, structure = jax.tree.flatten(params)
+    noise = jax.random.split(jax.random.key(2), len(leaves))
+    leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, noise, strict=True)]
+    params = jax.tree.unflatten(structure, leaves)
+
+    def draw(text=TEXT, which=None, **settings):
+        chosen = keys() if which is None else keys()[which]
+        rows = text if which is None or text is None else text[which]
+        return {
+            name: np.asarray(value)
+            for name, value in sampler(params, {}, {}, sampler.request(rows, **settings), chosen).items()
+        }
+
+    return sampler, draw
+
+
+def test_a_picture_depends_on_its_caption_and_key_alone(drawer):
+    _, draw = drawer
+    together = draw(sampler="ddpm", steps=6)["image"]
+    alone = draw(which=np.array([2, 1]), sampler="ddpm", steps=6)["image"]
+    assert together.shape == (4, 8, 8, 3)
+    np.testing.assert_allclose(alone, together[[2, 1]], atol=2e-4)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_guidance_of_zero_ignores_the_caption_and_one_is_none(drawer):
+    _, draw = drawer
+    other = np.roll(TEXT, 1, axis=0)
+    np.testing.assert_allclose(draw(guidance=0.0)["image"], draw(other, guidance=0.0)["image"], atol=1e-5)
+    np.testing.assert_allclose(draw(guidance=1.0)["image"], draw(guidance=1.0001)["image"], atol=1e-3)
+    assert np.abs(draw(guidance=1.0)["image"] - draw(other, guidance=1.0)["image"]).max() > 1e-2
+    assert np.abs(draw(guidance=1.0)["image"] - draw(guidance=5.0)["image"]).max() > 1e-2
+
+
+def test_a_negative_prompt_takes_the_blank_caption_s_place(drawer):
+    _, draw = drawer
+    plain = draw(guidance=3.0)["image"]
+    np.testing.assert_array_equal(draw(guidance=3.0, negative=np.zeros_like(TEXT))["image"], plain)
+    assert np.abs(draw(guidance=3.0, negative=np.roll(TEXT, 1, axis=0))["image"] - plain).max() > 1e-2
+    # Leading away from the caption itself leaves nothing to follow.
+    itself = draw(guidance=3.0, negative=TEXT)["image"]
+    np.testing.assert_allclose(itself, draw(guidance=1.0)["image"], atol=1e-4)
+
+
+def test_no_caption_is_the_blank_one(drawer):
+    _, draw = drawer
+    np.testing.assert_allclose(draw(None)["image"], draw(np.zeros_like(TEXT), guidance=1.0)["image"], atol=1e-4)
+
+
+def test_prompts_seeds_and_guidance_compile_nothing_new(drawer):
+    _, draw = drawer
+    draw(guidance=3.0, negative=TEXT)
+    before = sample.diffusion._draw._cache_size()
+    draw(np.roll(TEXT, 1, axis=0), guidance=7.5, negative=TEXT, rescale=0.7, guidance_start=0.1, guidance_stop=0.9)
+    assert sample.diffusion._draw._cache_size() == before
+    draw(guidance=3.0, negative=TEXT, steps=5)
+    assert sample.diffusion._draw._cache_size() == before + 1
+
+
+def test_a_guided_step_is_one_call_on_both_halves(drawer, monkeypatch):
+    sampler, _ = drawer
+    sizes, apply = [], type(sampler.model).apply
+
+    def counting(model, tree, x, *arguments):
+        sizes.append(len(x))
+        return apply(model, tree, x, *arguments)
+
+    monkeypatch.setattr(type(sampler.model), "apply", counting)
+    request = sampler.request(TEXT, guidance=3.0)
+    arrays = {key: value for key, value in request.items() if key not in ("steps", "trajectory")}
+    trees = jax.eval_shape(
+        lambda: {
+            "denoiser": sampler.model.init(
+                jax.random.key(0),
+                *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sampler.model.example_inputs(1)),
+            )["params"],
+            "text": sampler.text.model.init(jax.random.key(0), jnp.asarray(TEXT))["params"],
+        }
+    )
+    draw = sample.diffusion._draw.__wrapped__
+    jax.eval_shape(functools.partial(draw, sampler, request["steps"], True, False), trees, {}, arrays, keys())
+    assert sizes == [8]
+
+
+def test_a_trajectory_ends_in_the_picture(drawer):
+    _, draw = drawer
+    outputs = draw(trajectory=True, sampler="ddim", steps=5)
+    assert outputs["states"].shape == outputs["estimates"].shape == (4, 5, 8, 8, 3)
+    # The last step of DDIM goes to the last estimate.
+    np.testing.assert_allclose(outputs["estimates"][:, -1], outputs["image"], atol=1e-5)
+    np.testing.assert_array_equal(outputs["image"], draw(sampler="ddim", steps=5)["image"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 1.0}, "temperature: no such sampling option; choose from sampler, steps"),
+        ({"guidance": float("nan")}, "guidance=nan is impossible"),
+        ({"rescale": 2.0}, "rescale=2.0 is impossible"),
+        ({"sampler": "lms"}, "unknown sampler 'lms'"),
+        ({"steps": 0}, "0 steps are not between 1"),
+        ({"spacing": "log"}, "unknown spacing 'log'"),
+        ({"label": np.zeros(4, np.int32)}, "this run takes no classes"),
+    ],
+)
+def test_what_is_impossible_is_refused(drawer, settings, message):
+    sampler, _ = drawer
+    with pytest.raises(UserError, match=message):
+        sampler.request(TEXT, **settings)
+
+
+def test_a_run_without_conditions_refuses_them():
+    sampler = create_sampler(swiss_roll.get_config("debug"))
+    with pytest.raises(UserError, match="takes no captions"):
+        sampler.request(TEXT)
+    with pytest.raises(UserError, match="nothing to guide"):
+        sampler.request(guidance=2.0)
+
+
+def test_classes_are_checked_and_the_last_stands_for_none():
+    config = ddpm_uvit.get_config("debug")
+    with config.unlocked():
+        del config.models.text
+        config.models.denoiser.update({"num_classes": 5, "context_length": 0, "context_width": 0})
+    sampler = create_sampler(config)
+    assert sampler.null_label == 4
+    assert sampler.request(label=np.array([0, 3]))["label"].dtype == np.int32
+    with pytest.raises(UserError, match="classes are 0 to 4"):
+        sampler.request(label=np.array([5]))

@@ -1,0 +1,176 @@
+"""The denoising objective: its value, what is dropped, what examples share, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cli.errors import UserError
+from configs.scenes import ddpm_uvit
+from configs.toy import swiss_roll
+from train.objectives import create_objective
+
+
+def points_objective(**process):
+    config = swiss_roll.get_config("debug")
+    with config.unlocked():
+        config.process.update(process)
+    return create_objective(config)
+
+
+def pixels_objective(**loss):
+    config = ddpm_uvit.get_config("debug")
+    with config.unlocked():
+        config.loss.update(loss)
+        config.models.denoiser.update({"width": 16, "heads": 2, "image_size": 8})
+        config.models.text.update({"width": 16, "text_vocab_size": 20})
+        config.models.denoiser.context_width = 16
+    return create_objective(config)
+
+
+def points(count=256):
+    rng = np.random.default_rng(0)
+    return {"point": jnp.asarray(rng.normal(size=(count, 2)), jnp.float32), "index": jnp.arange(count)}
+
+
+def pictures(count=6):
+    rng = np.random.default_rng(0)
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (count, 8, 8, 3)), jnp.uint8),
+        "text": jnp.asarray(rng.integers(1, 20, (count, 12)), jnp.int32),
+        "index": jnp.arange(count),
+    }
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    objective = pixels_objective(dropout=0.0)
+    params, variables = jax.jit(objective.init)(jax.random.key(0), pictures())
+    # What starts at zero would hide what it multiplies.
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return objective, jax.tree.unflatten(structure, noise), variables
+
+
+def evaluate(objective, params, batch, train=True, step=0):
+    loss = jax.jit(objective.loss, static_argnums=6)
+    return loss(params, {}, {}, batch, jax.random.key(7), jnp.int32(step), train)
+
+
+def test_a_network_that_predicts_nothing_loses_the_noise():
+    objective, batch = points_objective(), points(2000)
+    params, variables = jax.jit(objective.init)(jax.random.key(0), batch)  # its last layer starts at 0
+    assert variables == {}
+    loss, aux = evaluate(objective, params, batch)
+    assert float(loss) == pytest.approx(1, abs=0.1)  # E eps^2
+    sums = {name: float(total) for name, (total, _) in aux.metrics.items()}
+    counts = {name: float(count) for name, (_, count) in aux.metrics.items()}
+    quarters = [f"mse_q{number}" for number in (1, 2, 3, 4)]
+    assert sum(sums[name] for name in quarters) == pytest.approx(sums["mse"], rel=1e-5)
+    assert sum(counts[name] for name in quarters) == 2000
+    # A chain of five times: two of them in the first quarter, one in each other.
+    assert counts["mse_q2"] == pytest.approx(400, abs=4 * 400**0.5)
+
+
+def test_weights_scale_the_loss_and_not_the_error():
+    batch = points()
+    plain, weighted = points_objective(), points_objective(weighting="min_snr", gamma=1e-3)
+    params, _ = jax.jit(plain.init)(jax.random.key(0), batch)
+    (_, plain_aux), (loss, aux) = evaluate(plain, params, batch), evaluate(weighted, params, batch)
+    assert float(aux.metrics["mse"][0]) == pytest.approx(float(plain_aux.metrics["mse"][0]), rel=1e-6)
+    assert float(loss) < 0.5 * float(aux.metrics["mse"][0]) / 256
+
+
+def test_an_example_s_noise_is_its_own(pixels):
+    objective, params, _ = pixels
+    batch = pictures()
+    _, whole = evaluate(objective, params, batch)
+    _, first = evaluate(objective, params, jax.tree.map(lambda leaf: leaf[:2], batch))
+    _, rest = evaluate(objective, params, jax.tree.map(lambda leaf: leaf[2:], batch))
+    parts = float(first.metrics["loss"][0] + rest.metrics["loss"][0])
+    assert float(whole.metrics["loss"][0]) == pytest.approx(parts, rel=1e-4)
+
+
+def test_captions_matter_and_are_dropped_in_training_alone(pixels):
+    objective, params, _ = pixels
+    batch, blank = pictures(), {**pictures(), "text": jnp.zeros((6, 12), jnp.int32)}
+    told, untold = (float(evaluate(objective, params, rows)[0]) for rows in (batch, blank))
+    assert told != pytest.approx(untold, rel=1e-4)
+    dropping = pixels_objective(dropout=0.999999)
+    assert float(evaluate(dropping, params, batch)[0]) == pytest.approx(untold, rel=1e-5)
+    assert float(evaluate(dropping, params, batch, train=False)[0]) == pytest.approx(told, rel=1e-5)
+
+
+def test_both_networks_are_trained(pixels):
+    objective, params, _ = pixels
+    batch = pictures()
+    gradient = jax.jit(jax.grad(lambda p: objective.loss(p, {}, {}, batch, jax.random.key(7), jnp.int32(0), True)[0]))(
+        params
+    )
+    assert set(gradient) == {"denoiser", "text"}
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient["text"]["token"]))
+
+
+def test_learned_variances_add_the_bound_and_move_nothing_else():
+    config = ddpm_uvit.get_config("debug")
+    with config.unlocked():
+        config.models.denoiser.update({"width": 16, "heads": 2, "image_size": 8, "context_width": 16})
+        config.models.text.update({"width": 16, "text_vocab_size": 20})
+        config.process.update({"variance": "learned", "prediction": "eps"})
+        config.models.denoiser.out_channels = 6
+        config.sample.sampler = "ddpm"
+    objective, batch = create_objective(config), pictures()
+    params, _ = jax.jit(objective.init)(jax.random.key(0), batch)
+    loss, aux = evaluate(objective, params, batch)
+    metrics = {name: float(total / count) for name, (total, count) in aux.metrics.items()}
+    assert float(loss) == pytest.approx(metrics["mse"] + metrics["bound"], rel=1e-4)  # T = 1000
+
+    def bound_alone(p):
+        _, aux = objective.loss(p, {}, {}, batch, jax.random.key(7), jnp.int32(0), True)
+        return aux.metrics["bound"][0]
+
+    kernel = jax.jit(jax.grad(bound_alone))(params)["denoiser"]["image_conv"]["kernel"]
+    assert float(jnp.abs(kernel[..., :3]).max()) == 0
+    assert float(jnp.abs(kernel[..., 3:]).max()) > 0
+
+
+def test_previews_are_pictures(pixels):
+    objective, params, _ = pixels
+    preview = objective.preview(params, {}, {}, pictures(3), jax.random.key(0))["samples"]
+    assert preview.images.shape == (3, 8, 8, 3)
+    assert preview.labels.shape == (3, 12)
+    toy = points_objective()
+    toy_params, _ = jax.jit(toy.init)(jax.random.key(0), points(4))
+    picture = toy.preview(toy_params, {}, {}, points(4), jax.random.key(0))["samples"].images
+    assert picture.dtype == np.uint8
+    assert picture.min() < 250  # something is drawn
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss.dropout": 1.0}, "config.loss.dropout=1.0 must be at least 0 and below 1"),
+        ({"data.text_length": 0}, "config.data.text_length is 0"),
+        ({"process.prediction": "score"}, "config.process is impossible: unknown prediction 'score'"),
+        ({"process.schedule.kind": "sqrt"}, "config.process is impossible: unknown betas 'sqrt'"),
+        ({"sample.sampler": "euler_a"}, "unknown sampler 'euler_a'; choose one of ddpm"),
+        ({"sample.steps": 5000}, "5000 steps are not between 1 and"),
+        ({"sample.guidance": -1.0}, "guidance=-1.0 is impossible"),
+        ({"sample.eta": 0.5}, "eta=0.5 belongs to the sampler ddim"),
+    ],
+)
+def test_an_impossible_config_is_refused(changes, message):
+    config = ddpm_uvit.get_config("debug")
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        create_objective(config)
+
+
+def test_dropout_needs_something_to_drop():
+    config = swiss_roll.get_config("debug")
+    with config.unlocked():
+        config.loss.dropout = 0.1
+    with pytest.raises(UserError, match="nothing to drop"):
+        create_objective(config)
