@@ -91,6 +91,22 @@ def get_defaults() -> ConfigDict:
     return config
 
 
+def get_diffusion_sampling(sampler: str, steps: int, guidance: float = 1.0) -> ConfigDict:
+    """Returns the `config.sample` of a diffusion: solver, and guidance, of which 1 means none."""
+    return ConfigDict(
+        {
+            "sampler": sampler,  # one of diffusion.samplers.SAMPLERS
+            "steps": steps,
+            "spacing": "",  # of the times; "" for the sampler's own
+            "eta": 0.0,  # of ddim
+            "guidance": guidance,
+            "rescale": 0.0,  # of guided pictures to the spread of unguided ones, 0 to 1
+            "guidance_start": 0.0,  # shares of the process between which there is guidance
+            "guidance_stop": 1.0,
+        }
+    )
+
+
 def make_debug(config: ConfigDict, *, steps: int, batch_size: int) -> None:
     """What every `debug` variant changes: seconds of work, saved and evaluated twice, on the embedded dataset.
 

@@ -16,7 +16,7 @@ Arguments: `single32` (default; one object), `pair32` (one or two objects with a
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, make_debug
+from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
 from configs.mesh_rules import WHOLE
 
 
@@ -70,14 +70,7 @@ def get_training(pairs: bool) -> ConfigDict:
 
     config.loss.dropout = 0.1
 
-    config.sample.sampler = "dpm_solver_multistep"
-    config.sample.steps = 25
-    config.sample.spacing = ""
-    config.sample.eta = 0.0
-    config.sample.guidance = 2.0
-    config.sample.rescale = 0.0
-    config.sample.guidance_start = 0.0
-    config.sample.guidance_stop = 1.0
+    config.sample = get_diffusion_sampling("dpm_solver_multistep", steps=25, guidance=2.0)
 
     config.optimizer.b2 = 0.99
     config.optimizer.clip_norm = 1.0
