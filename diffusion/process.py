@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diffusion.schedule import DiscreteSchedule, FlowSchedule, Schedule, VPSchedule
+from diffusion.solvers import VARIANCES
 
 PREDICTIONS = ("eps", "x0", "v", "flow")
 WEIGHTINGS = ("uniform", "min_snr")
-VARIANCES = ("small", "large", "learned")
 TIMES = ("uniform", "logit_normal")
 
 Rows = Float[Array, "b *shape"]

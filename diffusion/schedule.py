@@ -163,11 +163,11 @@ class VPSchedule:
         return self._time_of_log_alpha(-np.log1p(np.square(noise_to_signal)) / 2)
 
     def drift(self, t: Times) -> Any:
-        """F of dx = f x dt + g dw."""
+        """The factor f in dx = f x dt + g dw."""
         return -(self.beta_min + t * (self.beta_max - self.beta_min)) / 2
 
     def diffusion_squared(self, t: Times) -> Any:
-        """g^2 of dx = f x dt + g dw."""
+        """The square of g in dx = f x dt + g dw."""
         return -2 * self.drift(t)
 
     def _time_of_log_alpha(self, log_alpha: Any) -> np.ndarray:
@@ -190,7 +190,7 @@ class SubVPSchedule(VPSchedule):
         return self._time_of_log_alpha(np.log((np.sqrt(np.square(noise) + 4) - noise) / 2))
 
     def diffusion_squared(self, t: Times) -> Any:
-        """g^2 of dx = f x dt + g dw."""
+        """The square of g in dx = f x dt + g dw."""
         return 2 * self.drift(t) * _numpy(t).expm1(4 * self.log_alpha(t))
 
 
@@ -226,11 +226,11 @@ class VESchedule:
         return np.log(np.asarray(noise_to_signal) / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
 
     def drift(self, t: Times) -> Any:
-        """F of dx = f x dt + g dw, 0."""
+        """The factor f in dx = f x dt + g dw, 0."""
         return _numpy(t).zeros_like(t)
 
     def diffusion_squared(self, t: Times) -> Any:
-        """g^2 of dx = f x dt + g dw."""
+        """The square of g in dx = f x dt + g dw."""
         return 2 * math.log(self.sigma_max / self.sigma_min) * self.sigma(t) ** 2
 
 
@@ -264,11 +264,11 @@ class FlowSchedule:
         return 1 / (1 + 1 / np.asarray(noise_to_signal, np.float64))
 
     def drift(self, t: Times) -> Any:
-        """F of dx = f x dt + g dw."""
+        """The factor f in dx = f x dt + g dw."""
         return -1 / (1 - t)
 
     def diffusion_squared(self, t: Times) -> Any:
-        """g^2 of dx = f x dt + g dw."""
+        """The square of g in dx = f x dt + g dw."""
         return 2 * t / (1 - t)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from models.layers.attention import SelfAttention
 from models.layers.dropout import drop
+from models.layers.initialization import torch_kernel
 from models.layers.partitioning import shard_rows
 from models.layers.resnet import upsample_nearest
 
@@ -19,7 +20,7 @@ Initializer = nn.initializers.Initializer
 
 # How kernels start; biases start at 0.
 KERNEL_INITS: dict[str, Initializer] = {
-    "fan_in": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # as PyTorch starts its layers
+    "fan_in": torch_kernel,
     "fan_avg": nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),  # DDPM's
 }
 # Of a query, key and value projection in one: its output is three times as wide as that of each.
