@@ -9,7 +9,7 @@ import pytest
 
 import sample.diffusion
 from cli.errors import UserError
-from configs.scenes import ddpm_uvit
+from configs.scenes import clip, ddpm_uvit
 from configs.toy import swiss_roll
 from sample import create_sampler
 
@@ -164,3 +164,32 @@ def test_classes_are_checked_and_the_last_stands_for_none():
     assert sampler.request(label=np.array([0, 3]))["label"].dtype == np.int32
     with pytest.raises(UserError, match="classes are 0 to 4"):
         sampler.request(label=np.array([5]))
+
+
+def test_captions_may_be_read_by_a_frozen_clip():
+    config = ddpm_uvit.get_config("debug")
+    clip_config = clip.get_config("debug")
+    with config.unlocked():
+        del config.models.text
+        config.frozen.clip = clip_config.models.clip
+        length, width = clip_config.models.clip.text_length, clip_config.models.clip.text_width
+        config.models.denoiser.update({"context_length": length, "context_width": width})
+        config.sample.guidance = 3.0
+    sampler = create_sampler(config)
+    reader, end = sampler.text.model, sampler.text.model.text_end_id
+    assert sampler.text.blank[:3] == (end - 1, end, 0)  # the empty caption between its ends
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in reader.example_inputs(1)]
+    frozen = {"clip": {"params": jax.jit(reader.init)(jax.random.key(0), *inputs)["params"], "variables": {}}}
+    inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sampler.model.example_inputs(1))
+    params = {"denoiser": jax.jit(sampler.model.init)(jax.random.key(1), *inputs)["params"]}
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    text = np.zeros((2, length), np.int32)
+    text[:, :3] = [[end - 1, 7, end], [end - 1, 9, end]]
+    same = jnp.stack([jax.random.key(0)] * 2)
+    images = np.asarray(sampler(params, {}, frozen, sampler.request(text), same)["image"])
+    assert np.abs(images[0] - images[1]).max() > 1e-4  # the captions alone differ
+    blank = np.array([sampler.text.blank] * 2)
+    untold = np.asarray(sampler(params, {}, frozen, sampler.request(None), same)["image"])
+    np.testing.assert_allclose(
+        np.asarray(sampler(params, {}, frozen, sampler.request(blank), same)["image"]), untold, atol=1e-5
+    )
