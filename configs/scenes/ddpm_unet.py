@@ -1,0 +1,40 @@
+"""Diffusion of pixels on `scenes` with a small UNet that reads captions by cross-attention.
+
+Paper: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (here of v: Salimans and Ho 2022), with the cosine
+schedule of Nichol and Dhariwal 2021 and the cross-attention of Rombach et al. 2022, section 3.3.
+
+    python -m scripts.prepare --dataset=scenes/single32
+    python -m train --config=configs/scenes/ddpm_unet.py --workdir=runs/ddpm_unet
+
+Hardware and time: 2 CPU cores; not measured yet.
+
+Captions are read by a small transformer that is trained with the denoiser, as in `configs/scenes/ddpm_uvit.py`, with
+which this shares data, process, sampler and optimizer.
+
+Arguments: `single32` (default; one object), `pair32` (one or two objects with a relation), `debug` (seconds).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import check_argument
+from configs.scenes.ddpm_uvit import get_training, shrink
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """Returns the experiment."""
+    argument = check_argument(argument, ("single32", "pair32", "debug"))
+    config = get_training(pairs=argument == "pair32")
+    config.models.denoiser.name = "unet"
+    config.models.denoiser.in_channels = 3
+    config.models.denoiser.width = 32
+    config.models.denoiser.multipliers = (1, 2, 4)
+    config.models.denoiser.attention_levels = (2,)
+    config.models.denoiser.attention = "transformer"
+    config.models.denoiser.blocks = 1
+    config.models.denoiser.head_width = 64
+    config.models.denoiser.groups = 8
+    if argument == "debug":
+        shrink(config)
+        config.models.denoiser.width = 8
+    config.lock()
+    return config
