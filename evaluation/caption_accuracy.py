@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from data import scenes
 from data.pipeline import RecordSource
-from evaluation.grader import SceneGrader, summarize
+from data.scenes.grader import SceneGrader, summarize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ from PIL import Image
 from cli.errors import UserError
 from data.pipeline import RecordSource
 from data.preprocess import choose_caption
+from data.scenes.grader import SceneGrader
 from evaluation.caption_accuracy import captioned_pictures, world_of
 from evaluation.clip.score import CONVENTIONS, PREFIX, clip_score
-from evaluation.grader import SceneGrader
 from evaluation.records import Record
 from sample.embedding import ClipEmbedder
 from sample.grid import to_uint8

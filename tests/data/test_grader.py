@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from data import scenes
-from evaluation.grader import FOREGROUND_DISTANCE, SceneGrader, summarize
+from data.scenes.grader import FOREGROUND_DISTANCE, SceneGrader, summarize
 
 WORLDS = pytest.mark.parametrize("name", list(scenes.WORLDS))
 

@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 
-from data.scenes import CaptionQuery, ObjectQuery, World, parse_caption
+from data.scenes.captions import CaptionQuery, ObjectQuery, parse_caption
 from data.scenes.render import SUPERSAMPLE, coverage
+from data.scenes.scene import World
 
 FOREGROUND_DISTANCE = 38.0  # RGB distance from the background at which a pixel belongs to an object
 OBJECT_AREA = 6  # connected pixels that make an object; fewer are a speck
