@@ -15,7 +15,7 @@ from diffusion.schedule import DiscreteSchedule, FlowSchedule, Schedule, VPSched
 from diffusion.solvers import VARIANCES
 
 PREDICTIONS = ("eps", "x0", "v", "flow")
-WEIGHTINGS = ("uniform", "min_snr")
+WEIGHTINGS = ("uniform", "min_snr", "clipped_snr")
 TIMES = ("uniform", "logit_normal")
 
 Rows = Float[Array, "b *shape"]
@@ -33,8 +33,9 @@ class Process:
       variance: of the reverse steps of a chain: "small" or "large" (Ho et al. 2020, section 3.2), or "learned", a
         second half of the output's channels, in -1 to 1 where it interpolates (Nichol and Dhariwal 2021, eq. 15).
       weighting: of the squared error of the output: "uniform"; "min_snr", such that the error of x_0 counts min(SNR,
-        gamma) whatever the prediction (Hang et al. 2023, eq. 8).
-      gamma: where min-SNR's weight stops to grow.
+        gamma) whatever the prediction (Hang et al. 2023, eq. 8); "clipped_snr", such that it counts no less than 1
+        either (truncated SNR: Salimans and Ho 2022, section 4), so that much noise is learned of too.
+      gamma: where the weight stops to grow.
       times: how training draws t: "uniform"; "logit_normal", more in the middle (Esser et al. 2024, section 3.1).
       time_shift: added to a chain's t before the network sees it; 1 for networks that were fed 1 to T.
       clip: estimates of the data are cut off at -1 and 1, as pixels are; never in a latent space.
@@ -76,6 +77,11 @@ class Process:
             raise ValueError("time_shift belongs to the steps of a chain; set it to 0")
         if not self.gamma > 0:
             raise ValueError(f"gamma={self.gamma} is impossible; min-SNR weights stop to grow at a positive ratio")
+        if self.weighting == "clipped_snr" and not (self.gamma >= 1 and self.prediction != "eps"):
+            raise ValueError(
+                f"weighting 'clipped_snr' with prediction {self.prediction!r} and gamma={self.gamma} is impossible: it "
+                "needs a gamma of at least 1, and would count noise's error without bound; choose x0, v or flow"
+            )
 
     def network_time(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
         """What published networks of the schedule are fed.
@@ -145,7 +151,8 @@ class Process:
             "v": jnp.square(sigma / (alpha * alpha + sigma * sigma)),
             "flow": jnp.square(sigma / (alpha + sigma)),
         }
-        return jnp.minimum(snr, self.gamma) * to_data[self.prediction]
+        least = 1.0 if self.weighting == "clipped_snr" else 0.0
+        return jnp.clip(snr, least, self.gamma) * to_data[self.prediction]
 
     def denoiser(self, network: Network) -> Callable[[Array, Array], Any]:
         """The estimate of the data that solvers ask for.

@@ -26,15 +26,20 @@ def get_config(argument: str = "") -> ConfigDict:
     config = get_training(pairs=argument == "pair32")
     config.models.denoiser.name = "unet"
     config.models.denoiser.in_channels = 3
-    config.models.denoiser.width = 32
+    config.models.denoiser.width = 24
     config.models.denoiser.multipliers = (1, 2, 4)
     config.models.denoiser.attention_levels = (2,)
     config.models.denoiser.attention = "transformer"
     config.models.denoiser.blocks = 1
-    config.models.denoiser.head_width = 64
+    config.models.denoiser.head_width = 48
     config.models.denoiser.groups = 8
+    config.steps = 4000
+    config.optimizer.schedule.peak = 1e-3
+    config.checkpoint.every = 500
+    config.evaluate.every = 500
     if argument == "debug":
         shrink(config)
         config.models.denoiser.width = 8
+        config.models.denoiser.head_width = 16
     config.lock()
     return config

@@ -44,8 +44,8 @@ def get_training(pairs: bool) -> ConfigDict:
     """What both backbones share: the data, captions, process, sampler and optimizer."""
     config = get_defaults()
     config.objective = "diffusion"
-    config.steps = 10000
-    config.batch_size = 64
+    config.steps = 11000
+    config.batch_size = 32
 
     config.data.dataset = "scenes/pair32" if pairs else "scenes/single32"
     config.data.image_size = 32
@@ -66,6 +66,8 @@ def get_training(pairs: bool) -> ConfigDict:
     config.process = ConfigDict()
     config.process.schedule = ConfigDict({"name": "discrete", "kind": "cosine", "steps": 1000})
     config.process.prediction = "v"
+    config.process.weighting = "uniform"
+    config.process.gamma = 5.0
     config.process.clip = True
 
     config.loss.dropout = 0.1
@@ -75,12 +77,13 @@ def get_training(pairs: bool) -> ConfigDict:
     config.optimizer.b2 = 0.99
     config.optimizer.clip_norm = 1.0
     config.optimizer.weight_decay = 0.03
-    config.optimizer.schedule.peak = 1e-3
+    config.optimizer.schedule.peak = 2e-3
     config.optimizer.schedule.warmup_steps = 500
     config.ema.decay = 0.999
     config.mesh.rules = WHOLE
 
     config.checkpoint.every = 1000
+    config.checkpoint.keep = 20
     config.evaluate.every = 2000
     config.evaluate.previews = 16
     config.log.every = 50

@@ -59,6 +59,20 @@ def test_min_snr_of_v_is_finite_where_the_signal_vanishes():
     np.testing.assert_allclose(Process(CHAIN, "v", weighting="min_snr").weight(t), 5 / (snr + 1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_clipped_snr_counts_errors_under_much_noise_too(prediction, rows):
+    process, t = Process(CHAIN, prediction, weighting="clipped_snr", gamma=5.0), jnp.array([10.0, 500.0, 990.0])
+    data, eps = rows
+    x_t = process.noised(data, eps, t)
+    output = process.target(data, eps, t) + 0.1
+    error = jnp.square(process.data(output, x_t, t) - data)[:, 0, 0]
+    snr = jnp.square(CHAIN.alpha(t) / CHAIN.sigma(t))
+    assert snr[0] > 5
+    assert snr[2] < 1
+    counts = [5.0, np.clip(float(snr[1]), 1, 5), 1.0]
+    np.testing.assert_allclose(process.weight(t) * 0.1**2, np.array(counts) * error, rtol=2e-3)
+
+
 def test_v_is_defined_at_pure_noise(rows):
     process, t = Process(ZERO_SNR, "v"), jnp.full(3, 999.0)
     data, eps = rows
@@ -126,6 +140,8 @@ def test_the_denoiser_clips_and_splits_where_asked(rows):
         ({"schedule": CHAIN, "times": "logit_normal"}, "needs a schedule in continuous time"),
         ({"schedule": VPSchedule(), "time_shift": 1}, "time_shift belongs to the steps of a chain"),
         ({"schedule": CHAIN, "weighting": "min_snr", "gamma": 0.0}, "gamma=0.0 is impossible"),
+        ({"schedule": CHAIN, "weighting": "clipped_snr"}, "'clipped_snr' with prediction 'eps'"),
+        ({"schedule": CHAIN, "weighting": "clipped_snr", "prediction": "v", "gamma": 0.5}, "gamma of at least 1"),
     ],
 )
 def test_an_impossible_process_is_refused(fields, message):

@@ -1,0 +1,55 @@
+"""What captions are worth to a denoiser."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.pipeline import RecordSource
+from evaluation.denoising import caption_loss
+from sample.trained import TrainedSampler
+
+NUM = 24
+
+
+@pytest.fixture(scope="module")
+def diffusion(debug_run):
+    return TrainedSampler.open(debug_run("scenes/ddpm_uvit.py"), chunk=16)
+
+
+def with_params(trained: TrainedSampler, part: str, change) -> TrainedSampler:
+    """The run with the arrays of a part changed."""
+    params = {**trained.weights.params, part: jax.tree.map(change, trained.weights.params[part])}
+    return dataclasses.replace(trained, weights=dataclasses.replace(trained.weights, params=params))
+
+
+def test_every_condition_sees_the_same_noise(diffusion):
+    """A text encoder that says the same of every caption leaves nothing to tell the three apart."""
+    deaf = with_params(diffusion, "text", jnp.zeros_like)
+    values = caption_loss(deaf, "validation", NUM, seed=3)["values"]
+    assert values["mse"] == values["mse_shuffled"] == values["mse_blank"]
+    assert values["own_better"] == 0
+    values = caption_loss(diffusion, "validation", NUM, seed=3)["values"]
+    assert len({values["mse"], values["mse_shuffled"], values["mse_blank"]}) == 3
+
+
+def test_a_network_that_says_nothing_has_the_error_of_the_target_itself(diffusion):
+    """E v^2 = alpha^2 + sigma^2 E x_0^2 over noise, averaged over the process."""
+    silent = with_params(diffusion, "denoiser", jnp.zeros_like)
+    result = caption_loss(silent, "train", 240, seed=0)
+    data = diffusion.config.data
+    source = RecordSource(data.dataset, "train", data.data_dir)
+    images = np.stack([source[index]["image"] for index in range(240)]) / 127.5 - 1
+    schedule = diffusion.sampler.process.schedule
+    signal = np.mean(np.square(schedule.alpha(jnp.arange(schedule.steps))))
+    expected = signal + (1 - signal) * np.mean(np.square(images))
+    assert result["values"]["mse"] == pytest.approx(expected, rel=0.02)
+    assert result["counted"] == {"own_better": 240}
+
+
+def test_the_noise_of_a_record_depends_on_the_seed_alone(diffusion):
+    first = caption_loss(diffusion, "validation", NUM, seed=1)["values"]
+    assert first == caption_loss(diffusion, "validation", NUM, seed=1)["values"]
+    assert first["mse"] != caption_loss(diffusion, "validation", NUM, seed=2)["values"]["mse"]
