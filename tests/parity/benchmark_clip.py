@@ -6,11 +6,10 @@ windows; both are warmed up first. Prints the seconds of a step of each (median 
 
 import argparse
 import importlib
-import os
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from side_by_side import print_side_by_side, time_in_turn, use_all_cores
 
 from cli.allocator import reexec_with_fast_allocator
 
@@ -32,19 +31,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="updates in a window")
     options = parser.parse_args()
     config = read_config(*MODELS[options.model], options.batch_size)
-    ours, theirs = jax_step(config), open_clip_step(config)
-    for run in (ours, theirs):
-        run(2)
-    seconds: dict[str, list[float]] = {"jax": [], "torch": []}
-    for _ in range(options.windows):
-        for label, run in (("jax", ours), ("torch", theirs)):
-            start = time.perf_counter()
-            run(options.steps)
-            seconds[label].append((time.perf_counter() - start) / options.steps)
-    medians = {label: statistics.median(values) for label, values in seconds.items()}
-    for label, values in seconds.items():
-        print(f"{label}: {medians[label]:.3f} s a step ({min(values):.3f} to {max(values):.3f})")
-    print(f"ratio: {medians['torch'] / medians['jax']:.2f}")
+    runs = {"jax": jax_step(config), "torch": open_clip_step(config)}
+    print_side_by_side(time_in_turn(runs, windows=options.windows, steps=options.steps), "step")
 
 
 def read_config(path: str, overrides: Sequence[str], batch_size: int) -> Any:
@@ -90,7 +78,7 @@ def open_clip_step(config: Any) -> Callable[[int], None]:
     from models import create_model
     from weights.open_clip import clip_config
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    use_all_cores()
     network = create_model(**config.models.clip)
     model = open_clip.CLIP(**clip_config(network)["model_cfg"])
     model.train()

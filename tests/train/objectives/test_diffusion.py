@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from configs.scenes import ddpm_uvit
+from configs.scenes import clip, ddpm_uvit
 from configs.toy import swiss_roll
 from train.objectives import create_objective
+from weights.sources import load_frozen
 
 
 def points_objective(**process):
@@ -145,6 +147,34 @@ def test_previews_are_pictures(pixels):
     picture = toy.preview(toy_params, {}, {}, points(4), jax.random.key(0))["samples"].images
     assert picture.dtype == np.uint8
     assert picture.min() < 250  # something is drawn
+
+
+def test_a_frozen_clip_reads_captions_and_is_not_trained():
+    reader, config = clip.get_config("debug"), ddpm_uvit.get_config("debug")
+    with config.unlocked():
+        del config.models.text
+        config.data.text_length = length = reader.data.text_length
+        config.models.denoiser.update({"width": 16, "heads": 2, "image_size": 8})
+        config.models.denoiser.update({"context_length": length, "context_width": reader.models.clip.text_width})
+        config.frozen.clip = ConfigDict({**reader.models.clip.to_dict(), "source": "random", "part": "clip"})
+        config.loss.dropout = 0.999999
+    objective, frozen = create_objective(config), jax.jit(lambda: load_frozen(config))()
+    end = reader.models.clip.text_end_id
+    text, blank = np.zeros((2, 6, length), np.int32)
+    text[:, 0], text[:, 1], text[:, 2] = end - 1, range(5, 11), end
+    blank[:, 0], blank[:, 1] = end - 1, end
+    batch = {**pictures(), "text": jnp.asarray(text)}
+    params, _ = jax.jit(objective.init)(jax.random.key(0), batch)
+    assert set(params) == {"denoiser"}
+    loss = jax.jit(objective.loss, static_argnums=6)
+
+    def value(text, train):
+        return float(loss(params, {}, frozen, {**batch, "text": text}, jax.random.key(7), jnp.int32(0), train)[0])
+
+    told, untold = value(batch["text"], False), value(jnp.asarray(blank), False)
+    assert abs(told - untold) > 1e-6
+    # What training drops is the caption between the ends, not the ends.
+    assert value(batch["text"], True) == pytest.approx(untold, abs=1e-7)
 
 
 @pytest.mark.parametrize(
