@@ -11,19 +11,23 @@ Hardware and time: 2 CPU cores; not measured yet.
 Captions are read by a small transformer that is trained with the denoiser. Positions are fixed sines of the same scale
 as the patches' embeddings; at this size learned ones of deviation 0.02 take far longer to be of use.
 
-Arguments: `single32` (default; one object), `pair32` (one or two objects with a relation), `debug` (seconds).
+Arguments: `single32` (default; one object), `pair32` (one or two objects with a relation), `clip` (one object, captions
+read by a frozen CLIP; needs runs/clip), `debug` (seconds).
 """
 
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
 from configs.mesh_rules import WHOLE
+from configs.scenes import clip
 
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the experiment."""
-    argument = check_argument(argument, ("single32", "pair32", "debug"))
+    argument = check_argument(argument, ("single32", "pair32", "clip", "debug"))
     config = get_training(pairs=argument == "pair32")
+    if argument == "clip":
+        read_with_clip(config, clip.get_config())
     config.models.denoiser.name = "uvit"
     config.models.denoiser.patch_size = 4
     config.models.denoiser.width = 128
@@ -88,6 +92,18 @@ def get_training(pairs: bool) -> ConfigDict:
     config.evaluate.previews = 16
     config.log.every = 50
     return config
+
+
+def read_with_clip(config: ConfigDict, stage: ConfigDict) -> None:
+    """A frozen CLIP, trained by the config `stage`, reads captions in place of a network trained with the denoiser."""
+    del config.models.text
+    config.data.text_length = stage.data.text_length
+    config.data.text_ends = True
+    config.models.denoiser.context_width = stage.models.clip.text_width
+    config.frozen.clip = ConfigDict(stage.models.clip.to_dict())  # the run's own sizes replace these
+    config.frozen.clip.source = "runs/clip"
+    config.frozen.clip.part = "clip"
+    config.frozen.clip.step = 0  # its newest checkpoint when this run begins
 
 
 def shrink(config: ConfigDict) -> None:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import sample.diffusion
 from cli.errors import EXIT_OK
@@ -28,15 +27,11 @@ def folder(clip_folder, scenes_dir, tmp_path_factory):
     reader = clip.get_config("debug")
     config = ddpm_uvit.get_config("debug")
     with config.unlocked():
-        del config.models.text
+        ddpm_uvit.read_with_clip(config, reader)
         config.data.data_dir = str(scenes_dir)
-        config.data.text_length = reader.data.text_length
-        config.data.text_ends = True
+        config.frozen.clip.source = str(clip_folder)
         config.models.denoiser.update({"width": 16, "patch_size": 8})
         config.models.denoiser.context_length = reader.data.text_length
-        config.models.denoiser.context_width = reader.models.clip.text_width
-        config.frozen.clip = ConfigDict(reader.models.clip.to_dict())
-        config.frozen.clip.update({"source": str(clip_folder), "part": "clip", "step": 0})
     workdir = tmp_path_factory.mktemp("context") / "uvit"
     assert train(config, workdir) == EXIT_OK
     return workdir
