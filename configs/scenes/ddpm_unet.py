@@ -1,6 +1,6 @@
 """Diffusion of pixels on `scenes` with a small UNet that reads captions by cross-attention.
 
-Paper: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (here of v: Salimans and Ho 2022), with the cosine
+Paper: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (here of x_0), with the cosine
 schedule of Nichol and Dhariwal 2021 and the cross-attention of Rombach et al. 2022, section 3.3.
 
     python -m scripts.prepare --dataset=scenes/single32
@@ -26,8 +26,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config = get_training(pairs=argument == "pair32")
     config.models.denoiser.name = "unet"
     config.models.denoiser.in_channels = 3
-    config.models.denoiser.width = 24
-    config.models.denoiser.multipliers = (1, 2, 4)
+    config.models.denoiser.width = 16
+    config.models.denoiser.multipliers = (1, 3, 6)
     config.models.denoiser.attention_levels = (2,)
     config.models.denoiser.attention = "transformer"
     config.models.denoiser.blocks = 1

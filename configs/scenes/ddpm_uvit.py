@@ -1,7 +1,7 @@
 """Diffusion of pixels on `scenes` with a small U-ViT that reads captions.
 
 Paper: Bao et al. 2023, "All are Worth Words: A ViT Backbone for Diffusion Models", with the objective of Ho et al. 2020
-(here of v: Salimans and Ho 2022) and the cosine schedule of Nichol and Dhariwal 2021.
+(here of x_0, weighed as Salimans and Ho 2022 and Hang et al. 2023 do) and the cosine schedule of Nichol and Dhariwal 2021.
 
     python -m scripts.prepare --dataset=scenes/single32
     python -m train --config=configs/scenes/ddpm_uvit.py --workdir=runs/ddpm_uvit
@@ -69,8 +69,8 @@ def get_training(pairs: bool) -> ConfigDict:
 
     config.process = ConfigDict()
     config.process.schedule = ConfigDict({"name": "discrete", "kind": "cosine", "steps": 1000})
-    config.process.prediction = "v"
-    config.process.weighting = "uniform"
+    config.process.prediction = "x0"
+    config.process.weighting = "clipped_snr"
     config.process.gamma = 5.0
     config.process.clip = True
 
