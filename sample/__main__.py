@@ -1,5 +1,6 @@
 """`python -m sample --run=FOLDER --prompt=TEXT`: pictures from a trained run."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,85 +10,149 @@ from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
 from data.points import is_points
 from sample.arguments import add_sampling_arguments, sampling_settings
+from sample.axes import parse_axes, read_texts
 
 _DESCRIPTION = """\
-Draws captions with a trained run, or passes pictures through a trained image tokenizer, and writes a labelled grid. Of
-a diffusion of points it writes a figure: data noised, samples denoised, and where the network pulls.
+Draws captions or classes with a trained run, or passes pictures through a trained image tokenizer, and writes a
+labelled grid. A run that is told nothing draws --num pictures. Of a diffusion of points it writes a figure: data
+noised, samples denoised, and where the network pulls.
 Image i of a seed is the same whatever else is drawn. Guidance is uncond + w * (cond - uncond); 1 means none.
+
+A sweep draws a table of cells, --num pictures of each prompt in a cell, with the same seed in each:
+  --sweep guidance=1,2,4 --sweep steps=5,10,25 --prompt="a small red circle"
+Its keys are the sampling settings below, seed, label, prompt and negative_prompt. Texts are split at commas; captions
+that have some come from a file, prompt=@FILE, one a line. The first key makes rows, the second columns. Each further
+one makes pages, whose values stand in their titles and names: grid_seed_0.png, grid_seed_1.png. Texts are numbered in
+names, as in grid_prompt_1.png, and a sampler's own spacing is "default". Every cell is checked before any is drawn.
+sweep.csv, beside --out, has a row for each cell as soon as that is drawn:
+  the keys              their values in the cell
+  seconds               to draw the cell; a program is compiled, and run for one picture, before it is first timed
+  pictures, pictures_per_second
+                        of the cell. Whole chunks of 64 are drawn: fewer pictures take as long
+  accuracy              share of pictures with every attribute right that the caption names (scenes)
+  clip_score            100 max(mean cosine of pictures and captions, 0), with --clip
+  diversity             root mean square distance, pixels in [0, 1], averaged over all pairs of a prompt's pictures
+What does not apply is left empty.
 """
+
+# What a diffusion of points does not take.
+_OF_PICTURES = ("prompt", "label", "negative_prompt", "image", "rerank", "sweep", "trajectory")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and samples."""
-    parser = command.parser("sample", _DESCRIPTION)
-    add_sampling_arguments(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="a caption, or @FILE with one a line; repeatable")
-    parser.add_argument("--image", action="append", default=[], help="a picture to reconstruct; repeatable")
-    parser.add_argument("--num", type=int, help="pictures for each prompt (default 8), or points of a figure (2000)")
-    parser.add_argument("--rerank", metavar="RUN", help="a trained CLIP, which sorts the pictures of each prompt")
-    parser.add_argument("--keep", type=int, default=0, help="how many it keeps of each prompt (default: all)")
-    parser.add_argument("--out", default="grid.png", help="the grid (default grid.png)")
-    parser.add_argument("--files", default="", help="also write each picture and samples.json to this folder")
-    options = parser.parse_args(arguments)
-    if options.num is not None and options.num < 1:
-        raise UserError(f"--num must be at least 1, not {options.num}")
-    if options.prompt and options.image:
-        raise UserError("give --prompt=TEXT, or --image=FILE for a run that reconstructs pictures; not both")
-    if options.keep and not options.rerank:
-        raise UserError("--keep needs --rerank=RUN, a trained CLIP that chooses")
-    num = options.num or 8
-    if not 0 <= options.keep <= num:
-        raise UserError(f"--keep={options.keep} must lie between 1 and --num={num}")
-    prompts = _read_prompts(options.prompt)
-    if any(not prompt.strip() for prompt in prompts):
-        raise UserError("the prompt is empty; describe a picture, for example --prompt='a small red circle'")
+    options = _parse(arguments)
+    prompts = read_texts(options.prompt, "--prompt")
+    if options.negative_prompt is not None and not options.negative_prompt.strip():
+        raise UserError("--negative_prompt is empty, which is what guidance leads away from anyway; leave it out")
+    given = [name for name, value in vars(options).items() if value not in (None, [])]
+    axes = parse_axes(options.sweep, given)
+    _check_together(options, [axis.name for axis in axes])
 
-    from sample.command import draw_figure, draw_prompts, reconstruct, write_files  # imports jax
+    from sample.command import draw_figure, draw_pictures, prepare_out, reconstruct, write_files, write_picture
+    from sample.conditions import Order, make_conditions
     from sample.embedding import ClipEmbedder
-    from sample.trained import TrainedSampler
+    from sample.sweep import run_sweep
+    from sample.trained import TrainedSampler  # imports jax, as those above
+    from sample.trajectory import draw_trajectory
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
     if trained.config.objective == "clip":
         raise UserError(
             f"{options.run} is a CLIP, which draws nothing; give it to --rerank, or to python -m evaluation"
         )
-    settings = sampling_settings(options)
+    seed, settings, out = options.seed or 0, sampling_settings(options), Path(options.out)
     trained.check_settings(settings)
-    if is_points(trained.config.data.dataset):
-        if prompts or options.image:
-            raise UserError(f"{options.run} draws points and takes neither --prompt nor --image; leave them out")
-        drawn = draw_figure(trained, options.num or 2000, options.seed, settings)
-    elif prompts:
-        clip = ClipEmbedder.open(options.rerank) if options.rerank else None
-        drawn = draw_prompts(trained, prompts, num, options.seed, settings, clip, options.keep)
-    elif options.image:
-        drawn = reconstruct(trained, options.image)
+    order = Order(make_conditions(prompts, options.label), seed, settings, options.negative_prompt)
+    points = is_points(trained.config.data.dataset)
+    refused = [f"--{name}" for name in _OF_PICTURES if points and name in given]
+    if refused:
+        raise UserError(f"{options.run} draws points and takes no {' or '.join(refused)}; leave it out")
+    prepare_out(out)
+    if axes:
+        clip = ClipEmbedder.open(options.clip) if options.clip else None
+        drawn = run_sweep(trained, order, axes, options.num or 4, out, clip)
+        written = ", ".join(str(path) for path in (*drawn.pages, drawn.table))
     else:
-        raise UserError("give --prompt=TEXT, or --image=FILE for a run that reconstructs pictures")
-    try:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        drawn.picture.save(options.out)
-        if options.files:
-            write_files(Path(options.files), drawn)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {options.out}: {error}; give --out a .png path that can be written") from error
-    print(f"{options.out}: {len(drawn.images)} pictures ({json.dumps(drawn.settings)})")
-
-
-def _read_prompts(values: Sequence[str]) -> list[str]:
-    prompts: list[str] = []
-    for value in values:
-        if value.startswith("@"):
-            path = Path(value[1:])
-            if not path.is_file():
-                raise UserError(f"there is no prompt file {path}")
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-            prompts += [line for line in lines if line]
-            if not any(lines):
-                raise UserError(f"the prompt file {path} is empty; write one caption a line")
+        if points:
+            drawn = draw_figure(trained, options.num or 2000, seed, settings)
+        elif options.image:
+            drawn = reconstruct(trained, options.image)
+        elif options.trajectory is not None:
+            drawn = draw_trajectory(trained, order, options.num or 4, options.trajectory)
         else:
-            prompts.append(value)
-    return prompts
+            clip = ClipEmbedder.open(options.rerank) if options.rerank else None
+            drawn = draw_pictures(trained, order, options.num or 8, clip, options.keep)
+        write_picture(out, drawn.picture)
+        written = str(out)
+    if options.files:
+        write_files(Path(options.files), drawn)
+    print(f"{written}: {len(drawn.images)} pictures ({json.dumps(drawn.settings)})")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = command.parser("sample", _DESCRIPTION)
+    add_sampling_arguments(parser)
+    parser.set_defaults(seed=None)  # tells a seed that is given from 0
+    parser.add_argument("--prompt", action="append", default=[], help="a caption, or @FILE with one a line; repeatable")
+    parser.add_argument(
+        "--label",
+        action="append",
+        type=int,
+        default=[],
+        help="a class number of a run of classes, the last of which stands for none; repeatable",
+    )
+    parser.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: no caption)")
+    parser.add_argument("--image", action="append", default=[], help="a picture to reconstruct; repeatable")
+    parser.add_argument(
+        "--num", type=int, help="pictures of each prompt (default 8; in a cell or trajectory 4), or points (2000)"
+    )
+    parser.add_argument("--rerank", metavar="RUN", help="a trained CLIP, which sorts the pictures of each prompt")
+    parser.add_argument("--keep", type=int, default=0, help="how many it keeps of each prompt (default: all)")
+    parser.add_argument(
+        "--sweep", metavar="KEY=V1,V2,...", action="append", default=[], help="draws a table, see above; repeatable"
+    )
+    parser.add_argument("--clip", metavar="RUN", help="a trained CLIP, which scores the cells of a sweep")
+    parser.add_argument(
+        "--trajectory",
+        metavar="N",
+        nargs="?",
+        type=int,
+        const=8,
+        help="of a diffusion: N (default 8) moments of each picture, x_t above and the network's estimate of x_0 below",
+    )
+    parser.add_argument("--out", default="grid.png", help="the grid (default grid.png)")
+    parser.add_argument("--files", default="", help="also write each picture and samples.json to this folder")
+    return parser.parse_args(arguments)
+
+
+def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:
+    """Raises UserError if options do not go together.
+
+    Args:
+      options: of the command line.
+      swept: names of axes.
+    """
+    if options.num is not None and options.num < 1:
+        raise UserError(f"--num must be at least 1, not {options.num}")
+    prompt, label = (bool(getattr(options, name)) or name in swept for name in ("prompt", "label"))
+    if prompt and label:
+        raise UserError("a picture is drawn of a prompt or of a label; leave one of them out")
+    for name in ("prompt", "label", "negative_prompt", "rerank", "sweep", "trajectory"):
+        if options.image and getattr(options, name) not in (None, []):
+            raise UserError(f"--image is for runs that reconstruct pictures, which take no --{name}; leave one out")
+    if options.keep and not options.rerank:
+        raise UserError("--keep needs --rerank=RUN, a trained CLIP that chooses")
+    num = options.num or 8
+    if not 0 <= options.keep <= num:
+        raise UserError(f"--keep={options.keep} must lie between 1 and --num={num}")
+    if options.clip and not swept:
+        raise UserError("--clip scores the cells of a --sweep; to choose among pictures, give --rerank=RUN")
+    if options.rerank and (swept or options.trajectory is not None):
+        raise UserError("--rerank chooses among the pictures of a plain grid; leave out --sweep and --trajectory")
+    if swept and options.trajectory is not None:
+        raise UserError("--sweep and --trajectory are two different pictures; leave one of them out")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,23 @@
 """Command-line arguments that choose weights and sampling settings, for every command that samples."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
-_SETTINGS = (
-    *("guidance", "temperature", "top_k", "top_p"),
-    *("sampler", "steps", "spacing", "eta", "rescale", "guidance_start", "guidance_stop"),
-)
+# The settings of all samplers, which override `config.sample`.
+SETTINGS: Mapping[str, type] = {
+    "guidance": float,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "sampler": str,
+    "steps": int,
+    "spacing": str,
+    "eta": float,
+    "rescale": float,
+    "guidance_start": float,
+    "guidance_stop": float,
+}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,20 +26,27 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument("--no_ema", action="store_true", help="use the parameters, not their moving average")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, help="default: the run's config.sample.guidance")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's config")
-    parser.add_argument("--top_k", type=int, help="0 for all; default: the run's config")
-    parser.add_argument("--top_p", type=float, help="1 for all; default: the run's config")
-    diffusion = parser.add_argument_group("sampling of a diffusion (defaults: the run's config)")
-    diffusion.add_argument("--sampler", help="such as ddpm, ddim, dpm_solver_multistep; a wrong one lists them all")
-    diffusion.add_argument("--steps", type=int, help="of the sampler")
-    diffusion.add_argument("--spacing", help="of its times, such as leading, trailing, karras; '' for its own")
-    diffusion.add_argument("--eta", type=float, help="of ddim: 0 draws no noise, 1 as much as ddpm")
-    diffusion.add_argument("--rescale", type=float, help="0 to 1: of guided pictures, to the spread of unguided ones")
-    diffusion.add_argument("--guidance_start", type=float, help="share of the process before which there is none")
-    diffusion.add_argument("--guidance_stop", type=float, help="share of the process after which there is none")
+    helps = {
+        "guidance": "default: the run's config.sample.guidance",
+        "temperature": "0 is greedy; default: the run's config",
+        "top_k": "0 for all; default: the run's config",
+        "top_p": "1 for all; default: the run's config",
+    }
+    diffusion = {
+        "sampler": "such as ddpm, ddim, dpm_solver_multistep; a wrong one lists them all",
+        "steps": "of the sampler",
+        "spacing": "of its times, such as leading, trailing, karras; '' for its own",
+        "eta": "of ddim: 0 draws no noise, 1 as much as ddpm",
+        "rescale": "0 to 1: of guided pictures, to the spread of unguided ones",
+        "guidance_start": "share of the process before which there is none",
+        "guidance_stop": "share of the process after which there is none",
+    }
+    group = parser.add_argument_group("sampling of a diffusion (defaults: the run's config)")
+    for place, texts in ((parser, helps), (group, diffusion)):
+        for name, text in texts.items():
+            place.add_argument(f"--{name}", type=SETTINGS[name], help=text)
 
 
 def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the overrides of `config.sample` that were given."""
-    return {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
+    return {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}

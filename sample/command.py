@@ -12,6 +12,7 @@ from PIL import Image
 
 from cli.errors import UserError
 from data.preprocess import PictureTransform, center_square, transform_pair
+from sample.conditions import Order, draw_images, order_rows, records_of
 from sample.embedding import ClipEmbedder
 from sample.grid import draw_grid, to_uint8
 from sample.points import draw_point_run
@@ -19,70 +20,68 @@ from sample.trained import TrainedSampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class Samples:
     """Pictures with what they came from.
 
     Attributes:
       images: one picture a record.
-      records: prompt (or file), seed and index of each.
+      records: prompt (or label, or file), seed and index of each.
       settings: run, step, seed and sampler settings of all of them.
-      picture: the labelled grid.
     """
 
     images: UInt8[np.ndarray, "n h w c"]
     records: list[dict[str, Any]]
     settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn(Samples):
+    """Pictures with a labelled grid.
+
+    Attributes:
+      picture: the grid.
+    """
+
     picture: Image.Image
 
 
-def draw_prompts(
-    trained: TrainedSampler,
-    prompts: Sequence[str],
-    num: int,
-    seed: int,
-    settings: Mapping[str, Any],
-    clip: ClipEmbedder | None = None,
-    keep: int = 0,
+def draw_pictures(
+    trained: TrainedSampler, order: Order, num: int, clip: ClipEmbedder | None = None, keep: int = 0
 ) -> Drawn:
-    """Draws `num` pictures of each prompt, a row of the grid each (several rows beyond eight).
+    """Draws `num` pictures of each condition, a row of the grid each (several rows beyond eight).
 
     Args:
       trained: the run that draws.
-      prompts: captions.
-      num: pictures drawn for each.
-      seed: s; picture i of a prompt is drawn with `fold_in(key(s), i)`.
-      settings: overrides of `config.sample`.
+      order: what.
+      num: pictures drawn of each condition.
       clip: chooses among the pictures of a prompt, if there is one (Ramesh et al. 2021, section 2.6).
       keep: how many it keeps of each prompt, best first; 0 for all.
 
     Raises:
-      UserError: if the run takes no captions, a prompt is empty or a setting is impossible.
+      UserError: if the run does not read such conditions, a prompt is empty or a setting is impossible.
     """
-    captions = [prompt for prompt in prompts for _ in range(num)]
-    indices = list(range(num)) * len(prompts)
-    outputs = trained(trained.encode(captions), seed=seed, indices=indices, **settings)
-    images = to_uint8(outputs["image"])
-    records: list[dict[str, Any]] = [
-        {"prompt": prompt, "seed": seed, "index": index} for prompt, index in zip(captions, indices, strict=True)
-    ]
-    description, shown = _describe(trained, seed, settings), num
+    rows, count = order_rows(trained, order), len(order.conditions)
+    if clip is not None and order.conditions[0].prompt is None:
+        raise UserError(f"{trained.run.folder} draws no captions, and --rerank compares with these; leave it out")
+    images, records = draw_images(trained, order, rows, num), records_of(order, num)
+    labels = [str(condition) for condition in order.conditions for _ in range(num)]
+    description, shown = order.describe(trained), num
     if clip is not None:
         shown = keep or num
-        cosines = clip.cosines(images, captions).reshape(len(prompts), num)
+        cosines = clip.cosines(images, labels).reshape(count, num)
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :shown]  # of equals, the one drawn first
-        kept = (best + num * np.arange(len(prompts))[:, None]).ravel()
+        kept = (best + num * np.arange(count)[:, None]).ravel()
         images = images[kept]
         records = [{**records[place], "clip_cosine": float(cosines.ravel()[place])} for place in kept]
+        labels = [f"{labels[place]} [{cosines.ravel()[place]:.3f}]" for place in kept]
         description |= {
             "rerank": str(clip.trained.run.folder),
             "rerank_step": clip.trained.weights.step,
             "candidates": num,
         }
-    columns = min(shown, 8) if shown > 1 else min(len(prompts), 8)
-    labels = [record["prompt"] for record in records]
-    if clip is not None:
-        labels = [f"{record['prompt']} [{record['clip_cosine']:.3f}]" for record in records]
-    return Drawn(images, records, description, draw_grid(images, columns=columns, labels=labels))
+    columns = min(shown, 8) if shown > 1 else min(count, 8)
+    grid = draw_grid(images, columns=columns, labels=labels if any(labels) else None)
+    return Drawn(images, records, description, grid)
 
 
 def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:
@@ -91,8 +90,9 @@ def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:
     Raises:
       UserError: if the run does not reconstruct, or a file is not a picture.
     """
-    if trained.tokenizer is not None:
-        raise UserError(f"{trained.run.folder} draws captions and reconstructs nothing; give --prompt=TEXT")
+    if "image" not in trained.sampler.reads:
+        what = "captions" if "text" in trained.sampler.reads else "pictures"
+        raise UserError(f"{trained.run.folder} draws {what} and reconstructs nothing; leave out --image")
     data = trained.config.data
     transform = transform_pair(data.transform).evaluation
     images = np.stack([read_picture(name, data.image_size, transform) for name in files])
@@ -101,13 +101,13 @@ def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:
     pairs = np.stack([images, results], axis=1).reshape(-1, *images.shape[1:])
     labels = [label for name in files for label in (Path(name).name, "reconstruction")]
     records = [{"image": name, "index": index} for index, name in enumerate(files)]
-    return Drawn(results, records, _describe(trained, 0, {}), draw_grid(pairs, columns=2, labels=labels))
+    return Drawn(results, records, trained.describe(0, {}), draw_grid(pairs, columns=2, labels=labels))
 
 
 def draw_figure(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Drawn:
     """One picture of what a diffusion of points does; see `sample.points.draw_point_run`."""
     figure = draw_point_run(trained, num, seed, settings)
-    return Drawn(np.asarray(figure)[None], [{"points": num}], _describe(trained, seed, settings), figure)
+    return Drawn(np.asarray(figure)[None], [{"points": num}], trained.describe(seed, settings), figure)
 
 
 def read_picture(
@@ -131,24 +131,46 @@ def read_picture(
     return transform(array, size, None)
 
 
-def write_files(folder: Path, drawn: Drawn) -> None:
-    """Writes each picture, and `samples.json` with prompts, seeds and settings."""
-    folder.mkdir(parents=True, exist_ok=True)
+def prepare_out(out: Path) -> None:
+    """Makes the folder of a picture file, before work is done that could be lost.
+
+    Raises:
+      UserError: if it cannot be made, or the name is not one of a picture.
+    """
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"cannot write {out}: {out.suffix or 'no extension'} is no kind of picture; give --out a .png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}; give --out a .png path that can be written") from error
+
+
+def write_picture(out: Path, picture: Image.Image) -> None:
+    """Writes one picture.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    try:
+        picture.save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {error}; give --out a .png path that can be written") from error
+
+
+def write_files(folder: Path, samples: Samples) -> None:
+    """Writes each picture, and `samples.json` with prompts, seeds and settings.
+
+    Raises:
+      UserError: if the folder cannot be written.
+    """
     records = []
-    for number, (image, record) in enumerate(zip(drawn.images, drawn.records, strict=True)):
-        name = f"{number:05d}.png"
-        Image.fromarray(image).save(folder / name)
-        records.append({"file": name, **record})
-    text = json.dumps({"settings": drawn.settings, "samples": records}, indent=2)
-    (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _describe(trained: TrainedSampler, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "run": str(trained.run.folder),
-        "step": trained.weights.step,
-        "ema": trained.weights.ema,
-        "seed": seed,
-        **trained.config.sample.to_dict(),
-        **settings,
-    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (image, record) in enumerate(zip(samples.images, samples.records, strict=True)):
+            name = f"{number:05d}.png"
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / name)
+            records.append({"file": name, **record})
+        text = json.dumps({"settings": samples.settings, "samples": records}, indent=2)
+        (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}; give --files a folder that can be written") from error

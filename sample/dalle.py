@@ -60,6 +60,11 @@ class DalleSampler:
         _check_numbers(defaults)
         return cls(model, decoder, **defaults)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The rows that a request has."""
+        return ("text",)
+
     def request(self, text: Int[np.ndarray, "b t"], **overrides: Any) -> Request:
         """A request for one picture per caption.
 

@@ -130,6 +130,12 @@ class DiffusionSampler:
         """Whether the denoiser is told what to draw."""
         return self.text is not None or self.null_label is not None
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The rows that a request may have."""
+        captions = ("text", "negative") if self.text is not None else ()
+        return (*captions, *(("label",) if self.null_label is not None else ()))
+
     def request(
         self,
         text: Int[np.ndarray, "b l"] | None = None,
@@ -157,21 +163,27 @@ class DiffusionSampler:
         if unknown:
             known = ", ".join((*solver, *_NUMBERS))
             raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {known}")
-        if text is not None and self.text is None:
+        given = {"text": text, "label": label, "negative": negative}
+        rows = {name: np.asarray(value, np.int32) for name, value in given.items() if value is not None}
+        if self.text is None and ("text" in rows or "negative" in rows):
             raise UserError("this run takes no captions")
-        if label is not None and self.null_label is None:
+        if self.null_label is None and "label" in rows:
             raise UserError("this run takes no classes")
-        if label is not None and not np.all((label >= 0) & (label <= self.null_label)):
-            raise UserError(f"classes are 0 to {self.null_label} (none), not {label.min()} to {label.max()}")
+        wrong = [n for n in rows["label"].tolist() if not 0 <= n <= self.null_label] if "label" in rows else []
+        if wrong:
+            raise UserError(f"there is no class {wrong[0]}; classes are 0 to {self.null_label}, the last for none")
         steps = dataclasses.replace(self.defaults, **{key: overrides[key] for key in solver if key in overrides})
         self._check_steps(steps)
         numbers = {key: float(overrides.get(key, getattr(self, key))) for key in _NUMBERS}
         _check_numbers(numbers)
         if numbers["guidance"] != 1 and not self.conditional:
             raise UserError("this run takes no condition, so there is nothing to guide; leave guidance at 1")
-        rows = {"text": text, "label": label, "negative": negative}
+        if numbers["guidance"] == 1 and "negative" in rows:
+            raise UserError(
+                "a negative prompt has no effect with guidance 1, which means none; choose another guidance"
+            )
         return {
-            **{key: np.asarray(value, np.int32) for key, value in rows.items() if value is not None},
+            **rows,
             **{key: np.float32(value) for key, value in numbers.items()},
             "steps": steps,
             "trajectory": bool(overrides.get("trajectory", False)),

@@ -34,6 +34,11 @@ class ReconstructionSampler:
         """Builds the sampler of the network that `config.models.dvae` describes."""
         return cls(model=models.create_model(**config.models.dvae))
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The rows that a request has."""
+        return ("image",)
+
     def request(self, image: UInt8[np.ndarray, "b h w c"]) -> dict[str, np.ndarray]:
         """What `__call__` takes as `request`; there are no settings."""
         return {"image": image}

@@ -1,4 +1,4 @@
-"""Pictures in a labelled grid."""
+"""Pictures in a labelled grid, and mosaics in a table."""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,7 +8,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 8
+_GAP = 2  # between the pictures of a mosaic
 _TEXT_SIZE = 12
+_LINE = _TEXT_SIZE + 3
+_ROW_HEADER = 150  # most pixels of a row's header
 _BACKGROUND, _INK = (250, 250, 248), (40, 40, 44)
 _RIGHT, _WRONG = (70, 160, 90), (205, 70, 60)
 
@@ -42,14 +45,11 @@ def draw_grid(
         raise ValueError("there are no pictures to draw")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(images)} pictures but {len(labels)} labels")
-    factor = max(1, -(-min_side // images.shape[1]))
-    pictures = [_enlarge(image, factor) for image in images]
+    pictures = _enlarge_all(images, min_side)
     width, height = pictures[0].size
     font = ImageFont.load_default(_TEXT_SIZE)
-    per_line = max(8, int(width / font.getlength("n")))
-    texts = [textwrap.wrap(label, per_line) for label in labels] if labels is not None else []
-    line_height = _TEXT_SIZE + 3
-    text_height = max((len(lines) for lines in texts), default=0) * line_height
+    texts = [_wrap(label, width) for label in labels] if labels is not None else []
+    text_height = max((len(lines) for lines in texts), default=0) * _LINE
     rows = -(-len(pictures) // columns)
     cell = (width + _MARGIN, height + text_height + _MARGIN)
     sheet = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), _BACKGROUND)
@@ -61,8 +61,90 @@ def draw_grid(
             pen.rectangle(frame, fill=_RIGHT if marks[number] else _WRONG)
         sheet.paste(picture, (left, top))
         for line, text in enumerate(texts[number] if texts else ()):
-            pen.text((left, top + height + 1 + line * line_height), text, fill=_INK, font=font)
+            pen.text((left, top + height + 1 + line * _LINE), text, fill=_INK, font=font)
     return sheet
+
+
+def draw_mosaic(images: UInt8[np.ndarray, "n h w c"], *, columns: int, min_side: int = 64) -> Image.Image:
+    """Draws pictures in reading order, close together and without labels: one cell of a table.
+
+    Args:
+      images: RGB, or gray with one channel.
+      columns: pictures in a row.
+      min_side: small pictures are enlarged by a whole factor, without smoothing, to at least this many pixels.
+    """
+    pictures = _enlarge_all(images, min_side)
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), _BACKGROUND)
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % columns * (width + _GAP), number // columns * (height + _GAP)))
+    return sheet
+
+
+def draw_table(
+    cells: Sequence[Sequence[Image.Image | None]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str = "",
+) -> Image.Image:
+    """Draws rows of cells of one size under the columns' headers, each beside its row's header.
+
+    Args:
+      cells: pictures; None leaves a place empty.
+      rows: a header for each row; all "" leave no room for them.
+      columns: a header for each column.
+      title: of the whole; "" for none.
+
+    Raises:
+      ValueError: if there are no cells, or not as many as headers.
+    """
+    shown = [cell for row in cells for cell in row if cell is not None]
+    if not shown or len(cells) != len(rows) or any(len(row) != len(columns) for row in cells):
+        raise ValueError(f"{len(rows)} x {len(columns)} headers do not fit cells of {[len(row) for row in cells]}")
+    width, height = shown[0].size
+    font = ImageFont.load_default(_TEXT_SIZE)
+    longest = max(font.getlength(text) for text in rows)
+    side = min(int(longest) + 1, _ROW_HEADER)
+    beside = [_wrap(text, side) for text in rows]
+    above = [_wrap(text, width) for text in columns]
+    left = _MARGIN + (side + _MARGIN if longest else 0)
+    full_width = left + len(columns) * (width + _MARGIN)
+    heading = _wrap(title, full_width - 2 * _MARGIN)
+    head = _MARGIN + len(heading) * _LINE + max(len(lines) for lines in above) * _LINE
+    heights = [max(height, len(lines) * _LINE) for lines in beside]
+    sheet = Image.new("RGB", (full_width, head + sum(heights) + _MARGIN * len(heights)), _BACKGROUND)
+    pen = ImageDraw.Draw(sheet)
+
+    def write(lines: Sequence[str], x: int, y: int) -> None:
+        for line, text in enumerate(lines):
+            pen.text((x, y + line * _LINE), text, fill=_INK, font=font)
+
+    write(heading, _MARGIN, _MARGIN // 2)
+    for column, lines in enumerate(above):
+        write(lines, left + column * (width + _MARGIN), head - len(lines) * _LINE - 2)
+    top = head
+    for row, lines in enumerate(beside):
+        write(lines, _MARGIN, top)
+        for column, cell in enumerate(cells[row]):
+            if cell is not None:
+                sheet.paste(cell, (left + column * (width + _MARGIN), top))
+        top += heights[row] + _MARGIN
+    return sheet
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of about a width in pixels; none of an empty text."""
+    font = ImageFont.load_default(_TEXT_SIZE)
+    if text and font.getlength(text) <= width:
+        return [text]
+    return textwrap.wrap(text, max(8, int(width / font.getlength("n"))))
+
+
+def _enlarge_all(images: UInt8[np.ndarray, "n h w c"], min_side: int) -> list[Image.Image]:
+    factor = max(1, -(-min_side // images.shape[1]))
+    return [_enlarge(image, factor) for image in images]
 
 
 def _enlarge(image: UInt8[np.ndarray, "h w c"], factor: int) -> Image.Image:

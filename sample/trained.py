@@ -1,7 +1,7 @@
 """A run folder made ready to sample: weights, frozen stages, tokenizer, and a compiled sampler."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,27 @@ class TrainedSampler:
         if unknown:
             raise UserError(f"{self.run.folder} is a run of {self.config.objective}; leave out {', '.join(unknown)}")
 
+    def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Which weights these are, and all settings of their sampler, those of the run's config included."""
+        weights = {"run": str(self.run.folder), "step": self.weights.step, "ema": self.weights.ema}
+        return {**weights, "seed": seed, **self.config.sample.to_dict(), **settings}
+
+    def program(self, rows: Rows, **settings: Any) -> Hashable:
+        """What a request is compiled for: requests that agree in it share a program, whatever their number.
+
+        Samplers have a program with guidance and one without; all other numbers are arguments of the program.
+
+        Args:
+          rows: as in a call.
+          **settings: overrides of `config.sample`.
+        """
+        request = self.sampler.request(**{name: value[:1] for name, value in rows.items()}, **settings)
+        guided = float(request.get("guidance", 1.0)) != 1.0
+        return guided, *(
+            (name, request[name].shape if isinstance(request[name], np.ndarray | np.generic) else request[name])
+            for name in sorted(request)
+        )
+
     def encode(self, captions: Sequence[str]) -> Rows:
         """Tokenizes captions for a request: {"text": int32 [n l]}.
 
@@ -71,7 +92,7 @@ class TrainedSampler:
           UserError: if a caption is empty, or the run has no text.
         """
         if self.tokenizer is None:
-            raise UserError(f"{self.run.folder} takes no captions; give --image=FILE")
+            raise UserError(f"{self.run.folder} takes no captions; it has no tokenizer")
         if any(not caption.strip() for caption in captions):
             raise UserError("the prompt is empty; describe a picture, for example --prompt='a small red circle'")
         length = self.config.data.text_length
@@ -93,13 +114,13 @@ class TrainedSampler:
         Returns:
           The sampler's outputs as numpy arrays with leading dimension n.
         """
-        count = len(indices)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), np.asarray(indices, np.int32))
+        count, numbers = len(indices), np.asarray(indices, np.int32)
         chunks = []
         for start in range(0, count, self.chunk):
             places = np.minimum(np.arange(start, start + self.chunk), count - 1)
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers[places])
             part = {name: value[places] for name, value in rows.items()}
             request = self.sampler.request(**part, **settings)
-            outputs = self.sampler(self.weights.params, self.weights.variables, self.frozen, request, keys[places])
+            outputs = self.sampler(self.weights.params, self.weights.variables, self.frozen, request, keys)
             chunks.append(jax.device_get(outputs))
         return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}

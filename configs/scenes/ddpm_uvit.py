@@ -1,7 +1,8 @@
 """Diffusion of pixels on `scenes` with a small U-ViT that reads captions.
 
 Paper: Bao et al. 2023, "All are Worth Words: A ViT Backbone for Diffusion Models", with the objective of Ho et al. 2020
-(here of x_0, weighed as Salimans and Ho 2022 and Hang et al. 2023 do) and the cosine schedule of Nichol and Dhariwal 2021.
+and the cosine schedule of Nichol and Dhariwal 2021. The network predicts x_0, whose error is weighed by the clipped
+signal-to-noise ratio (Salimans and Ho 2022, Hang et al. 2023): predicting v, the same network drew ragged pictures.
 
     python -m scripts.prepare --dataset=scenes/single32
     python -m train --config=configs/scenes/ddpm_uvit.py --workdir=runs/ddpm_uvit

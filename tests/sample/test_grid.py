@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sample.grid import draw_grid, to_uint8
+from sample.grid import draw_grid, draw_mosaic, draw_table, to_uint8
 
 
 def test_pixels_map_to_bytes_and_are_clipped():
@@ -45,3 +45,39 @@ def test_wrong_numbers_are_errors():
         draw_grid(np.zeros((0, 8, 8, 3), np.uint8), columns=2)
     with pytest.raises(ValueError, match="2 pictures but 1 labels"):
         draw_grid(np.zeros((2, 8, 8, 3), np.uint8), columns=2, labels=["one"])
+
+
+def test_a_mosaic_has_its_pictures_close_together():
+    images = np.stack([np.full((8, 8, 3), 40 * number, np.uint8) for number in range(3)])
+    mosaic = np.asarray(draw_mosaic(images, columns=2, min_side=16))
+    assert mosaic.shape == (34, 34, 3)
+    assert [int(mosaic[8, 8, 0]), int(mosaic[8, 26, 0]), int(mosaic[26, 8, 0])] == [0, 40, 80]
+    assert mosaic[26, 26, 0] > 240  # an empty place
+
+
+def test_a_table_has_cells_under_headers_and_beside_them():
+    cells = [
+        [draw_mosaic(np.full((1, 64, 64, 3), value, np.uint8), columns=1) for value in row]
+        for row in ((120, 140, 160), (180, 200, 220))
+    ]
+    table = draw_table(cells, rows=["guidance=1", "guidance=2"], columns=["steps=5", "steps=10", "steps=20"])
+    pixels = np.asarray(table)
+    height, width = pixels.shape[:2]
+    for (row, column), value in np.ndenumerate(np.array([[120, 140, 160], [180, 200, 220]])):
+        top, left = height - (2 - row) * 72, width - (3 - column) * 72
+        assert (pixels[top : top + 64, left : left + 64] == value).all()
+    top, left = height - 2 * 72, width - 3 * 72
+    assert (pixels[:top, left:] < 100).any() and (pixels[top:, :left] < 100).any()  # ink of both headers
+    assert not (pixels[:top, :left] < 100).any()
+    titled = draw_table(cells, rows=["", ""], columns=[""] * 3, title="a large blue star on a white background")
+    assert titled.width < table.width and (np.asarray(titled)[: titled.height - 2 * 72] < 100).any()
+
+
+def test_a_table_may_have_empty_places_and_makes_room_for_long_headers():
+    cell = draw_mosaic(np.full((1, 64, 64, 3), 120, np.uint8), columns=1)
+    plain = draw_table([[cell, None]], rows=["x"], columns=["a", "b"])
+    assert np.asarray(plain)[-40, -40, 0] > 240
+    tall = draw_table([[cell, None]], rows=["a large blue star " * 10], columns=["a", "b"])
+    assert tall.height > plain.height and tall.width < plain.width + 200
+    with pytest.raises(ValueError, match="1 x 3 headers"):
+        draw_table([[cell, None]], rows=["x"], columns=["a", "b", "c"])

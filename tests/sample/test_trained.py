@@ -9,7 +9,8 @@ from PIL import Image
 from cli.errors import UserError
 from data.preprocess import center_square, clip_evaluation
 from sample.__main__ import main
-from sample.command import draw_prompts, read_picture
+from sample.command import draw_pictures, read_picture
+from sample.conditions import Order, make_conditions
 from sample.embedding import ClipEmbedder
 from sample.trained import TrainedSampler
 
@@ -31,10 +32,11 @@ def stage1(debug_run):
 
 def test_a_picture_depends_on_its_prompt_seed_and_index_alone(folder):
     trained = TrainedSampler.open(folder, chunk=8)
-    many = draw_prompts(trained, ["a red circle", "a large blue star on black"], 7, 3, {})
-    alone = draw_prompts(trained, ["a large blue star on black"], 3, 3, {})
+    many = draw_pictures(trained, Order(make_conditions(["a red circle", "a large blue star on black"]), seed=3), 7)
+    star = make_conditions(["a large blue star on black"])
+    alone = draw_pictures(trained, Order(star, seed=3), 3)
     assert (alone.images == many.images[7:10]).all()
-    other_seed = draw_prompts(trained, ["a large blue star on black"], 3, 4, {})
+    other_seed = draw_pictures(trained, Order(star, seed=4), 3)
     assert (other_seed.images != alone.images).any()
 
 

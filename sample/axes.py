@@ -1,0 +1,123 @@
+"""What a sweep runs over: `--sweep KEY=V1,V2,...`, read and checked before anything is loaded."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from cli.errors import UserError
+from sample.arguments import SETTINGS
+
+TEXTS = ("prompt", "negative_prompt")
+
+# What an axis may be named, and what its values are.
+KEYS = {**SETTINGS, "seed": int, "label": int, **dict.fromkeys(TEXTS, str)}
+
+_NAMES = {int: "a whole number", float: "a number"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One thing that differs between cells.
+
+    Attributes:
+      name: one of `KEYS`.
+      values: what it takes, in order; distinct.
+    """
+
+    name: str
+    values: tuple[Any, ...]
+
+    def header(self, place: int) -> str:
+        """What stands at a row or column: a prompt itself, otherwise "guidance=3"."""
+        value = spell(self.values[place])
+        return value if self.name == "prompt" else f"{self.name}={value}"
+
+    def file_part(self, place: int) -> str:
+        """The part of a page's file name: "guidance_3"; texts are numbered from 1, as "prompt_1"."""
+        value = str(place + 1) if self.name in TEXTS else spell(self.values[place]) or "default"
+        return f"{self.name}_{value}"
+
+
+def spell(value: Any) -> str:
+    """A value as a person writes it: 3 for 3.0."""
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def parse_axes(texts: Sequence[str], given: Collection[str]) -> tuple[Axis, ...]:
+    """Reads the values of `--sweep`.
+
+    Args:
+      texts: such as "guidance=1,2,3" or "prompt=@captions.txt".
+      given: keys that have a value of their own on the command line.
+
+    Raises:
+      UserError: on an unknown, repeated or given key, no values, one that does not fit the key, or the same one twice.
+    """
+    axes: list[Axis] = []
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if name not in KEYS:
+            raise UserError(f"--sweep {name}: there is no such key; choose from {', '.join(KEYS)}")
+        if not equals or not values.strip():
+            raise UserError(f"--sweep {name} has no values; give them as in --sweep {name}=V1,V2")
+        if name in (axis.name for axis in axes):
+            raise UserError(f"--sweep {name} stands twice; give all of its values at once, with commas")
+        if name in given:
+            raise UserError(f"--sweep {name} and --{name} are both given; leave one of them out")
+        parsed = read_texts(_items(values), f"--sweep {name}") if name in TEXTS else _values(name, values)
+        twice = [value for value in parsed if parsed.count(value) > 1]
+        if twice:
+            raise UserError(f"--sweep {name} has {spell(twice[0])} twice; leave one out")
+        axes.append(Axis(name, tuple(parsed)))
+    return tuple(axes)
+
+
+def read_texts(values: Sequence[str], flag: str) -> list[str]:
+    """Texts of the command line, where @FILE stands for the lines of a file that are not empty.
+
+    Raises:
+      UserError: if there is no such file, it is empty or no text, or a text is empty.
+    """
+    texts: list[str] = []
+    for value in values:
+        if not value.startswith("@"):
+            texts.append(value)
+            continue
+        path = Path(value[1:])
+        if not path.is_file():
+            raise UserError(f"there is no prompt file {path}")
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the prompt file {path}: {error}") from error
+        if not any(lines):
+            raise UserError(f"the prompt file {path} is empty; write one caption a line")
+        texts += [line for line in lines if line]
+    if any(not text.strip() for text in texts):
+        what = "the prompt" if flag == "--prompt" else flag
+        raise UserError(f"{what} is empty; describe a picture, for example {flag.split()[0]}={_example(flag)}")
+    return texts
+
+
+def _example(flag: str) -> str:
+    caption = "'a small red circle'"
+    return f"{flag.split()[1]}={caption}" if " " in flag else caption
+
+
+def _items(values: str) -> list[str]:
+    """A file's name may have commas."""
+    return [values.strip()] if values.strip().startswith("@") else [item.strip() for item in values.split(",")]
+
+
+def _values(name: str, values: str) -> list[Any]:
+    """Values of a setting, of the type that it has; "" is one of spacing alone."""
+    kind, parsed = KEYS[name], []
+    for item in (item.strip() for item in values.split(",")):
+        if not item and name != "spacing":
+            raise UserError(f"--sweep {name}={values} has an empty value; leave out a comma")
+        try:
+            parsed.append(kind(item))
+        except ValueError:
+            raise UserError(f"--sweep {name}={values}: {item!r} is not {_NAMES[kind]}") from None
+    return parsed

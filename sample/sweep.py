@@ -1,0 +1,280 @@
+"""Pictures over a grid of settings: one labelled page for each pair of axes, and a row of numbers for each cell."""
+
+import csv
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cli.errors import UserError
+from data.scenes import find_world, parse_caption
+from data.scenes.grader import SceneGrader
+from sample.axes import TEXTS, Axis, spell
+from sample.command import Samples, write_picture
+from sample.conditions import Condition, Order, draw_images, order_rows, records_of
+from sample.embedding import ClipEmbedder
+from sample.grid import draw_mosaic, draw_table
+from sample.trained import Rows, TrainedSampler
+
+TABLE = "sweep.csv"
+MEASURES = ("seconds", "pictures", "pictures_per_second", "accuracy", "clip_score", "diversity")
+_ONE_ROW = 8  # cells of a single axis in a row; more stand in a column
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One combination of values.
+
+    Attributes:
+      values: of each axis, by its name.
+      order: what is drawn.
+      rows: what the sampler is told.
+    """
+
+    values: dict[str, Any]
+    order: Order
+    rows: Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep(Samples):
+    """All pictures of a sweep.
+
+    Attributes:
+      pages: the files of the grid.
+      table: the file of numbers.
+    """
+
+    pages: tuple[Path, ...]
+    table: Path
+
+
+def check_axes(trained: TrainedSampler, axes: Sequence[Axis]) -> None:
+    """Raises UserError if an axis is a setting that the run's sampler does not have."""
+    known = tuple(trained.config.sample)
+    for axis in axes:
+        if axis.name not in (*known, *TEXTS, "seed", "label"):
+            has = f"it has {', '.join(known)}" if known else "it has no settings"
+            raise UserError(f"--sweep {axis.name}: {trained.run.folder} has no such setting; {has}")
+
+
+def run_sweep(
+    trained: TrainedSampler,
+    order: Order,
+    axes: Sequence[Axis],
+    num: int,
+    out: Path,
+    clip: ClipEmbedder | None = None,
+) -> Sweep:
+    """Draws every cell, with the same seed and indices in each, and writes pages and numbers as they are done.
+
+    Args:
+      trained: the run that draws.
+      order: what the axes do not change.
+      axes: rows of a page, columns of a page, and what differs between pages; one axis alone is a row of up to 8 cells,
+        or else a column.
+      num: pictures of each condition in a cell.
+      out: the grid's file; further axes put their values into the names of pages (`Axis.file_part`). `TABLE` stands
+        beside it.
+      clip: scores the pictures, if there is one.
+
+    Raises:
+      UserError: if a cell is impossible, before any is drawn, or a file cannot be written.
+    """
+    check_axes(trained, axes)
+    cells = make_cells(trained, order, axes)
+    measure = Measure(trained, cells, clip)
+    table = out.with_name(TABLE)
+    names = [axis.name for axis in axes]
+    per_page = math.prod(len(axis.values) for axis in axes[:2])
+    images, records, pages, page = [], [], [], []
+    warm: set[Hashable] = set()
+    append_row(table, (*names, *MEASURES), new=True)
+    for number, cell in enumerate(cells):
+        drawn, seconds = _timed(trained, cell, num, warm)
+        measured = measure(cell.order, drawn, num, seconds)
+        append_row(table, [*map(spell, cell.values.values()), *map(spell_measure, measured.values())])
+        title = ", ".join(f"{name}={spell(value)}" for name, value in cell.values.items())
+        print(f"cell {number + 1} of {len(cells)}: {title}: {seconds:.2f} s", flush=True)
+        images.append(drawn)
+        records += [{**cell.values, **record} for record in records_of(cell.order, num)]
+        page.append(draw_mosaic(drawn, columns=mosaic_columns(len(cell.order.conditions), num)))
+        if len(page) == per_page:
+            name, heading = _page_name(out, axes, number // per_page), _page_title(cell, axes)
+            write_picture(name, _draw_page(page, axes[:2], heading))
+            pages.append(name)
+            page = []
+    settings = {**order.describe(trained), "sweep": {axis.name: list(axis.values) for axis in axes}}
+    settings = {name: value for name, value in settings.items() if name not in names}
+    return Sweep(np.concatenate(images), records, settings, tuple(pages), table)
+
+
+def make_cells(trained: TrainedSampler, order: Order, axes: Sequence[Axis]) -> list[Cell]:
+    """All cells, those of a page together, row by row; each is checked.
+
+    Raises:
+      UserError: if a cell is impossible.
+    """
+    cells = []
+    known: dict[Hashable, Rows] = {}  # captions are encoded once
+    for page in itertools.product(*(axis.values for axis in axes[2:])):
+        for place in itertools.product(*(axis.values for axis in axes[:2])):
+            values = dict(zip([axis.name for axis in axes], (*place, *page), strict=True))
+            cell = vary(order, values)
+            told = (cell.conditions, cell.negative_prompt)
+            if told not in known:
+                known[told] = order_rows(trained, cell)
+            trained.sampler.request(**known[told], **cell.settings)
+            cells.append(Cell(values, cell, known[told]))
+    return cells
+
+
+def vary(order: Order, values: Mapping[str, Any]) -> Order:
+    """An order with some of its values changed: prompt, label, seed, negative_prompt, or settings."""
+    fields, settings = {}, dict(order.settings)
+    for name, value in values.items():
+        if name in ("prompt", "label"):
+            fields["conditions"] = (Condition(**{name: value}),)
+        elif name in ("seed", "negative_prompt"):
+            fields[name] = value
+        else:
+            settings[name] = value
+    return dataclasses.replace(order, settings=settings, **fields)
+
+
+class Measure:
+    """What is measured of a cell, in the order of `MEASURES`; None where it does not apply.
+
+    accuracy: share of pictures that have every attribute right which their caption names (embedded dataset).
+    clip_score: 100 max(mean cosine, 0), as torchmetrics has it, of pictures with their captions.
+    diversity: see `diversity`.
+    pictures_per_second: pictures of the cell by `seconds`; a sampler draws whole chunks (`sample.trained.CHUNK`), so
+      that few pictures take as long as a chunk.
+
+    Args:
+      trained: the run.
+      cells: all of a sweep.
+      clip: a trained CLIP, or None.
+    """
+
+    def __init__(self, trained: TrainedSampler, cells: Sequence[Cell], clip: ClipEmbedder | None):
+        self._clip = clip
+        self._grader: SceneGrader | None = None
+        self._unread: set[str] = set()
+        captions = {condition.prompt for cell in cells for condition in cell.order.conditions} - {None}
+        if clip is not None and not captions:
+            raise UserError(f"{trained.run.folder} draws no captions, and --clip compares with these; leave it out")
+        world = find_world(trained.config.data.dataset)
+        if world is None or trained.config.data.image_size != world.image_size or not captions:
+            return
+        self._grader = SceneGrader(world)
+        for caption in sorted(captions):
+            try:
+                parse_caption(world, caption)
+            except ValueError as error:
+                self._unread.add(caption)
+                print(f"warning: no accuracy for {caption!r}, which the grader cannot read: {error}", flush=True)
+
+    def __call__(self, order: Order, images: UInt8[np.ndarray, "n h w c"], num: int, seconds: float) -> dict[str, Any]:
+        """Measures the pictures of a cell, those of a condition together."""
+        captions = [condition.prompt for condition in order.conditions for _ in range(num)]
+        accuracy = score = None
+        if self._grader is not None and not self._unread & set(captions):
+            accuracy = float(np.mean([grade["all"] for grade in self._grader.grade(captions, images)]))
+        if self._clip is not None:
+            score = 100 * max(float(np.mean(self._clip.cosines(images, captions))), 0.0)
+        values = (
+            *(seconds, len(images), len(images) / seconds),
+            *(accuracy, score, diversity(images.reshape(-1, num, *images.shape[1:]))),
+        )
+        return dict(zip(MEASURES, values, strict=True))
+
+
+def diversity(images: UInt8[np.ndarray, "c n h w ch"]) -> float | None:
+    """How different pictures of one condition are.
+
+    The mean of sqrt(mean over pixels and channels of (a - b)^2), a and b in [0, 1], over all pairs of each condition:
+    0 where all are the same, about 0.41 for two pictures of uniform noise; None where there are no pairs.
+    """
+    pictures = images.astype(np.float32) / 255
+    distances = [
+        float(np.sqrt(np.mean(np.square(first - second))))
+        for group in pictures
+        for first, second in itertools.combinations(group, 2)
+    ]
+    return float(np.mean(distances)) if distances else None
+
+
+def append_row(table: Path, row: Sequence[Any], new: bool = False) -> None:
+    """Adds a row to a CSV file, or begins the file.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    try:
+        with table.open("w" if new else "a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(row)
+    except OSError as error:
+        raise UserError(f"cannot write {table}: {error}; give --out a folder that can be written") from error
+
+
+def spell_measure(value: Any) -> str:
+    """A number with six digits; nothing for None."""
+    return "" if value is None else f"{value:.6g}"
+
+
+def mosaic_columns(conditions: int, num: int) -> int:
+    """Pictures in a row of a cell: each condition has a row, but a single one is nearly a square."""
+    return min(num, 8) if conditions > 1 and num > 1 else math.ceil(math.sqrt(conditions * num))
+
+
+def _timed(
+    trained: TrainedSampler, cell: Cell, num: int, warm: set[Hashable]
+) -> tuple[UInt8[np.ndarray, "n h w c"], float]:
+    """Pictures of a cell and the seconds that it took; a new program is compiled before, by drawing one picture."""
+    program = trained.program(cell.rows, **cell.order.settings)
+    if program not in warm:
+        first = dataclasses.replace(cell.order, conditions=cell.order.conditions[:1])
+        draw_images(trained, first, {name: value[:1] for name, value in cell.rows.items()}, 1)
+        warm.add(program)
+    start = time.perf_counter()
+    images = draw_images(trained, cell.order, cell.rows, num)
+    return images, time.perf_counter() - start
+
+
+def _draw_page(page: Sequence[Image.Image], axes: Sequence[Axis], title: str) -> Image.Image:
+    """The table of one page, whose cells come row by row."""
+    headers = [[axis.header(place) for place in range(len(axis.values))] for axis in axes]
+    if len(headers) == 1:
+        headers = [[""], headers[0]] if len(page) <= _ONE_ROW else [headers[0], [""]]
+    rows, columns = headers
+    cells = [page[start : start + len(columns)] for start in range(0, len(page), len(columns))]
+    return draw_table(cells, rows=rows, columns=columns, title=title)
+
+
+def _page_places(axes: Sequence[Axis], number: int) -> list[int]:
+    """Which value each further axis has on a page."""
+    sizes = [len(axis.values) for axis in axes[2:]]
+    return [int(place) for place in np.unravel_index(number, sizes)] if sizes else []
+
+
+def _page_name(out: Path, axes: Sequence[Axis], number: int) -> Path:
+    places = zip(axes[2:], _page_places(axes, number), strict=True)
+    return out.with_name("_".join([out.stem, *(axis.file_part(place) for axis, place in places)]) + out.suffix)
+
+
+def _page_title(cell: Cell, axes: Sequence[Axis]) -> str:
+    """The values that a page fixes, and its prompts unless they are in its headers."""
+    fixed = [axis.header(axis.values.index(cell.values[axis.name])) for axis in axes[2:]]
+    if not {"prompt", "label"} & {axis.name for axis in axes}:
+        fixed.append(" / ".join(str(condition) for condition in cell.order.conditions))
+    if cell.order.negative_prompt is not None and "negative_prompt" not in (axis.name for axis in axes):
+        fixed.append(f"negative_prompt={cell.order.negative_prompt}")
+    return ", ".join(text for text in fixed if text)
