@@ -50,3 +50,30 @@ CLIP = (
     (r"projection/kernel", ("fsdp",)),
     *WHOLE,
 )
+
+# Both backbones of diffusion, with the text encoder that may be trained beside them. A residual block's first
+# convolution is split on its output channels over `tensor`, all others over `fsdp`, each on one side alone, as above.
+# The text encoder's table of tokens stays whole: rows looked up in a split one are spread over the width first.
+UNET = (
+    *TRANSFORMER,
+    (r"/query/kernel", ("fsdp", "tensor")),
+    (r"/key_value/kernel", ("fsdp", None, "tensor")),
+    (r"mlp/up_gate/kernel", ("fsdp", None, "tensor")),
+    (r"mlp/up_gate/bias", (None, "tensor")),
+    (r"class/embedding", (None, "fsdp")),
+    (r"(time|time_1)/kernel", ("fsdp", "tensor")),
+    (r"time_2/kernel", ("tensor", "fsdp")),
+    (r"denoiser/output/kernel", (None, None, "fsdp")),
+    (r"conv_1/kernel", (None, None, None, "tensor")),
+    (r"(input|output|conv|conv_2|skip)/kernel", (None, None, None, "fsdp")),
+    *WHOLE,
+)
+
+UVIT = (
+    *TRANSFORMER,
+    (r"label/embedding", (None, "fsdp")),
+    (r"context/kernel", (None, "fsdp")),
+    (r"(skips_\d+|norm)/projection/kernel", ("fsdp", "tensor")),
+    (r"(patch|token_conv)/kernel", (None, None, None, "fsdp")),
+    *WHOLE,
+)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from grain.experimental import index_shuffle
+from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -210,6 +211,18 @@ def _captions(record: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in captions)
 
 
+def class_number(record: Mapping[str, Any], field: str) -> Int32[np.ndarray, ""]:
+    """The number of a record's class.
+
+    Raises:
+      UserError: if the record has no such field, or no class: TFDS writes -1 where the class is not public.
+    """
+    number = np.asarray(record.get(field, -1), np.int32)
+    if number.ndim or number < 0:
+        raise UserError(f"a record has no class number in its field {field!r}; choose another split or label_field")
+    return number
+
+
 class ExampleStream:
     """The endless, index-determined stream of training examples, or one pass over an evaluation split.
 
@@ -235,7 +248,11 @@ class ExampleStream:
         fields = {"image", self._label} if tokenizer is None else {"image", self._label, *CAPTION_FIELDS}
         self.source = RecordSource(config.dataset, split, config.data_dir, config.cache, fields=fields)
         if self._label and self._label not in self.source.class_names:
-            raise UserError(f"dataset {config.dataset} has no field {self._label!r} of class numbers; see label_field")
+            known = ", ".join(sorted(RecordSource(config.dataset, split, config.data_dir).class_names)) or "none"
+            raise UserError(
+                f"dataset {config.dataset} has no field {self._label!r} of class numbers (it has: {known}); set "
+                "config.data.label_field"
+            )
         self._size = config.image_size
         self._length = config.text_length
         self._dropout = config.bpe_dropout if train else 0.0
@@ -255,6 +272,11 @@ class ExampleStream:
     def epoch_size(self) -> int:
         """Number of records in one pass."""
         return len(self.source)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes that a label may name; 0 without labels."""
+        return len(self.source.class_names[self._label]) if self._label else 0
 
     @property
     def damaged(self) -> int:
@@ -283,7 +305,7 @@ class ExampleStream:
                     self.truncated += 1
             example["text"] = ids
         if self._label:
-            example["label"] = np.asarray(record[self._label], np.int32)
+            example["label"] = class_number(record, self._label)
         return example
 
     def batch(self, indices: Sequence[int]) -> Example:

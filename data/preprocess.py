@@ -50,8 +50,7 @@ def dvae_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[
     """
     image = _random_crop(image, min(image.shape[:2]), rng)
     image = _resize(image, int(rng.integers(size * 9 // 8, size * 12 // 8 + 1)))
-    image = _random_crop(image, size, rng)
-    return image[:, ::-1] if rng.random() < 0.5 else image
+    return _flip(_random_crop(image, size, rng), rng)
 
 
 def dalle_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
@@ -87,12 +86,71 @@ def clip_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[
     return _random_crop(_resize_short_side(image, size), size, rng)
 
 
+def center_square_flip(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
+    """The central square, flipped horizontally in half of the cases, as DDPM does (Ho et al. 2020, App. B)."""
+    return _flip(center_square(image, size), rng)
+
+
+def celeba_evaluation(
+    image: Picture, size: int, rng: np.random.Generator | None = None
+) -> UInt8[np.ndarray, "{size} {size} c"]:
+    """The face of an aligned CelebA picture of 178 x 218: 128 x 128 pixels around (89, 121), resized. Draws nothing.
+
+    The crop of DDIM and U-ViT (Song et al. 2021, Bao et al. 2023), whose code resizes with a bilinear filter.
+
+    Raises:
+      UserError: if the picture does not hold the crop.
+    """
+    del rng
+    height, width = image.shape[:2]
+    half, column, row = 64, 89, 121
+    if width < column + half or height < row + half:
+        raise UserError(
+            f"a picture of {width} x {height} is no aligned one of CelebA (178 x 218); choose another "
+            "config.data.transform"
+        )
+    crop = Image.fromarray(image[row - half : row + half, column - half : column + half])
+    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def celeba_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
+    """The face of a CelebA picture, flipped horizontally in half of the cases."""
+    return _flip(celeba_evaluation(image, size), rng)
+
+
+def adm_evaluation(
+    image: Picture, size: int, rng: np.random.Generator | None = None
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """ADM's view of a picture of ImageNet (Dhariwal and Nichol 2021), which DiT and U-ViT share. Draws nothing.
+
+    Halved by averages while the short side is at least twice `size`, then resized to it with a bicubic filter; of that
+    the center, as RGB.
+    """
+    del rng
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = (round(extent * scale) for extent in picture.size)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
+def adm_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """ADM's view of a picture, flipped horizontally in half of the cases."""
+    return _flip(adm_evaluation(image, size), rng)
+
+
 TRANSFORMS: Mapping[str, TransformPair] = {
     "center_square": TransformPair(center_square, center_square),
+    "center_square_flip": TransformPair(center_square_flip, center_square),
     "dvae_training": TransformPair(dvae_training, center_square),
     "dalle_training": TransformPair(dalle_training, center_square),
     "clip_training": TransformPair(clip_training, clip_evaluation),
     "clip_evaluation": TransformPair(clip_evaluation, clip_evaluation),
+    "celeba_training": TransformPair(celeba_training, celeba_evaluation),
+    "adm_training": TransformPair(adm_training, adm_evaluation),
 }
 
 
@@ -116,6 +174,11 @@ def choose_caption(captions: Sequence[str], rng: np.random.Generator | None) -> 
     if not captions:
         raise UserError("an example has no caption; text models need at least one for every picture")
     return captions[0 if rng is None else int(rng.integers(len(captions)))]
+
+
+def _flip(image: Picture, rng: np.random.Generator) -> Picture:
+    """The picture's mirror image in half of the cases."""
+    return image[:, ::-1] if rng.random() < 0.5 else image
 
 
 def _random_crop(image: Picture, side: int, rng: np.random.Generator) -> Picture:

@@ -24,6 +24,9 @@ retrieval          of a CLIP: recall at 1, 5, 10 and median rank, captions to pi
 similarity         of a CLIP: cosines of the first pictures and captions, also drawn into the run's samples/
 linear_probe       of a CLIP, when named: accuracy of a logistic regression on its features
 
+Computed when named in --metrics:
+caption_loss       of a diffusion: error of its output with a picture's own caption, with the next one's, with none
+
 Computed when named in --metrics, with --clip:
 clip_score         how near drawn pictures are to their captions
 rerank             caption accuracy of the picture that the CLIP chooses from 1, 2, 4, ... (embedded dataset)

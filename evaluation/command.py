@@ -15,7 +15,14 @@ from data.scenes import find_world
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.clip.evaluation import CLIP_METRICS, ClipSettings, clip_records, default_metrics
 from evaluation.clip.judge import JUDGED, Judge, judge_record
-from evaluation.features.evaluation import FEATURE_METRICS, FeatureSettings, check_feature_metrics, feature_records
+from evaluation.denoising import CAPTION_LOSS, caption_loss
+from evaluation.features.evaluation import (
+    FEATURE_METRICS,
+    FeatureSettings,
+    check_feature_metrics,
+    feature_records,
+    takes_classes,
+)
 from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record
@@ -68,8 +75,17 @@ def applicable_metrics(trained: TrainedSampler) -> tuple[tuple[str, ...], tuple[
         defaults = default_point_metrics(trained)
         return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
     captions = objective in _DRAW_CAPTIONS and trained.tokenizer is not None
-    others = (JUDGED if captions else ()) + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
+    denoising = (CAPTION_LOSS,) if captions and objective == "diffusion" else ()
+    others = denoising + (JUDGED if captions else ()) + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
     return METRICS[objective] if captions or objective not in _DRAW_CAPTIONS else (), others
+
+
+def _told(trained: TrainedSampler) -> str:
+    """What a diffusion of pictures without captions is told, for messages; "" for any other run."""
+    diffusion = trained.config.objective == "diffusion" and not is_points(trained.config.data.dataset)
+    if not diffusion or trained.tokenizer is not None:
+        return ""
+    return " (told classes, no captions)" if takes_classes(trained.config) else " (told nothing)"
 
 
 def evaluate_run(
@@ -101,11 +117,12 @@ def evaluate_run(
     objective, tools = trained.config.objective, tools or Tools()
     defaults, others = applicable_metrics(trained)
     names, known = tuple(dict.fromkeys(metrics or defaults)), (*defaults, *others)
+    kind = f"{objective}{_told(trained)}"
     for name in names:
         if name not in known:
-            raise UserError(f"metric {name!r} does not apply to this run of {objective}; choose {', '.join(known)}")
+            raise UserError(f"metric {name!r} does not apply to this run of {kind}; choose {', '.join(known)}")
     if not names:
-        raise UserError(f"name what to compute with --metrics; this run of {objective} has {', '.join(known)}")
+        raise UserError(f"name what to compute with --metrics; this run of {kind} has {', '.join(known)}")
     if tools.judge is None and set(names) & set(JUDGED):
         raise UserError(f"{' and '.join(JUDGED)} need a CLIP that judges; give --clip=RUN")
     compared = [name for name in names if name in FEATURE_METRICS]
@@ -124,6 +141,8 @@ def evaluate_run(
                 values = judge_record(name, trained, tools.judge, split, num, seed, settings)
             elif name == "caption_accuracy":
                 values = _caption_accuracy(trained, split, num, seed, settings)
+            elif name == CAPTION_LOSS:
+                values = caption_loss(trained, split, num, seed)
             elif name == "reconstruction":
                 values = _reconstruction(trained, split, num)
             elif name in POINT_METRICS:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from cli.errors import UserError
 from data.pipeline import RecordSource
 from data.preprocess import center_square, choose_caption
 from evaluation.records import Record
@@ -34,8 +35,10 @@ def caption_loss(trained: TrainedSampler, split: str, num: int, seed: int) -> Re
       own_better, the share of pictures that their own caption denoises better than the next one's.
 
     Raises:
-      UserError: if the split has fewer records, or a record has no caption.
+      UserError: if num is 1, the split has fewer records, or a record has no caption.
     """
+    if num < 2:
+        raise UserError(f"{CAPTION_LOSS} gives each picture another one's caption; --num must be at least 2, not {num}")
     config = trained.config
     source = RecordSource(config.data.dataset, split, config.data.data_dir)
     source.require(num)

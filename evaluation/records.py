@@ -14,6 +14,8 @@ _FOUND = ("values", "counted", "strength", "standard_errors")
 
 _NOT_SHARES = (
     "mse",
+    "mse_shuffled",
+    "mse_blank",
     "psnr_db",
     "perplexity",
     "fid",

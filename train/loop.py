@@ -105,6 +105,7 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
     _check_parts(config, tokenizer)
     stream = open_stream(config.data, tokenizer, split=config.data.split, seed=config.seed, train=True)
+    _check_classes(config, stream)
     example = {name: (value.shape[1:], value.dtype) for name, value in stream.batch([0]).items()}
     program = create_program(config, make_mesh(config.mesh), example)
     validation_stream = open_stream(
@@ -155,6 +156,19 @@ def _check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
                     f"config.{group}.{part}.text_end_id is {model.text_end_id}, but the tokenizer ends captions with "
                     f"{tokenizer.end_id}; set it to that, and config.data.text_ends if there is none"
                 )
+
+
+def _check_classes(config: ConfigDict, stream: Stream) -> None:
+    """Raises UserError where a dataset's classes are more than a network's."""
+    for part, model in config.models.items():
+        # Where classes are dropped in training, the last one stands for none.
+        needed = stream.classes + bool(config.loss.get("dropout", 0.0))
+        if stream.classes and model.get("num_classes", needed) < needed:
+            raise UserError(
+                f"config.models.{part}.num_classes is {model.num_classes}, but the dataset has {stream.classes} classes"
+                + (" and config.loss.dropout needs one for none" if needed > stream.classes else "")
+                + f"; set it to {needed}"
+            )
 
 
 def _restore(

@@ -17,6 +17,7 @@ Arguments: `single32` (default; one object), `pair32` (one or two objects with a
 from ml_collections import ConfigDict
 
 from configs.common import check_argument
+from configs.mesh_rules import UNET
 from configs.scenes.ddpm_uvit import get_training, shrink
 
 
@@ -33,6 +34,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.blocks = 1
     config.models.denoiser.head_width = 48
     config.models.denoiser.groups = 8
+    config.mesh.rules = UNET
+
     config.steps = 4000
     config.optimizer.schedule.peak = 1e-3
     config.checkpoint.every = 500

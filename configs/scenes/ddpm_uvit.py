@@ -19,7 +19,7 @@ read by a frozen CLIP; needs runs/clip), `debug` (seconds).
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
-from configs.mesh_rules import WHOLE
+from configs.mesh_rules import UVIT
 from configs.scenes import clip
 
 
@@ -37,6 +37,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.context_length = config.data.text_length
     config.models.denoiser.positions = "sincos_2d"
     config.models.denoiser.long_skip = "concat"
+    config.mesh.rules = UVIT
     if argument == "debug":
         shrink(config)
         config.models.denoiser.width = 32
@@ -85,7 +86,6 @@ def get_training(pairs: bool) -> ConfigDict:
     config.optimizer.schedule.peak = 2e-3
     config.optimizer.schedule.warmup_steps = 500
     config.ema.decay = 0.999
-    config.mesh.rules = WHOLE
 
     config.checkpoint.every = 1000
     config.checkpoint.keep = 20

@@ -1,8 +1,9 @@
 """Metrics that compare the features of a run's pictures with those of its dataset's.
 
-A run that takes captions draws those of a split's first records; a run that reconstructs passes their pictures through.
-The pictures compared with are the dataset's own, the first records of the same split. Any dataset will do: nothing is
-graded. Pictures are measured as they are drawn and not kept, so their number is bounded by their features alone.
+A run that takes captions or classes draws those of a split's first records, one that takes neither draws as many
+pictures, and a run that reconstructs passes the records' pictures through. The pictures compared with are the dataset's
+own, the first records of the same split. Any dataset will do: nothing is graded. Pictures are measured as they are
+drawn and not kept, so their number is bounded by their features alone.
 """
 
 import dataclasses
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data.pipeline import RecordSource
-from data.preprocess import center_square, choose_caption
+from data.pipeline import RecordSource, class_number
+from data.preprocess import choose_caption, transform_pair
 from evaluation.features import metrics
 from evaluation.features.extractors import Classifier, FeatureExtractor
 from evaluation.features.reference import FeatureStore, dataset_provenance
@@ -104,7 +106,7 @@ def feature_records(
       For each metric its name, values, and what they depend on beside the run and its sampling.
 
     Raises:
-      UserError: if the split is missing or has fewer records, or a record has no caption.
+      UserError: if the split is missing or has fewer records, or a record has no caption or class.
     """
     num_real = settings.num_real or num
     source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)
@@ -127,15 +129,35 @@ def feature_records(
 def draw_pictures(
     trained: TrainedSampler, source: RecordSource, num: int, seed: int, sampling: Mapping[str, Any]
 ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
-    """The run's pictures for the first `num` records: of their first captions, or of their pictures."""
+    """The run's pictures for the first `num` records: of their captions or classes, whatever it takes, or pictures."""
     for start in range(0, num, trained.chunk):
         indices = range(start, min(start + trained.chunk, num))
-        if trained.tokenizer is None:
-            rows, overrides = {"image": _stored_pictures(source, indices, trained.config.data.image_size)}, {}
+        if reconstructs(trained.config):
+            rows, overrides = {"image": _stored_pictures(source, indices, trained.config.data)}, {}
         else:
-            captions = [choose_caption(source[index]["captions"], None) for index in indices]
-            rows, overrides = trained.encode(captions), sampling
+            rows, overrides = _conditions(trained, [source[index] for index in indices]), sampling
         yield to_uint8(trained(rows, seed=seed, indices=indices, **overrides)["image"])
+
+
+def reconstructs(config: ConfigDict) -> bool:
+    """Whether runs of this config take pictures, and do not make them out of captions, classes or nothing."""
+    return config.objective in ("dvae", "vqvae")
+
+
+def takes_classes(config: ConfigDict) -> bool:
+    """Whether runs of this config draw what class they are told."""
+    return config.objective == "diffusion" and config.models.denoiser.get("num_classes", 0) > 0
+
+
+def _conditions(trained: TrainedSampler, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """What records say of what a run is told: their first captions, their classes, or nothing."""
+    rows = {}
+    if trained.tokenizer is not None:
+        rows |= trained.encode([choose_caption(record["captions"], None) for record in records])
+    if takes_classes(trained.config):
+        field = trained.config.data.label_field
+        rows["label"] = np.stack([class_number(record, field) for record in records])
+    return rows
 
 
 def _real_features(
@@ -145,19 +167,19 @@ def _real_features(
 
     def compute() -> tuple[Float[np.ndarray, "n d"], bool]:
         starts = range(0, num, _DRAWN_AT_ONCE)
-        pictures = (
-            _stored_pictures(source, range(start, min(start + _DRAWN_AT_ONCE, num)), data.image_size)
-            for start in starts
-        )
+        pictures = (_stored_pictures(source, range(start, min(start + _DRAWN_AT_ONCE, num)), data) for start in starts)
         # A record that could not be read was replaced by another one; the next evaluation may be able to read it.
         return _measure(settings.extractor, pictures, False)[0], not source.damaged
 
-    provenance = dataset_provenance(data.dataset, data.data_dir, split, num, data.image_size)
+    cut = transform_pair(data.transform).evaluation.__name__
+    provenance = dataset_provenance(data.dataset, data.data_dir, split, num, data.image_size, cut)
     return settings.store.get(provenance | {"features": settings.extractor.identity}, compute)
 
 
-def _stored_pictures(source: RecordSource, indices: range, size: int) -> UInt8[np.ndarray, "n h w 3"]:
-    return np.stack([center_square(source[index]["image"], size) for index in indices])
+def _stored_pictures(source: RecordSource, indices: range, data: ConfigDict) -> UInt8[np.ndarray, "n h w 3"]:
+    """The dataset's pictures, cut as they are in the run's own evaluation."""
+    cut = transform_pair(data.transform).evaluation
+    return np.stack([cut(source[index]["image"], data.image_size, None) for index in indices])
 
 
 def _measure(

@@ -32,8 +32,10 @@ def default_folder() -> Path:
     return cache_home() / "tessera" / "features"
 
 
-def dataset_provenance(dataset: str, data_dir: str | None, split: str, num: int, image_size: int) -> dict[str, Any]:
-    """What decides which pictures are measured: the first `num` of a split, their central square at `image_size`.
+def dataset_provenance(
+    dataset: str, data_dir: str | None, split: str, num: int, image_size: int, pictures: str = "center_square"
+) -> dict[str, Any]:
+    """What decides which pictures are measured: the first `num` of a split at `image_size`, as `pictures` cuts them.
 
     A dataset that was prepared with other contents under the same name and version is told apart by its
     dataset_info.json, which has the number of records and bytes of every file.
@@ -50,7 +52,7 @@ def dataset_provenance(dataset: str, data_dir: str | None, split: str, num: int,
         "split": split,
         "num": num,
         "image_size": image_size,
-        "pictures": "center_square",
+        "pictures": pictures,
     }
 
 

@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cli.config import from_json, load_config, to_json
+from data.pipeline import batch_spec
+from models import create_model
 from sample.trained import TrainedSampler
 from scripts.describe import describe
+from train.optimizer import create_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*/[a-z]*.py"))
@@ -49,6 +53,40 @@ def test_published_sizes_have_the_published_parameter_counts():
     # Three quarters of a training step's work is... the forward pass alone is a third of it.
     ratio = stage1["matrix_flops_per_step"] / stage1["matrix_flops_forward"]
     assert 2.9 < ratio < 3.0  # the first convolution needs no gradient of its input
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("ddpm.py", 35_746_307),
+        ("uvit.py:cifar10", 44_255_328),
+        ("uvit.py:celeba64", 44_292_228),
+        ("uvit.py:imagenet64_m", 130_940_292),
+        ("uvit.py:imagenet64_l", 286_827_652),
+    ],
+)
+def test_published_diffusions_have_the_published_parameter_counts(name, parameters):
+    config = load_config([f"--config={ROOT}/configs/paper/{name}"])
+    model = create_model(**config.models.denoiser)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+    _, schedule = create_optimizer(config.optimizer, {"denoiser": shapes}, config.steps)
+    assert batch_spec(config.data)["image"][0] == (model.image_size, model.image_size, 3)
+    warm_up, peak = config.optimizer.schedule.warmup_steps, config.optimizer.schedule.peak
+    rates = [float(schedule(np.int32(step))) for step in (0, warm_up // 2, warm_up, config.steps - 1)]
+    assert rates == pytest.approx([0, peak / 2, peak, peak])
+
+
+def test_published_weight_decay_spares_nothing():
+    """The authors' optimizer is given all parameters of U-ViT alike."""
+    config = load_config([f"--config={ROOT}/configs/paper/uvit.py:debug"])
+    params = {"position": {"embedding": jnp.ones(3)}, "norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)}}
+    optimizer, _ = create_optimizer(config.optimizer, params, config.steps)
+    state = optimizer.init(params)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    _, state = optimizer.update(nothing, state, params)  # at the warm-up's start, of rate 0
+    updates, _ = optimizer.update(nothing, state, params)
+    assert all(float(jnp.max(update)) == pytest.approx(-0.03 * 3e-4) for update in jax.tree.leaves(updates))
 
 
 def test_the_12_billion_transformer_is_described_without_memory():

@@ -18,6 +18,7 @@ from data.pipeline import (
     ExampleStream,
     RecordSource,
     batch_spec,
+    class_number,
     dataset_folder,
     load_tokenizer,
 )
@@ -217,6 +218,36 @@ def test_captions_of_other_datasets_are_found(data_config, tokenizer, tmp_path, 
     assert [source[index]["captions"] for index in range(3)] == [captions] * 3
     texts = {tokenizer.decode(ids) for ids in make_stream(config, tokenizer).batch(range(60))["text"]}
     assert texts == set(captions)
+
+
+def test_labels_are_the_records_classes(data_config):
+    config = data_config.copy_and_resolve_references()
+    with config.unlocked():
+        config.label_field = "background"
+    stream = make_stream(config, None)
+    batch = stream.batch(range(20))
+    assert batch["label"].dtype == np.int32
+    assert [int(label) for label in batch["label"]] == [
+        int(stream.source[stream.place(index)]["background"]) for index in range(20)
+    ]
+    assert len(set(batch["label"].tolist())) == stream.classes == 3
+    assert batch_spec(config)["label"] == ((), np.dtype(np.int32))
+    for field, message in (
+        ("breed", "no field 'breed' of class numbers .it has: background, relation."),
+        ("id", "'id'"),
+    ):
+        with config.unlocked():
+            config.label_field = field
+        with pytest.raises(UserError, match=message):
+            make_stream(config, None)
+
+
+def test_a_record_without_a_class_is_a_clear_error():
+    """As TFDS stores test splits whose classes are not public."""
+    assert class_number({"label": np.int64(7)}, "label") == 7
+    for record in ({"label": -1}, {}, {"label": np.array([1, 2])}):
+        with pytest.raises(UserError, match="no class number in its field 'label'"):
+            class_number(record, "label")
 
 
 def test_captions_take_turns(data_config, tokenizer):

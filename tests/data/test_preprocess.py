@@ -6,6 +6,8 @@ import pytest
 from cli.errors import UserError
 from data.preprocess import (
     TRANSFORMS,
+    adm_evaluation,
+    celeba_evaluation,
     center_square,
     choose_caption,
     clip_evaluation,
@@ -24,8 +26,12 @@ def ramp(height: int, width: int) -> np.ndarray:
     return image
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50), (16, 20)])
+def sizes_for(name: str) -> list[tuple[int, int]]:
+    """Heights and widths that a transform takes; only pictures of CelebA have a face at a known place."""
+    return [(218, 178)] if name == "celeba_training" else [(40, 60), (60, 40), (50, 50), (16, 20)]
+
+
+@pytest.mark.parametrize(("name", "shape"), [(name, shape) for name in TRANSFORMS for shape in sizes_for(name)])
 def test_every_transform_gives_the_size_and_follows_its_generator(name, shape):
     pair = transform_pair(name)
     first, again = (pair.training(ramp(*shape), 32, np.random.default_rng(3)) for _ in range(2))
@@ -38,9 +44,43 @@ def test_every_transform_gives_the_size_and_follows_its_generator(name, shape):
 def test_what_is_the_same_in_evaluation_draws_nothing(name):
     """The stream makes no generator for it."""
     pair = transform_pair(name)
-    pictures = {pair.training(ramp(40, 60), 32, np.random.default_rng(seed)).tobytes() for seed in range(8)}
+    image = ramp(*sizes_for(name)[0])
+    pictures = {pair.training(image, 32, np.random.default_rng(seed)).tobytes() for seed in range(8)}
     assert (len(pictures) == 1) == (pair.training is pair.evaluation)
-    assert transform_pair(name).evaluation in (center_square, clip_evaluation)
+    assert pair.evaluation in (center_square, clip_evaluation, celeba_evaluation, adm_evaluation)
+
+
+@pytest.mark.parametrize("name", ["center_square_flip", "celeba_training", "adm_training"])
+def test_half_of_the_pictures_are_mirrored_and_nothing_else_happens(name):
+    pair = transform_pair(name)
+    image = ramp(218, 178)
+    plain = pair.evaluation(image, 64, None)
+    mirrored = 0
+    for seed in range(200):
+        picture = pair.training(image, 64, np.random.default_rng(seed))
+        mirrored += (picture == plain[:, ::-1]).all()
+        assert (picture == plain).all() or (picture == plain[:, ::-1]).all()
+    assert 70 < mirrored < 130
+
+
+def test_the_face_of_celeba_is_around_its_published_center():
+    image = np.random.default_rng(0).integers(0, 256, (218, 178, 3), np.uint8)
+    assert (celeba_evaluation(image, 128) == image[57:185, 25:153]).all()
+    smooth = ramp(218, 178)
+    halved = smooth[57:185, 25:153].astype(float).reshape(64, 2, 64, 2, 3).mean((1, 3))
+    assert np.abs(celeba_evaluation(smooth, 64) - halved).max() < 1.5  # less than a pixel's step
+    with pytest.raises(UserError, match="64 x 64 is no aligned one of CelebA"):
+        celeba_evaluation(image[:64, :64], 64)
+
+
+def test_adm_halves_by_averages_and_keeps_the_center():
+    image = np.random.default_rng(0).integers(0, 256, (256, 384, 3), np.uint8)
+    averaged = image.astype(float).reshape(64, 4, 96, 4, 3).mean((1, 3))
+    difference = adm_evaluation(image, 64) - averaged[:, 16:80]
+    assert np.abs(difference).max() < 2  # rounded after each halving
+    gray = image[..., :1]
+    assert (adm_evaluation(gray, 64) == adm_evaluation(np.repeat(gray, 3, axis=-1), 64)).all()
+    assert (adm_evaluation(image[:64, :64], 64) == image[:64, :64]).all()
 
 
 def test_clip_sees_the_whole_short_side_in_training_and_evaluation():

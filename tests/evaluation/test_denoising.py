@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cli.errors import UserError
 from data.pipeline import RecordSource
 from evaluation.denoising import caption_loss
 from sample.trained import TrainedSampler
@@ -53,3 +54,8 @@ def test_the_noise_of_a_record_depends_on_the_seed_alone(diffusion):
     first = caption_loss(diffusion, "validation", NUM, seed=1)["values"]
     assert first == caption_loss(diffusion, "validation", NUM, seed=1)["values"]
     assert first["mse"] != caption_loss(diffusion, "validation", NUM, seed=2)["values"]["mse"]
+
+
+def test_one_picture_has_no_other_caption(diffusion):
+    with pytest.raises(UserError, match="--num must be at least 2, not 1"):
+        caption_loss(diffusion, "validation", 1, seed=0)

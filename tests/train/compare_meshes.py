@@ -3,6 +3,7 @@
 Prints one JSON line per config and mesh: the largest relative differences of loss, metrics and gradients.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -49,6 +50,8 @@ def step(program: Program, config) -> dict:
     batch["index"] = np.arange(config.batch_size, dtype=np.int32)
     if config.objective == "clip":
         batch["text"][:, 5] = config.models.clip.text_end_id
+    if "label" in batch:
+        batch["label"] %= config.models.denoiser.num_classes
     placed = place_batch(batch, range(config.batch_size), config.batch_size, program.rows)
 
     def frozen():
@@ -59,6 +62,8 @@ def step(program: Program, config) -> dict:
     with program.in_mesh():
         state = program.init(placed)
         params = jax.device_get(state.params)
+        if config.objective == "diffusion":
+            state = dataclasses.replace(state, params=disturbed(state.params))
         state, metrics, health = program.train_step(state, frozen(), placed)
     return {
         "initial": params,
@@ -69,6 +74,17 @@ def step(program: Program, config) -> dict:
         # Softmax does not depend on a bias of all keys, whose gradient is what rounding leaves.
         "moments": [leaf for path, leaf in named(state.opt_state) if "/mu/" in path and not path.endswith("/key/bias")],
     }
+
+
+def disturbed(params):
+    """Parameters of which none is zero: a layer that starts at zero hides what is wrong with gradients before it."""
+    rng = np.random.default_rng(1)
+
+    def add_noise(leaf):
+        noise = rng.normal(scale=0.1, size=leaf.shape).astype(leaf.dtype)
+        return jax.device_put(jax.device_get(leaf) + noise, leaf.sharding)
+
+    return jax.tree.map(add_noise, params)
 
 
 def named(tree):

@@ -319,3 +319,14 @@ def test_a_signal_loses_nothing(scenes_dir, tmp_path, long_run, number):
     assert "continuing at step" in again.stdout
     assert losses(workdir) == losses(long_run)
     assert_same_trees(trees(workdir, 150), trees(long_run, 150))
+
+
+def test_a_network_needs_a_class_for_each_of_the_dataset(scenes_dir, tmp_path):
+    for override, message in (
+        ("--config.models.denoiser.num_classes=2", "num_classes is 2, but the dataset has 3 classes; set it to 3"),
+        ("--config.loss.dropout=0.1", "3 classes and config.loss.dropout needs one for none; set it to 4"),
+        ("--config.data.label_field=shape", "no field 'shape' of class numbers .it has: background, relation."),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config(scenes_dir, override, name="paper/uvit.py:debug"), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))

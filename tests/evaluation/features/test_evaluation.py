@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
+from configs.paper import ddpm, uvit
 from data.pipeline import RecordSource
 from evaluation.command import Tools, evaluate_run
 from evaluation.features.evaluation import FEATURE_METRICS, FeatureSettings, draw_pictures
@@ -106,6 +107,64 @@ class Copying:
 
     def __call__(self, params, variables, frozen, request, keys):
         return {"image": request["image"] / 127.5 - 1, "tokens": np.zeros((len(request["image"]), 1, 1), np.int32)}
+
+
+class Painting:
+    """Paints each picture in the color of its class; without classes all are gray."""
+
+    def request(self, label=None, **settings):
+        return {"label": label, **settings}
+
+    def __call__(self, params, variables, frozen, request, keys):
+        label = request["label"]
+        shades = np.full(len(keys), 0.5) if label is None else label / 2
+        return {"image": np.broadcast_to((2 * shades - 1)[:, None, None, None], (len(keys), 32, 32, 3))}
+
+
+def painting_run(stage1, module, **data):
+    """A diffusion that is told classes, or nothing, without its training."""
+    config = module.get_config("debug")
+    with config.unlocked():
+        config.data.update({"data_dir": stage1.config.data.data_dir, **data})
+    return TrainedSampler(**{**vars(stage1), "config": config, "sampler": Painting(), "tokenizer": None})
+
+
+def test_a_run_that_is_told_classes_draws_those_of_the_records(stage1, scenes_dir, tmp_path):
+    run = painting_run(stage1, uvit)
+    source = RecordSource("scenes/single32", "validation", str(scenes_dir))
+    pictures = np.concatenate(list(draw_pictures(run, source, 20, 5, {"steps": 2})))
+    backgrounds = np.array([source[index]["background"] for index in range(20)])
+    assert len(set(backgrounds.tolist())) == 3
+    np.testing.assert_array_equal(pictures[:, 0, 0, 0], np.array([0, 128, 255])[backgrounds])
+    record = evaluate_run(run, ["fid"], ["validation"], 20, 5, {"steps": 2}, settings(tmp_path))[0]
+    assert record["steps"] == 2 and record["values"]["fid"] > 0
+    with pytest.raises(UserError, match="no class number in its field 'kind'"):
+        evaluate_run(
+            painting_run(stage1, uvit, label_field="kind"), ["fid"], ["validation"], 20, 5, {}, settings(tmp_path)
+        )
+
+
+def test_a_run_that_is_told_nothing_draws_pictures(stage1, scenes_dir):
+    source = RecordSource("scenes/single32", "validation", str(scenes_dir))
+    pictures = np.concatenate(list(draw_pictures(painting_run(stage1, ddpm), source, 20, 5, {})))
+    assert pictures.shape == (20, 32, 32, 3) and (pictures == 128).all()
+
+
+@pytest.mark.parametrize(("module", "told"), [(uvit, "told classes, no captions"), (ddpm, "told nothing")])
+@pytest.mark.parametrize("names", [[], ["caption_accuracy"], ["clip_score"]])
+def test_what_needs_captions_is_not_offered_without(stage1, module, told, names):
+    with pytest.raises(UserError, match=f"run of diffusion .{told}..* fid, kid, cmmd, inception_score, prec"):
+        evaluate_run(painting_run(stage1, module), names, ["validation"], 20, 0, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper/uvit.py", "paper/ddpm.py"])
+def test_a_trained_diffusion_without_captions_is_evaluated(name, debug_run, tmp_path):
+    run = TrainedSampler.open(debug_run(name), chunk=16)
+    records = evaluate_run(run, ["fid", "kid"], ["validation"], 20, 5, {}, settings(tmp_path))
+    assert [record["metric"] for record in records] == ["fid", "kid"]
+    assert all(np.isfinite(value) for record in records for value in record["values"].values())
+    assert any((run.run.folder / "samples").glob("*.png"))
 
 
 def test_features_of_the_dataset_are_computed_once_for_all_runs(stage2, stage1, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from configs.paper import uvit
 from configs.scenes import clip, ddpm_uvit
 from configs.toy import swiss_roll
 from train.objectives import create_objective
@@ -196,6 +197,38 @@ def test_an_impossible_config_is_refused(changes, message):
         config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         create_objective(config)
+
+
+def classes_objective(label_field="background", classes=4, **loss):
+    config = uvit.get_config("debug")
+    with config.unlocked():
+        config.loss.update(loss)
+        config.data.label_field = label_field
+        config.models.denoiser.update({"width": 16, "image_size": 8, "num_classes": classes, "dtype": "float32"})
+    return create_objective(config)
+
+
+def test_classes_reach_the_loss_and_are_dropped_for_the_last():
+    objective = classes_objective()
+    batch = {key: value for key, value in pictures().items() if key != "text"}
+    params, _ = jax.jit(objective.init)(jax.random.key(0), batch)
+
+    def loss(objective, labels, train=True):
+        return float(evaluate(objective, params, {**batch, "label": jnp.asarray(labels, jnp.int32)}, train)[0])
+
+    told = loss(objective, [0, 1, 2, 0, 1, 2])
+    assert told != pytest.approx(loss(objective, [0, 1, 2, 0, 1, 1]), rel=1e-5)  # one class is wrong
+    none = loss(objective, [3] * 6)
+    dropping = classes_objective(dropout=0.999999)
+    assert loss(dropping, [0, 1, 2, 0, 1, 2]) == pytest.approx(none, rel=1e-5)
+    assert loss(dropping, [0, 1, 2, 0, 1, 2], train=False) == pytest.approx(told, rel=1e-5)
+
+
+def test_classes_and_their_field_belong_together():
+    with pytest.raises(UserError, match="one of 4 classes, and config.data.label_field is empty"):
+        classes_objective(label_field="")
+    with pytest.raises(UserError, match="label_field='background' has no use: the denoiser has no classes"):
+        classes_objective(classes=0)
 
 
 def test_dropout_needs_something_to_drop():
