@@ -120,7 +120,7 @@ def test_learned_variances_add_the_bound_and_move_nothing_else():
     with config.unlocked():
         config.models.denoiser.update({"width": 16, "heads": 2, "image_size": 8, "context_width": 16})
         config.models.text.update({"width": 16, "text_vocab_size": 20})
-        config.process.update({"variance": "learned", "prediction": "eps"})
+        config.process.update({"variance": "learned", "prediction": "eps", "weighting": "uniform"})
         config.models.denoiser.out_channels = 6
         config.sample.sampler = "ddpm"
     objective, batch = create_objective(config), pictures()
