@@ -112,8 +112,8 @@ class Copying:
 class Painting:
     """Paints each picture in the color of its class; without classes all are gray."""
 
-    def request(self, label=None, **settings):
-        return {"label": label, **settings}
+    def request(self, label=None, steps=3):
+        return {"label": label, "steps": steps}
 
     def __call__(self, params, variables, frozen, request, keys):
         label = request["label"]
