@@ -78,5 +78,5 @@ def _errors(
     x_t = process.noised(x_0, eps, t)
     told = sampler.conditioning(params, frozen, sampler.blank({"text": text}, len(t)))
     output = sampler.model.apply({"params": params["denoiser"]}, x_t, process.network_time(t), told)
-    prediction = output[..., : x_0.shape[-1]]  # learned variances come behind it
+    prediction, *_ = jnp.split(output, [x_0.shape[-1]], axis=-1)  # learned variances come behind it
     return jnp.mean(jnp.square(prediction - process.target(x_0, eps, t)), axis=(1, 2, 3))
