@@ -101,7 +101,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="append",
         type=int,
         default=[],
-        help="a class number of a run of classes, the last of which stands for none; repeatable",
+        help="a class number, of a run of classes; repeatable",
     )
     parser.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: no caption)")
     parser.add_argument("--image", action="append", default=[], help="a picture to reconstruct; repeatable")

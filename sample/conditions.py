@@ -118,7 +118,7 @@ def _check_kind(trained: TrainedSampler, order: Order) -> None:
     reads, folder, first = trained.sampler.reads, trained.run.folder, order.conditions[0]
     takes = {
         "text": "captions; give --prompt=TEXT",
-        "label": f"classes; give --label=N, N from 0 to {getattr(trained.sampler, 'null_label', None)} (none)",
+        "label": f"classes; give --label=N, N from {getattr(trained.sampler, 'class_range', '')}",
         "image": "pictures, to reconstruct; give --image=FILE",
     }
     instead = " or ".join(takes[kind] for kind in reads if kind in takes) or "no condition at all; leave it out"

@@ -80,6 +80,7 @@ class DiffusionSampler:
       process: what it was trained on.
       text: where captions' features come from; None for a denoiser that reads none.
       defaults: of the solver.
+      null_class: whether a denoiser's last class stands for none, as where classes are dropped in training.
       guidance: default w; 1 for none.
       rescale: default phi, see `diffusion.guidance.Guidance`.
       guidance_start: default share of the process before which there is no guidance.
@@ -90,6 +91,7 @@ class DiffusionSampler:
     process: Process
     text: TextContext | None
     defaults: Steps
+    null_class: bool = False
     guidance: float = 1.0
     rescale: float = 0.0
     guidance_start: float = 0.0
@@ -110,8 +112,9 @@ class DiffusionSampler:
             raise UserError(f"config.process is impossible: {error}") from error
         steps = Steps(*(config.sample[key] for key in ("sampler", "steps", "spacing", "eta")))
         numbers = {key: config.sample[key] for key in _NUMBERS}
-        sampler = cls(model, process, _text_context(config), steps, **numbers)
-        sampler.request()  # finds what is impossible in the defaults
+        null_class = bool(config.loss.dropout)
+        sampler = cls(model, process, _text_context(config), steps, null_class, **numbers)
+        sampler._settings({})  # finds what is impossible in the defaults
         return sampler
 
     @property
@@ -120,21 +123,36 @@ class DiffusionSampler:
         return self.model.example_inputs(1)[0].shape[1:]
 
     @property
+    def classes(self) -> int:
+        """Number of classes that the denoiser knows, one that stands for none included; 0 for one without."""
+        return getattr(self.model, "num_classes", 0)
+
+    @property
     def null_label(self) -> int | None:
-        """The class that stands for none; None for a denoiser without classes."""
-        classes = getattr(self.model, "num_classes", None)
-        return classes - 1 if classes else None
+        """The class that stands for none, if there is one."""
+        return self.classes - 1 if self.classes and self.null_class else None
 
     @property
     def conditional(self) -> bool:
         """Whether the denoiser is told what to draw."""
+        return self.text is not None or self.classes > 0
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the denoiser was trained with its condition and without."""
         return self.text is not None or self.null_label is not None
+
+    @property
+    def class_range(self) -> str:
+        """The classes' numbers, for messages."""
+        last = ", the last for none" if self.null_class else ""
+        return f"0 to {self.classes - 1}{last}"
 
     @property
     def reads(self) -> tuple[str, ...]:
         """The rows that a request may have."""
         captions = ("text", "negative") if self.text is not None else ()
-        return (*captions, *(("label",) if self.null_label is not None else ()))
+        return (*captions, *(("label",) if self.classes else ()))
 
     def request(
         self,
@@ -158,26 +176,18 @@ class DiffusionSampler:
         Raises:
           UserError: on an unknown override, an impossible value, or a condition that the denoiser does not take.
         """
-        solver = [field.name for field in dataclasses.fields(Steps)]
-        unknown = sorted(set(overrides) - {*solver, *_NUMBERS, "trajectory"})
-        if unknown:
-            known = ", ".join((*solver, *_NUMBERS))
-            raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {known}")
         given = {"text": text, "label": label, "negative": negative}
         rows = {name: np.asarray(value, np.int32) for name, value in given.items() if value is not None}
         if self.text is None and ("text" in rows or "negative" in rows):
             raise UserError("this run takes no captions")
-        if self.null_label is None and "label" in rows:
+        if not self.classes and "label" in rows:
             raise UserError("this run takes no classes")
-        wrong = [n for n in rows["label"].tolist() if not 0 <= n <= self.null_label] if "label" in rows else []
+        if self.classes and self.null_label is None and "label" not in rows:
+            raise UserError(f"this run needs a class, 0 to {self.classes - 1}: none of them stands for none")
+        wrong = [n for n in rows["label"].tolist() if not 0 <= n < self.classes] if "label" in rows else []
         if wrong:
-            raise UserError(f"there is no class {wrong[0]}; classes are 0 to {self.null_label}, the last for none")
-        steps = dataclasses.replace(self.defaults, **{key: overrides[key] for key in solver if key in overrides})
-        self._check_steps(steps)
-        numbers = {key: float(overrides.get(key, getattr(self, key))) for key in _NUMBERS}
-        _check_numbers(numbers)
-        if numbers["guidance"] != 1 and not self.conditional:
-            raise UserError("this run takes no condition, so there is nothing to guide; leave guidance at 1")
+            raise UserError(f"there is no class {wrong[0]}; classes are {self.class_range}")
+        steps, numbers = self._settings(overrides)
         if numbers["guidance"] == 1 and "negative" in rows:
             raise UserError(
                 "a negative prompt has no effect with guidance 1, which means none; choose another guidance"
@@ -236,7 +246,7 @@ class DiffusionSampler:
     def conditioning(self, params: Tree, frozen: Tree, rows: Mapping[str, Array]) -> Conditioning:
         """What the denoiser is told of rows that have `text`, `label`, or both."""
         tokens = self.text(params, frozen, rows["text"]) if self.text is not None else None
-        return Conditioning(tokens=tokens, label=rows["label"] if self.null_label is not None else None)
+        return Conditioning(tokens=tokens, label=rows["label"] if self.classes else None)
 
     def blank(self, rows: Mapping[str, Array], count: int) -> dict[str, Array]:
         """The rows with what they lack: blank captions, the class that stands for none."""
@@ -246,6 +256,23 @@ class DiffusionSampler:
         if self.null_label is not None and "label" not in filled:
             filled["label"] = jnp.full(count, self.null_label, jnp.int32)
         return filled
+
+    def _settings(self, overrides: Mapping[str, Any]) -> tuple[Steps, dict[str, float]]:
+        """The solver and the numbers of guidance, defaults filled in; raises UserError unless they are possible."""
+        solver = [field.name for field in dataclasses.fields(Steps)]
+        unknown = sorted(set(overrides) - {*solver, *_NUMBERS, "trajectory"})
+        if unknown:
+            known = ", ".join((*solver, *_NUMBERS))
+            raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {known}")
+        steps = dataclasses.replace(self.defaults, **{key: overrides[key] for key in solver if key in overrides})
+        self._check_steps(steps)
+        numbers = {key: float(overrides.get(key, getattr(self, key))) for key in _NUMBERS}
+        _check_numbers(numbers)
+        if numbers["guidance"] != 1 and not self.conditional:
+            raise UserError("this run takes no condition, so there is nothing to guide; leave guidance at 1")
+        if numbers["guidance"] != 1 and not self.guidable:
+            raise UserError("this run was never trained without its class, as guidance needs; leave guidance at 1")
+        return steps, numbers
 
     def _check_steps(self, steps: Steps) -> None:
         """Raises UserError unless the solver can run."""
@@ -276,6 +303,8 @@ def _draw(
     told = cond
     if guided:
         negative = {"text": request["negative"]} if "negative" in request else {}
+        if sampler.null_label is None and "label" in rows:
+            negative["label"] = rows["label"]
         told = interleave(cond, sampler.conditioning(params, frozen, sampler.blank(negative, count)))
     guidance = Guidance(request["guidance"], request["rescale"], request["guidance_start"], request["guidance_stop"])
     low, high = process.schedule.time_range

@@ -16,8 +16,8 @@ prepares.
 
 Every hyper-parameter is that of the authors' code (github.com/baofff/U-ViT, commit ce55170). In particular weight decay
 is of all parameters, biases, norms and positions included; nothing is clipped or dropped out. ImageNet's classes are
-1000 without one that stands for none, and no class is dropped in training: these networks cannot be guided, so leave
-guidance at 1. What differs:
+1000 without one that stands for none, and no class is dropped in training: these networks cannot be guided. What
+differs:
 
 * Mixed precision is bfloat16, there float16.
 * Training draws t from 1e-5 to 1, there from 0 to 1.

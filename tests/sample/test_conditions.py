@@ -62,7 +62,7 @@ def test_a_negative_prompt_changes_guided_pictures_and_is_written_down(diffusion
         ("captions", ["--prompt=x", "--label=1"], "of a prompt or of a label"),
         ("captions", ["--image=x.png"], "draws captions and reconstructs nothing"),
         ("captions", ["--image=x.png", "--negative_prompt=x"], "take no --negative_prompt"),
-        ("classes", [], r"takes classes; give --label=N, N from 0 to 4 \(none\)"),
+        ("classes", [], r"takes classes; give --label=N, N from 0 to 4, the last for none"),
         ("classes", ["--label=5"], "there is no class 5; classes are 0 to 4"),
         ("classes", ["--label=-1"], "there is no class -1"),
         ("classes", ["--label=one"], "argument --label: invalid int value: 'one'"),

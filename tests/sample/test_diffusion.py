@@ -9,6 +9,7 @@ import pytest
 
 import sample.diffusion
 from cli.errors import UserError
+from configs.paper import uvit
 from configs.scenes import clip, ddpm_uvit
 from configs.toy import swiss_roll
 from sample import create_sampler
@@ -162,8 +163,18 @@ def test_classes_are_checked_and_the_last_stands_for_none():
     sampler = create_sampler(config)
     assert sampler.null_label == 4
     assert sampler.request(label=np.array([0, 3]))["label"].dtype == np.int32
-    with pytest.raises(UserError, match="classes are 0 to 4"):
+    with pytest.raises(UserError, match="classes are 0 to 4, the last for none"):
         sampler.request(label=np.array([5]))
+
+
+def test_a_run_that_never_dropped_its_classes_needs_one_and_cannot_be_guided():
+    sampler = create_sampler(uvit.get_config("imagenet64_m"))
+    assert sampler.null_label is None
+    sampler.request(label=np.array([999]))
+    with pytest.raises(UserError, match="needs a class, 0 to 999"):
+        sampler.request()
+    with pytest.raises(UserError, match="never trained without its class"):
+        sampler.request(label=np.array([1]), guidance=2.0)
 
 
 def test_captions_may_be_read_by_a_frozen_clip():

@@ -52,12 +52,12 @@ class DiffusionObjective:
             raise UserError("config.loss.dropout has nothing to drop: the denoiser is told nothing; set it to 0")
         if objective.sampler.text is not None and not config.data.text_length:
             raise UserError("the denoiser reads captions, and config.data.text_length is 0; set it to their length")
-        if objective.sampler.null_label is not None and not config.data.label_field:
+        if objective.sampler.classes and not config.data.label_field:
             raise UserError(
                 f"the denoiser is told one of {config.models.denoiser.num_classes} classes, and "
                 "config.data.label_field is empty; set it to the dataset's field of class numbers, or num_classes to 0"
             )
-        if objective.sampler.null_label is None and config.data.label_field:
+        if not objective.sampler.classes and config.data.label_field:
             raise UserError(
                 f"config.data.label_field={config.data.label_field!r} has no use: the denoiser has no classes; empty "
                 "it, or set config.models.denoiser.num_classes"
@@ -138,7 +138,7 @@ class DiffusionObjective:
             points = sampler(params, variables, frozen, sampler.request(), keys)["point"]
             return {"samples": Preview(images=draw_points(gather(points))[None], columns=1)}
         rows = {"text": batch["text"]} if sampler.text is not None else {}
-        if sampler.null_label is not None:
+        if sampler.classes:
             rows["label"] = batch["label"]
         request = sampler.request(**{name: np.asarray(row) for name, row in rows.items()})
         images = to_host(sampler(params, variables, frozen, request, keys)["image"])
