@@ -1,7 +1,7 @@
 """Diffusion of pixels on `scenes` with a small UNet that reads captions by cross-attention.
 
-Paper: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (here of x_0), with the cosine
-schedule of Nichol and Dhariwal 2021 and the cross-attention of Rombach et al. 2022, section 3.3.
+Paper: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", with the cross-attention of Rombach et al. 2022,
+section 3.3.
 
     python -m scripts.prepare --dataset=scenes/single32
     python -m train --config=configs/scenes/ddpm_unet.py --workdir=runs/ddpm_unet
@@ -43,6 +43,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument == "debug":
         shrink(config)
         config.models.denoiser.width = 8
+        config.models.denoiser.multipliers = (1, 2, 4)
         config.models.denoiser.head_width = 16
     config.lock()
     return config
