@@ -45,5 +45,6 @@ def get_config(argument: str = "") -> ConfigDict:
         config.models.denoiser.width = 8
         config.models.denoiser.multipliers = (1, 2, 4)
         config.models.denoiser.head_width = 16
+        config.models.denoiser.groups = 4  # a channel that is normalized alone has no use for a bias before it
     config.lock()
     return config

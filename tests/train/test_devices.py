@@ -46,11 +46,7 @@ CONFIGS = {
         *("--config.models.dalle.scan=True", "--config.models.dalle.remat=full"),
     ),
     "diffusion, uvit": ("--config=configs/scenes/ddpm_uvit.py:debug",),
-    # Normalized alone, a channel has no bias: its gradient would be what rounding leaves.
-    "diffusion, unet": (
-        "--config=configs/scenes/ddpm_unet.py:debug",
-        *("--config.models.denoiser.groups=4", "--config.models.denoiser.head_width=16"),
-    ),
+    "diffusion, unet": ("--config=configs/scenes/ddpm_unet.py:debug",),
     "diffusion, uvit of classes": (
         "--config=configs/paper/uvit.py:debug",
         "--config.models.denoiser.dtype=float32",
