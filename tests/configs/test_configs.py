@@ -39,7 +39,7 @@ def test_the_debug_variant_runs_without_any_other_run(name, debug_run):
     if trained.tokenizer is not None:
         rows = trained.encode(["a small red circle"] * 3)
     elif trained.config.objective == "diffusion":
-        rows = {}
+        rows = {"label": np.zeros(3, np.int32)} if trained.sampler.classes else {}
     else:
         rows = {"image": np.zeros((3, 32, 32, 3), np.uint8)}
     outputs = trained(rows, seed=0, indices=range(3))
