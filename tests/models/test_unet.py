@@ -224,9 +224,24 @@ def test_other_sizes_of_pictures_work_where_they_divide(tiny):
         shape(6, 9)
 
 
+def test_folded_patches_are_channels(tiny):
+    """A network of 2 x 2 patches is that of pictures half as large whose channels hold them."""
+    _, _, x_t, t = tiny
+    patched = models.create_model("unet", **TINY, patch_size=2)
+    plain = models.create_model("unet", **{**TINY, "image_size": 4, "in_channels": 12})
+    params = random_parameters(plain)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, random_parameters(patched))
+    folded = np.stack([x_t[:, p::2, q::2] for p in range(2) for q in range(2)], axis=3).reshape(3, 4, 4, 12)
+    expected = plain.apply({"params": params}, jnp.asarray(folded), t, Conditioning()).reshape(3, 4, 4, 2, 2, 3)
+    output = patched.apply({"params": params}, x_t, t, Conditioning())
+    np.testing.assert_allclose(output, np.moveaxis(expected, 3, 2).reshape(3, 8, 8, 3), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"patch_size": 0}, "patch_size=0 must be at least 1"),
+        ({"patch_size": 8}, "image_size=8 is not a multiple of 16"),
         ({"image_size": 9}, "image_size=9 is not a multiple of 2"),
         ({"heads": 3}, "heads=3 does not divide the 16 channels of level 1"),
         ({"heads": None, "head_width": 6}, "head_width=6 does not divide the 16 channels of level 1"),
