@@ -1,5 +1,6 @@
 """Ordered path-regex rules -> one optax transformation; bounds and moving averages of parameters."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -138,6 +139,7 @@ def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransf
     scale = {
         "adamw": lambda: optax.scale_by_adam(rule["b1"], rule["b2"], rule["eps"]),
         "lion": lambda: optax.scale_by_lion(rule["b1"], rule["b2"]),
+        "muon": lambda: _muon(rule["b1"]),
         "sgd": optax.identity,
     }
     if rule["transform"] not in scale:
@@ -154,3 +156,40 @@ def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransf
         optax.add_decayed_weights(rule["weight_decay"], mask=decayed) if rule["weight_decay"] else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _muon(momentum: float) -> optax.GradientTransformation:
+    """Momentum made orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks").
+
+    Its root mean square is 0.2, about that of Adam's updates, whose learning rates therefore suit it (Liu et al. 2025,
+    "Muon is Scalable for LLM Training", eq. 4).
+    """
+
+    def axes(params: Tree) -> Tree:
+        return jax.tree_util.tree_map_with_path(lambda path, x: _matrix_axes(path_name(path), x.ndim), params)
+
+    def scale(path: tuple[Any, ...], update: Array) -> Array:
+        sides = _matrix_axes(path_name(path), update.ndim)
+        return 0.2 * max(math.prod(update.shape[axis] for axis in side) for side in sides) ** 0.5 * update
+
+    return optax.chain(
+        optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=axes),
+        optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates)),
+    )
+
+
+def _matrix_axes(name: str, ndim: int) -> Any:
+    """Which axes of a kernel are its matrix's rows (inputs) and columns (outputs); others count matrices.
+
+    Raises:
+      UserError: if it has fewer than two.
+    """
+    if ndim < 2:
+        raise UserError(f"transform 'muon' is of matrices, and parameter {name} has {ndim} axes; give it another rule")
+    if re.search(r"(query_|/)key_value/kernel$", name):  # [inputs, query and key and value, heads, width of a head]
+        return optax.contrib.MuonDimensionNumbers((0,), (2, 3))
+    if re.search(r"/(query|key|value)/kernel$", name):  # [inputs, heads, width of a head]
+        return optax.contrib.MuonDimensionNumbers((0,), (1, 2))
+    if name.endswith("up_gate/kernel"):  # [inputs, up and gate, hidden]
+        return optax.contrib.MuonDimensionNumbers((0,), (2,))
+    return optax.contrib.MuonDimensionNumbers(tuple(range(ndim - 1)), (ndim - 1,))

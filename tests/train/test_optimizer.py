@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from einops import rearrange
 
 from cli.errors import UserError
 from configs.common import get_defaults
@@ -66,8 +67,42 @@ def test_rules_that_do_not_fit_are_errors():
         create_optimizer(optimizer_config(rules=({"pattern": ".*"}, {"pattern": "audio"})), PARAMS, 10)
     with pytest.raises(UserError, match="may set"):
         create_optimizer(optimizer_config(rules=({"pattern": ".*", "learning_rate": 1},)), PARAMS, 10)
-    with pytest.raises(UserError, match="adamw, lion, sgd"):
+    with pytest.raises(UserError, match="adamw, lion, muon, sgd"):
         create_optimizer(optimizer_config(transform="adam2"), PARAMS, 10)
+
+
+def muon(params, gradients):
+    return update(optimizer_config(transform="muon", b1=0.95), gradients, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "matrices"),
+    [
+        ("mlp/up/kernel", (6, 15), "a b -> 1 a b"),
+        ("conv/kernel", (3, 3, 2, 12), "a b c d -> 1 (a b c) d"),
+        ("attention/out/kernel", (2, 4, 20), "a b c -> 1 (a b) c"),
+        ("attention/query/kernel", (6, 4, 5), "a b c -> 1 a (b c)"),
+        ("attention/key_value/kernel", (6, 2, 4, 5), "a two b c -> two a (b c)"),
+        ("attention/query_key_value/kernel", (6, 3, 4, 5), "a three b c -> three a (b c)"),
+        ("mlp/up_gate/kernel", (6, 2, 15), "a two b -> two a b"),
+    ],
+)
+def test_muon_makes_each_matrix_of_a_kernel_orthogonal(name, shape, matrices):
+    outer, inner, leaf = name.rsplit("/", 2) if name.count("/") == 2 else ("x", *name.split("/"))
+    params = {outer: {inner: {leaf: jnp.ones(shape)}}}
+    gradient = jax.random.normal(jax.random.key(0), shape)
+    (updated,) = jax.tree.leaves(muon(params, {outer: {inner: {leaf: gradient}}}))
+    for step, matrix in zip(rearrange(updated, matrices), rearrange(gradient, matrices), strict=True):
+        left, _, right = np.linalg.svd(matrix, full_matrices=False)
+        turned = left.T @ np.asarray(step) @ right.T  # diagonal, as the gradient's singular vectors are kept
+        strength = -np.diag(turned) / (0.1 * 0.2 * max(matrix.shape) ** 0.5)
+        assert (strength > 0.6).all() and (strength < 1.3).all()  # five iterations come no nearer to 1
+        np.testing.assert_allclose(turned - np.diag(np.diag(turned)), 0, atol=1e-5)
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(UserError, match="muon' is of matrices, and parameter text/dense/bias has 1 axes"):
+        muon({"text": PARAMS["text"]}, {"text": PARAMS["text"]})
 
 
 def schedule(steps=100, **values):
