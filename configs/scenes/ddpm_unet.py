@@ -7,8 +7,8 @@ are what a CPU is slowest at.
     python -m scripts.prepare --dataset=scenes/single32
     python -m train --config=configs/scenes/ddpm_unet.py --workdir=runs/ddpm_unet
 
-Hardware and time: 47 minutes on one CPU core, after which all of 1000 captions were drawn right; 87 % of validation ones
-and 78 % of held-out ones after 21 minutes.
+Hardware and time: 47 minutes on one CPU core, after which all of 1000 captions were drawn right; 87 % of validation
+ones and 78 % of held-out ones after 21 minutes.
 
 Captions are read by a small transformer that is trained with the denoiser, as in `configs/scenes/ddpm_uvit.py`, with
 which this shares data, process, sampler and optimizer.
