@@ -253,6 +253,8 @@ def unet_config(model: UNet) -> dict[str, Any]:
     levels = len(model.multipliers)
     residual = model.resampler == "residual"
     problems = []
+    if model.patch_size != 1:
+        problems.append(f"its patch_size is {model.patch_size}, theirs do not fold patches")
     if model.widths[0] != model.width:
         problems.append(f"its first level has {model.widths[0]} channels and its time {model.width}, theirs are one")
     if model.num_classes and model.class_embedding != "time":

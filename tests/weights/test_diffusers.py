@@ -139,6 +139,7 @@ def test_the_coarsest_level_of_the_way_down_resamples_in_no_way():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"patch_size": 2}, "patch_size is 2"),
         ({"multipliers": (2, 1)}, "first level has 16 channels and its time 8"),
         ({"downsample_padding": (1, 0)}, r"downsample_padding is \(1, 0\)"),
         ({"heads": 2, "attention_levels": (0, 1)}, "2 heads differ in width between levels"),
