@@ -105,10 +105,14 @@ def main() -> None:
 
 
 def read_network(path: str) -> dict[str, Any]:
-    """The denoiser of a config."""
+    """The denoiser of a config; of a UNet what lies between folding and unfolding patches, which torch's has not."""
     from cli.config import load_config
 
-    return load_config([f"--config={path}"]).models.denoiser.to_dict()
+    fields = load_config([f"--config={path}"]).models.denoiser.to_dict()
+    if fields["name"] == "unet":
+        side = fields.pop("patch_size", 1)
+        fields |= {"image_size": fields["image_size"] // side, "in_channels": fields["in_channels"] * side**2}
+    return fields
 
 
 def training(pair: Pair, options: argparse.Namespace, compiled: bool) -> tuple[dict[str, Run], int]:
