@@ -37,8 +37,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.depth = 4
     config.models.denoiser.heads = 4
     config.models.denoiser.context_length = config.data.text_length
-    config.models.denoiser.positions = "sincos_2d"
     config.models.denoiser.long_skip = "concat"
+    config.models.denoiser.time = "token"
+    config.models.denoiser.convolution = "image"
+    config.models.denoiser.positions = "sincos_2d"
     config.mesh.rules = UVIT
     if argument == "debug":
         shrink(config)
