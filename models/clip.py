@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from models.layers.convolution import Conv
 from models.layers.initialization import torch_bias, torch_kernel
 from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
@@ -293,7 +294,7 @@ class VisionTransformer(Transformer):
     def setup(self) -> None:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init, side = nn.initializers.normal(self.width**-0.5), (self.patch_size, self.patch_size)
-        self.patch = nn.Conv(self.width, side, side, use_bias=False, kernel_init=torch_kernel, **types)
+        self.patch = Conv(self.width, side, side, use_bias=False, kernel_init=torch_kernel, **types)
         self.class_embedding = self.param("class_embedding", init, (self.width,), self.param_dtype)
         positions = (self.image_size // self.patch_size) ** 2 + 1
         self.position = nn.Embed(positions, self.width, embedding_init=init, **types)

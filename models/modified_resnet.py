@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.layers.attention import attend
+from models.layers.convolution import Conv
 from models.layers.initialization import torch_bias, torch_kernel
 
 EXPANSION = 4
@@ -43,7 +44,7 @@ class ConvNorm(nn.Module):
         """Applies both."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         edge = self.kernel // 2
-        x = nn.Conv(
+        x = Conv(
             self.features,
             (self.kernel, self.kernel),
             self.stride,

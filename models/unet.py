@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from models.conditioning import Conditioning
+from models.layers.convolution import Conv
 from models.layers.embeddings import sinusoidal_embedding
 from models.layers.group_norm_resnet import (
     KERNEL_INITS,
@@ -182,7 +183,7 @@ class UNet(nn.Module):
 
         side = {"p": self.patch_size, "q": self.patch_size}
         x = shard_rows(rearrange(x_t.astype(self.dtype), "b (h p) (w q) c -> b h w (p q c)", **side))
-        x = nn.Conv(self.widths[0], (3, 3), kernel_init=KERNEL_INITS[self.kernel_init], name="input", **self._types)(x)
+        x = Conv(self.widths[0], (3, 3), kernel_init=KERNEL_INITS[self.kernel_init], name="input", **self._types)(x)
         skips = [x]
         levels = range(len(self.widths))
         for level in levels:
@@ -212,7 +213,7 @@ class UNet(nn.Module):
         x = nn.silu(group_norm(self.groups, self.norm_epsilon, name="output_norm", **last)(x))
         zeros = nn.initializers.zeros_init()
         channels = self.patch_size**2 * self.out_channels
-        x = nn.Conv(channels, (3, 3), kernel_init=zeros, name="output", **last)(x)
+        x = Conv(channels, (3, 3), kernel_init=zeros, name="output", **last)(x)
         return shard_rows(rearrange(x, "b h w (p q c) -> b (h p) (w q) c", **side))
 
     def _embed(self, t: Array, conditioning: Conditioning) -> tuple[Array, Array | None]:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.conditioning import Conditioning
+from models.layers.convolution import Conv
 from models.layers.embeddings import grid_embedding, sinusoidal_embedding
 from models.layers.initialization import torch_bias, torch_kernel
 from models.layers.long_skip import LONG_SKIPS, LongSkip, apply_with_long_skips
@@ -120,7 +121,7 @@ class UViT(nn.Module):
         def conv(features: int, side: int, inputs: int, dtype: DTypeLike, **fields: Any) -> nn.Conv:
             bias = torch_bias(inputs * side**2)
             inits = {"kernel_init": torch_kernel, "bias_init": bias}
-            return nn.Conv(features, (side, side), dtype=dtype, param_dtype=self.param_dtype, **inits, **fields)
+            return Conv(features, (side, side), dtype=dtype, param_dtype=self.param_dtype, **inits, **fields)
 
         stride = (self.patch_size, self.patch_size)
         self.patch = conv(self.width, self.patch_size, self.in_channels, self.dtype, strides=stride, padding="VALID")

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from models.layers.attention import SelfAttention
+from models.layers.convolution import Conv
 from models.layers.dropout import drop
 from models.layers.initialization import torch_kernel
 from models.layers.partitioning import shard_rows
@@ -95,7 +96,7 @@ class ResidualBlock(nn.Module):
         init = KERNEL_INITS[self.kernel_init]
         y = nn.silu(group_norm(name="norm_1", **norm)(x))
         x, y = self._resample(x), self._resample(y)
-        y = nn.Conv(self.features, (3, 3), kernel_init=init, name="conv_1", **types)(y)
+        y = Conv(self.features, (3, 3), kernel_init=init, name="conv_1", **types)(y)
         if time is not None:
             told = self.features * (2 if self.scale_shift else 1)
             time = nn.Dense(told, kernel_init=init, name="time", **types)(nn.silu(time))[:, None, None]
@@ -109,9 +110,9 @@ class ResidualBlock(nn.Module):
         if dropout_keys is not None and self.dropout:
             y = drop(y, self.dropout, dropout_keys)
         zeros = nn.initializers.zeros_init()
-        y = nn.Conv(self.features, (3, 3), kernel_init=zeros, name="conv_2", **types)(y)
+        y = Conv(self.features, (3, 3), kernel_init=zeros, name="conv_2", **types)(y)
         if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), kernel_init=init, name="skip", **types)(x)
+            x = Conv(self.features, (1, 1), kernel_init=init, name="skip", **types)(x)
         return shard_rows(x + y)
 
     def _resample(self, x: Array) -> Array:
@@ -182,7 +183,7 @@ class Downsample(nn.Module):
         init = KERNEL_INITS[self.kernel_init]
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         padding = (self.padding, self.padding)
-        return nn.Conv(x.shape[-1], (3, 3), 2, padding=padding, kernel_init=init, name="conv", **types)(x)
+        return Conv(x.shape[-1], (3, 3), 2, padding=padding, kernel_init=init, name="conv", **types)(x)
 
 
 class Upsample(nn.Module):
@@ -203,4 +204,4 @@ class Upsample(nn.Module):
         """Applies the layer."""
         init = KERNEL_INITS[self.kernel_init]
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return nn.Conv(x.shape[-1], (3, 3), kernel_init=init, name="conv", **types)(upsample_nearest(x))
+        return Conv(x.shape[-1], (3, 3), kernel_init=init, name="conv", **types)(upsample_nearest(x))

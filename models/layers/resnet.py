@@ -6,13 +6,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from models.layers.convolution import Conv
+
 # W ~ N(0, 1 / (n_in * kernel^2)), not truncated: the initialization published with the discrete VAE.
 KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 def conv(features: int, kernel: int, dtype: Any, param_dtype: Any, name: str) -> nn.Conv:
     """A square, zero-padded convolution of stride 1 that keeps the image size, with the published initialization."""
-    return nn.Conv(
+    return Conv(
         features,
         (kernel, kernel),
         padding="SAME",

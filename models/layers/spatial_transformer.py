@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from models.layers.attention import attend
+from models.layers.convolution import Conv
 from models.layers.group_norm_resnet import KERNEL_INITS, group_norm
 from models.layers.mlp import GatedMLP
 from models.layers.partitioning import shard_rows
@@ -137,4 +138,4 @@ class SpatialTransformer(nn.Module):
         fields = {"kernel_init": init, "dtype": self.dtype, "param_dtype": self.param_dtype, "name": name}
         if self.linear_projection:
             return nn.Dense(x.shape[-1], **fields)(x)
-        return nn.Conv(x.shape[-1], (1, 1), **fields)(x)
+        return Conv(x.shape[-1], (1, 1), **fields)(x)
