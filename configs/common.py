@@ -39,7 +39,7 @@ def get_defaults() -> ConfigDict:
     config.sample = ConfigDict()
 
     config.optimizer = ConfigDict()
-    config.optimizer.transform = "adamw"  # or lion, sgd; or muon, of rules whose parameters are matrices
+    config.optimizer.transform = "adamw"  # or lion, sgd; or muon, of rules of kernels
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8

@@ -80,7 +80,7 @@ class UNet(nn.Module):
       kernel_init: "fan_in" as in PyTorch, in which most were published; "fan_avg" in DDPM.
       implementation: of attention, see `models.layers.attention.attend`.
       remat: what each residual block and each attention recomputes in the backward pass, for memory; see
-        `models.layers.transformer.REMAT`. "dots" does recompute convolutions.
+        `models.layers.transformer.REMAT`. "dots" recomputes convolutions, on a CPU but those of single pixels.
       dtype: of the computation; the embedding of time, statistics, scores, softmax and the last convolution are float32
         in any case.
       param_dtype: of the parameters.

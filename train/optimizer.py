@@ -182,10 +182,10 @@ def _matrix_axes(name: str, ndim: int) -> Any:
     """Which axes of a kernel are its matrix's rows (inputs) and columns (outputs); others count matrices.
 
     Raises:
-      UserError: if it has fewer than two.
+      UserError: if it is not a kernel.
     """
-    if ndim < 2:
-        raise UserError(f"transform 'muon' is of matrices, and parameter {name} has {ndim} axes; give it another rule")
+    if not name.endswith("kernel"):
+        raise UserError(f"transform 'muon' is of kernels, and parameter {name} is none; give it another rule")
     if re.search(r"(query_|/)key_value/kernel$", name):  # [inputs, query and key and value, heads, width of a head]
         return optax.contrib.MuonDimensionNumbers((0,), (2, 3))
     if re.search(r"/(query|key|value)/kernel$", name):  # [inputs, heads, width of a head]

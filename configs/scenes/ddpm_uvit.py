@@ -1,9 +1,8 @@
 """Diffusion of pixels on `scenes` with a small U-ViT that reads captions.
 
-Paper: Bao et al. 2023, "All are Worth Words: A ViT Backbone for Diffusion Models", with the chain of Ho et al. 2020.
+Paper: Bao et al. 2023, "All are Worth Words: A ViT Backbone for Diffusion Models", with the process of Ho et al. 2020.
 The network predicts x_0, whose error is weighed by the clipped signal-to-noise ratio (Salimans and Ho 2022, Hang et al.
-2023): predicting v, the same network drew ragged pictures. Hidden layers are trained by Muon, with which
-captions are followed after 1000 updates, and after 6000 with AdamW. docs/results.md has the trials.
+2023), and the kernels of its blocks are trained by Muon. docs/results.md has the trials that led to both.
 
     python -m scripts.prepare --dataset=scenes/single32
     python -m train --config=configs/scenes/ddpm_uvit.py --workdir=runs/ddpm_uvit
@@ -84,7 +83,9 @@ def get_training(pairs: bool) -> ConfigDict:
 
     config.sample = get_diffusion_sampling("dpm_solver_multistep", steps=25, guidance=2.0)
 
-    hidden = r"(block|skip|residual|attention|resample)\w*/.*kernel$"  # all layers but the first and last ones
+    hidden = (
+        r"(block|skip|residual|attention|resample)\w*/.*kernel$"  # of the blocks, and of what joins or resamples them
+    )
     config.optimizer.rules = ({"pattern": hidden, "transform": "muon", "b1": 0.95}, {"pattern": ".*"})
     config.optimizer.b2 = 0.99
     config.optimizer.clip_norm = 1.0

@@ -12,9 +12,11 @@ from jaxtyping import Array, Float
 
 from models.layers.partitioning import device_platform
 
-# What a piece of the batch and its gradient may have in bytes, so that both stay in a core's second-level cache (2 MB
-# on server processors of this decade). XLA's kernel gradients take three times as long from further away.
+# What a piece of the batch and its gradient may have in bytes, so that both stay in a core's second-level cache: 2 MB
+# on the Xeon (Sapphire Rapids) this was measured on. Kernel gradients take up to three times as long from further away.
 PIECE_BYTES = 1.5 * 2**20
+# Each piece is a convolution to be traced and compiled, and programs are traced at sizes that no CPU computes.
+MAX_PIECES = 32
 
 
 def conv_general_dilated(
@@ -26,8 +28,9 @@ def conv_general_dilated(
 ) -> Float[Array, "b h2 w2 o"]:
     """`jax.lax.conv_general_dilated` of channels-last pictures, as `flax.linen.Conv` calls it.
 
-    On a single CPU device a kernel of one pixel is a matrix product, and the gradient of a larger one is summed over
-    pieces of the batch. Sums are in another order then, and nothing else differs: all of JAX's transformations work.
+    On a single CPU device and in float32, a kernel of one pixel is a matrix product, and the gradient of a larger one
+    is summed over pieces of the batch. Sums are in another order then, and nothing else differs: all of JAX's
+    transformations work.
 
     Args:
       x: inputs.
@@ -40,10 +43,10 @@ def conv_general_dilated(
     def convolve(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
-    if device_platform() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+    one_device = jax.sharding.get_abstract_mesh().size <= 1
+    if device_platform() != "cpu" or not one_device or x.dtype != jnp.float32:
         return convolve(x, kernel)
-    keeps_size = jax.eval_shape(convolve, x, kernel).shape[:-1] == x.shape[:-1]
-    if keeps_size and kernel.shape[:-1] == (1, 1, x.shape[-1]):
+    if kernel.shape[:-1] == (1, 1, x.shape[-1]) and _keeps_pixels(window_strides, padding, **options):
         rows = x.reshape(-1, x.shape[-1])  # the gradients of a product with more axes are slow again
         return jnp.matmul(rows, kernel[0, 0], precision=options.get("precision")).reshape(*x.shape[:-1], -1)
 
@@ -64,10 +67,21 @@ def conv_general_dilated(
     return function(x, kernel)
 
 
+def _keeps_pixels(
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    **_: Any,
+) -> bool:
+    """Whether a kernel of one pixel makes each pixel of the output of the same one of the input."""
+    padded = not isinstance(padding, str) and any(width for widths in padding for width in widths)
+    return {*window_strides, *(lhs_dilation or ())} == {1} and not padded
+
+
 def _pieces(x: Array, y: Array, kernel: Array) -> int:
     """Into how many pieces the batch is to be split: few enough that adding up kernels costs less than is gained."""
     size = x.nbytes + y.nbytes
-    return max(1, min(len(x), -int(-size // PIECE_BYTES), size // kernel.nbytes))
+    return max(1, min(len(x), MAX_PIECES, -int(-size // PIECE_BYTES), size // kernel.nbytes))
 
 
 # `flax.linen.Conv` with the convolution above, for whatever is trained.

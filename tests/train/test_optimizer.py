@@ -100,8 +100,21 @@ def test_muon_makes_each_matrix_of_a_kernel_orthogonal(name, shape, matrices):
         np.testing.assert_allclose(turned - np.diag(np.diag(turned)), 0, atol=1e-5)
 
 
-def test_muon_refuses_what_is_no_matrix():
-    with pytest.raises(UserError, match="muon' is of matrices, and parameter text/dense/bias has 1 axes"):
+def test_muon_follows_nesterovs_momentum():
+    params = {"mlp": {"up": {"kernel": jnp.ones((4, 6))}}}
+    first, second = ({"mlp": {"up": {"kernel": jax.random.normal(jax.random.key(seed), (4, 6))}}} for seed in (1, 2))
+    optimizer, _ = create_optimizer(optimizer_config(transform="muon", b1=0.6), params, steps=10)
+    _, state = optimizer.update(first, optimizer.init(params), params)
+    updates, _ = optimizer.update(second, state, params)
+    # Averages of weight 0.4, corrected for their start at 0: 0.6 mu_2 / (1 - 0.6^3) + 0.4 g_2 / (1 - 0.6^2).
+    momentum = jax.tree.map(
+        lambda a, b: 0.6 * (0.6 * 0.4 * a + 0.4 * b) / (1 - 0.6**3) + 0.4 * b / (1 - 0.6**2), first, second
+    )
+    np.testing.assert_allclose(*map(jax.tree.leaves, (updates, muon(params, momentum))), rtol=1e-3, atol=1e-5)
+
+
+def test_muon_refuses_what_is_no_kernel():
+    with pytest.raises(UserError, match="muon' is of kernels, and parameter text/dense/bias is none"):
         muon({"text": PARAMS["text"]}, {"text": PARAMS["text"]})
 
 
