@@ -6,7 +6,7 @@ budgets need: docs/results.md compares the two).
     python -m scripts.prepare --dataset=scenes/single32
     python -m train --config=configs/scenes/dvae.py --workdir=runs/dvae
 
-Hardware and time: 2 CPU cores, 2.5 minutes. Expect 97.6 % of scenes read right after encoding and decoding
+Hardware and time: 2 CPU cores, 2.5 minutes. Expect 97 % of scenes read right after encoding and decoding
 (`python -m evaluation --run=runs/dvae --num=500`), mean squared error 0.0013.
 
 Arguments: `single32` (default; what `make demo` trains), `pair32` (not measured), `gumbel` (the published relaxation
