@@ -112,11 +112,12 @@ def torch_network(model: Any, params: Any) -> Any:
     import torch
 
     from models.layers.embeddings import grid_embedding
+    from models.uvit import UViT
     from weights.diffusers import unet_config, unet_to_diffusers
     from weights.uvit import LAYOUT
 
     model = model.clone(dtype=jnp.float32)
-    if hasattr(model, "patch_size"):
+    if isinstance(model, UViT):
         from torch_uvit import TorchUViT
 
         side, fixed = model.image_size // model.patch_size, model.positions == "sincos_2d"
