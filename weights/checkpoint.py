@@ -6,6 +6,7 @@ wants and needs no code of the training run.
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class CheckpointStore:
             self._remove_leftovers(step)
             writer.save_checkpointables_async(step, _without_empty(trees), force=True)
         except Exception as error:  # also what an earlier save in the background met
-            raise UserError(f"cannot save a checkpoint in {self.folder}: {_root_cause(error)}") from error
+            raise self._unwritable(error) from error
 
     def restore(self, step: int, abstract: dict[str, Tree]) -> dict[str, Tree]:
         """Reads named trees into the shapes, dtypes and shardings of `abstract` (ShapeDtypeStructs).
@@ -145,7 +146,7 @@ class CheckpointStore:
             try:
                 self._writer.wait()
             except Exception as error:
-                raise UserError(f"cannot save a checkpoint in {self.folder}: {_root_cause(error)}") from error
+                raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Waits for the last save and lets go of the folder."""
@@ -167,6 +168,11 @@ class CheckpointStore:
         with contextlib.suppress(FileNotFoundError):  # another process may have been quicker
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+    def _unwritable(self, error: Exception) -> UserError:
+        """What to raise for an error of saving."""
+        _silence_late_writes()
+        return UserError(f"cannot save a checkpoint in {self.folder}: {_root_cause(error)}")
 
     def _unreadable(self, step: int, error: Exception) -> Exception:
         """What to raise for an error of reading: damage, unless it is the machine's trouble and not the file's."""
@@ -203,6 +209,20 @@ def _differences(name: str, wanted: Tree, stored: Tree) -> list[str]:
 def _by_path(tree: Tree) -> dict[str, tuple[int, ...]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _silence_late_writes() -> None:
+    """Keeps TensorStore from printing a traceback for each write that ends after the one that failed.
+
+    It reports them to an event loop, which Orbax has closed by then.
+    """
+    report = sys.unraisablehook
+
+    def report_others(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            report(event)
+
+    sys.unraisablehook = report_others
 
 
 def _root_cause(error: BaseException) -> str:
