@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.layers.convolution import Conv
+from models.layers.dense import Dense
 from models.layers.initialization import torch_bias, torch_kernel
 from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
@@ -113,6 +114,8 @@ class Clip(nn.Module):
 
     # What a network that is trained further may have of its own; see `adapt`.
     ADAPTABLE: ClassVar[tuple[str, ...]] = ("image_size",)
+    # Rows of captions may be shorter than its context: nothing that comes after the end token is seen.
+    TAKES_SHORTER_TEXT: ClassVar[bool] = True
 
     def adapt(self, params: Mapping[str, Any], trained: "Clip") -> dict[str, Any]:
         """Parameters to start from, of a network that was trained at another `image_size`: positions are interpolated.
@@ -209,7 +212,7 @@ class Clip(nn.Module):
         """Features of captions, of unit length.
 
         Raises:
-          ValueError: if captions have another length than the network's context.
+          ValueError: if captions are longer than the network's context.
         """
         return normalize(self.project_text(text))
 
@@ -222,13 +225,17 @@ class Clip(nn.Module):
 
     def project_text(self, text: Int[Array, "b l"]) -> Float[Array, "b e"]:
         """As `embed_text`, not normalized."""
-        return self.text.pool(self.encode_text(text), text)
+        self._check_length(text)
+        return self.text(text)
 
     def encode_text(self, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """The normalized last states of the text tower: what latent diffusion is conditioned on."""
-        if text.shape[1] != self.text_length:
+        self._check_length(text)
+        return self.text.states(text)
+
+    def _check_length(self, text: Array) -> None:
+        if text.shape[1] > self.text_length:
             raise ValueError(f"captions have {text.shape[1]} tokens, the network's text_length is {self.text_length}")
-        return self.text(text)
 
 
 class Transformer(nn.Module):
@@ -271,11 +278,32 @@ class Transformer(nn.Module):
         ]
         self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
         init = nn.initializers.normal(self.width**-0.5)
-        self.projection = nn.Dense(self.features, use_bias=False, kernel_init=init, **types)
+        self.projection = Dense(self.features, use_bias=False, kernel_init=init, **types)
 
-    def apply_layers(self, x: Float[Array, "b l d"], mask: np.ndarray | None) -> Float[Array, "b l d"]:
-        """Applies the layers; `mask` as in `models.layers.attention.attend`."""
-        return apply_blocks(self.blocks, shard_rows(x), (mask,), (0,) * self.depth, scan=self.scan, remat=self.remat)
+    def apply_layers(
+        self, x: Float[Array, "b l d"], mask: np.ndarray | None, depth: int | None = None
+    ) -> Float[Array, "b l d"]:
+        """Applies the layers, or the first so many; `mask` as in `models.layers.attention.attend`."""
+        blocks = self.blocks[:depth]
+        return apply_blocks(blocks, shard_rows(x), (mask,), (0,) * len(blocks), scan=self.scan, remat=self.remat)
+
+    def read_layers(
+        self, x: Float[Array, "b l d"], mask: np.ndarray | None, position: Int[Array, "b"]
+    ) -> Float[Array, "b {self.features}"]:
+        """Applies the layers and projects the state of one position of each row, normalized.
+
+        Of the last layer no other position is computed.
+        """
+
+        def at_position(x: Array) -> Array:
+            return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
+
+        if self.is_initializing():  # every layer makes its parameters
+            state = at_position(self.apply_layers(x, mask))
+        else:
+            x = self.apply_layers(x, mask, self.depth - 1)
+            state = self.blocks[-1].read(at_position(x), x, None if mask is None else jnp.asarray(mask)[position])
+        return self.projection(self.final_norm(state))
 
 
 class VisionTransformer(Transformer):
@@ -316,8 +344,8 @@ class VisionTransformer(Transformer):
         x = self.patch(images.astype(self.dtype)).reshape(len(images), -1, self.width)
         first = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (len(x), 1, self.width))
         x = jnp.concatenate([first, x], axis=1)
-        x = self.apply_layers(self.first_norm(x + self.position(jnp.arange(x.shape[1]))), None)
-        return self.projection(self.final_norm(x[:, 0]))
+        x = self.first_norm(x + self.position(jnp.arange(x.shape[1])))
+        return self.read_layers(x, None, jnp.zeros(len(x), jnp.int32))
 
 
 class TextTransformer(Transformer):
@@ -344,16 +372,21 @@ class TextTransformer(Transformer):
         )
         self.add_layers(4 * self.width, initializers)
 
-    def __call__(self, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """States of every position, normalized."""
-        x = self.embedding(text) + self.position(jnp.arange(text.shape[1]))
-        return self.final_norm(self.apply_layers(x, np.tril(np.ones((self.length, self.length), bool))))
-
-    def pool(self, states: Float[Array, "b l d"], text: Int[Array, "b l"]) -> Float[Array, "b {self.features}"]:
-        """Projects the state of each row's first end token; NaN where there is none, so that it shows."""
+    def __call__(self, text: Int[Array, "b l"]) -> Float[Array, "b {self.features}"]:
+        """Embeds captions: the state of each row's first end token; NaN where there is none, so that it shows."""
         is_end = text == self.end_id
-        state = jnp.take_along_axis(states, jnp.argmax(is_end, axis=1)[:, None, None], axis=1)[:, 0]
-        return jnp.where(jnp.any(is_end, axis=1)[:, None], self.projection(state), jnp.nan)
+        features = self.read_layers(*self._inputs(text), jnp.argmax(is_end, axis=1))
+        return jnp.where(jnp.any(is_end, axis=1)[:, None], features, jnp.nan)
+
+    def states(self, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """States of every position, normalized."""
+        return self.final_norm(self.apply_layers(*self._inputs(text)))
+
+    def _inputs(self, text: Array) -> tuple[Array, np.ndarray]:
+        """Embedded tokens, and the causal mask."""
+        length = text.shape[1]
+        x = self.embedding(text) + self.position(jnp.arange(length))
+        return x, np.tril(np.ones((length, length), bool))
 
 
 def resize_positions(embedding: Float[Array, "l d"], before: int, after: int) -> Float[Array, "m d"]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from models.layers.attention import KeyValueCache
 from models.layers.attention_masks import attention_mask, attention_pattern
+from models.layers.dense import Dense
 from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 
@@ -127,8 +128,8 @@ class Dalle(nn.Module):
         self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
         # In float32 whatever the blocks compute in: bfloat16 logits near 16 would be steps of 1/8.
         heads = {"kernel_init": init, "dtype": jnp.float32, "param_dtype": self.param_dtype}
-        self.text_head = nn.Dense(text_ids, **heads)
-        self.image_head = nn.Dense(self.image_vocab_size, **heads)
+        self.text_head = Dense(text_ids, **heads)
+        self.image_head = Dense(self.image_vocab_size, **heads)
 
     def __call__(self, text: Int[Array, "b t"], image_tokens: Int[Array, "b n"]) -> DalleLogits:
         """Scores every token of the stream given the tokens before it.

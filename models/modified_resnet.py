@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from models.layers.attention import attend
+from models.layers.attention import attend_from_one
 from models.layers.convolution import Conv
+from models.layers.dense import DenseGeneral
 from models.layers.initialization import torch_bias, torch_kernel
 
 EXPANSION = 4
@@ -114,11 +115,14 @@ class AttentionPool(nn.Module):
         position = nn.Embed(x.shape[1], x.shape[-1], embedding_init=init, name="position", **types)
         x = x + position(jnp.arange(x.shape[1]))
         heads = (self.heads, x.shape[-1] // self.heads)
-        query = nn.DenseGeneral(heads, name="query", **dense)(x[:, :1])
-        key = nn.DenseGeneral(heads, name="key", **dense)(x)
-        value = nn.DenseGeneral(heads, name="value", **dense)(x)
-        y = attend(query, key, value)
-        return nn.DenseGeneral(self.features, axis=(-2, -1), name="out", **dense)(y)[:, 0]
+        query, key, value = (DenseGeneral(heads, name=name, **dense) for name in ("query", "key", "value"))
+        q = query(x[:, 0])
+        if self.is_initializing():
+            key(x), value(x)
+        key, value = (layer.variables["params"] for layer in (key, value))
+        y = attend_from_one(q, x, *(params["kernel"].astype(self.dtype) for params in (key, value)))
+        y = y + value["bias"].astype(self.dtype)
+        return DenseGeneral(self.features, axis=(-2, -1), name="out", **dense)(y)
 
 
 class ModifiedResNet(nn.Module):

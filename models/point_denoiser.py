@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.conditioning import Conditioning
+from models.layers.dense import Dense
 from models.layers.embeddings import sinusoidal_embedding
 
 
@@ -45,10 +46,10 @@ class PointDenoiser(nn.Module):
         if jax.tree.leaves(conditioning):
             raise ValueError("the network point_denoiser takes no condition")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        time = nn.Dense(self.width, name="time", **types)(sinusoidal_embedding(t, self.width))
-        x = nn.Dense(self.width, name="into", **types)(x_t)
+        time = Dense(self.width, name="time", **types)(sinusoidal_embedding(t, self.width))
+        x = Dense(self.width, name="into", **types)(x_t)
         for layer in range(self.depth):
-            y = nn.Dense(self.width, name=f"up_{layer}", **types)(nn.silu(x + time))
-            x = x + nn.Dense(self.width, name=f"down_{layer}", **types)(nn.silu(y))
-        out = nn.Dense(self.dimensions, kernel_init=nn.initializers.zeros_init(), name="out", **types)
+            y = Dense(self.width, name=f"up_{layer}", **types)(nn.silu(x + time))
+            x = x + Dense(self.width, name=f"down_{layer}", **types)(nn.silu(y))
+        out = Dense(self.dimensions, kernel_init=nn.initializers.zeros_init(), name="out", **types)
         return out(nn.silu(x)).astype(jnp.float32)

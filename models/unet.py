@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from models.conditioning import Conditioning
 from models.layers.convolution import Conv
+from models.layers.dense import Dense
 from models.layers.embeddings import sinusoidal_embedding
 from models.layers.group_norm_resnet import (
     KERNEL_INITS,
@@ -220,8 +221,8 @@ class UNet(nn.Module):
         """The embedding of time (and class), float32 [B D], and the context."""
         dense = {"kernel_init": KERNEL_INITS[self.kernel_init], "dtype": jnp.float32, "param_dtype": self.param_dtype}
         time = sinusoidal_embedding(t, self.width, sine_first=self.sine_first, last_period=self.last_period)
-        time = nn.silu(nn.Dense(self.time_width, name="time_1", **dense)(time))
-        time = nn.Dense(self.time_width, name="time_2", **dense)(time)
+        time = nn.silu(Dense(self.time_width, name="time_1", **dense)(time))
+        time = Dense(self.time_width, name="time_2", **dense)(time)
         context = conditioning.tokens
         if self.num_classes:
             width = self.time_width if self.class_embedding == "time" else self.context_width

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from models.conditioning import Conditioning
 from models.layers.convolution import Conv
+from models.layers.dense import Dense
 from models.layers.embeddings import grid_embedding, sinusoidal_embedding
 from models.layers.initialization import torch_bias, torch_kernel
 from models.layers.long_skip import LONG_SKIPS, LongSkip, apply_with_long_skips
@@ -130,7 +131,7 @@ class UViT(nn.Module):
         if self.num_classes:
             self.label = nn.Embed(self.num_classes, self.width, embedding_init=nn.initializers.normal(1.0), **types)
         if self.context_length:
-            self.context = nn.Dense(self.width, kernel_init=normal, **types)
+            self.context = Dense(self.width, kernel_init=normal, **types)
         if self._learned_positions:
             self.position = nn.Embed(self._learned_positions, self.width, embedding_init=normal, **types)
         block = {
@@ -156,7 +157,7 @@ class UViT(nn.Module):
             self.token_conv = conv(self.width, 3, self.width, self.dtype)
         # In float32 whatever the blocks compute in: a prediction is of noise, whose small values matter.
         outputs = self.patch_size**2 * self.out_channels
-        self.pixel_head = nn.Dense(outputs, kernel_init=normal, dtype=jnp.float32, param_dtype=self.param_dtype)
+        self.pixel_head = Dense(outputs, kernel_init=normal, dtype=jnp.float32, param_dtype=self.param_dtype)
         if self.convolution == "image":
             self.image_conv = conv(self.out_channels, 3, self.out_channels, jnp.float32)
 

@@ -18,6 +18,7 @@ from cli.config import from_json, to_json
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from data.pipeline import BatchReader, Stream, open_stream
 from data.tokenizer import Tokenizer
+from models import MODELS
 from sample.grid import draw_grid
 from train.environment import describe_environment
 from train.health import MODES, HealthCheck
@@ -141,10 +142,13 @@ def _check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
     for group in ("models", "frozen"):
         for part, model in config[group].items():
             for key in ("text_length", "image_size"):
-                if key in model and model[key] != config.data[key]:
+                if key not in model or model[key] == config.data[key]:
+                    continue
+                shorter = key == "text_length" and getattr(MODELS[model.name], "TAKES_SHORTER_TEXT", False)
+                if not (shorter and 0 < config.data[key] < model[key]):
                     raise UserError(
                         f"config.{group}.{part}.{key} is {model[key]}, but config.data.{key} is {config.data[key]}; "
-                        "they must be equal"
+                        + ("set it to that, or to less" if shorter else "they must be equal")
                     )
             if tokenizer is not None and model.get("text_vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
                 raise UserError(

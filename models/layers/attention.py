@@ -12,6 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from models.layers.dense import DenseGeneral
 from models.layers.partitioning import device_platform, map_rows_and_heads
 
 Initializer = nn.initializers.Initializer
@@ -136,6 +137,34 @@ def _attend_splash(q: Array, k: Array, v: Array, mask: Mask | None, interpret: b
     return attend_under(mask, q, k, v)
 
 
+def attend_from_one(
+    q: Float[Array, "b n k"],
+    x: Float[Array, "b m d"],
+    key_kernel: Float[Array, "d n k"],
+    value_kernel: Float[Array, "d n k"],
+    mask: Bool[Array, "b m"] | None = None,
+) -> Float[Array, "b n k"]:
+    """What `attend` makes of one query and of keys x W_k and values x W_v, without making these.
+
+    q (x W_k)^T = (q W_k^T) x^T and w (x W_v) = (w x) W_v, which multiplies one position by the kernels instead of M. A
+    bias of the keys would add the same to all scores of a row and change nothing; one of the values would be added to
+    the result, as weights sum to 1.
+
+    Args:
+      q: one query an example.
+      x: what keys and values are projected from.
+      key_kernel: W_k.
+      value_kernel: W_v.
+      mask: True = attend.
+    """
+    q = jnp.einsum("bnk,dnk->bnd", q * q.shape[-1] ** -0.5, key_kernel)
+    scores = jnp.einsum("bnd,bmd->bnm", q, x, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores += jnp.where(mask[:, None], 0.0, _HIDDEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+    return jnp.einsum("bnd,dnk->bnk", jnp.einsum("bnm,bmd->bnd", weights, x), value_kernel)
+
+
 def _splash(q: Array, k: Array, v: Array, *, mask: np.ndarray, interpret: bool) -> Array:
     """The kernel on arrays that one device holds, lengths padded to whole blocks."""
     length, memory = mask.shape
@@ -231,14 +260,14 @@ class SelfAttention(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        self.query_key_value = nn.DenseGeneral(
+        self.query_key_value = DenseGeneral(
             (3, self.heads, self.head_dim),
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        self.out = nn.DenseGeneral(
+        self.out = DenseGeneral(
             self.width,
             axis=(-2, -1),
             kernel_init=self.out_init,
@@ -252,6 +281,21 @@ class SelfAttention(nn.Module):
         # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
         implementation = "xla" if self.is_initializing() else self.implementation
         return self.out(attend(q, k, v, mask, implementation))
+
+    def read(
+        self, query: Float[Array, "b d"], x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None
+    ) -> Float[Array, "b d"]:
+        """Attends from one position an example, whose input is `query`, to all of x; `mask` as in `attend_from_one`.
+
+        Much less work than `__call__` where the other positions' outputs are not needed. Its attention is the plain
+        one, whatever `implementation` says.
+        """
+        params = self.query_key_value.variables["params"]
+        kernel = params["kernel"].astype(self.dtype)
+        q = jnp.einsum("bd,dnk->bnk", query, kernel[:, 0])
+        bias = params["bias"].astype(self.dtype) if self.use_bias else jnp.zeros(3, self.dtype)
+        y = attend_from_one(q + bias[0], x, kernel[:, 1], kernel[:, 2], mask) + bias[2]
+        return self.out(y)
 
     def prefill(
         self, x: Float[Array, "b l d"], mask: Mask | None, length: int

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from models.layers.partitioning import device_platform
+from models.layers.dense import dot_general
+from models.layers.partitioning import on_one_cpu
 
 # What a piece of the batch and its gradient may have in bytes, so that both stay in a core's second-level cache: 2 MB
 # on the Xeon (Sapphire Rapids) this was measured on. Kernel gradients take up to three times as long from further away.
@@ -28,9 +29,9 @@ def conv_general_dilated(
 ) -> Float[Array, "b h2 w2 o"]:
     """`jax.lax.conv_general_dilated` of channels-last pictures, as `flax.linen.Conv` calls it.
 
-    On a single CPU device and in float32, a kernel of one pixel is a matrix product, and the gradient of a larger one
-    is summed over pieces of the batch. Sums are in another order then, and nothing else differs: all of JAX's
-    transformations work.
+    On a single CPU device and in float32, windows that tile the picture, single pixels or patches, make it a product of
+    matrices, and the gradient of any other kernel is summed over pieces of the batch. Sums are in another order then,
+    and nothing else differs: all of JAX's transformations work.
 
     Args:
       x: inputs.
@@ -46,12 +47,13 @@ def conv_general_dilated(
     def convolve(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
-    one_device = jax.sharding.get_abstract_mesh().size <= 1
-    if device_platform() != "cpu" or not one_device or x.dtype != jnp.float32:
+    if not on_one_cpu() or x.dtype != jnp.float32:
         return convolve(x, kernel)
-    if kernel.shape[:-1] == (1, 1, x.shape[-1]) and _keeps_pixels(window_strides, padding, **options):
-        rows = x.reshape(-1, x.shape[-1])  # the gradients of a product with more axes are slow again
-        return jnp.matmul(rows, kernel[0, 0], precision=options.get("precision")).reshape(*x.shape[:-1], -1)
+    if _tile(x, kernel, window_strides, padding, **options):
+        (down, across), (height, width) = window_strides, x.shape[1:3]
+        patches = x.reshape(len(x), height // down, down, width // across, across, -1).swapaxes(2, 3)
+        numbers = (((3, 4, 5), (0, 1, 2)), ((), ()))
+        return dot_general(patches, kernel, numbers, precision=options.get("precision"))
 
     def tangent(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:
         (x, kernel), (x_dot, kernel_dot) = primals, tangents
@@ -70,15 +72,21 @@ def conv_general_dilated(
     return function(x, kernel)
 
 
-def _keeps_pixels(
+def _tile(
+    x: Array,
+    kernel: Array,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
     **_: Any,
 ) -> bool:
-    """Whether a kernel of one pixel makes each pixel of the output of the same one of the input."""
+    """Whether each pixel and each channel of x is in one window, and the windows have neither gaps nor padding."""
+    *sides, channels = kernel.shape[:-1]
     padded = not isinstance(padding, str) and any(width for widths in padding for width in widths)
-    return {*window_strides, *(lhs_dilation or ())} == {1} and not padded
+    dilated = {*(lhs_dilation or ()), *(rhs_dilation or ())} - {1}
+    whole = not any(size % side for size, side in zip(x.shape[1:3], sides, strict=True))
+    return whole and channels == x.shape[-1] and sides == list(window_strides) and not padded and not dilated
 
 
 def _pieces(x: Array, y: Array, kernel: Array) -> int:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from models.layers.attention import SelfAttention
 from models.layers.convolution import Conv
+from models.layers.dense import Dense
 from models.layers.dropout import drop
 from models.layers.initialization import torch_kernel
 from models.layers.partitioning import shard_rows
@@ -99,7 +100,7 @@ class ResidualBlock(nn.Module):
         y = Conv(self.features, (3, 3), kernel_init=init, name="conv_1", **types)(y)
         if time is not None:
             told = self.features * (2 if self.scale_shift else 1)
-            time = nn.Dense(told, kernel_init=init, name="time", **types)(nn.silu(time))[:, None, None]
+            time = Dense(told, kernel_init=init, name="time", **types)(nn.silu(time))[:, None, None]
         if time is not None and not self.scale_shift:
             y = y + time
         y = group_norm(name="norm_2", **norm)(y)

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.layers.attention import Mask
+from models.layers.dense import Dense
 from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, rematerialized, stacked_parameters
 
@@ -43,7 +44,7 @@ class LongSkip(nn.Module):
         if self.kind == "add":
             return shard_rows(x + skip)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        project = nn.Dense(x.shape[-1], kernel_init=self.kernel_init, name="projection", **types)
+        project = Dense(x.shape[-1], kernel_init=self.kernel_init, name="projection", **types)
         if self.kind == "concat":
             return shard_rows(project(jnp.concatenate([x, skip], axis=-1)))
         if self.kind == "project_skip":

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from models.layers.dense import Dense, DenseGeneral
+
 Initializer = nn.initializers.Initializer
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -52,10 +54,10 @@ class MLP(nn.Module):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = nn.Dense(self.hidden, kernel_init=self.kernel_init, bias_init=self.bias_init, name="up", **types)(x)
+        y = Dense(self.hidden, kernel_init=self.kernel_init, bias_init=self.bias_init, name="up", **types)(x)
         y = ACTIVATIONS[self.activation](y)
         out = {"kernel_init": self.out_init, "bias_init": self.out_bias_init}
-        return nn.Dense(x.shape[-1], name="down", **out, **types)(y)
+        return Dense(x.shape[-1], name="down", **out, **types)(y)
 
 
 class GatedMLP(nn.Module):
@@ -81,6 +83,6 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Applies the block to each position on its own."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        both = nn.DenseGeneral((2, self.hidden), kernel_init=self.kernel_init, name="up_gate", **types)(x)
+        both = DenseGeneral((2, self.hidden), kernel_init=self.kernel_init, name="up_gate", **types)(x)
         y = both[..., 0, :] * ACTIVATIONS[self.activation](both[..., 1, :])
-        return nn.Dense(x.shape[-1], kernel_init=self.out_init, name="down", **types)(y)
+        return Dense(x.shape[-1], kernel_init=self.out_init, name="down", **types)(y)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from models.layers.dense import Dense
+
 Initializer = nn.initializers.Initializer
 
 
@@ -29,7 +31,7 @@ class AdaptiveLayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "b l d"], condition: Float[Array, "b c"]) -> Float[Array, "b l d"]:
         """Normalizes each position; all positions of an example share their condition."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        project = nn.Dense(2 * x.shape[-1], kernel_init=self.kernel_init, name="projection", **types)
+        project = Dense(2 * x.shape[-1], kernel_init=self.kernel_init, name="projection", **types)
         scale, shift = jnp.split(project(condition)[:, None], 2, axis=-1)
         norm = nn.LayerNorm(epsilon=self.epsilon, use_scale=False, use_bias=False, dtype=self.dtype, name="norm")
         return norm(x) * (1 + scale) + shift

@@ -60,6 +60,11 @@ def device_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def on_one_cpu() -> bool:
+    """Whether a program is traced for a single CPU device: the place for forms that XLA's CPU compiler does better."""
+    return device_platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+
+
 def _mesh_in_context(axes: tuple[str, ...]) -> AbstractMesh | None:
     """The mesh in context if its axes include these and are the compiler's to use (not so inside a shard_map)."""
     mesh = jax.sharding.get_abstract_mesh()

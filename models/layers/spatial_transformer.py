@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from models.layers.attention import attend
 from models.layers.convolution import Conv
+from models.layers.dense import Dense, DenseGeneral
 from models.layers.group_norm_resnet import KERNEL_INITS, group_norm
 from models.layers.mlp import GatedMLP
 from models.layers.partitioning import shard_rows
@@ -50,15 +51,15 @@ class ContextAttention(nn.Module):
         init = KERNEL_INITS[self.kernel_init]
         dense = {"kernel_init": init, "dtype": self.dtype, "param_dtype": self.param_dtype}
         head = (self.heads, width // self.heads)
-        query = nn.DenseGeneral(head, use_bias=False, name="query", **dense)(x)
-        key_value = nn.DenseGeneral((2, *head), use_bias=False, name="key_value", **dense)(context)
+        query = DenseGeneral(head, use_bias=False, name="query", **dense)(x)
+        key_value = DenseGeneral((2, *head), use_bias=False, name="key_value", **dense)(context)
         # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
         implementation = "xla" if self.is_initializing() else self.implementation
         seen = None if mask is None else mask[:, None, None]
         y = attend(query, key_value[..., 0, :, :], key_value[..., 1, :, :], seen, implementation)
         if mask is not None:
             y = jnp.where(mask.any(axis=1)[:, None, None, None], y, jnp.zeros((), y.dtype))
-        return nn.DenseGeneral(width, axis=(-2, -1), name="out", **dense)(y)
+        return DenseGeneral(width, axis=(-2, -1), name="out", **dense)(y)
 
 
 class ContextBlock(nn.Module):
@@ -137,5 +138,5 @@ class SpatialTransformer(nn.Module):
         """A dense layer over channels, in one of two shapes."""
         fields = {"kernel_init": init, "dtype": self.dtype, "param_dtype": self.param_dtype, "name": name}
         if self.linear_projection:
-            return nn.Dense(x.shape[-1], **fields)(x)
+            return Dense(x.shape[-1], **fields)(x)
         return Conv(x.shape[-1], (1, 1), **fields)(x)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from models.layers.attention import KeyValueCache, Mask, MaskChoice, SelfAttention
 from models.layers.mlp import MLP
@@ -66,7 +66,7 @@ class Block(nn.Module):
       activation: see `models.layers.mlp.ACTIVATIONS`.
       initializers: of the parameters.
       attention_bias: whether the query/key/value projection has one.
-      adaptive: a condition scales and shifts what both norms return (`AdaptiveLayerNorm`); not for decoding.
+      adaptive: a condition scales and shifts what both norms return (`AdaptiveLayerNorm`); only `__call__` takes one.
       implementation: see `models.layers.attention.attend`.
       dtype: of the computation; LayerNorm statistics, attention scores and softmax are float32 in any case.
       param_dtype: of the parameters.
@@ -121,6 +121,17 @@ class Block(nn.Module):
         x = shard_rows(x + self.attention(self.attention_norm(x, *conditions), mask))
         return shard_rows(x + self.mlp(self.mlp_norm(x, *conditions)))
 
+    def read(
+        self, query: Float[Array, "b d"], x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None
+    ) -> Float[Array, "b d"]:
+        """What `__call__` makes of one position an example, whose state is `query`; `mask` is its row of the mask.
+
+        A last layer that is read at one position has no more to compute.
+        """
+        y = self.attention.read(self.attention_norm(query), self.attention_norm(x), mask)
+        query = shard_rows(query + y)
+        return shard_rows(query + self.mlp(self.mlp_norm(query)))
+
     def prefill(
         self, x: Float[Array, "b l d"], mask: np.ndarray, length: int
     ) -> tuple[Float[Array, "b l d"], KeyValueCache]:
@@ -166,7 +177,7 @@ def apply_blocks(
       remat: what each layer recomputes in the backward pass, for memory: "none"; "full", all but its input; "dots", all
         but the outputs of its dense layers (`jax.checkpoint_policies.dots_with_no_batch_dims_saveable`).
     """
-    if blocks[0].is_initializing() or (remat == "none" and not scan):
+    if not blocks or blocks[0].is_initializing() or (remat == "none" and not scan):
         for block, kind in zip(blocks, kinds, strict=True):
             x = block(x, masks[kind])
         return x

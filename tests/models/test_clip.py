@@ -67,6 +67,49 @@ def test_text_is_read_at_its_first_end_and_sees_nothing_behind_it(tiny):
     np.testing.assert_array_equal(states[:, :4], changed[:, :4])
 
 
+def test_features_are_the_projected_state_of_the_end(tiny):
+    """The last layer is computed there alone, so `encode_text` has it another way."""
+    model, variables, _, text = tiny
+    states = model.apply(variables, text, method="encode_text")
+    expected = states[:, 5] @ variables["params"]["text"]["projection"]["kernel"]
+    np.testing.assert_allclose(model.apply(variables, text, method="project_text"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_features_take_each_layer_once(tiny, layers):
+    """By hand, from all states of every layer."""
+    _, _, images, _ = tiny
+    model = models.create_model("clip", **{**TINY, "image_layers": layers})
+    variables = jax.jit(model.init)(jax.random.key(0), *(jnp.ones(x.shape, x.dtype) for x in model.example_inputs(1)))
+
+    def by_hand(model, images):
+        tower = model.image
+        x = tower.patch((images + 1) / 2).reshape(len(images), -1, 32)
+        first = jnp.broadcast_to(tower.class_embedding, (len(images), 1, 32))
+        x = tower.first_norm(jnp.concatenate([first, x], axis=1) + tower.position(jnp.arange(5)))
+        for block in tower.blocks:
+            x = block(x)
+        return tower.projection(tower.final_norm(x)[:, 0])
+
+    bare = model.clone(image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+    expected = bare.apply(variables, images, method=by_hand)
+    np.testing.assert_allclose(bare.apply(variables, images, method="project_images"), expected, atol=1e-5)
+
+
+def test_shorter_rows_are_the_same_captions(tiny):
+    model, variables, images, text = tiny
+
+    def loss(params, text):
+        out = model.apply({"params": params}, images, text)
+        return jnp.sum(out.image @ out.text.T * jnp.arange(9).reshape(3, 3))
+
+    value, gradient = jax.value_and_grad(loss)(variables["params"], text)
+    same, same_gradient = jax.value_and_grad(loss)(variables["params"], text[:, :6])
+    assert float(same) == pytest.approx(float(value), rel=1e-5)
+    for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(same_gradient), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5 * max(np.abs(one).max(), 1))
+
+
 def test_a_caption_without_an_end_is_no_number(tiny):
     model, variables, _, text = tiny
     features = np.asarray(model.apply(variables, text.at[1, 5].set(7), method="embed_text"))
@@ -213,7 +256,7 @@ def test_inputs_of_another_size_are_named(tiny):
     with pytest.raises(ValueError, match="image_size is 16"):
         model.apply(variables, images[:, :8], text)
     with pytest.raises(ValueError, match="text_length is 8"):
-        model.apply(variables, images, text[:, :7])
+        model.apply(variables, images, jnp.pad(text, ((0, 0), (0, 1))))
 
 
 def test_siglip_has_a_bias_too(tiny):

@@ -1,7 +1,9 @@
 """Times CLIP's training step beside OpenCLIP's: `PYTHONPATH=. python tests/parity/benchmark_clip.py --model=vit`.
 
 The same architecture, batch, float32, optimizer (AdamW) and threads, in one process and in alternating
-windows; both are warmed up first. Prints the seconds of a step of each (median over windows) and their ratio.
+windows; both are warmed up first. Captions fill the context unless --caption_length says otherwise: OpenCLIP computes
+the padding behind shorter ones too, this project leaves it out where config.data.text_length says so. Prints the
+seconds of a step of each (median over windows) and their ratio.
 """
 
 import argparse
@@ -29,19 +31,23 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="updates in a window")
+    parser.add_argument(
+        "--caption_length", type=int, default=0, help="tokens of the longest caption; 0 for the whole context"
+    )
     options = parser.parse_args()
-    config = read_config(*MODELS[options.model], options.batch_size)
+    config = read_config(*MODELS[options.model], options.batch_size, options.caption_length)
     runs = {"jax": jax_step(config), "torch": open_clip_step(config)}
     print_side_by_side(time_in_turn(runs, windows=options.windows, steps=options.steps), "step")
 
 
-def read_config(path: str, overrides: Sequence[str], batch_size: int) -> Any:
-    """The config, in float32 and without recomputation."""
+def read_config(path: str, overrides: Sequence[str], batch_size: int, caption_length: int) -> Any:
+    """The config, in float32 and without recomputation; rows of text are as long as the longest caption."""
     from cli.config import load_config
 
     network = ("dtype=float32", "scan=False", "remat=none", *overrides)
     flags = [f"--config.models.clip.{override}" for override in network]
     sizes = [flag.replace("models.clip", "data") for flag in flags if "image_size" in flag]
+    sizes += [f"--config.data.text_length={caption_length}"] if caption_length else []
     return load_config([f"--config={path}", f"--config.batch_size={batch_size}", *flags, *sizes])
 
 
@@ -85,8 +91,10 @@ def open_clip_step(config: Any) -> Callable[[int], None]:
     loss_of = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.2)
     images = torch.randn(config.batch_size, 3, network.image_size, network.image_size)
-    text = torch.randint(1, network.text_vocab_size - 2, (config.batch_size, network.text_length))
+    length = config.data.text_length
+    text = torch.randint(1, network.text_vocab_size - 2, (config.batch_size, length))
     text[:, -1] = network.text_vocab_size - 1
+    text = torch.nn.functional.pad(text, (0, network.text_length - length))  # as OpenCLIP's tokenizer does
 
     def run(count: int) -> None:
         for _ in range(count):

@@ -210,6 +210,18 @@ def test_parts_that_do_not_fit_together_are_named(scenes_dir, tmp_path, override
         train(config(scenes_dir, *overrides, name="scenes/dalle.py:debug"), tmp_path / "run")
 
 
+def test_clip_takes_rows_shorter_than_its_context(scenes_dir, tmp_path):
+    """The same captions have the same losses in rows of either length."""
+    runs = [tmp_path / "24", tmp_path / "16"]
+    for run in runs:
+        train(config(scenes_dir, f"--config.data.text_length={run.name}", name="scenes/clip.py:debug"), run)
+    long, short = (np.array(losses(run)) for run in runs)
+    assert len(long) >= 4
+    np.testing.assert_allclose(short, long, rtol=1e-5)
+    with pytest.raises(UserError, match="text_length is 24, but config.data.text_length is 25; set it to that, or to"):
+        train(config(scenes_dir, "--config.data.text_length=25", name="scenes/clip.py:debug"), tmp_path / "25")
+
+
 @pytest.mark.parametrize(("override", "end"), [("models.clip.text_end_id=9", 352), ("data.text_ends=False", None)])
 def test_captions_that_end_otherwise_are_refused(scenes_dir, tmp_path, override, end):
     with pytest.raises(UserError, match=f"text_end_id is .* ends captions with {end}"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from models.layers.attention import MaskChoice, SelfAttention, attend
+from models.layers.attention import MaskChoice, SelfAttention, attend, attend_from_one
 from models.layers.attention_masks import attention_mask
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,6 +70,40 @@ def test_bfloat16_scores_are_summed_in_float32():
 def test_large_bfloat16_scores_stay_finite():
     out = attend(*inputs(jnp.bfloat16, scale=1e4), CAUSAL)
     assert jnp.all(jnp.isfinite(out.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_reads_what_it_would_read_among_all(masked):
+    """Values and gradients, of everything but the keys' bias, which has none."""
+    rng = np.random.default_rng(0)
+    x, query = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 6, 8), (2, 3, 4)))
+    key, value = (jnp.asarray(rng.normal(size=(8, 3, 4)), jnp.float32) for _ in range(2))
+    mask = jnp.asarray([[True] * 4 + [False] * 2, [True] * 6]) if masked else None
+
+    def among_all(query, x, key, value):
+        k, v = (jnp.einsum("bmd,dnk->bmnk", x, kernel) for kernel in (key, value))
+        return attend(query[:, None], k, v, None if mask is None else mask[:, None, None])[:, 0]
+
+    def alone(query, x, key, value):
+        return attend_from_one(query, x, key, value, mask)
+
+    def gradients(function):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(function(*x))), (0, 1, 2, 3))(query, x, key, value)
+
+    np.testing.assert_allclose(alone(query, x, key, value), among_all(query, x, key, value), atol=1e-5)
+    for mine, expected in zip(gradients(alone), gradients(among_all), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_layer_read_at_one_position_gives_its_output_there(use_bias):
+    layer = SelfAttention(8, 2, 4, use_bias=use_bias)
+    x = jax.random.normal(KEY, (2, 6, 8))
+    params = layer.init(KEY, x)
+    params = jax.tree.map(lambda leaf: leaf + jax.random.normal(KEY, leaf.shape), params)  # biases start at 0
+    expected = layer.apply(params, x, CAUSAL)[:, 3]
+    mask = jnp.broadcast_to(CAUSAL[3], (2, 6))
+    np.testing.assert_allclose(layer.apply(params, x[:, 3], x, mask, method="read"), expected, atol=1e-5)
 
 
 def test_an_unknown_implementation_is_refused():

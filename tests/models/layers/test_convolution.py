@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers import convolution
+from models.layers import convolution, partitioning
 from models.layers.convolution import Conv
 
 CASES = {
     "3x3": ((3, 3), {}),
     "strided": ((3, 3), {"strides": 2, "padding": (0, 1)}),
     "patches": ((4, 4), {"strides": 4, "padding": "VALID"}),
+    "patches, uneven": ((2, 4), {"strides": (2, 4)}),
+    "patches, padded": ((2, 2), {"strides": 2, "padding": 1}),
+    "patches, cropped": ((3, 3), {"strides": 3, "padding": "VALID"}),
+    "patches, dilated": ((2, 2), {"strides": 2, "padding": "VALID", "kernel_dilation": 2}),
     "1x1": ((1, 1), {}),
     "1x1, strided": ((1, 1), {"strides": 2}),
     "1x1, padded": ((1, 1), {"padding": 1}),
@@ -80,20 +84,21 @@ def test_the_largest_batch_is_few_pieces():
     assert program.count("conv_general_dilated[") == 1 + convolution.MAX_PIECES
 
 
-def test_a_convolution_of_single_pixels_is_a_product(inputs):
-    layer = Conv(6, (1, 1))
+@pytest.mark.parametrize("side", [1, 4])
+def test_a_convolution_whose_windows_tile_is_a_product(inputs, side):
+    layer = Conv(6, (side, side), side)
     program = str(jax.make_jaxpr(layer.init_with_output)(jax.random.key(1), inputs))
     assert "dot_general" in program and "conv_general_dilated" not in program
 
 
 def _assert_plain(inputs):
-    for side in (1, 3):
-        program = str(jax.make_jaxpr(Conv(6, (side, side)).init_with_output)(jax.random.key(1), inputs))
+    for side, stride in ((1, 1), (3, 1), (4, 4)):
+        program = str(jax.make_jaxpr(Conv(6, (side, side), stride).init_with_output)(jax.random.key(1), inputs))
         assert "custom_jvp" not in program and program.count("conv_general_dilated[") == 1
 
 
 def test_other_devices_get_the_plain_convolution(inputs, monkeypatch):
-    monkeypatch.setattr(convolution, "device_platform", lambda: "tpu")
+    monkeypatch.setattr(partitioning, "device_platform", lambda: "tpu")
     _assert_plain(inputs)
 
 

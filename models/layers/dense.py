@@ -1,0 +1,45 @@
+"""Dense layers; on a CPU as products of matrices, whose gradients XLA computes faster."""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from models.layers.partitioning import on_one_cpu
+
+DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def dot_general(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], dimension_numbers: DimensionNumbers, **options: Any
+) -> Float[Array, "..."]:
+    """`jax.lax.dot_general` as Flax's dense layers call it: trailing axes of x with leading ones of the kernel.
+
+    On a single CPU device both are made matrices first. With more axes XLA writes transposed copies of kernels and of
+    gradients, and a kernel's gradient, transposed, slows the optimizer too; docs/performance.md has what is gained.
+
+    Args:
+      x: inputs.
+      kernel: weights.
+      dimension_numbers: as in the plain function.
+      **options: the plain function's others.
+
+    Returns:
+      as the plain function.
+    """
+    (x_axes, kernel_axes), batch_axes = dimension_numbers
+    count = len(x_axes)
+    trailing = tuple(x_axes) == tuple(range(x.ndim - count, x.ndim)) and tuple(kernel_axes) == tuple(range(count))
+    if not on_one_cpu() or not trailing or any(batch_axes):
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    inputs = math.prod(kernel.shape[:count])
+    y = jax.lax.dot_general(x.reshape(-1, inputs), kernel.reshape(inputs, -1), (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[: x.ndim - count], *kernel.shape[count:])
+
+
+# Flax's layers with the product above.
+Dense = functools.partial(nn.Dense, dot_general=dot_general)
+DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
