@@ -117,11 +117,12 @@ class AttentionPool(nn.Module):
         heads = (self.heads, x.shape[-1] // self.heads)
         query, key, value = (DenseGeneral(heads, name=name, **dense) for name in ("query", "key", "value"))
         q = query(x[:, 0])
-        if self.is_initializing():
-            key(x), value(x)
-        key, value = (layer.variables["params"] for layer in (key, value))
-        y = attend_from_one(q, x, *(params["kernel"].astype(self.dtype) for params in (key, value)))
-        y = y + value["bias"].astype(self.dtype)
+        if self.is_initializing():  # the layers make their parameters
+            for layer in (key, value):
+                layer(x)
+        key_params, value_params = key.variables["params"], value.variables["params"]
+        kernels = (params["kernel"].astype(self.dtype) for params in (key_params, value_params))
+        y = attend_from_one(q, x, *kernels) + value_params["bias"].astype(self.dtype)
         return DenseGeneral(self.features, axis=(-2, -1), name="out", **dense)(y)
 
 

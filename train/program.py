@@ -114,7 +114,7 @@ def create_program(
         init=jax.jit(init, out_shardings=state_shardings),
         # The state is donated: its memory is the next state's.
         train_step=jax.jit(
-            make_train_step(config, objective, optimizer, schedule, rows),
+            make_train_step(config, objective, optimizer, schedule),
             donate_argnums=0,
             out_shardings=(state_shardings, whole, whole),
         ),

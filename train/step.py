@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from models.layers.partitioning import split_rows
 from train.objectives.contract import Batch, Metrics, Objective
 from train.optimizer import Schedule, apply_bounds, update_ema
 from train.state import TrainState, add_examples
@@ -43,7 +43,6 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
-    rows: NamedSharding,
 ) -> TrainStep:
     """Returns `step(state, frozen, batch) -> (state, metrics, health)`.
 
@@ -51,7 +50,8 @@ def make_train_step(
 
     With `config.mesh.microbatches` above 1 the gradient is the mean of those of so many parts of the batch, taken in
     turn. That is the gradient of the whole batch for every loss that is a mean over examples. It is not for what the
-    examples of a batch decide together, such as a codebook moved by their codes: each part then stands alone.
+    examples of a batch decide together, such as a codebook moved by their codes: each part then stands alone. An
+    objective with `TAKES_PARTS` is given the whole batch, and takes its parts itself.
 
     An update that is skipped leaves everything as it was but `step` and `examples_seen`: the optimizer's own count,
     which its schedule follows, stays, so that the schedule lags the logged step by the updates skipped.
@@ -61,9 +61,8 @@ def make_train_step(
       objective: gives the loss.
       optimizer: of all trained parameters.
       schedule: learning rate, for the log.
-      rows: sharding of a batch.
     """
-    microbatches = config.mesh.microbatches
+    microbatches = 1 if getattr(objective, "TAKES_PARTS", False) else config.mesh.microbatches
 
     def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics, Health]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -76,7 +75,7 @@ def make_train_step(
             (loss, aux), gradients = gradient_of(state.params, state.variables, batch)
             metrics, variables = aux.metrics, aux.variables
         else:
-            loss, metrics, variables, gradients = _accumulate(gradient_of, state, batch, microbatches, rows)
+            loss, metrics, variables, gradients = _accumulate(gradient_of, state, batch, microbatches)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = apply_bounds(config.optimizer, optax.apply_updates(state.params, updates))
@@ -123,14 +122,9 @@ def make_eval_step(config: ConfigDict, objective: Objective) -> EvalStep:
 
 
 def _accumulate(
-    gradient_of: Callable[..., Any], state: TrainState, batch: Batch, count: int, rows: NamedSharding
+    gradient_of: Callable[..., Any], state: TrainState, batch: Batch, count: int
 ) -> tuple[Array, Metrics, Tree, Tree]:
     """Mean loss and gradients, summed metrics, and the last variables of `count` microbatches in turn."""
-
-    def split(value: Array) -> Array:
-        # Every count-th row, so that each device takes its part of a microbatch from the rows it already holds.
-        parts = value.reshape(value.shape[0] // count, count, *value.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(parts, NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec)))
 
     def values_of(variables: Tree, microbatch: Batch) -> tuple[Any, Tree]:
         (loss, aux), gradients = gradient_of(state.params, variables, microbatch)
@@ -141,7 +135,7 @@ def _accumulate(
         values, variables = values_of(variables, microbatch)
         return (jax.tree.map(jnp.add, sums, values), variables), None
 
-    parts = jax.tree.map(split, batch)
+    parts = jax.tree.map(lambda value: split_rows(value, count), batch)
     first = jax.tree.map(lambda value: value[0], parts)
     shapes, _ = jax.eval_shape(values_of, state.variables, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -32,6 +32,24 @@ def shard_rows(x: Shaped[Array, "b *rest"]) -> Shaped[Array, "b *rest"]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
 
 
+def split_rows(x: Shaped[Array, "b *rest"], parts: int) -> Shaped[Array, "parts b2 *rest"]:
+    """Takes a batch apart: every `parts`-th row together, so that each device has its share of a part already.
+
+    Args:
+      x: a batch, which `parts` divides.
+      parts: how many.
+    """
+    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    mesh = _mesh_in_context(ROW_AXES)
+    axes = _dividing(mesh, ROW_AXES, x.shape[1])
+    return x if axes is None else jax.lax.with_sharding_constraint(x, PartitionSpec(None, axes))
+
+
+def join_rows(x: Shaped[Array, "parts b *rest"]) -> Shaped[Array, "b2 *rest"]:
+    """The batch that `split_rows` took apart, its rows in the order they had."""
+    return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
 def map_rows_and_heads(function: Callable[..., Array], *arrays: Float[Array, "b _ n _"]) -> Float[Array, "b _ n _"]:
     """Calls `function` on each device's own rows and heads, for what the compiler cannot split: a Pallas kernel.
 

@@ -30,7 +30,8 @@ def main() -> None:
         reference = None
         for name, sizes in MESHES.items():
             config = load_config(arguments)
-            if name == "microbatches" and config.objective in ("vqvae", "clip"):
+            statistics = config.objective == "clip" and config.models.clip.image_tower == "resnet"
+            if name == "microbatches" and (config.objective == "vqvae" or statistics):
                 continue
             config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, **sizes})
             count = int(np.prod([config.mesh[axis] for axis in ("data", "fsdp", "tensor")]))

@@ -5,11 +5,15 @@
 
 over all B pictures x and captions y of the global batch, s = exp(logit_scale). On a mesh each device compares its own
 pictures with the captions of all devices, and its own captions with all pictures; gradients come back the same way. A
-pair's loss depends on the others of its batch, so microbatches would be another loss, and are refused.
+pair's loss depends on the others of its batch, so that losses of microbatches would not add up to it. Microbatches are
+therefore parts of the batch that are embedded in turn, for the loss of the whole batch, and embedded again in turn in
+the backward pass: the same gradient for another forward pass, with the activations of one part in memory (Gao et al.
+2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
 """
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +25,7 @@ from ml_collections import ConfigDict
 import models
 from cli.errors import UserError
 from models.clip import Clip, ClipOutput
-from models.layers.partitioning import shard_rows
+from models.layers.partitioning import join_rows, shard_rows, split_rows
 from sample.clip import ClipSampler
 from sample.dvae import from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
@@ -58,25 +62,31 @@ class ClipObjective:
     Attributes:
       sampler: holds the network, and embeds for the previews.
       kind: "contrastive" or "sigmoid".
+      parts: of a batch that are embedded in turn.
     """
+
+    TAKES_PARTS: ClassVar[bool] = True
 
     sampler: ClipSampler
     kind: str
+    parts: int = 1
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "ClipObjective":
         """Reads `config.models.clip`, `config.loss` and `config.mesh.microbatches`.
 
         Raises:
-          UserError: if the loss is unknown, or a batch is to be taken in parts.
+          UserError: if the loss is unknown, or a ResNet's batch, whose statistics are of all of it, is to be taken in
+            parts.
         """
-        objective = cls(sampler=ClipSampler(models.create_model(**config.models.clip)), **config.loss)
+        sampler = ClipSampler(models.create_model(**config.models.clip))
+        objective = cls(sampler=sampler, parts=config.mesh.microbatches, **config.loss)
         if objective.kind not in KINDS:
             raise UserError(f"config.loss.kind={objective.kind!r} is unknown; choose one of {', '.join(KINDS)}")
-        if config.mesh.microbatches > 1:
+        if objective.parts > 1 and objective.model.image_tower == "resnet":
             raise UserError(
-                f"config.mesh.microbatches={config.mesh.microbatches} would train another loss, as each part of a "
-                "batch sees fewer pairs; set it to 1, and config.models.clip.remat=full to save memory"
+                f"config.mesh.microbatches={objective.parts} would train another network, as each part of a batch has "
+                "its own batch statistics; set it to 1, or choose image_tower=vit"
             )
         return objective
 
@@ -105,14 +115,8 @@ class ClipObjective:
         `batch` holds image uint8 [b h w 3] and text int32 [b l] with an end token in each row.
         """
         del frozen, rng, step
-        collections = variables.get("clip", {})
-        tree, inputs = {"params": params["clip"], **collections}, (from_uint8(batch["image"]), batch["text"])
-        out: ClipOutput
-        if train and collections:
-            out, collections = self.model.apply(tree, *inputs, train=True, mutable=list(collections))
-            variables = {**variables, "clip": collections}
-        else:
-            out = self.model.apply(tree, *inputs)
+        out, collections = self._embed(params["clip"], variables.get("clip", {}), batch, train)
+        variables = {**variables, "clip": collections} if collections else variables
         per_image, per_text = contrastive_logits(out)
         loss = contrastive_loss(per_image, per_text) if self.kind == "contrastive" else sigmoid_loss(per_image)
         labels = jnp.arange(len(loss))
@@ -127,6 +131,24 @@ class ClipObjective:
         count = jnp.asarray(len(loss), jnp.float32)
         metrics = {name: (jnp.sum(value, dtype=jnp.float32), count) for name, value in values.items()}
         return jnp.mean(loss), Aux(metrics=metrics, variables=variables)
+
+    def _embed(self, params: Tree, collections: Tree, batch: Batch, train: bool) -> tuple[ClipOutput, Tree]:
+        """Features of the batch, and what it made of the network's collections."""
+        tree = {"params": params, **collections}
+        if self.parts == 1:
+            inputs = from_uint8(batch["image"]), batch["text"]
+            if train and collections:
+                return self.model.apply(tree, *inputs, train=True, mutable=list(collections))
+            return self.model.apply(tree, *inputs), collections
+
+        def embed(part: tuple[Array, Array]) -> tuple[Array, ...]:
+            images, text = part
+            out: ClipOutput = self.model.apply(tree, from_uint8(images), text)
+            return out.image, out.text, out.logit_scale, out.logit_bias
+
+        parts = tuple(split_rows(batch[name], self.parts) for name in ("image", "text"))
+        image, text, scale, bias = jax.lax.map(jax.checkpoint(embed, prevent_cse=False), parts)
+        return ClipOutput(join_rows(image), join_rows(text), scale[0], bias[0]), collections
 
     def preview(
         self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""]

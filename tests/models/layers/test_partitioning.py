@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
-from models.layers.partitioning import device_platform, map_rows_and_heads, shard_rows
+from models.layers.partitioning import device_platform, join_rows, map_rows_and_heads, shard_rows, split_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 AXES = ("data", "fsdp", "tensor")
@@ -45,6 +45,15 @@ def test_nothing_is_asked_where_rows_cannot_be_split():
         # Inside a shard_map a device has its own rows already.
         inner = jax.shard_map(shard_rows, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
         assert "sharding_constraint" not in str(jax.make_jaxpr(inner)(jnp.zeros((16, 3))))
+
+
+def test_parts_of_a_batch_are_taken_from_the_rows_of_every_device():
+    x = jnp.arange(16)
+    assert split_rows(x, 2).tolist() == [list(range(0, 16, 2)), list(range(1, 16, 2))]
+    assert (join_rows(split_rows(x, 2)) == x).all()
+    with use_abstract_mesh(mesh(2, 4, 2)):
+        (*_, constrained) = jax.make_jaxpr(lambda x: split_rows(x, 2))(x).eqns
+        assert constrained.params["sharding"].spec == PartitionSpec(None, ("data", "fsdp"))
 
 
 @pytest.mark.parametrize(

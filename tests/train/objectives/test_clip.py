@@ -112,13 +112,48 @@ def test_the_factor_of_the_cosines_stays_at_100_or_below():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh__microbatches": 2}, "microbatches=2 would train another loss"),
+        ({"mesh__microbatches": 2}, "microbatches=2 would train another network"),
         ({"loss__kind": "triplet"}, "kind='triplet' is unknown"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        create_objective(debug_config(**changes))
+        create_objective(debug_config(argument="single32", **changes))
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "sigmoid"])
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(kind):
+    """Not that of their own losses: every picture is compared with the captions of all parts."""
+    batch, values = None, []
+    for parts in (1, 3):
+        config = debug_config(loss__kind=kind, mesh__microbatches=parts)
+        objective = create_objective(config)
+        batch = batch or make_batch(config)
+        params, _ = jax.jit(objective.init)(jax.random.key(0), batch)
+        arguments = {}, {}, batch, jax.random.key(1), jnp.int32(0), True
+        values.append(
+            jax.jit(jax.value_and_grad(lambda p, o=objective, a=arguments: o.loss(p, *a), has_aux=True))(params)
+        )
+    ((loss, aux), gradient), ((same, same_aux), same_gradient) = values
+    assert float(same) == pytest.approx(float(loss), rel=1e-5)
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5), aux.metrics, same_aux.metrics))
+    assert float(jnp.abs(gradient["clip"]["logit_scale"])) > 0
+    for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(same_gradient), strict=True):
+        np.testing.assert_allclose(two, one, atol=1e-5 * max(np.abs(one).max(), 1))
+
+
+def test_parts_of_a_batch_need_less_memory():
+    """Batch 64, in which activations outweigh parameters."""
+    memory = []
+    for parts in (1, 8):
+        config = debug_config(mesh__microbatches=parts)
+        objective = create_objective(config)
+        batch = make_batch(config, 64)
+        params, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
+        arguments = {}, {}, batch, jax.random.key(1), jnp.int32(0), True
+        gradient = jax.jit(jax.grad(lambda p, o=objective, a=arguments: o.loss(p, *a)[0]))
+        memory.append(gradient.lower(params).compile().memory_analysis().temp_size_in_bytes)
+    assert memory[1] < memory[0] / 3
 
 
 def test_preview_is_a_matrix_with_its_pictures():
