@@ -67,7 +67,7 @@ def get_defaults() -> ConfigDict:
     config.mesh.data = -1  # -1: all devices that are left
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
-    config.mesh.microbatches = 1  # parts of a batch whose gradients are taken in turn, to save memory
+    config.mesh.microbatches = 1  # parts of a batch that are taken through the networks in turn, to save memory
     config.mesh.rules = WHOLE  # ((path pattern, mesh axis of each leading dimension), ...)
     config.mesh.topology = ""  # the TPU slice that scripts.fit compiles for, such as v5e:4x4
 

@@ -72,7 +72,8 @@ class Clip(nn.Module):
       logit_bias_init: a learned bias starts here; None for none. -10 for SigLIP (Zhai et al. 2023).
       image_mean: of a channel, in 0..1.
       image_std: of a channel, in 0..1.
-      implementation: of attention, see `models.layers.attention.attend`.
+      implementation: of attention, see `models.layers.attention.attend`. This and the next two do not
+        apply to a last layer that is read at one position alone.
       scan: of both transformers, see `models.layers.transformer.apply_blocks`.
       remat: of both transformers, see there.
       dtype: of the computation; norms, softmax, features and temperature are float32 in any case.
@@ -114,7 +115,7 @@ class Clip(nn.Module):
 
     # What a network that is trained further may have of its own; see `adapt`.
     ADAPTABLE: ClassVar[tuple[str, ...]] = ("image_size",)
-    # Rows of captions may be shorter than its context: nothing that comes after the end token is seen.
+    # Rows of captions may be shorter than its context: their features do not see what comes after the end token.
     TAKES_SHORTER_TEXT: ClassVar[bool] = True
 
     def adapt(self, params: Mapping[str, Any], trained: "Clip") -> dict[str, Any]:
@@ -292,7 +293,7 @@ class Transformer(nn.Module):
     ) -> Float[Array, "b {self.features}"]:
         """Applies the layers and projects the state of one position of each row, normalized.
 
-        Of the last layer no other position is computed.
+        Of the last layer no other position's output is computed.
         """
 
         def at_position(x: Array) -> Array:

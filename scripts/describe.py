@@ -43,6 +43,9 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     from train.objectives import create_objective
     from weights.sources import abstract_frozen
 
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.mesh.microbatches = 1  # they take no parameters and, counted once, no FLOPs
     objective = create_objective(config)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)

@@ -25,7 +25,7 @@ from models import create_model
 from sample import create_sampler
 from sample.trained import CHUNK
 from train.environment import describe_environment
-from train.flops import matrix_flops
+from train.flops import matrix_flops, plain_config
 from train.mesh import batch_sharding, make_mesh, place_batch, process_rows
 from train.objectives.contract import Batch
 from train.peak_flops import Peak, peak_flops
@@ -35,8 +35,6 @@ from weights.sources import RANDOM, load_frozen, model_of
 
 Clock = Callable[[], float]
 
-# The network as the mathematics has it: nothing is computed twice, and every product is in the traced program.
-_PLAIN = {"remat": "none", "implementation": "xla"}
 _FIRST_PASS_SECONDS = 60.0
 
 
@@ -73,12 +71,7 @@ def made_up_batch(program: Program, config: ConfigDict) -> Batch:
 
 def model_flops(config: ConfigDict) -> int:
     """Matrix FLOPs of one update over all devices, without what rematerialization repeats."""
-    plain = without_sources(config)
-    with plain.unlocked():
-        for model in (*plain.models.values(), *plain.frozen.values()):
-            for field, value in _PLAIN.items():
-                if field in model:
-                    model[field] = value
+    plain = plain_config(without_sources(config), recompute=False)
     program = create_program(plain, make_mesh(plain.mesh))
     with program.in_mesh():
         return matrix_flops(program.train_step, program.abstract_state, program.abstract_frozen, program.abstract_batch)
@@ -287,7 +280,8 @@ def dtype_of(config: ConfigDict) -> str:
 def tokens_of(config: ConfigDict) -> int:
     """Text and image tokens of an example that the trained networks read; 0 for networks of pictures."""
     networks = [create_model(**model_of(entry)) for entry in config.models.values()]
-    return sum(getattr(network, name, 0) for network in networks for name in ("text_length", "image_length"))
+    text = sum(config.data.text_length for network in networks if hasattr(network, "text_length"))
+    return text + sum(getattr(network, "image_length", 0) for network in networks)
 
 
 def _vocabularies(config: ConfigDict) -> Mapping[str, int]:

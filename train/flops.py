@@ -31,8 +31,8 @@ def plain_config(config: ConfigDict, recompute: bool = True) -> ConfigDict:
 
     Args:
       config: the experiment.
-      recompute: False also switches off `remat`, which does products a second time to save memory: what is left is what
-        the step's mathematics asks for.
+      recompute: False also switches off `remat` and microbatches, which may do products a second time to save memory:
+        what is left is what the step's mathematics asks for.
     """
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
@@ -41,6 +41,8 @@ def plain_config(config: ConfigDict, recompute: bool = True) -> ConfigDict:
                 network.implementation = "xla"
             if "remat" in network and not recompute:
                 network.remat = "none"
+        if not recompute:
+            plain.mesh.microbatches = 1
     return plain
 
 

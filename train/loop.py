@@ -144,11 +144,12 @@ def _check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
             for key in ("text_length", "image_size"):
                 if key not in model or model[key] == config.data[key]:
                     continue
-                shorter = key == "text_length" and getattr(MODELS[model.name], "TAKES_SHORTER_TEXT", False)
+                takes_shorter = getattr(MODELS.get(model.name), "TAKES_SHORTER_TEXT", False)
+                shorter = takes_shorter and group == "models" and key == "text_length"
                 if not (shorter and 0 < config.data[key] < model[key]):
                     raise UserError(
                         f"config.{group}.{part}.{key} is {model[key]}, but config.data.{key} is {config.data[key]}; "
-                        + ("set it to that, or to less" if shorter else "they must be equal")
+                        + ("set it to that or less, at least 1" if shorter else "they must be equal")
                     )
             if tokenizer is not None and model.get("text_vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
                 raise UserError(

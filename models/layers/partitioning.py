@@ -32,11 +32,11 @@ def shard_rows(x: Shaped[Array, "b *rest"]) -> Shaped[Array, "b *rest"]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
 
 
-def split_rows(x: Shaped[Array, "b *rest"], parts: int) -> Shaped[Array, "parts b2 *rest"]:
+def split_rows(x: Shaped[Array, "b *rest"], parts: int) -> Shaped[Array, "{parts} b2 *rest"]:
     """Takes a batch apart: every `parts`-th row together, so that each device has its share of a part already.
 
     Args:
-      x: a batch, which `parts` divides.
+      x: a batch, which `parts` divides; where parts do not divide over the devices, the compiler chooses how they lie.
       parts: how many.
     """
     x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

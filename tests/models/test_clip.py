@@ -117,9 +117,11 @@ def test_a_caption_without_an_end_is_no_number(tiny):
 
 
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"scan": True, "remat": "dots"}])
-def test_scan_and_remat_change_nothing(tiny, change):
-    model, variables, images, text = tiny
-    other = models.create_model("clip", **{**TINY, **change})
+def test_scan_and_remat_change_nothing(change):
+    """Two layers of three: the last is read at one position."""
+    layers = {**TINY, "image_layers": 3, "text_layers": 3}
+    model, variables, images, text = build(**layers)
+    other = models.create_model("clip", **layers, **change)
 
     def loss(params, model):
         out = model.apply({"params": params}, images, text)

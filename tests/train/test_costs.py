@@ -59,6 +59,8 @@ def test_flops_are_those_of_the_mathematics():
     again = {"models.dalle.remat": "full", "models.dalle.scan": "true", "mesh.microbatches": 2}
     assert costs.model_flops(config_of("scenes/dalle.py", **again)) == flops
     assert costs.model_flops(config_of("scenes/dalle.py", batch_size=16)) == 2 * flops
+    clip = costs.model_flops(config_of("scenes/clip.py"))
+    assert costs.model_flops(config_of("scenes/clip.py", **{"mesh.microbatches": 2})) == clip
     # More than three times the forward products of the dense layers: 12 D^2 a position and layer, D = 32.
     assert flops > 3 * 8 * 76 * 3 * 2 * 10 * 32**2
 
@@ -66,6 +68,8 @@ def test_flops_are_those_of_the_mathematics():
 def test_tokens_and_dtype_are_the_trained_networks():
     dalle = config_of("scenes/dalle.py", **{"models.dalle.dtype": "bfloat16"})
     assert costs.tokens_of(dalle) == 12 + 64 and costs.dtype_of(dalle) == "bfloat16"
+    clip = config_of("scenes/clip.py", **{"data.text_length": 16})
+    assert costs.tokens_of(clip) == 16  # of a context of 24
     dvae = config_of("scenes/dvae.py")
     assert costs.tokens_of(dvae) == 0 and costs.dtype_of(dvae) == "float32"
 

@@ -37,7 +37,10 @@ FROZEN = ("--config.frozen.dvae.encoder_hidden=32", "--config.frozen.dvae.decode
 CONFIGS = {
     "dvae": ("--config=configs/scenes/dvae.py:gumbel", *DVAE, "--config.batch_size=8"),
     "vqvae": ("--config=configs/scenes/dvae.py:debug", *DVAE, "--config.batch_size=8"),
-    "clip": ("--config=configs/scenes/clip.py:debug", "--config.models.clip.scan=True"),
+    "clip": (
+        *("--config=configs/scenes/clip.py:debug", "--config.models.clip.scan=True"),
+        *("--config.models.clip.image_layers=3", "--config.models.clip.text_layers=3"),
+    ),
     "clip, resnet": ("--config=configs/scenes/clip.py:pair32", "--config.batch_size=8"),
     "clip, sigmoid": ("--config=configs/scenes/clip.py:sigmoid", "--config.batch_size=8"),
     "dalle": ("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=8"),

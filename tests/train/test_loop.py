@@ -218,7 +218,7 @@ def test_clip_takes_rows_shorter_than_its_context(scenes_dir, tmp_path):
     long, short = (np.array(losses(run)) for run in runs)
     assert len(long) >= 4
     np.testing.assert_allclose(short, long, rtol=1e-5)
-    with pytest.raises(UserError, match="text_length is 24, but config.data.text_length is 25; set it to that, or to"):
+    with pytest.raises(UserError, match="text_length is 24, but config.data.text_length is 25; set it to that or less"):
         train(config(scenes_dir, "--config.data.text_length=25", name="scenes/clip.py:debug"), tmp_path / "25")
 
 

@@ -8,7 +8,8 @@ pictures with the captions of all devices, and its own captions with all picture
 pair's loss depends on the others of its batch, so that losses of microbatches would not add up to it. Microbatches are
 therefore parts of the batch that are embedded in turn, for the loss of the whole batch, and embedded again in turn in
 the backward pass: the same gradient for another forward pass, with the activations of one part in memory (Gao et al.
-2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
+2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). Recomputed layers (`remat`) cost one
+forward pass more.
 """
 
 import dataclasses

@@ -46,7 +46,8 @@ class Objective(Protocol):
 
     `params[part]` is one network's tree. `frozen[part]` is {"params": tree, "variables": tree} of a network that is
     not trained. `batch` is a dict of arrays with leading dimension B; `batch["index"]` is each example's place in the
-    data stream.
+    data stream. With a class attribute TAKES_PARTS = True, an objective is given the whole batch also where
+    `config.mesh.microbatches` is above 1, and takes it apart itself.
     """
 
     def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:

@@ -47,7 +47,7 @@ def test_values_and_derivatives_are_flaxs(x, ours, theirs, arguments, fields):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [Dense(6), DenseGeneral((3, 2, 4))])
+@pytest.mark.parametrize("layer", [Dense(6), DenseGeneral((3, 2, 4)), DenseGeneral(6, axis=(-2, -1))])
 def test_one_cpu_multiplies_matrices_alone(x, layer):
     products = _program(layer, x)
     assert len(products) == 3 and all(line.split("[")[1].count(",") == 1 for line in products)

@@ -127,6 +127,9 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(kind):
     batch, values = None, []
     for parts in (1, 3):
         config = debug_config(loss__kind=kind, mesh__microbatches=parts)
+        if kind == "sigmoid":
+            with config.unlocked():
+                config.models.clip.logit_bias_init = -10.0
         objective = create_objective(config)
         batch = batch or make_batch(config)
         params, _ = jax.jit(objective.init)(jax.random.key(0), batch)
@@ -138,6 +141,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(kind):
     assert float(same) == pytest.approx(float(loss), rel=1e-5)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5), aux.metrics, same_aux.metrics))
     assert float(jnp.abs(gradient["clip"]["logit_scale"])) > 0
+    assert (float(jnp.abs(gradient["clip"].get("logit_bias", 0))) > 0) == (kind == "sigmoid")
     for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(same_gradient), strict=True):
         np.testing.assert_allclose(two, one, atol=1e-5 * max(np.abs(one).max(), 1))
 
