@@ -100,7 +100,7 @@ def _rerank(
 
     Returns:
       Shares `chosen_<k>`, of captions whose chosen picture has every attribute right; `any_<k>`, of those with such a
-      picture among k, which no choice can exceed; and the standard errors of the first, over captions.
+      picture among k, which no choice can exceed; and the standard errors of both, over captions.
     """
     captions = captioned_pictures(trained.config, split, num).captions
     grader, rows = SceneGrader(world_of(trained.config)), trained.encode(captions)
@@ -111,17 +111,19 @@ def _rerank(
         right[:, j] = [score["all"] for score in grader.grade(captions, images)]
         cosines[:, j] = clip.cosines(images, captions)
     values, errors = {}, {}
-    for k in powers_of_two(candidates):
+    counts = powers_of_two(candidates)
+    for k in counts:
         chosen, possible = chosen_from(right, cosines, k)
-        values[f"chosen_{k}"], values[f"any_{k}"] = float(chosen.mean()), float(possible.mean())
-        errors[k] = float(chosen.std(ddof=1) / np.sqrt(num)) if num > 1 else 0.0
+        for name, shares in ((f"chosen_{k}", chosen), (f"any_{k}", possible)):
+            values[name] = float(shares.mean())
+            errors[name] = float(shares.std(ddof=1) / np.sqrt(num)) if num > 1 else 0.0
     folder = trained.run.folder / SAMPLES
     folder.mkdir(exist_ok=True)
-    draw_curve(values, errors, f"{split}, {num} captions").save(folder / f"rerank_{split}.png")
+    draw_curve(counts, values, errors, f"{split}, {num} captions").save(folder / f"rerank_{split}.png")
     return {
         "values": values,
         "counted": dict.fromkeys(values, num),
-        "standard_errors": {f"chosen_{k}": error for k, error in errors.items()},
+        "standard_errors": errors,
         "candidates": candidates,
     }
 
@@ -141,14 +143,15 @@ def powers_of_two(limit: int) -> list[int]:
     return [2**power for power in range(limit.bit_length())]
 
 
-def draw_curve(values: Mapping[str, float], errors: Mapping[int, float], title: str) -> Image.Image:
+def draw_curve(
+    counts: Sequence[int], values: Mapping[str, float], errors: Mapping[str, float], title: str
+) -> Image.Image:
     """Plots accuracy against candidates, with bars of two standard errors."""
-    counts: Sequence[int] = list(errors)
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(5, 3.5), dpi=120, layout="constrained")
         axes = figure.subplots()
         chosen = [100 * values[f"chosen_{k}"] for k in counts]
-        bars = [200 * errors[k] for k in counts]
+        bars = [200 * errors[f"chosen_{k}"] for k in counts]
         axes.errorbar(counts, chosen, yerr=bars, marker="o", capsize=3, label="CLIP's choice")
         axes.plot(counts, [100 * values[f"any_{k}"] for k in counts], "--", color="gray", label="any of them")
         axes.set_xscale("log", base=2)

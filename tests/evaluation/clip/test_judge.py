@@ -38,7 +38,8 @@ def test_a_judge_that_knows_finds_whatever_is_right(stage2, clip_run, monkeypatc
     values = record["values"]
     assert values["chosen_4"] == values["any_4"] == np.any(graded, axis=0).mean()
     assert values["chosen_1"] == pytest.approx(np.mean(graded)) and values["chosen_1"] < values["chosen_2"]
-    assert record["standard_errors"]["chosen_4"] > 0 and record["candidates"] == 4
+    errors = record["standard_errors"]
+    assert errors["chosen_1"] == errors["any_1"] > 0 and errors["chosen_4"] > 0 and record["candidates"] == 4
     with Image.open(stage2.run.folder / "samples" / "rerank_validation.png") as picture:
         assert min(picture.size) > 300
 
