@@ -88,7 +88,9 @@ def test_a_process_that_dies_ends_the_other(start_pair, tmp_path, killed):
     died = time.monotonic()
     assert pair.codes()[1 - killed] not in (EXIT_OK, EXIT_PREEMPTED)
     assert time.monotonic() - died < HEARTBEAT_SECONDS + END_SECONDS
-    assert re.search("another task died|another process", pair.output(1 - killed)), pair.output(1 - killed)
+    # Now and then Gloo, by which CPUs talk, ends the process before JAX does: its ranks are in different collectives.
+    said = "another task died|another process|gloo::EnforceNotMet"
+    assert re.search(said, pair.output(1 - killed)), pair.output(1 - killed)
 
 
 @pytest.mark.slow
