@@ -45,7 +45,7 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
 
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.mesh.microbatches = 1  # they take no parameters and, counted once, no FLOPs
+        config.mesh.microbatches = 1  # they change neither parameters nor what a step asks for
     objective = create_objective(config)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)

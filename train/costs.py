@@ -70,7 +70,7 @@ def made_up_batch(program: Program, config: ConfigDict) -> Batch:
 
 
 def model_flops(config: ConfigDict) -> int:
-    """Matrix FLOPs of one update over all devices, without what rematerialization repeats."""
+    """Matrix FLOPs of one update over all devices, without what rematerialization and microbatches repeat."""
     plain = plain_config(without_sources(config), recompute=False)
     program = create_program(plain, make_mesh(plain.mesh))
     with program.in_mesh():
@@ -278,7 +278,7 @@ def dtype_of(config: ConfigDict) -> str:
 
 
 def tokens_of(config: ConfigDict) -> int:
-    """Text and image tokens of an example that the trained networks read; 0 for networks of pictures."""
+    """Text and image tokens of an example that the trained networks are given; 0 for networks of pictures."""
     networks = [create_model(**model_of(entry)) for entry in config.models.values()]
     text = sum(config.data.text_length for network in networks if hasattr(network, "text_length"))
     return text + sum(getattr(network, "image_length", 0) for network in networks)

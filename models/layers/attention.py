@@ -144,11 +144,11 @@ def attend_from_one(
     value_kernel: Float[Array, "d n k"],
     mask: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b n k"]:
-    """What `attend` makes of one query and of keys x W_k and values x W_v, without making these.
+    """What `attend` makes of one query, keys x W_k and values x W_v, without making these; scores in float32.
 
-    q (x W_k)^T = (q W_k^T) x^T and w (x W_v) = (w x) W_v, which multiplies one position by the kernels instead of M. A
-    bias of the keys would add the same to all scores of a row and change nothing; one of the values would be added to
-    the result, as weights sum to 1.
+    Vaswani et al. 2017, equation 1, with its products in another order: q (x W_k)^T = (q W_k^T) x^T and w (x W_v) =
+    (w x) W_v, so that the kernels multiply one position instead of M. A bias of the keys would add the same to all
+    scores of a row and change nothing; one of the values is the caller's to add to the result, as weights sum to 1.
 
     Args:
       q: one query an example.

@@ -124,9 +124,12 @@ class Block(nn.Module):
     def read(
         self, query: Float[Array, "b d"], x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None
     ) -> Float[Array, "b d"]:
-        """What `__call__` makes of one position an example, whose state is `query`; `mask` is its row of the mask.
+        """What `__call__` makes of one position an example, whose state is `query`: all of a last layer that is read.
 
-        A last layer that is read at one position has no more to compute.
+        Args:
+          query: the state of that position.
+          x: the states of all positions.
+          mask: True = that position attends; its row of the mask.
         """
         y = self.attention.read(self.attention_norm(query), self.attention_norm(x), mask)
         query = shard_rows(query + y)
