@@ -73,8 +73,7 @@ def step(program: Program, config) -> dict:
         "metrics": jax.device_get(metrics),
         "gradients": np.asarray(health.leaf_norms),
         # The first moment of Adam or Muon is a multiple of the gradient.
-        # Softmax does not depend on a bias of all keys, whose gradient is what rounding leaves.
-        "moments": [leaf for path, leaf in named(state.opt_state) if "/mu/" in path and not path.endswith("/key/bias")],
+        "moments": [leaf for path, leaf in named(state.opt_state) if "/mu/" in path],
     }
 
 
