@@ -20,20 +20,21 @@ Converts weights between this project and others.
             transformers   CLIPModel.from_pretrained(DIR)
             diffusers      UNet2DModel.from_pretrained(DIR), or UNet2DConditionModel if it has transformers
             open_clip      open_clip.create_model("local-dir:DIR"), or create_model(NAME, pretrained=FILE)
+            openai         clip.model.build_model(safetensors.torch.load_file("DIR/clip.safetensors")); clip.load reads
+                           what torch.save makes of that dictionary
             uvit           utils.get_nnet(**ARGUMENTS) of the published U-ViT with nnet.json, and load_state_dict
 "diffusers" is of UNets, INPUT a folder of one or of a pipeline; "uvit" is of U-ViTs, INPUT a published .pth file or a
 folder that --to=uvit wrote; all others are CLIP's.
 """
 
 # The networks that are converted from and to each format.
-SOURCES = {
+FORMATS = {
     "transformers": ("clip",),
     "diffusers": ("unet",),
     "open_clip": ("clip",),
     "openai": ("clip",),
     "uvit": ("uvit",),
 }
-TARGETS = ("transformers", "diffusers", "open_clip", "uvit")
 MODELS = ("clip", "unet", "uvit")
 
 
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     """Parses the command line and converts."""
     parser = command.parser("scripts.convert", _DESCRIPTION)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--source", choices=SOURCES, help="the format to read")
-    direction.add_argument("--to", choices=TARGETS, help="the format to write")
+    direction.add_argument("--source", choices=FORMATS, help="the format to read")
+    direction.add_argument("--to", choices=FORMATS, help="the format to write")
     parser.add_argument("--model", choices=MODELS, help="the network (default: the one that the format is of)")
     parser.add_argument("--part", default="", help="what a run calls it (default: as the network)")
     parser.add_argument("--input", default="", help="with --source: folder, file, or hf:ORGANIZATION/NAME[@REVISION]")
@@ -69,7 +70,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"{'--source' if options.source else '--to'} needs {needed}; see --help")
     if wrong := [flag for flag, value in foreign.items() if value]:
         raise UserError(f"{', '.join(wrong)} cannot be given with {'--source' if options.source else '--to'}")
-    models = SOURCES[options.source or options.to]
+    models = FORMATS[options.source or options.to]
     options.model = options.model or models[0]
     if options.model not in models:
         raise UserError(f"{options.source or options.to} is a format of {', '.join(models)}, not of {options.model}")
@@ -133,7 +134,8 @@ def _convert_outward(options: argparse.Namespace) -> None:
     elif options.to == "diffusers":
         documents, (name, tensors) = diffusers.unet_files(model, params)
     else:
-        documents, (name, tensors) = open_clip.clip_files(model, params, variables)
+        files = open_clip.openai_clip_files if options.to == "openai" else open_clip.clip_files
+        documents, (name, tensors) = files(model, params, variables)
     write_tensors(output / name, tensors)
     for document, value in documents.items():
         write_json(output / document, value)

@@ -348,6 +348,30 @@ def clip_files(model: Clip, params: Tree, variables: Tree) -> tuple[dict[str, di
     return {CONFIG: clip_config(model)}, (WEIGHTS[0], clip_to_open_clip(params, variables))
 
 
+def openai_clip_files(
+    model: Clip, params: Tree, variables: Tree
+) -> tuple[dict[str, dict[str, Any]], tuple[str, Tensors]]:
+    """What `clip.model.build_model` of OpenAI's package takes: ({}, (name, tensors)).
+
+    It tells the rest from shapes, and rounds to half precision.
+
+    Raises:
+      UserError: if OpenAI's package would make another network of them, or normalize pictures otherwise.
+    """
+    tensors = clip_to_open_clip(params, variables)
+    told = clip_fields_of_tensors(tensors, "quick_gelu") | {"logit_bias_init": None, "image_mlp_ratio": 4}
+    problems = [
+        f"its {key} is {getattr(model, key)!r}; OpenAI's has {value!r}"
+        for key, value in told.items()
+        if key not in ("name", "logit_scale_init") and getattr(model, key) != value
+    ]
+    if isinstance(model.image_layers, tuple) and len(model.image_layers) != 4:
+        problems.append(f"its image_layers are {model.image_layers}; a ResNet of OpenAI's has 4 stages")
+    if problems:
+        raise UserError(f"this CLIP cannot be written for OpenAI's package: {'; '.join(problems)}")
+    return {}, ("clip.safetensors", tensors)
+
+
 def _without_prefix(tensors: Tensors) -> Tensors:
     """Names as of the network, where a training run of several devices wrapped it."""
     wrapped = all(name.startswith("module.") for name in tensors)

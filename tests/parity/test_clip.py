@@ -23,6 +23,7 @@ from weights.open_clip import (
     clip_to_open_clip,
 )
 from weights.pretrained import Pretrained
+from weights.tensors import read_tensors
 from weights.transformers import clip_fields as fields_of_transformers
 from weights.transformers import clip_from_transformers, clip_to_transformers
 
@@ -191,6 +192,12 @@ def test_an_archive_of_openai_s(name, tmp_path):
     images, text, pictures = inputs(model)
     theirs = run_open_clip(reference, pictures, text)
     assert_close(run_ours(model, weights.params["clip"], weights.variables.get("clip", {}), images, text), theirs)
+
+    convert(["--to=openai", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
+    tensors = as_torch(read_tensors(tmp_path / "back" / "clip.safetensors"))
+    back = build_model_from_openai_state_dict(tensors, cast_dtype=torch.float32).float()
+    for one, two in zip(run_open_clip(back, pictures, text), theirs, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
 
 
 def test_transformers_at_the_published_shape():

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from cli.config import to_json
 from cli.errors import UserError
 from models import create_model
-from models.clip import Clip
+from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
 from scripts.convert import main
 from weights import diffusers, open_clip, transformers, uvit
 from weights.checkpoint import CheckpointStore
@@ -123,6 +123,30 @@ def test_a_file_of_openai_s_has_quick_gelu(tmp_path):
     assert_same_trees(ours.load().params["tower"], params)
     with pytest.raises(UserError, match="is not a file; OpenAI's weights are one"):
         main(["--source=openai", f"--input={tmp_path}", f"--output={tmp_path}/again"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "gelu"}, "its activation is 'gelu'; OpenAI's has 'quick_gelu'"),
+        ({"text_heads": 2}, "its text_heads is 2; OpenAI's has 1"),
+        ({"image_mean": (0.5, 0.5, 0.5)}, r"its image_mean is \(0.5, 0.5, 0.5\)"),
+        ({"image_mlp_ratio": 2}, "its image_mlp_ratio is 2; OpenAI's has 4"),
+        ({"text_end_id": 3}, "its text_end_id is 3; OpenAI's has 39"),
+        ({"logit_bias_init": -10.0}, "its logit_bias_init is -10.0; OpenAI's has None"),
+        ({"image_width": 72, "image_heads": 1}, "a width of 72, which heads of 64 do not divide"),
+        (
+            {"image_tower": "resnet", "image_size": 32, "image_width": 8, "image_layers": (1, 1, 1), "image_heads": 4},
+            "a ResNet of OpenAI's has 4 stages",
+        ),
+    ],
+)
+def test_what_openai_s_package_would_not_compute_alike(changes, message):
+    published = {"activation": "quick_gelu", "image_mlp_ratio": 4, "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+    model, params, variables = tiny({**FIELDS, **published, **changes})
+    assert isinstance(model, Clip)
+    with pytest.raises(UserError, match=message):
+        open_clip.openai_clip_files(model, params, variables)
 
 
 def test_a_u_vit_in_and_out_again(tmp_path, capsys):
