@@ -11,7 +11,7 @@ from cli.errors import UserError
 from sample.arguments import add_sampling_arguments, sampling_settings
 
 _DESCRIPTION = """\
-Evaluates a run and writes evaluation.json beside its checkpoints.
+Evaluates a run, or a CLIP that was converted (--dataset says of what), and writes evaluation.json into its folder.
 
 caption_accuracy   share of captions whose picture has every attribute right, and each attribute (embedded dataset)
 reconstruction     error of an image tokenizer, codes it uses, and scenes still read right after it
@@ -46,10 +46,16 @@ def main(arguments: Sequence[str]) -> None:
     parser = command.parser("evaluation", _DESCRIPTION)
     add_sampling_arguments(parser)
     parser.add_argument("--metrics", default="", help="comma-separated (default: all that apply)")
+    parser.add_argument("--dataset", default="", help="a prepared one, name[/config] (default: the run's)")
+    parser.add_argument("--data_dir", default="", help="where datasets are kept (default: the run's)")
     parser.add_argument("--splits", default="", help="comma-separated (default: validation, and held_out of scenes)")
     parser.add_argument("--num", type=int, default=1000, help="pictures of each split (default 1000)")
     features = parser.add_argument_group("metrics that compare features")
-    features.add_argument("--features", metavar="NAME:FILE", help="extractor and its weights: inception:FILE.pth")
+    features.add_argument(
+        "--features",
+        metavar="NAME:FILE",
+        help="extractor and its weights: inception:FILE.pth, or clip:RUN, which cmmd needs",
+    )
     features.add_argument("--resize", default="", help="to the extractor's size; inception: clean (default) or tf1")
     features.add_argument("--num_real", type=int, default=0, help="pictures of the split (default: --num)")
     features.add_argument("--kid_subsets", type=int, default=100, help="subsets that kid averages (default 100)")
@@ -60,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         "--features_dir", help="where the dataset's features are kept (default ~/.cache/tessera/features)"
     )
     judged = parser.add_argument_group("metrics that a CLIP judges")
-    judged.add_argument("--clip", metavar="RUN", help="a trained CLIP")
+    judged.add_argument("--clip", metavar="RUN", help="a trained or a converted CLIP")
     judged.add_argument("--convention", default="cosine", help="of clip_score: cosine, hessel, torchmetrics")
     judged.add_argument("--candidates", type=int, default=16, help="most that rerank chooses from (default 16)")
     classes = parser.add_argument_group("metrics of a CLIP")
@@ -81,6 +87,10 @@ def main(arguments: Sequence[str]) -> None:
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
+    data = trained.config.data
+    data.dataset, data.data_dir = options.dataset or data.dataset, options.data_dir or data.data_dir
+    if not data.dataset:
+        raise UserError(f"{options.run} was converted, and knows no dataset; give --dataset, and --splits of it")
     settings = sampling_settings(options)
     metrics = [name for name in options.metrics.split(",") if name]
     splits = [name for name in options.splits.split(",") if name] or default_splits(trained.config)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from weights.pretrained import Pretrained
 from weights.run import EVALUATION, Run
 
 Record = dict[str, Any]
@@ -37,7 +38,7 @@ def is_share(name: str, value: Any) -> bool:
     return isinstance(value, float) and not name.endswith(_NOT_SHARES)
 
 
-def write_records(run: Run, records: Sequence[Record]) -> None:
+def write_records(run: Run | Pretrained, records: Sequence[Record]) -> None:
     """Adds records to `evaluation.json`; one with the same metric, split and settings is replaced."""
     path = run.folder / EVALUATION
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []

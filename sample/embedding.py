@@ -25,10 +25,10 @@ class ClipEmbedder:
 
     @classmethod
     def open(cls, folder: str | Path) -> "ClipEmbedder":
-        """Loads a run.
+        """Loads a run, or a pretrained folder.
 
         Raises:
-          UserError: if there is none, or it is not of the objective "clip".
+          UserError: if there is none, or it is not of a CLIP.
         """
         trained = TrainedSampler.open(folder)
         if trained.config.objective != "clip":

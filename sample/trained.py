@@ -11,9 +11,11 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
+from models import create_model
 from sample import create_sampler
+from weights.pretrained import Pretrained
 from weights.run import Run, RunWeights
-from weights.sources import load_frozen, resolve_frozen
+from weights.sources import load_frozen, open_source, resolve_frozen
 
 Rows = dict[str, np.ndarray]
 
@@ -23,7 +25,7 @@ CHUNK = 64
 
 @dataclasses.dataclass
 class TrainedSampler:
-    """Samples from a run.
+    """Samples from a run, or embeds with a CLIP that was converted.
 
     Attributes:
       run: the folder.
@@ -35,7 +37,7 @@ class TrainedSampler:
       chunk: images drawn in one call. Requests are padded to it, so one program serves every number of images.
     """
 
-    run: Run
+    run: Run | Pretrained
     config: ConfigDict
     sampler: Any
     weights: RunWeights
@@ -47,15 +49,19 @@ class TrainedSampler:
     def open(
         cls, folder: str | Path, *, step: int | None = None, ema: bool = True, chunk: int = CHUNK
     ) -> "TrainedSampler":
-        """Loads a run.
+        """Loads a run, or a pretrained folder of a CLIP.
 
         Raises:
-          UserError: if the run, its checkpoint or a frozen stage is missing.
+          UserError: if the run, its checkpoint or a frozen stage is missing, or a pretrained folder is of another
+            network, which draws nothing by itself.
         """
-        run = Run.open(folder)
-        config = run.config
-        resolve_frozen(config, near=run.folder)
-        weights = run.load(step, ema)
+        run = open_source(folder)
+        if isinstance(run, Pretrained):
+            config, weights = _converted_clip(run, step)
+        else:
+            config = run.config
+            resolve_frozen(config, near=run.folder)
+            weights = run.load(step, ema)
         return cls(run, config, create_sampler(config), weights, load_frozen(config), run.tokenizer(), chunk)
 
     def check_settings(self, names: Iterable[str]) -> None:
@@ -92,7 +98,8 @@ class TrainedSampler:
           UserError: if a caption is empty, or the run has no text.
         """
         if self.tokenizer is None:
-            raise UserError(f"{self.run.folder} takes no captions; it has no tokenizer")
+            hint = "; convert it again, with --tokenizer" if isinstance(self.run, Pretrained) else ""
+            raise UserError(f"{self.run.folder} takes no captions; it has no tokenizer{hint}")
         if any(not caption.strip() for caption in captions):
             raise UserError("the prompt is empty; describe a picture, for example --prompt='a small red circle'")
         length = self.config.data.text_length
@@ -124,3 +131,26 @@ class TrainedSampler:
             outputs = self.sampler(self.weights.params, self.weights.variables, self.frozen, request, keys)
             chunks.append(jax.device_get(outputs))
         return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}
+
+
+def _converted_clip(pretrained: Pretrained, step: int | None) -> tuple[ConfigDict, RunWeights]:
+    """A config, whose dataset is for others to name, and weights of a converted CLIP, as a run has them.
+
+    Raises:
+      UserError: if it is another network, or its weights cannot be read.
+    """
+    (part, fields), *others = pretrained.config.models.items()
+    if others or fields.name != "clip":
+        raise UserError(
+            f"{pretrained.folder} is a pretrained folder of a {fields.name}, not a run; name it as a `source` in a "
+            "config"
+        )
+    model: Any = create_model(**fields)
+    data = {"dataset": "", "data_dir": "", "split": "train", "validation_split": "validation"}
+    data |= {"transform": "clip_training", "image_size": model.image_size, "text_length": model.text_length}
+    config = ConfigDict(
+        {"objective": "clip", "models": {"clip": fields}, "frozen": {}, "data": data, "sample": {}}, type_safe=False
+    )
+    weights = pretrained.load(step)
+    variables = {"clip": weights.variables[part]} if part in weights.variables else {}
+    return config, RunWeights({"clip": weights.params[part]}, variables, weights.step, weights.ema)

@@ -48,6 +48,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--part", default="", help="what a run calls it (default: as the network)")
     parser.add_argument("--input", default="", help="with --source: folder, file, or hf:ORGANIZATION/NAME[@REVISION]")
     parser.add_argument("--name", default="", help="OpenCLIP's name of a network that comes without a config")
+    parser.add_argument(
+        "--tokenizer", default="", help="of a CLIP that comes without: what config.data.tokenizer takes"
+    )
     parser.add_argument("--run", default="", help="with --to: a run or pretrained folder")
     parser.add_argument("--step", type=int, default=0, help="with --to: the checkpoint (default the newest)")
     parser.add_argument("--output", required=True, help="a new folder")
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Fills the network in; raises UserError for flags that are missing or that belong to something else."""
-    inward = {"--input": options.input, "--name": options.name}
+    inward = {"--input": options.input, "--name": options.name, "--tokenizer": options.tokenizer}
     outward = {"--run": options.run, "--step": options.step}
     needed, foreign = ("--input", outward) if options.source else ("--run", inward)
     if not {**inward, **outward}[needed]:
@@ -74,6 +77,8 @@ def _check(options: argparse.Namespace) -> None:
     options.model = options.model or models[0]
     if options.model not in models:
         raise UserError(f"{options.source or options.to} is a format of {', '.join(models)}, not of {options.model}")
+    if options.tokenizer and options.model != "clip":
+        raise UserError("--tokenizer is of a CLIP; leave it out")
     if options.name and options.source != "open_clip":
         raise UserError("--name is OpenCLIP's name of a network; leave it out")
 
@@ -84,7 +89,6 @@ def _convert_inward(options: argparse.Namespace) -> None:
     from weights import diffusers, open_clip, transformers, uvit
     from weights.origin import open_origin
     from weights.pretrained import new_folder, write_pretrained
-    from weights.run import TOKENIZER
 
     output, origin = new_folder(options.output), open_origin(options.input)
     if options.source == "transformers":
@@ -100,7 +104,7 @@ def _convert_inward(options: argparse.Namespace) -> None:
         read = open_clip.read_openai_clip(origin) if options.source == "openai" else None
         fields, tensors = read or open_clip.read_clip(origin, options.name)
         params, variables = open_clip.clip_from_open_clip(create_model(**fields), tensors)
-    tokenizer = origin.find(TOKENIZER)
+    tokenizer = _tokenizer(options.tokenizer, origin, fields) if "text_end_id" in fields else None
     provenance = {"format": options.source, "input": origin.describe()}
     if options.name:
         provenance["name"] = options.name
@@ -109,6 +113,34 @@ def _convert_inward(options: argparse.Namespace) -> None:
     activation = f", activation {fields['activation']}" if "activation" in fields else ""
     print(f"{output}: part {part!r}, {_count(params):,} parameters{activation}")
     print(f"use it with --config.initialize.{part}.source={output} or --config.frozen.{part}.source={output}")
+    if "text_end_id" in fields and tokenizer is None:
+        print("it has no tokenizer, which evaluating it takes: give --tokenizer")
+
+
+def _tokenizer(path: str, origin: Any, fields: dict[str, Any]) -> Any:
+    """The `Tokenizer` at `path`, or of the origin, that a network's captions are encoded with; None if there is none.
+
+    Raises:
+      UserError: if `path` is none, or not this network's. What an origin has is left out then, and a line says so.
+    """
+    from data.tokenizer import Tokenizer
+    from weights.run import TOKENIZER
+
+    origin.find("vocab.json")  # is read beside merges.txt
+    found = path or origin.find(TOKENIZER, "merges.txt")
+    if not found:
+        return None
+    try:
+        tokenizer = (Tokenizer.load if str(found).endswith(".json") else Tokenizer.from_clip_vocabulary)(found)
+        if tokenizer.end_id != fields["text_end_id"]:
+            ends = f"ends captions with {tokenizer.end_id}, and this network's end with {fields['text_end_id']}"
+            raise UserError(f"{found} {ends}; give its own vocabulary as --tokenizer")
+    except UserError as error:
+        if path:
+            raise
+        print(f"the tokenizer is left out: {error}")
+        return None
+    return tokenizer
 
 
 def _convert_outward(options: argparse.Namespace) -> None:

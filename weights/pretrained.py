@@ -2,7 +2,7 @@
 
     config.json           {"models": {part: {name, fields}}, "provenance": {...}}
     weights.safetensors   tensors "params/<part>/<path>" and "variables/<part>/<collection>/<path>"
-    tokenizer.json        of the source, if it had one
+    tokenizer.json        of its captions, if there is one
 
 The fields stand beside the weights, all of them: the activation too, which weights cannot tell.
 """
@@ -10,7 +10,6 @@ The fields stand beside the weights, all of them: the activation too, which weig
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,7 @@ def write_pretrained(
     *,
     part: str,
     provenance: Mapping[str, Any],
-    tokenizer: Path | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes a pretrained folder of one network; its config comes last, so that a folder with one is whole.
 
@@ -110,7 +109,7 @@ def write_pretrained(
       variables: {collection: tree}; may be empty.
       part: what the network is called.
       provenance: where the weights are from; a hash of them is added.
-      tokenizer: a file to put beside them.
+      tokenizer: of its captions.
 
     Raises:
       UserError: if the folder has something in it or cannot be written.
@@ -124,7 +123,7 @@ def write_pretrained(
     with (folder / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        tokenizer.save(folder / TOKENIZER)
     config = {"models": {part: dict(model)}, PROVENANCE: {**provenance, "sha256": digest}}
     write_json(folder / CONFIG, config)
 

@@ -34,6 +34,7 @@ from weights.run import SAMPLES
 
 CLIP_METRICS = ("zero_shot", "retrieval", "linear_probe", "similarity")
 _SHOWN = 12  # pairs in the matrix
+_BLOCK = 256  # pictures that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,9 @@ class Pictures:
     """The first records of a split.
 
     Attributes:
-      images: as evaluation sees them.
-      captions: all that each has.
+      features: of the pictures, of unit length.
+      shown: the first few pictures, as evaluation sees them.
+      captions: all that each has, but blank ones.
       labels: field -> class numbers; on the embedded dataset, attribute -> values' numbers, -1 where there are two
         objects.
       names: field -> names of its classes.
@@ -67,7 +69,8 @@ class Pictures:
       scenes: what each picture of it shows.
     """
 
-    images: UInt8[np.ndarray, "n h w 3"]
+    features: Float[np.ndarray, "n e"]
+    shown: UInt8[np.ndarray, "m h w 3"]
     captions: tuple[tuple[str, ...], ...]
     labels: dict[str, Int[np.ndarray, " n"]]
     names: dict[str, tuple[str, ...]]
@@ -82,33 +85,36 @@ def default_metrics(trained: TrainedSampler) -> tuple[str, ...]:
     return ("zero_shot", "retrieval", "similarity") if classes else ("retrieval", "similarity")
 
 
-def read_pictures(trained: TrainedSampler, split: str, num: int) -> Pictures:
-    """Reads the first `num` records of a split of the run's dataset.
+def read_pictures(clip: ClipEmbedder, split: str, num: int) -> Pictures:
+    """Reads the first `num` records of a split of the run's dataset, and embeds their pictures.
 
     Raises:
       UserError: if it has fewer.
     """
-    data = trained.config.data
+    data = clip.trained.config.data
     source = RecordSource(data.dataset, split, data.data_dir)
     source.require(num)
     transform = transform_pair(data.transform).evaluation
     records: list[dict[str, Any]] = []
+    features: list[Float[np.ndarray, "b e"]] = []
     shown: list[UInt8[np.ndarray, "h w 3"]] = []
-    for index in range(num):
-        record = source[index]
-        shown.append(transform(record.pop("image"), data.image_size, None))  # whole photographs would not fit in memory
-        records.append(record)
-    images = np.stack(shown)
-    captions = tuple(record["captions"] for record in records)
+    for start in range(0, num, _BLOCK):  # all pictures of a large split would not fit in memory
+        block = [source[index] for index in range(start, min(start + _BLOCK, num))]
+        images = [transform(record.pop("image"), data.image_size, None) for record in block]
+        features.append(clip.images(images))
+        shown += images[: _SHOWN - len(shown)]
+        records += block
+    captions = tuple(tuple(text for text in record["captions"] if text.strip()) for record in records)
+    pictures = np.concatenate(features), np.stack(shown), captions
     world = find_world(data.dataset)
     if world is None:
         names = source.class_names
         labels = {name: np.array([int(record[name]) for record in records]) for name in names}
-        return Pictures(images, captions, labels, names)
+        return Pictures(*pictures, labels, names)
     scenes = tuple(scene_of(record, world) for record in records)
     names = {name: values for name, values in attribute_values(world).items() if name != "relation"}
     labels = {name: np.array([scene_label(world, scene, name) for scene in scenes]) for name in names}
-    return Pictures(images, captions, labels, names, world, scenes)
+    return Pictures(*pictures, labels, names, world, scenes)
 
 
 def clip_records(
@@ -129,21 +135,20 @@ def clip_records(
     Raises:
       UserError: if the split has fewer, or no captions or no such classes, as the metric needs.
     """
-    pictures = read_pictures(trained, split, num)
     clip = ClipEmbedder(trained)
-    features = clip.images(pictures.images)
+    pictures = read_pictures(clip, split, num)
     makers = {
-        "zero_shot": lambda: _zero_shot(pictures, features, clip.texts, settings),
-        "retrieval": lambda: _retrieval(trained, pictures, features, clip.texts),
-        "linear_probe": lambda: _linear_probe(clip, pictures, features, settings),
-        "similarity": lambda: _similarity(trained, pictures, features, clip.texts, split),
+        "zero_shot": lambda: _zero_shot(pictures, clip.texts, settings),
+        "retrieval": lambda: _retrieval(trained, pictures, clip.texts),
+        "linear_probe": lambda: _linear_probe(clip, pictures, settings),
+        "similarity": lambda: _similarity(trained, pictures, clip.texts, split),
     }
     return [{"metric": name, "split": split, **makers[name]()} for name in names]
 
 
-def _zero_shot(pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed, settings: ClipSettings) -> Record:
+def _zero_shot(pictures: Pictures, embed: Embed, settings: ClipSettings) -> Record:
     """Classifies; on the embedded dataset each attribute in turn."""
-    world = pictures.world
+    world, features = pictures.world, pictures.features
     if world is not None:
         values, counted = {}, {}
         for attribute, labels in pictures.labels.items():
@@ -152,7 +157,7 @@ def _zero_shot(pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Em
                 classes = class_embeddings(embed, class_prompts(world, attribute))
                 values[attribute] = top_accuracy(features[single], classes, labels[single], top=(1,))["top_1"]
                 counted[attribute] = int(single.sum())
-        pairs = _pair_accuracy(world, pictures, features, embed)
+        pairs = _pair_accuracy(world, pictures, embed)
         values |= {name: right / total for name, (right, total) in pairs.items()}
         counted |= {name: total for name, (_, total) in pairs.items()}
         return {"values": values, "counted": counted}
@@ -171,9 +176,7 @@ def _zero_shot(pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Em
     }
 
 
-def _pair_accuracy(
-    world: World, pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed
-) -> dict[str, tuple[int, int]]:
+def _pair_accuracy(world: World, pictures: Pictures, embed: Embed) -> dict[str, tuple[int, int]]:
     """Two objects: is the true caption nearer than those with one attribute changed? (right, counted) by attribute."""
     places = [place for place, scene in enumerate(pictures.scenes) if len(scene.objects) == 2]
     right: dict[str, list[bool]] = {}
@@ -185,13 +188,13 @@ def _pair_accuracy(
         texts = embed([text for _, scenes in cases for text in captions_of(world, scenes)])
         bounds = np.cumsum([len(scenes) for _, scenes in cases])[:-1]
         for (place, _), candidates in zip(cases, np.split(texts, bounds), strict=True):
-            similarity = candidates @ features[place]
+            similarity = candidates @ pictures.features[place]
             name = attribute if attribute == "relation" else f"pair_{attribute}"
             right.setdefault(name, []).append(bool(np.all(similarity[0] > similarity[1:])))
     return {name: (sum(hits), len(hits)) for name, hits in right.items()}
 
 
-def _retrieval(trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed) -> Record:
+def _retrieval(trained: TrainedSampler, pictures: Pictures, embed: Embed) -> Record:
     """Pictures by caption and captions by picture, among pictures that their captions tell apart."""
     captions = pictures.captions
     _require_captions(trained, captions)
@@ -204,41 +207,36 @@ def _retrieval(trained: TrainedSampler, pictures: Pictures, features: Float[np.n
     kept = list({meaning: place for place, meaning in reversed(list(enumerate(meanings)))}.values())[::-1]
     texts = [text for place in kept for text in captions[place]]
     owner = np.repeat(np.arange(len(kept)), [len(captions[place]) for place in kept])
-    values = retrieval_metrics(features[kept], embed(texts), owner)
+    values = retrieval_metrics(pictures.features[kept], embed(texts), owner)
     counted = {name: len(texts) if name.startswith("text") else len(kept) for name in values}
     return {"values": values, "counted": counted, "pictures": len(kept), "captions": len(texts)}
 
 
-def _linear_probe(
-    clip: ClipEmbedder, pictures: Pictures, features: Float[np.ndarray, "n e"], settings: ClipSettings
-) -> Record:
+def _linear_probe(clip: ClipEmbedder, pictures: Pictures, settings: ClipSettings) -> Record:
     """Fits a probe for each label on the training split, and counts what it gets right on this one."""
     data = clip.trained.config.data
     records = len(RecordSource(data.dataset, data.split, data.data_dir))
-    train = read_pictures(clip.trained, data.split, min(settings.num_train, records))
-    train_features = clip.images(train.images)
+    train = read_pictures(clip, data.split, min(settings.num_train, records))
     values, counted, strengths = {}, {}, {}
     for name in (settings.label,) if pictures.world is None else pictures.names:
         if name not in pictures.names:
             raise UserError(_no_label(pictures, name))
         fit, check = train.labels[name] >= 0, pictures.labels[name] >= 0
         if fit.sum() > 1 and check.any():
-            probe = choose_probe(train_features[fit], train.labels[name][fit], len(pictures.names[name]))
-            values[name] = probe.accuracy(features[check], pictures.labels[name][check])
+            probe = choose_probe(train.features[fit], train.labels[name][fit], len(pictures.names[name]))
+            values[name] = probe.accuracy(pictures.features[check], pictures.labels[name][check])
             counted[name], strengths[name] = int(check.sum()), probe.strength
-    return {"values": values, "counted": counted, "num_train": len(train.images), "strength": strengths}
+    return {"values": values, "counted": counted, "num_train": len(train.captions), "strength": strengths}
 
 
-def _similarity(
-    trained: TrainedSampler, pictures: Pictures, features: Float[np.ndarray, "n e"], embed: Embed, split: str
-) -> Record:
+def _similarity(trained: TrainedSampler, pictures: Pictures, embed: Embed, split: str) -> Record:
     """Draws the cosines of the first pictures and captions; the values are means of own pairs and of others."""
     _require_captions(trained, pictures.captions[:_SHOWN])
     captions = [texts[0] for texts in pictures.captions[:_SHOWN]]
-    cosines = embed(captions) @ features[:_SHOWN].T
+    cosines = embed(captions) @ pictures.features[:_SHOWN].T
     folder = trained.run.folder / SAMPLES
     folder.mkdir(exist_ok=True)
-    draw_similarity(pictures.images[:_SHOWN], captions, cosines).save(folder / f"similarity_{split}.png")
+    draw_similarity(pictures.shown, captions, cosines).save(folder / f"similarity_{split}.png")
     own = np.eye(len(cosines), dtype=bool)
     values = {"own_cosine": float(cosines[own].mean())}
     if len(cosines) > 1:
@@ -248,7 +246,7 @@ def _similarity(
 
 def _require_captions(trained: TrainedSampler, captions: Sequence[tuple[str, ...]]) -> None:
     """Raises UserError unless each picture has one."""
-    without = [place for place, texts in enumerate(captions) if not any(text.strip() for text in texts)]
+    without = [place for place, texts in enumerate(captions) if not texts]
     if without:
         raise UserError(
             f"record {without[0]} of {trained.config.data.dataset} has no caption ({len(without)} have none); "

@@ -24,6 +24,7 @@ from sample.trained import TrainedSampler
 from weights.run import SAMPLES
 
 JUDGED = ("clip_score", "rerank")
+_BLOCK = 256  # pictures that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +79,14 @@ def _score(
     """CLIP score of the pictures of a split's first captions; of any dataset, as nothing is graded."""
     source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)
     source.require(num)
-    captions = [choose_caption(source[index]["captions"], None) for index in range(num)]
-    images = to_uint8(trained(trained.encode(captions), seed=seed, indices=range(num), **settings)["image"])
     prefix = PREFIX if judge.convention == "hessel" else ""
-    cosines = judge.clip.cosines(images, [prefix + caption for caption in captions])
+    cosines = []
+    for start in range(0, num, _BLOCK):
+        indices = range(start, min(start + _BLOCK, num))
+        captions = [choose_caption(source[index]["captions"], None) for index in indices]
+        images = to_uint8(trained(trained.encode(captions), seed=seed, indices=indices, **settings)["image"])
+        cosines.append(judge.clip.cosines(images, [prefix + caption for caption in captions]))
+    cosines = np.concatenate(cosines)
     return {"values": {"clip_score": clip_score(cosines, judge.convention)}, "convention": judge.convention}
 
 

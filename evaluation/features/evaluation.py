@@ -65,7 +65,8 @@ def check_feature_metrics(names: Sequence[str], num: int, settings: FeatureSetti
         return
     if settings is None:
         raise UserError(
-            f"{names[0]} compares features; give --features=inception:FILE, a file of the network's weights"
+            f"{names[0]} compares features; give --features=inception:FILE, a file of the network's weights, "
+            "or clip:RUN"
         )
     kid = (settings.kid_subset_size or 2, "--kid_subset_size=0 makes one estimate of all pictures")
     least = {"fid": (2, ""), "kid": kid, "inception_score": (_SPLITS, ""), "precision_recall": (_NEIGHBORS + 1, "")}

@@ -1,15 +1,12 @@
 """One deterministic stream: what an example is depends on its index alone."""
 
-import contextlib
 import hashlib
-import io
 import itertools
 
 import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from cli.errors import UserError
 from configs.scenes.dalle import get_config
@@ -23,6 +20,8 @@ from data.pipeline import (
     load_tokenizer,
 )
 from data.preprocess import choose_caption, transform_pair
+
+from .made_up import NAME, prepare_made_up
 
 
 @pytest.fixture(scope="module")
@@ -190,31 +189,12 @@ TABLE = tfds.features.Sequence({"id": tfds.features.Scalar(np.int64), "text": tf
     ],
 )
 def test_captions_of_other_datasets_are_found(data_config, tokenizer, tmp_path, name, feature, value):
-    class Others(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """A dataset as TFDS has them."""
-
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"), name: feature}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": ((number, {"image": io.BytesIO(picture), name: value}) for number in range(3))}
-
-        def _generate_examples(self):
-            raise NotImplementedError
-
-    Image.new("RGB", (50, 40)).save(file := io.BytesIO(), "PNG")
-    picture = file.getvalue()
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        Others(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    prepare_made_up(tmp_path, {name: feature}, {"train": [{name: value}] * 3})
     config = data_config.copy_and_resolve_references()
     with config.unlocked():
-        config.dataset, config.data_dir = "others", str(tmp_path)
+        config.dataset, config.data_dir = NAME, str(tmp_path)
     captions = ("one", "zwölf", "three") if name == "captions" else ("zwölf",)
-    source = RecordSource("others", "train", str(tmp_path))
+    source = RecordSource(NAME, "train", str(tmp_path))
     assert [source[index]["captions"] for index in range(3)] == [captions] * 3
     texts = {tokenizer.decode(ids) for ids in make_stream(config, tokenizer).batch(range(60))["text"]}
     assert texts == set(captions)

@@ -49,13 +49,14 @@ def test_in_and_out_again(form, fields, tmp_path, capsys):
     params, variables, tensors = write_theirs(tmp_path / "theirs", form, fields)
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
     main([f"--source={form}", f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
-    assert "activation gelu" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "activation gelu" in said and "the tokenizer is left out: " in said and "give --tokenizer" in said
     ours = Pretrained.open(tmp_path / "ours")
     assert ours.config.models.clip.to_dict() == fields
     assert ours.config.provenance.format == form and ours.config.provenance.input == f"{tmp_path}/theirs"
     assert_same_trees(ours.load().params["clip"], params)
     assert_same_trees(ours.load().variables.get("clip", {}), variables)
-    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
+    assert ours.tokenizer() is None
 
     main([f"--to={form}", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
     for path in (tmp_path / "back").iterdir():
@@ -66,6 +67,23 @@ def test_in_and_out_again(form, fields, tmp_path, capsys):
             assert back.keys() == tensors.keys()
             assert all((back[name] == tensors[name]).all() for name in tensors)
     assert len(list((tmp_path / "back").iterdir())) == (3 if form == "transformers" else 2)
+
+
+def test_a_vocabulary_comes_along_or_is_named(tmp_path):
+    merges = ["r e", "re d</w>"]
+    size = 2 * 256 + len(merges) + 2
+    write_theirs(tmp_path / "theirs", "transformers", {**FIELDS, "text_vocab_size": size, "text_end_id": size - 1})
+    own, other = tmp_path / "theirs" / "merges.txt", tmp_path / "merges.txt"
+    own.write_text("\n".join(["#version: 0.2", *merges, ""]))
+    other.write_text("\n".join(["#version: 0.2", *merges, "b l", ""]))
+    command = ["--source=transformers", f"--input={tmp_path}/theirs"]
+    main([*command, f"--output={tmp_path}/found"])
+    main([*command, f"--output={tmp_path}/named", f"--tokenizer={own}"])
+    for folder in ("found", "named"):
+        tokenizer = Pretrained.open(tmp_path / folder).tokenizer()
+        assert tokenizer is not None and tokenizer.encode("Red", 4).ids.tolist() == [size - 2, 513, size - 1, 0]
+    with pytest.raises(UserError, match=f"ends captions with {size}, and this network's end with {size - 1}"):
+        main([*command, f"--output={tmp_path}/none", f"--tokenizer={other}"])
 
 
 def write_pipeline(folder):
@@ -216,6 +234,8 @@ def test_a_run_s_moving_average_is_what_goes_out(tmp_path):
         (["--to=open_clip", "--run=x", "--input=y", "--name=RN50"], "--input, --name cannot be given with --to"),
         (["--source=openai", "--input=x", "--name=RN50"], "leave it out"),
         (["--source=keras", "--input=x"], "invalid choice: 'keras'"),
+        (["--source=uvit", "--input=x", "--tokenizer=y"], "--tokenizer is of a CLIP"),
+        (["--to=open_clip", "--run=x", "--tokenizer=y"], "--tokenizer cannot be given with --to"),
         (["--source=uvit", "--input=x", "--model=clip"], "uvit is a format of uvit, not of clip"),
         (["--source=diffusers", "--input=x", "--model=clip"], "diffusers is a format of unet, not of clip"),
         (["--source=diffusers", "--input={tmp}"], "has no config.json; give another"),

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from cli.config import from_json, to_json
 from cli.errors import UserError
+from data.tokenizer import Tokenizer
 from train.state import create_state
 from train.transfer import initialize_parts
 from weights.pretrained import WEIGHTS, Pretrained, write_pretrained
@@ -176,6 +177,8 @@ def test_a_folder_with_something_in_it_stays_as_it_is(folder, tmp_path):
 
 
 def test_a_tokenizer_comes_along(tmp_path):
-    (tmp_path / "source.json").write_text('{"version": "1.0"}')
-    write(tmp_path / "clip", tokenizer=tmp_path / "source.json")
-    assert (tmp_path / "clip" / "tokenizer.json").read_text() == '{"version": "1.0"}'
+    tokenizer = Tokenizer.train(["a small red circle"] * 3, 270).with_ends()
+    write(tmp_path / "clip", tokenizer=tokenizer)
+    back = Pretrained.open(tmp_path / "clip").tokenizer()
+    assert back is not None and back.end_id == tokenizer.end_id
+    assert back.encode("a red star", 12).ids.tolist() == tokenizer.encode("a red star", 12).ids.tolist()

@@ -68,10 +68,10 @@ def test_a_network_that_knows_is_always_right(clip_run, monkeypatch, name):
     images = rng.integers(0, 256, (30, 32, 32, 3)).astype(np.uint8)
     names = {k: v for k, v in attribute_values(world).items() if k != "relation"}
     labels = {k: np.array([scene_label(world, scene, k) for scene in shown]) for k in names}
-    pictures = Pictures(images, captions, labels, names, world, shown)
     oracle = Oracle(world)
+    features = np.stack([oracle.vector(scene) for scene in shown])
+    pictures = Pictures(features, images, captions, labels, names, world, shown)
     monkeypatch.setattr(clip_evaluation, "read_pictures", lambda *_: pictures)
-    monkeypatch.setattr(ClipEmbedder, "images", lambda *_: np.stack([oracle.vector(scene) for scene in shown]))
     monkeypatch.setattr(ClipEmbedder, "texts", lambda _, texts: np.stack([oracle.text(text) for text in texts]))
     zero_shot, retrieval = clip_records(clip_run, ["zero_shot", "retrieval"], "validation", 30, ClipSettings())
     assert set(zero_shot["values"].values()) == {1.0}
@@ -89,41 +89,6 @@ def test_equal_texts_have_equal_features_in_their_order(clip_run):
     np.testing.assert_array_equal(embed(["a green cross", texts[1]])[1], features[1])
     assert np.abs(embed(["a green cross"])[0] - features).max(axis=1).min() > 1e-4
     np.testing.assert_allclose(ClipEmbedder(clip_run).texts(texts[1:2])[0], features[1], atol=1e-5)
-
-
-def test_a_dataset_of_classes_is_classified_by_templates(clip_run, monkeypatch):
-    pictures = read_pictures(clip_run, "validation", 24)
-    classes = Pictures(pictures.images, ((),) * 24, {"label": np.arange(24) % 3}, {"label": ("red", "green", "blue")})
-    monkeypatch.setattr(clip_evaluation, "read_pictures", lambda *_: classes)
-    settings = ClipSettings(templates=("a {} circle", "a {} star"))
-    (record,) = clip_records(clip_run, ["zero_shot"], "validation", 24, settings)
-    assert set(record["values"]) == {"top_1"} and record["classes"] == 3
-    assert record["templates"] == ["a {} circle", "a {} star"]
-    (record,) = clip_records(clip_run, ["linear_probe"], "validation", 24, settings)
-    assert set(record["values"]) == {"label"}
-    for other, message in [
-        (ClipSettings(classes=("one", "two")), "names 2 classes, and the field label has 3"),
-        (ClipSettings(label="breed"), "no field 'breed' of class numbers .it has label"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            clip_records(clip_run, ["zero_shot"], "validation", 24, other)
-    with pytest.raises(UserError, match="record 0 of scenes/single32 has no caption .24 have none"):
-        clip_records(clip_run, ["retrieval"], "validation", 24, settings)
-
-
-def test_hidden_labels_are_not_counted_and_one_picture_has_no_others(clip_run, monkeypatch):
-    pictures = read_pictures(clip_run, "validation", 12)
-    labels = {"label": np.array([0, 1, -1] * 4)}
-    classes = Pictures(pictures.images, pictures.captions, labels, {"label": ("red", "green")})
-    with monkeypatch.context() as patch:
-        patch.setattr(clip_evaluation, "read_pictures", lambda *_: classes)
-        (record,) = clip_records(clip_run, ["zero_shot"], "validation", 12, ClipSettings(classes=("a", "b")))
-        assert record["counted"] == {"top_1": 8} and record["classes"] == ["a", "b"]
-        labels["label"][:] = -1
-        with pytest.raises(UserError, match="no picture of this split has a class"):
-            clip_records(clip_run, ["zero_shot"], "validation", 12, ClipSettings())
-    (record,) = clip_records(clip_run, ["similarity"], "validation", 1, ClipSettings())
-    assert set(record["values"]) == {"own_cosine"} and record["pictures"] == 1
 
 
 def test_what_is_computed_by_default(clip_run):
@@ -154,7 +119,7 @@ def test_a_clip_measures_features_of_pictures_of_any_size(clip_run):
 
 
 def test_prompts_and_scenes_of_stored_records_agree(clip_run):
-    pictures = read_pictures(clip_run, "held_out", 20)
+    pictures = read_pictures(ClipEmbedder(clip_run), "held_out", 20)
     world = scenes.WORLDS["single32"]
     for scene, captions in zip(pictures.scenes, pictures.captions, strict=True):
         assert captions_of(world, [scene])[0] == captions[0]

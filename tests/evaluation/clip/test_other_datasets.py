@@ -1,0 +1,156 @@
+"""CLIPs that were trained here or converted, on a dataset of photographs, classes and captions that has no grader."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import ImageColor
+
+from cli.errors import UserError
+from evaluation.__main__ import main
+from evaluation.clip import evaluation as clip_evaluation
+from evaluation.clip import linear_probe
+from sample.embedding import ClipEmbedder
+from scripts.convert import main as convert
+from weights import open_clip
+from weights.pretrained import write_pretrained
+from weights.tensors import write_tensors
+
+from ...data.made_up import NAME, prepare_made_up
+from ...weights.clip_samples import FIELDS, tiny
+
+COLORS = ("red", "green", "blue", "white", "yellow", "black")
+MERGES = ("r e", "re d</w>", "b l")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Six colors, of which `hidden` knows no labels, in pictures of several captions, one of them blank."""
+    folder = tmp_path_factory.mktemp("datasets")
+    records = [
+        {"image": color, "label": number, "captions": [" ", f"{color} number {turn}", f"all {color}"]}
+        for turn in range(4)
+        for number, color in enumerate(COLORS)
+    ]
+    features = {
+        "label": tfds.features.ClassLabel(names=list(COLORS)),
+        "captions": tfds.features.Sequence(tfds.features.Text()),
+    }
+    unknown = [{**record, "label": -1 if number % 2 else record["label"]} for number, record in enumerate(records)]
+    blank = [{**record, "captions": [" "]} for record in records]
+    splits = {"train": records, "validation": records[:20], "hidden": unknown, "blank": blank}
+    prepare_made_up(folder, features, splits)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A pretrained folder as `scripts.convert` makes it of OpenAI's weights and vocabulary."""
+    folder = tmp_path_factory.mktemp("converted")
+    vocabulary = folder / "merges.txt"
+    vocabulary.write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
+    size = 2 * 256 + len(MERGES) + 2
+    fields = {**FIELDS, "text_vocab_size": size, "text_end_id": size - 1, "text_length": 40}
+    _, params, _ = tiny(fields)
+    write_tensors(folder / "clip.safetensors", open_clip.clip_to_open_clip(params, {}))
+    weights = ["--source=openai", f"--input={folder}/clip.safetensors", "--part=tower"]
+    convert([*weights, f"--tokenizer={vocabulary}", f"--output={folder}/clip"])
+    convert([*weights, f"--output={folder}/without"])
+    return folder / "clip"
+
+
+def evaluate(folder, *arguments):
+    """The records that the command writes, by metric and split."""
+    main([f"--run={folder}", *arguments])
+    records = json.loads((folder / "evaluation.json").read_text())
+    return {(record["metric"], record["split"]): record for record in records}
+
+
+def test_a_converted_clip_is_evaluated(converted, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear_probe, "STRENGTHS", (1e-2, 1.0))
+    monkeypatch.setattr(clip_evaluation, "_BLOCK", 8)
+    where = [f"--dataset={NAME}", f"--data_dir={data_dir}", "--num=20"]
+    records = evaluate(converted, *where)
+    assert set(records) == {(name, "validation") for name in ("zero_shot", "retrieval", "similarity")}
+    zero_shot, retrieval = records["zero_shot", "validation"], records["retrieval", "validation"]
+    assert set(zero_shot["values"]) == {"top_1", "top_5"} and zero_shot["classes"] == 6 and zero_shot["num"] == 20
+    assert zero_shot["dataset"] == f"{NAME}/1.0.0"
+    assert (retrieval["pictures"], retrieval["captions"]) == (20, 40)  # blank ones describe nothing
+    assert (converted / "samples" / "similarity_validation.png").is_file()
+
+    (tmp_path / "classes").write_text("\n".join(f"something {color}" for color in COLORS))
+    (tmp_path / "templates").write_text("a photo of {}\na drawing of {}\n")
+    own = [f"--classes={tmp_path}/classes", f"--templates={tmp_path}/templates", "--num_train=24", "--num=24"]
+    records = evaluate(converted, *where, *own, "--splits=hidden", "--metrics=zero_shot,linear_probe")
+    zero_shot, probe = records["zero_shot", "hidden"], records["linear_probe", "hidden"]
+    assert zero_shot["counted"]["top_5"] == 12 and zero_shot["classes"][0] == "something red"
+    assert zero_shot["templates"] == ["a photo of {}", "a drawing of {}"]
+    assert probe["counted"] == {"label": 12} and probe["num_train"] == 24
+
+
+def test_what_is_read_in_blocks_is_what_is_read_at_once(clip_run, data_dir, monkeypatch):
+    monkeypatch.setitem(clip_run.config.data, "dataset", NAME)
+    monkeypatch.setitem(clip_run.config.data, "data_dir", str(data_dir))
+    clip, sizes = ClipEmbedder(clip_run), []
+    whole = clip_evaluation.read_pictures(clip, "validation", 20)
+    assert len(whole.features) == len(whole.labels["label"]) == 20 and len(whole.shown) == 12
+    for image, label in zip(whole.shown, whole.labels["label"], strict=False):
+        assert tuple(image[0, 0]) == ImageColor.getrgb(COLORS[label])
+    images = ClipEmbedder.images
+    monkeypatch.setattr(ClipEmbedder, "images", lambda self, x: sizes.append(len(x)) or images(self, x))
+    monkeypatch.setattr(clip_evaluation, "_BLOCK", 8)
+    parts = clip_evaluation.read_pictures(clip, "validation", 20)
+    assert sizes == [8, 8, 4]
+    np.testing.assert_allclose(parts.features, whole.features, atol=1e-6)
+    np.testing.assert_array_equal(parts.shown, whole.shown)
+
+
+def test_a_run_is_evaluated_on_another_dataset(clip_run, data_dir):
+    where = [f"--dataset={NAME}", f"--data_dir={data_dir}", "--num=20", "--splits=validation"]
+    records = evaluate(clip_run.run.folder, *where, "--metrics=retrieval")
+    assert records["retrieval", "validation"]["captions"] == 40
+
+
+def test_a_converted_clip_judges_and_compares(converted, stage2, tmp_path):
+    arguments = ["--metrics=clip_score,rerank,cmmd", "--splits=validation", "--num=8", "--candidates=2"]
+    arguments += [f"--clip={converted}", f"--features=clip:{converted}", f"--features_dir={tmp_path}"]
+    records = evaluate(stage2.run.folder, *arguments)
+    assert -1 <= records["clip_score", "validation"]["values"]["clip_score"] <= 1
+    assert records["rerank", "validation"]["clip"] == str(converted)
+    assert records["cmmd", "validation"]["values"]["cmmd"] > 0
+    assert "clip/clip_evaluation/" in json.dumps(records["cmmd", "validation"])
+
+
+def test_mistakes_are_named(converted, data_dir, tmp_path):
+    where = [f"--dataset={NAME}", f"--data_dir={data_dir}", "--num=20"]
+    (tmp_path / "two").write_text("one\ntwo\n")
+    without = converted.with_name("without")
+    for arguments, message in [
+        ([f"--run={converted}"], "was converted, and knows no dataset; give --dataset"),
+        ([f"--run={converted}", *where, "--splits=test"], "no split 'test'"),
+        ([f"--run={converted}", *where, f"--classes={tmp_path}/two"], "names 2 classes, and the field label has 6"),
+        ([f"--run={converted}", *where, "--label=breed"], "no field 'breed' of class numbers .it has label"),
+        ([f"--run={converted}", *where, "--splits=blank"], f"record 0 of {NAME} has no caption .20 have none"),
+        ([f"--run={converted}", *where, "--step=3"], "has no checkpoint 3"),
+        ([f"--run={without}", *where], "takes no captions; it has no tokenizer; convert it again, with --tokenizer"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            main(arguments)
+    fields = {"name": "uvit", "image_size": 4, "patch_size": 2, "width": 64, "depth": 2, "heads": 1}
+    _, params, _ = tiny(fields)
+    write_pretrained(tmp_path / "uvit", fields, params, {}, part="uvit", provenance={})
+    with pytest.raises(UserError, match="is a pretrained folder of a uvit, not a run"):
+        main([f"--run={tmp_path}/uvit", *where])
+
+
+def test_pictures_without_labels_have_no_accuracy(clip_run, data_dir, monkeypatch):
+    monkeypatch.setitem(clip_run.config.data, "dataset", NAME)
+    monkeypatch.setitem(clip_run.config.data, "data_dir", str(data_dir))
+    pictures = clip_evaluation.read_pictures(ClipEmbedder(clip_run), "validation", 3)
+    pictures.labels["label"][:] = -1
+    monkeypatch.setattr(clip_evaluation, "read_pictures", lambda *_: pictures)
+    with pytest.raises(UserError, match="no picture of this split has a class"):
+        clip_evaluation.clip_records(clip_run, ["zero_shot"], "validation", 3, clip_evaluation.ClipSettings())
+    (record,) = clip_evaluation.clip_records(clip_run, ["similarity"], "validation", 3, clip_evaluation.ClipSettings())
+    assert set(record["values"]) == {"own_cosine", "other_cosine"}
