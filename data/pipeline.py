@@ -50,11 +50,16 @@ def dataset_folder(dataset: str, data_dir: str | None) -> Path:
     root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
     versions = [path.parent for path in (root / dataset).glob("*/dataset_info.json")]
     if not versions:
-        raise UserError(
-            f"dataset {dataset} is not in {root}; run `python -m scripts.prepare --dataset={dataset}"
-            + (f" --data_dir={data_dir}`" if data_dir else "`")
-        )
+        raise UserError(f"dataset {dataset} is not in {root}; {_how_to_prepare(dataset, data_dir)}")
     return max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
+
+
+def _how_to_prepare(dataset: str, data_dir: str | None) -> str:
+    """What prepares a dataset: the project's command for its own, TFDS for all others; TFDS's needs TensorFlow."""
+    if dataset in known_datasets():
+        return f"run `python -m scripts.prepare --dataset={dataset}{f' --data_dir={data_dir}' if data_dir else ''}`"
+    arguments = [repr(dataset), *([f"data_dir={data_dir!r}"] if data_dir else []), "file_format='array_record'"]
+    return f"prepare it in Python with `tensorflow_datasets.builder({', '.join(arguments)}).download_and_prepare()`"
 
 
 def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -135,6 +140,11 @@ class RecordSource:
         except ValueError as error:
             raise UserError(
                 f"dataset {dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}"
+            ) from error
+        except NotImplementedError as error:  # TFDS's default, which is read from the start to the end
+            raise UserError(
+                f"dataset {dataset} in {builder.data_path} was prepared in a format without random access; remove it "
+                f"and {_how_to_prepare(dataset, data_dir)}"
             ) from error
         if not len(self._source):
             raise UserError(f"split {split!r} of {dataset} is empty; prepare the dataset again")

@@ -98,8 +98,14 @@ def get_model(embed_dim: int, image_size: int, text_width: int) -> ConfigDict:
     model.text_end_id = 49_407
     model.text_width = text_width
     model.text_layers = 12
+    model.text_heads = None  # width / 64, as image_heads
+    model.image_heads = None
+    model.image_mlp_ratio = 4.0
     model.activation = "quick_gelu"
     model.logit_scale_init = math.log(1 / 0.07)
+    model.logit_bias_init = None  # the sigmoid loss starts from -10
+    model.image_mean = (0.48145466, 0.4578275, 0.40821073)
+    model.image_std = (0.26862954, 0.26130258, 0.27577711)
     model.implementation = "xla"
     model.scan = False
     model.remat = "none"

@@ -64,6 +64,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.clip.remat = "none"
     config.models.clip.dtype = "float32"
 
+    config.models.clip.logit_bias_init = None
     config.loss.kind = "contrastive"
     if argument == "sigmoid":
         config.loss.kind = "sigmoid"

@@ -1,5 +1,6 @@
 """Every config can be described, and every debug variant trains and is sampled from, on the real entry points."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -53,6 +54,35 @@ def test_published_sizes_have_the_published_parameter_counts():
     # Three quarters of a training step's work is... the forward pass alone is a third of it.
     ratio = stage1["matrix_flops_per_step"] / stage1["matrix_flops_forward"]
     assert 2.9 < ratio < 3.0  # the first convolution needs no gradient of its input
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "size", "peak", "adam"),
+    [
+        ("clip_vit.py", 151_277_313, 224, 5e-4, (0.98, 1e-6)),
+        ("clip_vit.py:b16", 149_620_737, 224, 5e-4, (0.98, 1e-6)),
+        ("clip_vit.py:l14", 427_616_513, 224, 4e-4, (0.98, 1e-6)),
+        ("clip_vit.py:l14_336", 427_944_193, 336, 2e-5, (0.98, 1e-6)),
+        ("clip_resnet.py", 102_007_137, 224, 5e-4, (0.999, 1e-8)),
+        ("clip_resnet.py:rn101", 119_688_033, 224, 5e-4, (0.999, 1e-8)),
+        ("clip_resnet.py:rn50x4", 178_300_601, 288, 5e-4, (0.999, 1e-8)),
+        ("clip_resnet.py:rn50x16", 290_979_217, 384, 4e-4, (0.999, 1e-8)),
+        ("clip_resnet.py:rn50x64", 623_258_305, 448, 3.6e-4, (0.999, 1e-8)),
+    ],
+)
+def test_published_clips_are_as_published(name, parameters, size, peak, adam):
+    """Radford et al. 2021, tables 18 to 20; parameters as the authors' code has them."""
+    config = load_config([f"--config={ROOT}/configs/paper/{name}"])
+    model = create_model(**config.models.clip)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+    assert config.data.image_size == model.image_size == size
+    assert (config.data.text_length, config.data.transform) == (77, "clip_training")
+    optimizer, schedule = config.optimizer, config.optimizer.schedule
+    assert (schedule.peak, schedule.warmup_steps, optimizer.weight_decay) == (peak, 2000, 0.2)
+    assert (optimizer.b2, optimizer.eps) == adam and optimizer.bounds == ((r"logit_scale$", 0.0, math.log(100)),)
+    epochs = config.steps * config.batch_size / 400e6
+    assert config.batch_size == 32_768 and epochs == pytest.approx(1 if size == 336 else 32, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -333,8 +333,20 @@ def test_only_the_fields_asked_for_are_decoded(scenes_dir, data_config, tokenize
     assert (stored["image"] == whole["image"]).all() and stored["captions"] == whole["captions"]
 
 
+def test_a_dataset_that_is_read_from_start_to_end_alone_is_refused(tmp_path):
+    prepare_made_up(tmp_path, {"text": tfds.features.Text()}, {"train": [{"text": "one"}]})
+    path = tmp_path / NAME / "1.0.0" / "dataset_info.json"
+    path.write_text(path.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match="in a format without random access; remove it and prepare it in Python with"):
+        RecordSource(NAME, "train", str(tmp_path))
+
+
 def test_mistakes(scenes_dir, tmp_path):
     with pytest.raises(UserError, match="scripts.prepare"):
         dataset_folder("scenes/single32", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"tensorflow_datasets.builder\('cifar10', data_dir=.*, file_format='array_record"
+    ):
+        dataset_folder("cifar10", str(tmp_path))
     with pytest.raises(UserError, match="it has .*held_out"):
         RecordSource("scenes/single32", "test", str(scenes_dir))

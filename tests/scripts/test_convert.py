@@ -8,11 +8,13 @@ import pytest
 from huggingface_hub import constants
 from ml_collections import ConfigDict
 
-from cli.config import to_json
+from cli.config import load_config, to_json
 from cli.errors import UserError
 from models import create_model
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
 from scripts.convert import main
+from train.state import create_state
+from train.transfer import initialize_parts
 from weights import diffusers, open_clip, transformers, uvit
 from weights.checkpoint import CheckpointStore
 from weights.pretrained import Pretrained
@@ -84,6 +86,35 @@ def test_a_vocabulary_comes_along_or_is_named(tmp_path):
         assert tokenizer is not None and tokenizer.encode("Red", 4).ids.tolist() == [size - 2, 513, size - 1, 0]
     with pytest.raises(UserError, match=f"ends captions with {size}, and this network's end with {size - 1}"):
         main([*command, f"--output={tmp_path}/none", f"--tokenizer={other}"])
+
+
+@pytest.mark.parametrize("form", ["transformers", "open_clip", "openai"])
+def test_training_starts_from_what_others_wrote(form, tmp_path):
+    """A published config has every field in which another project's network may differ."""
+    fields = {**FIELDS, "image_width": 128}
+    if form == "openai":
+        fields |= {"image_heads": 2, "activation": "quick_gelu", "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+    else:
+        fields |= {"text_heads": 2} | ({"logit_bias_init": -3.0} if form == "open_clip" else {})
+    params, variables, tensors = write_theirs(tmp_path / "theirs", "open_clip" if form == "openai" else form, fields)
+    source = tmp_path / "theirs"
+    if form == "openai":
+        source = tmp_path / "clip.safetensors"
+        write_tensors(source, tensors)
+    main([f"--source={form}", f"--input={source}", f"--output={tmp_path}/ours"])
+    flags = [f"--config.models.clip.{name}={value}" for name, value in fields.items() if name != "name"]
+    command = ["--config=configs/paper/clip_vit.py:debug", f"--config.initialize.clip.source={tmp_path}/ours"]
+    with pytest.raises(UserError, match="embed_dim: 24, not 32;.*set the same fields"):
+        initialize_parts(load_config(command), state_of(load_config(command)), lambda params: {})
+    config = load_config([*command, *flags])
+    state = initialize_parts(config, state_of(config), lambda params: {})
+    assert_same_trees(state.params["clip"], params)
+
+
+def state_of(config):
+    """A state of other parameters."""
+    _, params, variables = tiny(config.models.clip.to_dict(), seed=5)
+    return create_state({"clip": params}, {"clip": variables} if variables else {}, {}, ema=False)
 
 
 def write_pipeline(folder):

@@ -77,13 +77,18 @@ class ClipObjective:
         """Reads `config.models.clip`, `config.loss` and `config.mesh.microbatches`.
 
         Raises:
-          UserError: if the loss is unknown, or a ResNet's batch, whose statistics are of all of it, is to be taken in
-            parts.
+          UserError: if the loss is unknown, or the sigmoid loss has no bias, or a ResNet's batch, whose statistics are
+            of all of it, is to be taken in parts.
         """
         sampler = ClipSampler(models.create_model(**config.models.clip))
         objective = cls(sampler=sampler, parts=config.mesh.microbatches, **config.loss)
         if objective.kind not in KINDS:
             raise UserError(f"config.loss.kind={objective.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        if objective.kind == "sigmoid" and objective.model.logit_bias_init is None:
+            raise UserError(
+                "config.loss.kind=sigmoid starts far from its minimum without a bias; set "
+                "config.models.clip.logit_bias_init=-10.0 and logit_scale_init=2.3026 (ln 10)"
+            )
         if objective.parts > 1 and objective.model.image_tower == "resnet":
             raise UserError(
                 f"config.mesh.microbatches={objective.parts} would train another network, as each part of a batch has "

@@ -114,6 +114,7 @@ def test_the_factor_of_the_cosines_stays_at_100_or_below():
     [
         ({"mesh__microbatches": 2}, "microbatches=2 would train another network"),
         ({"loss__kind": "triplet"}, "kind='triplet' is unknown"),
+        ({"loss__kind": "sigmoid"}, "set config.models.clip.logit_bias_init=-10.0 and logit_scale_init=2.3026"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changes, message):
