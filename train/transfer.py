@@ -56,7 +56,7 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
             if path not in want or path not in have or want[path].shape != have[path].shape
         )
         if wrong:
-            raise UserError(f"config.initialize.{name}: {entry.source} does not fit at {', '.join(wrong[:8])}")
+            raise UserError(f"config.initialize.{name}: {entry.source} does not fit at {', '.join(wrong)}")
         params[name] = jax.tree.map(place_whole, part.params, params[name])
         if name in variables and part.variables:
             variables[name] = jax.tree.map(place_whole, part.variables, variables[name])
