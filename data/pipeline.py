@@ -55,11 +55,14 @@ def dataset_folder(dataset: str, data_dir: str | None) -> Path:
 
 
 def _how_to_prepare(dataset: str, data_dir: str | None) -> str:
-    """What prepares a dataset: the project's command for its own, TFDS for all others; TFDS's needs TensorFlow."""
+    """What prepares a dataset: the project's command for its own, TFDS for all others."""
     if dataset in known_datasets():
         return f"run `python -m scripts.prepare --dataset={dataset}{f' --data_dir={data_dir}' if data_dir else ''}`"
+    if dataset.split("/")[0] == "scenes":
+        return f"choose one of {', '.join(known_datasets())}"
     arguments = [repr(dataset), *([f"data_dir={data_dir!r}"] if data_dir else []), "file_format='array_record'"]
-    return f"prepare it in Python with `tensorflow_datasets.builder({', '.join(arguments)}).download_and_prepare()`"
+    command = f"tensorflow_datasets.builder({', '.join(arguments)}).download_and_prepare()"
+    return f"prepare it in Python with `{command}` (most datasets need TensorFlow for that)"
 
 
 def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -175,6 +178,11 @@ class RecordSource:
             for name, feature in self._features.items()
             if isinstance(feature, tfds.features.ClassLabel)
         }
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether there is a field of captions; a record may still have none."""
+        return any(name in self._features for name in CAPTION_FIELDS)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns record `index` as {"image": uint8 [h w c], "captions": tuple of str, ...}."""

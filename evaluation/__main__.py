@@ -1,6 +1,7 @@
 """`python -m evaluation --run=FOLDER`: numbers for a trained run."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,14 @@ def main(arguments: Sequence[str]) -> None:
     if options.num_real < 0 or options.kid_subset_size < 0 or options.kid_subsets < 1:
         raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
-    from evaluation.command import Tools, default_splits, evaluate_run  # imports jax
+    from evaluation.command import Tools, default_splits, evaluate_run, on_dataset  # imports jax
     from evaluation.records import format_table, write_records
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
-    data = trained.config.data
-    data.dataset, data.data_dir = options.dataset or data.dataset, options.data_dir or data.data_dir
-    if not data.dataset:
-        raise UserError(f"{options.run} was converted, and knows no dataset; give --dataset, and --splits of it")
+    trained = on_dataset(trained, options.dataset, options.data_dir)
+    if not os.access(trained.run.folder, os.W_OK):
+        raise UserError(f"{trained.run.folder} cannot be written, where results go; copy it and evaluate the copy")
     settings = sampling_settings(options)
     metrics = [name for name in options.metrics.split(",") if name]
     splits = [name for name in options.splits.split(",") if name] or default_splits(trained.config)

@@ -25,10 +25,9 @@ from evaluation.features.evaluation import (
 )
 from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
-from evaluation.records import Record
+from evaluation.records import Record, picture_path
 from sample.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
-from weights.run import SAMPLES
 
 # What is computed unless a user names metrics; of a CLIP see `default_metrics`.
 METRICS: Mapping[str, tuple[str, ...]] = {
@@ -65,11 +64,35 @@ def default_splits(config: ConfigDict) -> list[str]:
     return [config.data.validation_split, *(["held_out"] if find_world(config.data.dataset) else [])]
 
 
-def applicable_metrics(trained: TrainedSampler) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def on_dataset(trained: TrainedSampler, dataset: str, data_dir: str) -> TrainedSampler:
+    """The run, evaluated on another dataset than its own.
+
+    Args:
+      trained: the run, or a converted CLIP, which has none of its own.
+      dataset: its name; "" for the run's.
+      data_dir: where it is; "" for where the run's is.
+
+    Raises:
+      UserError: if there is no dataset, or the run is not of such.
+    """
+    own, config = trained.config.data, trained.config.copy_and_resolve_references()
+    config.data.dataset, config.data.data_dir = dataset or own.dataset, data_dir or own.data_dir
+    if not config.data.dataset:
+        raise UserError(f"{trained.run.folder} was converted, and knows no dataset; give --dataset, and --splits of it")
+    if is_points(config.data.dataset) != is_points(own.dataset):
+        raise UserError(f"{trained.run.folder} is of {own.dataset}; --dataset={dataset} holds something else")
+    if takes_classes(trained.config) and config.data.dataset != own.dataset:
+        raise UserError(f"{trained.run.folder} draws the classes of {own.dataset}; leave --dataset out")
+    return dataclasses.replace(trained, config=config)
+
+
+def applicable_metrics(
+    trained: TrainedSampler, split: str, settings: ClipSettings
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The metrics of a run that are computed unless a user names some, and those that are computed when named."""
     objective = trained.config.objective
     if objective == "clip":
-        defaults = default_metrics(trained)
+        defaults = default_metrics(trained, split, settings)
         return defaults, tuple(name for name in CLIP_METRICS if name not in defaults)
     if is_points(trained.config.data.dataset):
         defaults = default_point_metrics(trained)
@@ -115,7 +138,7 @@ def evaluate_run(
       UserError: if a metric is unknown or does not apply, or lacks what it needs, or a setting is not the run's.
     """
     objective, tools = trained.config.objective, tools or Tools()
-    defaults, others = applicable_metrics(trained)
+    defaults, others = applicable_metrics(trained, splits[0], tools.clip)
     names, known = tuple(dict.fromkeys(metrics or defaults)), (*defaults, *others)
     kind = f"{objective}{_told(trained)}"
     for name in names:
@@ -173,10 +196,8 @@ def _caption_accuracy(trained: TrainedSampler, split: str, num: int, seed: int, 
         for caption, names in zip(pictures.captions, wrong, strict=False)
     ]
     grid = draw_grid(images[:shown], columns=8, labels=labels, marks=[not names for names in wrong])
-    folder = trained.run.folder / SAMPLES
-    folder.mkdir(exist_ok=True)
-    name = f"evaluation_{split}.png" if not settings else f"evaluation_{split}_{_spell(settings)}.png"
-    grid.save(folder / name)
+    stem = f"evaluation_{split}" if not settings else f"evaluation_{split}_{_spell(settings)}"
+    grid.save(picture_path(trained, stem))
     return {"values": accuracy.shares, "counted": accuracy.counted}
 
 

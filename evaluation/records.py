@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from sample.trained import TrainedSampler
 from weights.pretrained import Pretrained
-from weights.run import EVALUATION, Run
+from weights.run import EVALUATION, SAMPLES, Run
 
 Record = dict[str, Any]
 
@@ -51,6 +53,14 @@ def write_records(run: Run | Pretrained, records: Sequence[Record]) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps([*kept, *records], indent=2) + "\n", encoding="utf-8")
     draft.replace(path)
+
+
+def picture_path(trained: TrainedSampler, stem: str) -> Path:
+    """Where a picture goes that evaluation draws: among the run's samples, named after the dataset if it is another."""
+    folder, dataset = trained.run.folder / SAMPLES, trained.config.data.dataset
+    folder.mkdir(exist_ok=True)
+    own = "data" in trained.run.config and dataset == trained.run.config.data.dataset
+    return folder / (f"{stem}.png" if own else f"{dataset.replace('/', '_')}_{stem}.png")
 
 
 def format_table(records: Sequence[Record]) -> str:

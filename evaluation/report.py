@@ -95,13 +95,18 @@ def _section(section: Section) -> str:
 
 
 def headline_records(folder: Path) -> list[dict[str, Any]]:
-    """Records of evaluation.json made with the run's own sampling settings, the newest of each metric and split."""
+    """The newest record of each metric and split that is of the run's own dataset and sampling settings."""
     path = folder / EVALUATION
     if not path.is_file():
         return []
-    settings = Run.open(folder).config.sample.to_dict()
-    records = json.loads(path.read_text(encoding="utf-8"))
-    newest = {(r["metric"], r["split"]): r for r in records if all(r[key] == value for key, value in settings.items())}
+    config = Run.open(folder).config
+    settings, dataset = config.sample.to_dict(), config.data.dataset
+    newest = {
+        (record["metric"], record["split"]): record
+        for record in json.loads(path.read_text(encoding="utf-8"))
+        if all(record[key] == value for key, value in settings.items())
+        and record.get("dataset", dataset).startswith(dataset)
+    }
     return list(newest.values())
 
 

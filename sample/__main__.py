@@ -108,12 +108,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--num", type=int, help="pictures of each prompt (default 8; in a cell or trajectory 4), or points (2000)"
     )
-    parser.add_argument("--rerank", metavar="RUN", help="a trained CLIP, which sorts the pictures of each prompt")
+    parser.add_argument(
+        "--rerank", metavar="RUN", help="a CLIP, trained or converted, which sorts the pictures of each prompt"
+    )
     parser.add_argument("--keep", type=int, default=0, help="how many it keeps of each prompt (default: all)")
     parser.add_argument(
         "--sweep", metavar="KEY=V1,V2,...", action="append", default=[], help="draws a table, see above; repeatable"
     )
-    parser.add_argument("--clip", metavar="RUN", help="a trained CLIP, which scores the cells of a sweep")
+    parser.add_argument("--clip", metavar="RUN", help="a CLIP, trained or converted, which scores the cells of a sweep")
     parser.add_argument(
         "--trajectory",
         metavar="N",
@@ -143,7 +145,7 @@ def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:
         if options.image and getattr(options, name) not in (None, []):
             raise UserError(f"--image is for runs that reconstruct pictures, which take no --{name}; leave one out")
     if options.keep and not options.rerank:
-        raise UserError("--keep needs --rerank=RUN, a trained CLIP that chooses")
+        raise UserError("--keep needs --rerank=RUN, a CLIP that chooses")
     num = options.num or 8
     if not 0 <= options.keep <= num:
         raise UserError(f"--keep={options.keep} must lie between 1 and --num={num}")

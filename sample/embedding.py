@@ -11,6 +11,8 @@ from cli.errors import UserError
 from data.preprocess import transform_pair
 from sample.trained import TrainedSampler
 
+BLOCK = 256  # pictures to have in memory at once where there are many
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipEmbedder:

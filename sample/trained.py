@@ -139,12 +139,13 @@ def _converted_clip(pretrained: Pretrained, step: int | None) -> tuple[ConfigDic
     Raises:
       UserError: if it is another network, or its weights cannot be read.
     """
-    (part, fields), *others = pretrained.config.models.items()
-    if others or fields.name != "clip":
+    parts = list(pretrained.config.models.items())
+    if [fields.name for _, fields in parts] != ["clip"]:
+        names = ", ".join(fields.name for _, fields in parts)
         raise UserError(
-            f"{pretrained.folder} is a pretrained folder of a {fields.name}, not a run; name it as a `source` in a "
-            "config"
+            f"{pretrained.folder} is a pretrained folder of {names}, not a run; name it as a `source` in a config"
         )
+    ((part, fields),) = parts
     model: Any = create_model(**fields)
     data = {"dataset": "", "data_dir": "", "split": "train", "validation_split": "validation"}
     data |= {"transform": "clip_training", "image_size": model.image_size, "text_length": model.text_length}

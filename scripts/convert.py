@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cli import command
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--input", default="", help="with --source: folder, file, or hf:ORGANIZATION/NAME[@REVISION]")
     parser.add_argument("--name", default="", help="OpenCLIP's name of a network that comes without a config")
     parser.add_argument(
-        "--tokenizer", default="", help="of a CLIP that comes without: what config.data.tokenizer takes"
+        "--tokenizer", default="", help="of a CLIP that comes without one: CLIP's vocabulary, or a tokenizer.json"
     )
     parser.add_argument("--run", default="", help="with --to: a run or pretrained folder")
     parser.add_argument("--step", type=int, default=0, help="with --to: the checkpoint (default the newest)")
@@ -104,7 +105,9 @@ def _convert_inward(options: argparse.Namespace) -> None:
         read = open_clip.read_openai_clip(origin) if options.source == "openai" else None
         fields, tensors = read or open_clip.read_clip(origin, options.name)
         params, variables = open_clip.clip_from_open_clip(create_model(**fields), tensors)
-    tokenizer = _tokenizer(options.tokenizer, origin, fields) if "text_end_id" in fields else None
+    tokenizer = None
+    if "text_end_id" in fields:
+        tokenizer = _find_tokenizer(options.tokenizer, origin, fields["text_end_id"])
     provenance = {"format": options.source, "input": origin.describe()}
     if options.name:
         provenance["name"] = options.name
@@ -117,29 +120,34 @@ def _convert_inward(options: argparse.Namespace) -> None:
         print("it has no tokenizer, which evaluating it takes: give --tokenizer")
 
 
-def _tokenizer(path: str, origin: Any, fields: dict[str, Any]) -> Any:
-    """The `Tokenizer` at `path`, or of the origin, that a network's captions are encoded with; None if there is none.
+def _find_tokenizer(path: str, origin: Any, end_id: int) -> Any:
+    """The `Tokenizer` at `path`, or else of the origin; None if there is none, or none that fits.
 
     Raises:
-      UserError: if `path` is none, or not this network's. What an origin has is left out then, and a line says so.
+      UserError: if `path` is none, or not this network's.
     """
-    from data.tokenizer import Tokenizer
     from weights.run import TOKENIZER
 
-    origin.find("vocab.json")  # is read beside merges.txt
-    found = path or origin.find(TOKENIZER, "merges.txt")
-    if not found:
-        return None
-    try:
-        tokenizer = (Tokenizer.load if str(found).endswith(".json") else Tokenizer.from_clip_vocabulary)(found)
-        if tokenizer.end_id != fields["text_end_id"]:
-            ends = f"ends captions with {tokenizer.end_id}, and this network's end with {fields['text_end_id']}"
-            raise UserError(f"{found} {ends}; give its own vocabulary as --tokenizer")
-    except UserError as error:
-        if path:
-            raise
-        print(f"the tokenizer is left out: {error}")
-        return None
+    if path:
+        return _read_tokenizer(Path(path).expanduser(), end_id)
+    for names in ((TOKENIZER,), ("vocab.json", "merges.txt")):  # the second two are read together
+        *_, found = (origin.find(name) for name in names)
+        try:
+            if found is not None:
+                return _read_tokenizer(found, end_id)
+        except UserError as error:
+            print(f"the tokenizer is left out: {error}")
+    return None
+
+
+def _read_tokenizer(path: Path, end_id: int) -> Any:
+    """A CLIP vocabulary, or the tokenizer of a run, whose captions end in `end_id`."""
+    from data.tokenizer import Tokenizer
+
+    tokenizer = (Tokenizer.load if path.suffix == ".json" else Tokenizer.from_clip_vocabulary)(path)
+    if tokenizer.end_id != end_id:
+        ends = f"ends captions with {tokenizer.end_id}, and this network's end with {end_id}"
+        raise UserError(f"{path} {ends}; give its own vocabulary as --tokenizer")
     return tokenizer
 
 

@@ -15,7 +15,7 @@ from cli.errors import UserError
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
 from weights.layout import CONVOLUTION, SAME, Layout, Rule, Tensors, Tree, linear
 from weights.origin import Origin, WeightsFile, read_json, read_weights
-from weights.transformers import mlp_ratio, undivided_heads
+from weights.transformers import mlp_ratio, say_other_preparation, undivided_heads
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = (
@@ -150,6 +150,7 @@ def clip_fields(config: Mapping[str, Any], preprocess: Mapping[str, Any] | None 
     width, layers, head_width = vision.get("width", 768), vision.get("layers", 12), vision.get("head_width", 64)
     resnet = not isinstance(layers, int)
     preprocess = preprocess or {}
+    say_other_preparation(preprocess, {"interpolation": "bicubic", "resize_mode": "shortest"})
     size = vision.get("image_size", 224)
     if not isinstance(size, int):
         if len(set(size)) != 1:

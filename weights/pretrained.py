@@ -3,6 +3,7 @@
     config.json           {"models": {part: {name, fields}}, "provenance": {...}}
     weights.safetensors   tensors "params/<part>/<path>" and "variables/<part>/<collection>/<path>"
     tokenizer.json        of its captions, if there is one
+    evaluation.json, samples/   of a CLIP, once it was evaluated
 
 The fields stand beside the weights, all of them: the activation too, which weights cannot tell.
 """

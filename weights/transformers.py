@@ -130,6 +130,7 @@ def clip_fields(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | Non
     if problems:
         raise UserError(f"this CLIP cannot be converted: {'; '.join(problems)}")
     preprocessor = preprocessor or {}
+    say_other_preparation(preprocessor, {"resample": 3, "do_center_crop": True})
     hidden = vision["intermediate_size"]
     fields = {
         "name": "clip",
@@ -254,6 +255,16 @@ def undivided_heads(model: Clip) -> list[str]:
     return [
         f"its {tower}_heads {heads} do not divide {width}" for tower, (heads, width) in towers.items() if width % heads
     ]
+
+
+def say_other_preparation(preparation: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    """Prints how pictures were prepared for a network, where it is not as `clip_evaluation` does it."""
+    other = {key: preparation[key] for key, value in usual.items() if preparation.get(key, value) != value}
+    if other:
+        print(
+            f"warning: its pictures were prepared with {other}; here the short side is resized (bicubic) and the "
+            "center cut out, so its features will differ"
+        )
 
 
 def mlp_ratio(hidden: int, width: int) -> int | float:

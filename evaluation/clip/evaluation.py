@@ -27,14 +27,12 @@ from evaluation.clip.scene_prompts import (
 )
 from evaluation.clip.similarity import draw_similarity
 from evaluation.clip.zero_shot import DEFAULT_TEMPLATES, Embed, class_embeddings, fill_templates, top_accuracy
-from evaluation.records import Record
-from sample.embedding import ClipEmbedder
+from evaluation.records import Record, picture_path
+from sample.embedding import BLOCK, ClipEmbedder
 from sample.trained import TrainedSampler
-from weights.run import SAMPLES
 
 CLIP_METRICS = ("zero_shot", "retrieval", "linear_probe", "similarity")
 _SHOWN = 12  # pairs in the matrix
-_BLOCK = 256  # pictures that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +76,12 @@ class Pictures:
     scenes: tuple[Scene, ...] = ()
 
 
-def default_metrics(trained: TrainedSampler) -> tuple[str, ...]:
-    """What is computed unless a user names metrics: of a dataset without classes, nothing that needs them."""
+def default_metrics(trained: TrainedSampler, split: str, settings: ClipSettings) -> tuple[str, ...]:
+    """What is computed unless a user names metrics: of a split without classes or captions, nothing that needs them."""
     data = trained.config.data
-    classes = find_world(data.dataset) or RecordSource(data.dataset, data.validation_split, data.data_dir).class_names
-    return ("zero_shot", "retrieval", "similarity") if classes else ("retrieval", "similarity")
+    source = RecordSource(data.dataset, split, data.data_dir)
+    classes = find_world(data.dataset) is not None or settings.label in source.class_names
+    return (("zero_shot",) if classes else ()) + (("retrieval", "similarity") if source.has_captions else ())
 
 
 def read_pictures(clip: ClipEmbedder, split: str, num: int) -> Pictures:
@@ -98,8 +97,8 @@ def read_pictures(clip: ClipEmbedder, split: str, num: int) -> Pictures:
     records: list[dict[str, Any]] = []
     features: list[Float[np.ndarray, "b e"]] = []
     shown: list[UInt8[np.ndarray, "h w 3"]] = []
-    for start in range(0, num, _BLOCK):  # all pictures of a large split would not fit in memory
-        block = [source[index] for index in range(start, min(start + _BLOCK, num))]
+    for start in range(0, num, BLOCK):  # all pictures of a large split would not fit in memory
+        block = [source[index] for index in range(start, min(start + BLOCK, num))]
         images = [transform(record.pop("image"), data.image_size, None) for record in block]
         features.append(clip.images(images))
         shown += images[: _SHOWN - len(shown)]
@@ -226,7 +225,8 @@ def _linear_probe(clip: ClipEmbedder, pictures: Pictures, settings: ClipSettings
             probe = choose_probe(train.features[fit], train.labels[name][fit], len(pictures.names[name]))
             values[name] = probe.accuracy(pictures.features[check], pictures.labels[name][check])
             counted[name], strengths[name] = int(check.sum()), probe.strength
-    return {"values": values, "counted": counted, "num_train": len(train.captions), "strength": strengths}
+    about = {"train_split": data.split, "num_train": len(train.captions), "strength": strengths}
+    return {"values": values, "counted": counted, **about, **({} if pictures.world else {"label": settings.label})}
 
 
 def _similarity(trained: TrainedSampler, pictures: Pictures, embed: Embed, split: str) -> Record:
@@ -234,9 +234,7 @@ def _similarity(trained: TrainedSampler, pictures: Pictures, embed: Embed, split
     _require_captions(trained, pictures.captions[:_SHOWN])
     captions = [texts[0] for texts in pictures.captions[:_SHOWN]]
     cosines = embed(captions) @ pictures.features[:_SHOWN].T
-    folder = trained.run.folder / SAMPLES
-    folder.mkdir(exist_ok=True)
-    draw_similarity(pictures.shown, captions, cosines).save(folder / f"similarity_{split}.png")
+    draw_similarity(pictures.shown, captions, cosines).save(picture_path(trained, f"similarity_{split}"))
     own = np.eye(len(cosines), dtype=bool)
     values = {"own_cosine": float(cosines[own].mean())}
     if len(cosines) > 1:

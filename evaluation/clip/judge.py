@@ -17,14 +17,12 @@ from data.preprocess import choose_caption
 from data.scenes.grader import SceneGrader
 from evaluation.caption_accuracy import captioned_pictures, world_of
 from evaluation.clip.score import CONVENTIONS, PREFIX, clip_score
-from evaluation.records import Record
-from sample.embedding import ClipEmbedder
+from evaluation.records import Record, picture_path
+from sample.embedding import BLOCK, ClipEmbedder
 from sample.grid import to_uint8
 from sample.trained import TrainedSampler
-from weights.run import SAMPLES
 
 JUDGED = ("clip_score", "rerank")
-_BLOCK = 256  # pictures that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +75,16 @@ def _score(
     trained: TrainedSampler, judge: Judge, split: str, num: int, seed: int, settings: Mapping[str, Any]
 ) -> Record:
     """CLIP score of the pictures of a split's first captions; of any dataset, as nothing is graded."""
-    source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)
+    source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir, pictures=False)
     source.require(num)
+    captions = [choose_caption(source[index]["captions"], None) for index in range(num)]
+    rows, cosines = trained.encode(captions), np.empty(num)
     prefix = PREFIX if judge.convention == "hessel" else ""
-    cosines = []
-    for start in range(0, num, _BLOCK):
-        indices = range(start, min(start + _BLOCK, num))
-        captions = [choose_caption(source[index]["captions"], None) for index in indices]
-        images = to_uint8(trained(trained.encode(captions), seed=seed, indices=indices, **settings)["image"])
-        cosines.append(judge.clip.cosines(images, [prefix + caption for caption in captions]))
-    cosines = np.concatenate(cosines)
+    for start in range(0, num, BLOCK):
+        part = slice(start, min(start + BLOCK, num))
+        text = {name: value[part] for name, value in rows.items()}
+        images = to_uint8(trained(text, seed=seed, indices=range(part.start, part.stop), **settings)["image"])
+        cosines[part] = judge.clip.cosines(images, [prefix + caption for caption in captions[part]])
     return {"values": {"clip_score": clip_score(cosines, judge.convention)}, "convention": judge.convention}
 
 
@@ -122,9 +120,7 @@ def _rerank(
         for name, shares in ((f"chosen_{k}", chosen), (f"any_{k}", possible)):
             values[name] = float(shares.mean())
             errors[name] = float(shares.std(ddof=1) / np.sqrt(num)) if num > 1 else 0.0
-    folder = trained.run.folder / SAMPLES
-    folder.mkdir(exist_ok=True)
-    draw_curve(counts, values, errors, f"{split}, {num} captions").save(folder / f"rerank_{split}.png")
+    draw_curve(counts, values, errors, f"{split}, {num} captions").save(picture_path(trained, f"rerank_{split}"))
     return {
         "values": values,
         "counted": dict.fromkeys(values, num),

@@ -348,5 +348,7 @@ def test_mistakes(scenes_dir, tmp_path):
         UserError, match=r"tensorflow_datasets.builder\('cifar10', data_dir=.*, file_format='array_record"
     ):
         dataset_folder("cifar10", str(tmp_path))
+    with pytest.raises(UserError, match="choose one of scenes/single32, scenes/pair32"):
+        dataset_folder("scenes/typo", str(tmp_path))
     with pytest.raises(UserError, match="it has .*held_out"):
         RecordSource("scenes/single32", "test", str(scenes_dir))

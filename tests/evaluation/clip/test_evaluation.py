@@ -92,7 +92,8 @@ def test_equal_texts_have_equal_features_in_their_order(clip_run):
 
 
 def test_what_is_computed_by_default(clip_run):
-    assert clip_evaluation.default_metrics(clip_run) == ("zero_shot", "retrieval", "similarity")
+    default = clip_evaluation.default_metrics(clip_run, "validation", ClipSettings())
+    assert default == ("zero_shot", "retrieval", "similarity")
     assert default_splits(clip_run.config) == ["validation", "held_out"]
     with pytest.raises(UserError, match="fewer than --num=5000"):
         evaluate_run(clip_run, [], ["validation"], 5000, 0, {})
