@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -95,15 +96,15 @@ def test_a_converted_clip_embeds_as_its_network_does(tower, tmp_path):
     tokenizer = Tokenizer.train(["a small red circle"] * 3, 298).with_ends()
     ids = {"text_vocab_size": tokenizer.vocab_size, "text_end_id": tokenizer.end_id, "text_length": 12}
     fields = {**tower, **ids}
-    part = random_part(fields, seed=0)
-    trees = part.params, part.variables
-    write_pretrained(tmp_path / "clip", fields, *trees, part="tower", provenance={}, tokenizer=tokenizer)
+    trees = jax.jit(lambda: random_part(fields, seed=0).trees())()
+    write_pretrained(tmp_path / "clip", fields, **trees, part="tower", provenance={}, tokenizer=tokenizer)
     clip = ClipEmbedder.open(tmp_path / "clip")
     model = create_model(**fields)
     images = np.random.default_rng(0).integers(0, 256, (3, model.image_size, model.image_size, 3)).astype(np.uint8)
     texts = ["a red circle", "small", "circle"]
     text = jnp.stack([tokenizer.encode(text, 12).ids for text in texts])
-    out = model.apply({"params": part.params, **part.variables}, jnp.asarray(images, jnp.float32) / 127.5 - 1, text)
+    weights = {"params": trees["params"], **trees["variables"]}
+    out = jax.jit(model.apply)(weights, jnp.asarray(images, jnp.float32) / 127.5 - 1, text)
     np.testing.assert_allclose(clip.images(images), out.image, atol=1e-4)
     np.testing.assert_allclose(clip.texts(texts), out.text, atol=1e-4)
     assert np.abs(clip.texts(texts)[0] - clip.texts(texts)[1]).max() > 1e-3
