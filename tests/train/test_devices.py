@@ -83,6 +83,21 @@ def test_a_step_on_every_mesh_is_that_of_one_device():
         assert max(row[key] for key in ("loss", "metrics", "gradients", "moments")) <= 1e-5, row
 
 
+@pytest.mark.slow
+def test_a_device_compares_its_own_pictures_with_all_captions():
+    """72 / 8 of each: no device holds all similarities."""
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "tests/train/print_similarities.py"],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.stdout.split() == ["f32[9,72]"], result.stdout + result.stderr
+
+
 LAYOUTS = {
     "data": ("--config.mesh.data=8",),
     "fsdp": ("--config.mesh.data=1", "--config.mesh.fsdp=8"),
