@@ -1,4 +1,4 @@
-"""Run by test_devices.py with eight simulated devices: the shapes of similarities in CLIP's compiled step of 72 pairs."""
+"""Run by test_devices.py with eight simulated devices: shapes of similarities in CLIP's compiled step of 72 pairs."""
 
 import re
 

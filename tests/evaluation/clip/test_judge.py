@@ -53,6 +53,16 @@ def test_the_score_is_the_mean_cosine_of_a_run_s_pictures(stage2, clip_run):
     assert record["clip"] == str(clip_run.run.folder) and record["clip_step"] == 4
 
 
+def test_pictures_drawn_in_blocks_are_those_drawn_at_once(stage2, clip_run, monkeypatch):
+    monkeypatch.setattr(ClipEmbedder, "cosines", lambda self, images, captions: images.mean(axis=(1, 2, 3)) / 255)
+    tools, scores = Tools(judge=Judge(ClipEmbedder(clip_run))), []
+    for block in (256, 5):
+        monkeypatch.setattr(judging, "BLOCK", block)
+        (record,) = evaluate_run(stage2, ["clip_score"], ["validation"], 12, 3, {}, tools)
+        scores.append(record["values"]["clip_score"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-9)
+
+
 def test_the_command_judges_and_names_mistakes(stage2, clip_run):
     command = [f"--run={stage2.run.folder}", "--metrics=clip_score", "--splits=validation", "--num=8"]
     main([*command, f"--clip={clip_run.run.folder}"])
