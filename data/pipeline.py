@@ -144,10 +144,10 @@ class RecordSource:
             raise UserError(
                 f"dataset {dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             ) from error
-        except NotImplementedError as error:  # TFDS's default, which is read from the start to the end
+        except NotImplementedError as error:  # what TFDS raises of its default, TFRecord, and of nothing else here
             raise UserError(
-                f"dataset {dataset} in {builder.data_path} was prepared in a format without random access; remove it "
-                f"and {_how_to_prepare(dataset, data_dir)}"
+                f"dataset {dataset} in {builder.data_path} was prepared in a format without random access; move it "
+                f"away and {_how_to_prepare(dataset, data_dir)}"
             ) from error
         if not len(self._source):
             raise UserError(f"split {split!r} of {dataset} is empty; prepare the dataset again")

@@ -73,7 +73,8 @@ def on_dataset(trained: TrainedSampler, dataset: str, data_dir: str) -> TrainedS
       data_dir: where it is; "" for where the run's is.
 
     Raises:
-      UserError: if there is no dataset, or the run is not of such.
+      UserError: if there is no dataset, or it has points where the run draws pictures (or the other way round), or the
+        run draws classes, whose numbers mean others elsewhere.
     """
     own, config = trained.config.data, trained.config.copy_and_resolve_references()
     config.data.dataset, config.data.data_dir = dataset or own.dataset, data_dir or own.data_dir

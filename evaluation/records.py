@@ -1,4 +1,4 @@
-"""Results at rest: `evaluation.json`, and the same for a terminal."""
+"""Results at rest: `evaluation.json`, the same for a terminal, and where pictures that evaluation draws lie."""
 
 import json
 import math

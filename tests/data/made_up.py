@@ -32,10 +32,10 @@ def prepare_made_up(
             return tfds.core.DatasetInfo(builder=self, features=fields)
 
         def _split_generators(self, dl_manager):
-            return {name: enumerate(map(with_file, records)) for name, records in splits.items()}
+            return {name: self._generate_examples(records) for name, records in splits.items()}
 
-        def _generate_examples(self):
-            raise NotImplementedError
+        def _generate_examples(self, records):
+            return enumerate(map(with_file, records))
 
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):

@@ -337,7 +337,9 @@ def test_a_dataset_that_is_read_from_start_to_end_alone_is_refused(tmp_path):
     prepare_made_up(tmp_path, {"text": tfds.features.Text()}, {"train": [{"text": "one"}]})
     path = tmp_path / NAME / "1.0.0" / "dataset_info.json"
     path.write_text(path.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match="in a format without random access; remove it and prepare it in Python with"):
+    with pytest.raises(
+        UserError, match="in a format without random access; move it away and prepare it in Python with"
+    ):
         RecordSource(NAME, "train", str(tmp_path))
 
 
