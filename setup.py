@@ -4,7 +4,19 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PACKAGES = ("cli", "configs", "data", "diffusion", "models", "weights", "sample", "evaluation", "train", "scripts")
+PACKAGES = (
+    "cli",
+    "configs",
+    "data",
+    "diffusion",
+    "models",
+    "weights",
+    "sample",
+    "evaluation",
+    "train",
+    "cost",
+    "scripts",
+)
 
 setup(
     name="tessera-jax",

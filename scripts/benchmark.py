@@ -65,8 +65,8 @@ def benchmark(config: Any, parts: Sequence[str], *, windows: int, steps: int, wa
       environment, objective, batch_size, dtype, and the report of each part; `data` is {"missing": why} if the dataset
       was not prepared.
     """
+    from cost.measured import describe_devices, dtype_of, measure_data, measure_sample, measure_step
     from data.pipeline import dataset_folder
-    from train.costs import describe_devices, dtype_of, measure_data, measure_sample, measure_step
 
     report: dict[str, Any] = {
         "objective": config.objective,

@@ -38,8 +38,8 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
+    from cost.flops import matrix_flops
     from data.pipeline import batch_spec
-    from train.flops import matrix_flops
     from train.objectives import create_objective
     from weights.sources import abstract_frozen
 

@@ -12,7 +12,7 @@ from typing import Any
 from cli import command
 from cli.config import flatten, load_config
 from cli.errors import EXIT_OK, UserError
-from train.chips import GIB, chip_of
+from cost.chips import GIB, chip_of
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.update(ENVIRONMENT)  # read when jax is imported
     import jax
 
-    from train.compiled import fit
+    from cost.compiled import fit
 
     # An entry would hide how long compiling takes, and a program for absent devices cannot be loaded from one.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -100,7 +100,7 @@ def describe(name: str, fitted: Any, hashes: str) -> dict[str, Any]:
 
     Args:
       name: the config and its overrides, as they were typed.
-      fitted: a `train.compiled.Fit`.
+      fitted: a `cost.compiled.Fit`.
       hashes: of `row_hashes`.
     """
     compilation, bound = fitted.compilation, fitted.bound

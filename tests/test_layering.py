@@ -26,8 +26,12 @@ PROJECT_IMPORTS = {
     "sample": {"cli", "models", "diffusion", "data", "weights"},
     "evaluation": {"cli", "configs", "models", "diffusion", "data", "weights", "sample"},
     "train": {"cli", "configs", "models", "diffusion", "data", "weights", "sample", "evaluation"},
-    "scripts": {"cli", "configs", "models", "diffusion", "data", "weights", "sample", "evaluation", "train"},
-    "tests": {"cli", "configs", "models", "diffusion", "data", "weights", "sample", "evaluation", "train", "scripts"},
+    "cost": {"cli", "configs", "models", "diffusion", "data", "weights", "sample", "evaluation", "train"},
+    "scripts": {"cli", "configs", "models", "diffusion", "data", "weights", "sample", "evaluation", "train", "cost"},
+    "tests": {
+        *("cli", "configs", "models", "diffusion", "data", "weights", "sample", "evaluation", "train", "cost"),
+        "scripts",
+    },
 }
 
 # Folder -> the only libraries that its files may import, beside the standard library.
@@ -182,6 +186,8 @@ def test_every_folder_of_the_project_is_held():
         ("evaluation/a.py", "import train.loop", "train.loop"),
         ("train/a.py", "from orbax.checkpoint import v1", "orbax.checkpoint"),
         ("train/a.py", "from scripts.demo import main", "scripts.demo"),
+        ("train/a.py", "from cost.flops import matrix_flops", "cost.flops"),
+        ("cost/a.py", "from scripts.fit import main", "scripts.fit"),
         ("train/a.py", "if TYPE_CHECKING:\n    import torch", "torch"),
         ("train/objectives/a.py", "from ...scripts import demo", "scripts"),
         ("scripts/a.py", "import tensorflow as tf", "tensorflow"),
@@ -208,7 +214,8 @@ def test_planted_import_is_found(tmp_path: Path, path: str, text: str, module: s
         ("data/a.py", "import grain\nimport numpy as np\nimport tensorflow_datasets as tfds\nimport cli.errors"),
         ("weights/checkpoint.py", "from orbax.checkpoint import v1\nfrom models import MODELS"),
         ("train/objectives/a.py", "from ..state import TrainState\nfrom sample import dalle\nimport wandb"),
-        ("scripts/a.py", "import train.loop, sample.dalle\nimport matplotlib"),
+        ("cost/a.py", "import train.program"),
+        ("scripts/a.py", "import train.loop, sample.dalle, cost.flops\nimport matplotlib"),
         ("tests/a.py", "from scripts import demo\nimport orbax.checkpoint"),
         ("tests/parity/a.py", "import torch\nimport dall_e"),
     ],

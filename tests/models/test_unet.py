@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import models
+from cost.flops import matrix_flops
 from models.conditioning import Conditioning
 from models.layers.dropout import drop as drop_values
 from models.layers.group_norm_resnet import AttentionBlock, ResidualBlock
 from models.layers.spatial_transformer import ContextAttention
-from train.flops import matrix_flops
 
 from .random_parameters import random_parameters
 

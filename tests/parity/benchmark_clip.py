@@ -55,7 +55,7 @@ def jax_step(config: Any) -> Callable[[int], None]:
     """A function that makes as many updates of the config's training step."""
     import jax
 
-    from train.costs import made_up_batch
+    from cost.measured import made_up_batch
     from train.mesh import make_mesh
     from train.program import create_program
 

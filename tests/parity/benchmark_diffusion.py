@@ -149,8 +149,8 @@ def jax_step(pair: Pair, batch: Mapping[str, Any]) -> tuple[Run, int]:
     import jax.numpy as jnp
 
     from configs.common import get_defaults
+    from cost.flops import matrix_flops
     from models.conditioning import Conditioning
-    from train.flops import matrix_flops
     from train.mesh import batch_sharding, make_mesh
     from train.objectives.contract import Aux
     from train.optimizer import create_optimizer
@@ -195,10 +195,10 @@ def sampling(pair: Pair, options: argparse.Namespace, compiled: bool) -> tuple[d
     import torch
     from diffusers import DPMSolverMultistepScheduler
 
+    from cost.flops import matrix_flops
     from diffusion.process import Process
     from diffusion.schedule import DiscreteSchedule
     from sample.diffusion import DiffusionSampler, Steps, TextContext
-    from train.flops import matrix_flops
 
     count, shape = pair.batch_size, pair.model.example_inputs(1)[0].shape[1:]
     guided = pair.table is not None
@@ -268,7 +268,7 @@ def print_rates(rates: Mapping[str, float], device: str) -> None:
     """Prints FLOPs a second that matrix products and convolutions amount to; on a GPU also as a share of its peak."""
     import jax
 
-    from train.peak_flops import peak_flops
+    from cost.peak_flops import peak_flops
 
     peak = peak_flops(jax.local_devices()[0], "bfloat16") if device == "gpu" else None
     for label, rate in rates.items():

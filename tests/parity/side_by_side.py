@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 
-from train.timing import Spread
+from cost.timing import Spread
 
 Run = Callable[[int], None]  # does so many steps, and returns when the last is done
 

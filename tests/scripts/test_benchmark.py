@@ -7,9 +7,8 @@ import jax
 import pytest
 
 from cli.errors import UserError
+from cost.peak_flops import Peak
 from scripts import benchmark
-from train import costs
-from train.peak_flops import Peak
 from train.state import TrainState
 
 CONFIG = f"--config={Path(__file__).resolve().parents[2]}/configs/scenes/dvae.py:debug"

@@ -10,9 +10,9 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
+from cost.chips import GIB
 from scripts import fit
 from scripts.describe import describe
-from train.chips import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "tpu.md"
@@ -214,7 +214,7 @@ import json, os, sys
 from scripts.fit import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 from cli.config import load_config
-from train.compiled import step_flops, topology_devices
+from cost.compiled import step_flops, topology_devices
 from train.mesh import make_mesh
 from train.program import create_program
 config = load_config(sys.argv[1:])

@@ -15,7 +15,7 @@ import json, os, sys
 from scripts.fit import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 from configs.common import get_defaults
-from train.compiled import topology_devices
+from cost.compiled import topology_devices
 from train.mesh import batch_sharding, make_mesh, process_rows
 devices, report = topology_devices("v5e:4x4"), []
 for sizes in json.loads(sys.argv[1]):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from train.chips import CHIPS
-from train.timing import time_windows
+from cost.chips import CHIPS
+from cost.timing import time_windows
 
 # Kind of device -> (row of `CHIPS`, cores on a chip, cores that are one device as JAX starts it). Matmuls of float32
 # are done in bfloat16 unless asked otherwise.

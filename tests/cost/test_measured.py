@@ -9,11 +9,10 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
-from train import costs
+from cost.peak_flops import Peak
+from cost.timing import Spread
 from train.mesh import make_mesh
-from train.peak_flops import Peak
 from train.program import create_program
-from train.timing import Spread
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,11 +11,11 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
+from cost import compiled
+from cost.chips import GIB
+from cost.flops import plain_config
+from cost.hlo import Collectives, Traffic
 from scripts.describe import describe
-from train import compiled
-from train.chips import GIB
-from train.flops import plain_config
-from train.hlo import Collectives, Traffic
 from train.mesh import make_mesh
 from train.program import create_program
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.hlo import group_size, read_collectives, sent_bytes, shape_bytes
+from cost.hlo import group_size, read_collectives, sent_bytes, shape_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = "replica_groups={{0,1,2,3},{4,5,6,7}}"
@@ -223,7 +223,7 @@ def test_a_group_of_one_sends_nothing():
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from train.hlo import read_collectives
+from cost.hlo import read_collectives
 mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 def layers(x, w):
     x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train import peak_flops
-from train.peak_flops import Peak, published_peak
+from cost import peak_flops
+from cost.peak_flops import Peak, published_peak
 
 
 @pytest.mark.parametrize(

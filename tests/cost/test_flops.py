@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train.flops import matrix_flops
+from cost.flops import matrix_flops
 
 
 def shape(*sizes):

@@ -13,9 +13,9 @@ import jax
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from train.chips import Bound, Chip, chip_of, known_topologies, roofline
-from train.flops import matrix_flops, plain_config
-from train.hlo import Collectives, read_collectives
+from cost.chips import Bound, Chip, chip_of, known_topologies, roofline
+from cost.flops import matrix_flops, plain_config
+from cost.hlo import Collectives, read_collectives
 from train.mesh import make_mesh
 from train.program import Program, create_program
 

@@ -20,17 +20,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cost.flops import matrix_flops, plain_config
+from cost.peak_flops import Peak, peak_flops
+from cost.timing import Spread, time_windows
 from data.pipeline import BatchReader, load_tokenizer, open_stream
 from models import create_model
 from sample import create_sampler
 from sample.trained import CHUNK
 from train.environment import describe_environment
-from train.flops import matrix_flops, plain_config
 from train.mesh import batch_sharding, make_mesh, place_batch, process_rows
 from train.objectives.contract import Batch
-from train.peak_flops import Peak, peak_flops
 from train.program import Program, create_program
-from train.timing import Spread, time_windows
 from weights.sources import RANDOM, load_frozen, model_of
 
 Clock = Callable[[], float]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.timing import Spread, time_windows
+from cost.timing import Spread, time_windows
 
 
 def test_a_window_is_divided_by_its_steps_and_the_warm_up_is_not_counted():

@@ -4,7 +4,7 @@ import pytest
 from jax.experimental.pallas import tpu as pallas_tpu
 
 from cli.errors import UserError
-from train.chips import CHIPS, GIB, chip_of, roofline
+from cost.chips import CHIPS, GIB, chip_of, roofline
 
 VERSIONS = {"v3": "v3", "v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "7x"}
 

@@ -1,0 +1,1 @@
+"""What a program costs: FLOPs, compiled memory and collectives, chips, measured time. Above train, below scripts."""
