@@ -23,7 +23,7 @@ TRANSFORMER = (
 # Pixels and statistics have 3 and 6 channels, which no axis divides: there the other side of the kernel is split.
 # No trained convolution is split on both sides: XLA's partitioner then gives wrong gradients of its input when a device
 # has few rows (seen on the CPU with jax 0.10.2: 5 % off at 2 rows on data 2 x fsdp 2 x tensor 2).
-# tests/train/test_devices.py compares every objective on such a mesh.
+# tests/train/distributed/test_devices.py compares every objective on such a mesh.
 CONVOLUTIONS = (
     (r"encoder/input/kernel", (None, None, None, "fsdp")),
     (r"decoder/output/kernel", (None, None, "fsdp")),

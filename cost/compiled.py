@@ -16,7 +16,7 @@ from cli.errors import UserError
 from cost.chips import Bound, Chip, chip_of, known_topologies, roofline
 from cost.flops import matrix_flops, plain_config
 from cost.hlo import Collectives, read_collectives
-from train.mesh import make_mesh
+from train.distributed.mesh import make_mesh
 from train.program import Program, create_program
 
 

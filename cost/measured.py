@@ -27,8 +27,8 @@ from data.pipeline import BatchReader, load_tokenizer, open_stream
 from models import create_model
 from sample import create_sampler
 from sample.trained import CHUNK
+from train.distributed.mesh import batch_sharding, make_mesh, place_batch, process_rows
 from train.environment import describe_environment
-from train.mesh import batch_sharding, make_mesh, place_batch, process_rows
 from train.objectives.contract import Batch
 from train.program import Program, create_program
 from weights.sources import RANDOM, load_frozen, model_of

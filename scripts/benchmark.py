@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
 
     import jax
 
-    from train.processes import join_processes
+    from train.distributed.processes import join_processes
 
     join_processes(options.distributed)
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured too

@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     # Until there is something to save, a stop loses nothing.
     signal.signal(signal.SIGTERM, _leave)
     # These import jax, which takes seconds that a mistake should not cost.
+    from train.distributed.processes import join_processes
     from train.loop import train
-    from train.processes import join_processes
 
     join_processes(options.distributed)
     return train(config, options.workdir)

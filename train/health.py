@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cli.errors import UserError
+from train.distributed.sharding import path_name
 from train.metric_writer import means
 from train.objectives.contract import Metrics
-from train.sharding import path_name
 from train.step import Health
 
 Tree = Any

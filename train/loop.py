@@ -20,13 +20,13 @@ from data.pipeline import BatchReader, Stream, open_stream
 from data.tokenizer import Tokenizer
 from models import MODELS
 from sample.grid import draw_grid
+from train.distributed.mesh import make_mesh, place_batch, process_rows
+from train.distributed.preemption import StopSignal
+from train.distributed.processes import all_agree, from_first, is_first
 from train.environment import describe_environment
 from train.health import MODES, HealthCheck
-from train.mesh import make_mesh, place_batch, process_rows
 from train.metric_writer import RunLog, SilentLog, means
 from train.objectives.contract import Batch, Preview
-from train.preemption import StopSignal
-from train.processes import all_agree, from_first, is_first
 from train.program import Program, create_program
 from train.state import TrainState, count_examples
 from train.transfer import initialize_parts

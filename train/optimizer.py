@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from train.sharding import path_name
+from train.distributed.sharding import path_name
 
 Tree = Any
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]

@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data.pipeline import batch_spec
-from train.mesh import batch_sharding, check_batch_size, replicated
+from train.distributed.mesh import batch_sharding, check_batch_size, replicated
+from train.distributed.sharding import shardings
 from train.objectives import create_objective
 from train.objectives.contract import Batch, Objective
 from train.optimizer import create_optimizer
-from train.sharding import shardings
 from train.state import TrainState, create_state
 from train.step import make_eval_step, make_train_step
 from weights.sources import abstract_frozen

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models import create_model
-from train.sharding import path_name
+from train.distributed.sharding import path_name
 from train.state import TrainState
 from weights.sources import (
     RANDOM,

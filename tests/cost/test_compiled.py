@@ -16,7 +16,7 @@ from cost.chips import GIB
 from cost.flops import plain_config
 from cost.hlo import Collectives, Traffic
 from scripts.describe import describe
-from train.mesh import make_mesh
+from train.distributed.mesh import make_mesh
 from train.program import create_program
 
 ROOT = Path(__file__).resolve().parents[2]

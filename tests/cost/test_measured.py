@@ -11,7 +11,7 @@ from cli.config import load_config
 from cli.errors import UserError
 from cost.peak_flops import Peak
 from cost.timing import Spread
-from train.mesh import make_mesh
+from train.distributed.mesh import make_mesh
 from train.program import create_program
 
 ROOT = Path(__file__).resolve().parents[2]

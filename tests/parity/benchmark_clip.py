@@ -56,7 +56,7 @@ def jax_step(config: Any) -> Callable[[int], None]:
     import jax
 
     from cost.measured import made_up_batch
-    from train.mesh import make_mesh
+    from train.distributed.mesh import make_mesh
     from train.program import create_program
 
     program = create_program(config, make_mesh(config.mesh))

@@ -151,7 +151,7 @@ def jax_step(pair: Pair, batch: Mapping[str, Any]) -> tuple[Run, int]:
     from configs.common import get_defaults
     from cost.flops import matrix_flops
     from models.conditioning import Conditioning
-    from train.mesh import batch_sharding, make_mesh
+    from train.distributed.mesh import batch_sharding, make_mesh
     from train.objectives.contract import Aux
     from train.optimizer import create_optimizer
     from train.state import create_state

@@ -215,7 +215,7 @@ from scripts.fit import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 from cli.config import load_config
 from cost.compiled import step_flops, topology_devices
-from train.mesh import make_mesh
+from train.distributed.mesh import make_mesh
 from train.program import create_program
 config = load_config(sys.argv[1:])
 mesh = make_mesh(config.mesh, topology_devices("v5e:2x2"))

@@ -15,10 +15,10 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from train.distributed.preemption import StopSignal
 from train.loop import train
 from train.metric_writer import RunLog
 from train.objectives.vqvae import VectorQuantizedVAEObjective
-from train.preemption import StopSignal
 from weights.checkpoint import CheckpointStore
 from weights.run import Run, read_metrics
 

@@ -8,7 +8,7 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
-from train.mesh import make_mesh, place_batch
+from train.distributed.mesh import make_mesh, place_batch
 from train.program import create_program
 from train.state import count_examples
 from weights.sources import load_frozen

@@ -11,11 +11,11 @@ import jax
 import pytest
 
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
-from train import processes
-from train.processes import END_SECONDS, HEARTBEAT_SECONDS, join_processes
+from train.distributed import processes
+from train.distributed.processes import END_SECONDS, HEARTBEAT_SECONDS, join_processes
 from weights.run import Run, read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = "configs/scenes/dvae.py:debug"
 LONG = ("--config.steps=100000", "--config.checkpoint.every=20", "--config.evaluate.every=100000")
 

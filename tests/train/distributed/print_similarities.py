@@ -4,7 +4,7 @@ import re
 
 from cli.config import load_config
 from cost.measured import made_up_batch
-from train.mesh import make_mesh
+from train.distributed.mesh import make_mesh
 from train.program import create_program
 
 

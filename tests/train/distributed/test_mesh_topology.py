@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 PROGRAM = """
 import json, os, sys
@@ -16,7 +16,7 @@ from scripts.fit import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 from configs.common import get_defaults
 from cost.compiled import topology_devices
-from train.mesh import batch_sharding, make_mesh, process_rows
+from train.distributed.mesh import batch_sharding, make_mesh, process_rows
 devices, report = topology_devices("v5e:4x4"), []
 for sizes in json.loads(sys.argv[1]):
     config = get_defaults().mesh

@@ -10,7 +10,7 @@ import pytest
 
 from weights.run import Run, read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run_on(devices: int, config: str, scenes_dir: Path, workdir: Path, *overrides: str) -> None:
@@ -67,7 +67,7 @@ def test_a_step_on_every_mesh_is_that_of_one_device():
     """
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     result = subprocess.run(
-        [sys.executable, "tests/train/compare_meshes.py", json.dumps(list(CONFIGS.values()))],
+        [sys.executable, "tests/train/distributed/compare_meshes.py", json.dumps(list(CONFIGS.values()))],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -88,7 +88,7 @@ def test_a_device_compares_its_own_pictures_with_all_captions():
     """72 / 8 of each: no device holds all similarities."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     result = subprocess.run(
-        [sys.executable, "tests/train/print_similarities.py"],
+        [sys.executable, "tests/train/distributed/print_similarities.py"],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from cli.config import load_config
-from train.mesh import make_mesh, place_batch
+from train.distributed.mesh import make_mesh, place_batch
+from train.distributed.sharding import path_name
 from train.program import Program, create_program
-from train.sharding import path_name
 
 MESHES = {
     "one": {"data": 1},

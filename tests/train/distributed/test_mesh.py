@@ -6,8 +6,8 @@ import pytest
 
 from cli.errors import UserError
 from configs.common import get_defaults
-from train.mesh import batch_sharding, make_mesh, place_batch, process_rows
-from train.sharding import shardings
+from train.distributed.mesh import batch_sharding, make_mesh, place_batch, process_rows
+from train.distributed.sharding import shardings
 
 
 def mesh_config(**sizes):

@@ -13,7 +13,7 @@ import pytest
 
 from weights.run import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Pair:
