@@ -87,8 +87,8 @@ def _check(options: argparse.Namespace) -> None:
 def _convert_inward(options: argparse.Namespace) -> None:
     """Writes a pretrained folder."""
     from models import create_model
-    from weights import diffusers, open_clip, transformers, uvit
-    from weights.origin import open_origin
+    from weights.files.origin import open_origin
+    from weights.formats import diffusers, open_clip, transformers, uvit
     from weights.pretrained import new_folder, write_pretrained
 
     output, origin = new_folder(options.output), open_origin(options.input)
@@ -154,10 +154,10 @@ def _read_tokenizer(path: Path, end_id: int) -> Any:
 def _convert_outward(options: argparse.Namespace) -> None:
     """Writes what another library loads."""
     from models import create_model
-    from weights import diffusers, open_clip, transformers, uvit
+    from weights.files.tensors import write_tensors
+    from weights.formats import diffusers, open_clip, transformers, uvit
     from weights.pretrained import new_folder, write_json
     from weights.sources import open_source, trained_model
-    from weights.tensors import write_tensors
 
     source = open_source(options.run)
     part = options.part or options.model

@@ -63,7 +63,7 @@ IMPORTERS = {
 }
 
 STANDARD_LIBRARY_OF_CONFIGS = {"math"}
-# A file of weights/ has the name of the project whose format it reads; inside a package it hides nothing.
+# A file of weights/formats/ has the name of the project whose format it reads; inside a package it hides nothing.
 FORMATS = {"diffusers", "open_clip", "transformers"}
 FORBIDDEN_NAMES = {"base", "helper", "helpers", "misc", "util", "utils"}
 
@@ -135,7 +135,7 @@ def name_violations(root: Path, libraries: set[str]) -> list[str]:
     for path in sorted({*files, *(folder for file in files for folder in file.parents if folder.name)}):
         if path.stem in FORBIDDEN_NAMES:
             found.append(f"{path}: says nothing; a helper lives with its noun")
-        elif path.parent == Path("weights") and path.stem in FORMATS:
+        elif path.parent == Path("weights/formats") and path.stem in FORMATS:
             continue
         elif path.stem in libraries | sys.stdlib_module_names and not path.stem.startswith("__"):
             found.append(f"{path}: shadows a library")
@@ -237,7 +237,8 @@ def test_allowed_import_is_not_found(tmp_path: Path, path: str, text: str):
         "train/logging.py",
         "evaluation/statistics.py",
         "models/transformers.py",
-        "weights/optax.py",
+        "weights/formats/optax.py",
+        "weights/transformers.py",
     ],
 )
 def test_planted_name_is_found(tmp_path: Path, path: str):
@@ -252,7 +253,7 @@ def test_libraries_that_a_name_must_not_shadow_are_known():
 
 
 def test_formats_may_be_named_as_their_projects_are(tmp_path: Path):
-    plant(tmp_path, "weights/open_clip.py", "")
-    plant(tmp_path, "weights/transformers.py", "")
+    plant(tmp_path, "weights/formats/open_clip.py", "")
+    plant(tmp_path, "weights/formats/transformers.py", "")
     plant(tmp_path, "sample/__main__.py", "")
     assert name_violations(tmp_path, installed_modules() | {"open_clip", "transformers"}) == []

@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from models import create_model
-from weights.layout import check_tensors, model_shapes
+from weights.files.layout import check_tensors, model_shapes
+from weights.files.tensors import read_tensors, write_tensors
 from weights.run import CONFIG, PROVENANCE, TOKENIZER, RunWeights, read_config
-from weights.tensors import read_tensors, write_tensors
 
 Tree = Any
 

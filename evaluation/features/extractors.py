@@ -21,9 +21,9 @@ from cli.errors import UserError
 from models import create_model
 from models.inception import Inception
 from sample.embedding import ClipEmbedder
-from weights.inception import from_torch
+from weights.files.tensors import read_tensors
+from weights.formats.inception import from_torch
 from weights.sources import RANDOM
-from weights.tensors import read_tensors
 
 Pictures = UInt8[np.ndarray, "n h w 3"]
 

@@ -17,7 +17,7 @@ import models
 from models.conditioning import Conditioning
 from models.layers.embeddings import grid_embedding
 from models.uvit import UViT
-from weights.uvit import from_uvit
+from weights.formats.uvit import from_uvit
 
 KEY = jax.random.key(0)
 TINY = {"image_size": 8, "patch_size": 2, "width": 16, "depth": 4, "heads": 2}

@@ -82,7 +82,7 @@ def open_clip_step(config: Any) -> Callable[[int], None]:
     import torch
 
     from models import create_model
-    from weights.open_clip import clip_config
+    from weights.formats.open_clip import clip_config
 
     use_all_cores()
     network = create_model(**config.models.clip)

@@ -113,8 +113,8 @@ def torch_network(model: Any, params: Any) -> Any:
 
     from models.layers.embeddings import grid_embedding
     from models.uvit import UViT
-    from weights.diffusers import unet_config, unet_to_diffusers
-    from weights.uvit import LAYOUT
+    from weights.formats.diffusers import unet_config, unet_to_diffusers
+    from weights.formats.uvit import LAYOUT
 
     model = model.clone(dtype=jnp.float32)
     if isinstance(model, UViT):

@@ -15,17 +15,17 @@ from transformers import CLIPConfig, CLIPModel
 
 import models
 from scripts.convert import main as convert
-from weights.open_clip import (
+from weights.files.tensors import read_tensors
+from weights.formats.open_clip import (
     clip_config,
     clip_fields,
     clip_fields_of_tensors,
     clip_from_open_clip,
     clip_to_open_clip,
 )
+from weights.formats.transformers import clip_fields as fields_of_transformers
+from weights.formats.transformers import clip_from_transformers, clip_to_transformers
 from weights.pretrained import Pretrained
-from weights.tensors import read_tensors
-from weights.transformers import clip_fields as fields_of_transformers
-from weights.transformers import clip_from_transformers, clip_to_transformers
 
 TINY_TEXT = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2}
 TINY_TEXT |= {"num_attention_heads": 2, "max_position_embeddings": 8, "eos_token_id": 39, "bos_token_id": 38}

@@ -8,7 +8,7 @@ import torch
 
 import models
 from cli.errors import UserError
-from weights.dall_e import from_dall_e, to_dall_e
+from weights.formats.dall_e import from_dall_e, to_dall_e
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 import models
 from evaluation.features.extractors import InceptionExtractor, resize_clean
 from models.inception import resize_tf1
-from weights.inception import from_torch, to_torch
-from weights.tensors import read_tensors
+from weights.files.tensors import read_tensors
+from weights.formats.inception import from_torch, to_torch
 
 TOLERANCE = 1e-4  # of features of size one: float32 sums in another order, through 94 convolutions
 

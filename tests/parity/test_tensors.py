@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cli.errors import UserError
-from weights.tensors import read_tensors, write_tensors
+from weights.files.tensors import read_tensors, write_tensors
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),

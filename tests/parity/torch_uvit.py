@@ -1,7 +1,7 @@
 """U-ViT of torch's own layers, to measure beside ours: no library has it.
 
 Bao et al. 2023, "All are Worth Words", section 3.1, with time as a token and concatenating long skips. Parameters are
-called as in the published state dicts, so that `weights.uvit.LAYOUT` fills them.
+called as in the published state dicts, so that `weights.formats.uvit.LAYOUT` fills them.
 """
 
 import math

@@ -15,10 +15,10 @@ from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
 from scripts.convert import main
 from train.state import create_state
 from train.transfer import initialize_parts
-from weights import diffusers, open_clip, transformers, uvit
 from weights.checkpoint import CheckpointStore
+from weights.files.tensors import read_tensors, write_tensors
+from weights.formats import diffusers, open_clip, transformers, uvit
 from weights.pretrained import Pretrained
-from weights.tensors import read_tensors, write_tensors
 
 from ..models.random_parameters import random_parameters
 from ..weights.clip_samples import FIELDS, RESNET, assert_same_trees, tiny

@@ -13,10 +13,10 @@ from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from train.state import create_state
 from train.transfer import initialize_parts
+from weights.files.tensors import read_tensors, write_tensors
 from weights.pretrained import WEIGHTS, Pretrained, write_pretrained
 from weights.run import Run
 from weights.sources import abstract_frozen, differing_fields, load_frozen, open_source, resolve_frozen
-from weights.tensors import read_tensors, write_tensors
 
 from .clip_samples import FIELDS, RESNET, assert_same_trees, tiny
 

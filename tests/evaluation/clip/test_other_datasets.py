@@ -21,10 +21,10 @@ from models import create_model
 from sample.embedding import ClipEmbedder
 from sample.grid import to_uint8
 from scripts.convert import main as convert
-from weights import open_clip
+from weights.files.tensors import write_tensors
+from weights.formats import open_clip
 from weights.pretrained import write_pretrained
 from weights.sources import random_part
-from weights.tensors import write_tensors
 
 from ...data.made_up import NAME, prepare_made_up
 from ...weights.clip_samples import FIELDS, RESNET, tiny

@@ -10,8 +10,8 @@ import evaluation.features.extractors as feature_extractors
 import models
 from cli.errors import UserError
 from evaluation.features.extractors import InceptionExtractor, create_extractor, hash_tree, resize_clean
-from weights.inception import to_torch
-from weights.tensors import write_tensors
+from weights.files.tensors import write_tensors
+from weights.formats.inception import to_torch
 
 
 @pytest.fixture(scope="module")

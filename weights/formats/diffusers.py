@@ -13,8 +13,8 @@ from typing import Any
 
 from cli.errors import UserError
 from models.unet import UNet
-from weights.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensors, Tree, linear
-from weights.origin import Origin, Subfolder, read_json, read_weights
+from weights.files.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensors, Tree, linear
+from weights.files.origin import Origin, Subfolder, read_json, read_weights
 
 CONFIG = "config.json"
 PIPELINE_FOLDER = "unet"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
-from weights.tensors import Tensors, read_tensors
+from weights.files.tensors import Tensors, read_tensors
 
 HUB = "hf:"
 

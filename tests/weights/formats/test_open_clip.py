@@ -8,7 +8,9 @@ import pytest
 import models
 from cli.errors import UserError
 from models.clip import IMAGE_MEAN
-from weights.open_clip import (
+from weights.files.origin import Folder
+from weights.files.tensors import write_tensors
+from weights.formats.open_clip import (
     CONFIG,
     clip_config,
     clip_fields,
@@ -16,10 +18,8 @@ from weights.open_clip import (
     clip_to_open_clip,
     read_clip,
 )
-from weights.origin import Folder
-from weights.tensors import write_tensors
 
-from .clip_samples import FIELDS, RESNET, tiny
+from ..clip_samples import FIELDS, RESNET, tiny
 
 LIKE_B32 = {"vision_cfg": {"width": 768, "layers": 12, "patch_size": 32}, "text_cfg": {"width": 512}, "embed_dim": 512}
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cli.errors import UserError
-from weights.tensors import Tensors
+from weights.files.tensors import Tensors
 
 Tree = Any
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from cli.errors import UserError
 from models.uvit import UViT
-from weights.layout import CONVOLUTION, Form, Layout, Rule, Tensors, Tree, linear
-from weights.origin import Origin, read_json, read_weights
-from weights.transformers import mlp_ratio
+from weights.files.layout import CONVOLUTION, Form, Layout, Rule, Tensors, Tree, linear
+from weights.files.origin import Origin, read_json, read_weights
+from weights.formats.transformers import mlp_ratio
 
 ARGUMENTS = "nnet.json"
 WEIGHTS = ("nnet_ema.safetensors", "nnet_ema.pth", "nnet.pth")

@@ -7,8 +7,8 @@ import pytest
 
 import models
 from cli.errors import UserError
-from weights.inception import from_torch, to_torch
-from weights.tensors import read_tensors, write_tensors
+from weights.files.tensors import read_tensors, write_tensors
+from weights.formats.inception import from_torch, to_torch
 
 
 @pytest.fixture(scope="module")

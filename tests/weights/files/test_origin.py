@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import constants
 
 from cli.errors import UserError
-from weights.origin import Folder, HubRepository, WeightsFile, open_origin, read_json, read_weights
-from weights.tensors import write_tensors
+from weights.files.origin import Folder, HubRepository, WeightsFile, open_origin, read_json, read_weights
+from weights.files.tensors import write_tensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from models.dvae import DiscreteVAE
-from weights.layout import CONVOLUTION, Layout, Rule, Tensors
+from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors
 
 _LAYOUT = Layout(
     what="this discrete VAE",

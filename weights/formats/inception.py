@@ -35,7 +35,7 @@ def from_torch(model: Inception, tensors: Mapping[str, np.ndarray]) -> dict[str,
 
     Args:
       model: says what shapes are expected.
-      tensors: the state dict as numpy arrays, as `weights.tensors.read_tensors` gives it.
+      tensors: the state dict as numpy arrays, as `weights.files.tensors.read_tensors` gives it.
 
     Raises:
       UserError: if tensors are missing, unexpected or of another shape; lists them.

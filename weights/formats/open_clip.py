@@ -13,9 +13,9 @@ import numpy as np
 
 from cli.errors import UserError
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
-from weights.layout import CONVOLUTION, SAME, Layout, Rule, Tensors, Tree, linear
-from weights.origin import Origin, WeightsFile, read_json, read_weights
-from weights.transformers import mlp_ratio, say_other_preparation, undivided_heads
+from weights.files.layout import CONVOLUTION, SAME, Layout, Rule, Tensors, Tree, linear
+from weights.files.origin import Origin, WeightsFile, read_json, read_weights
+from weights.formats.transformers import mlp_ratio, say_other_preparation, undivided_heads
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = (

@@ -7,11 +7,11 @@ import pytest
 
 import models
 from cli.errors import UserError
-from weights.diffusers import unet_config, unet_fields, unet_from_diffusers, unet_to_diffusers
+from weights.formats.diffusers import unet_config, unet_fields, unet_from_diffusers, unet_to_diffusers
 
-from ..models.random_parameters import random_parameters
-from .clip_samples import assert_same_trees
-from .unet_samples import ADM, CLASSES, DDPM, STABLE_DIFFUSION_1, UNETS
+from ..clip_samples import assert_same_trees
+from ...models.random_parameters import random_parameters
+from ..unet_samples import ADM, CLASSES, DDPM, STABLE_DIFFUSION_1, UNETS
 
 CONDITION = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}
 PLAIN = {"_class_name": "UNet2DModel", "sample_size": 32}

@@ -9,10 +9,9 @@ import pytest
 import models
 from cli.errors import UserError
 from models.uvit import UViT
-from weights.origin import Folder, WeightsFile
-from weights.sources import random_part
-from weights.tensors import write_tensors
-from weights.uvit import (
+from weights.files.origin import Folder, WeightsFile
+from weights.files.tensors import write_tensors
+from weights.formats.uvit import (
     ARGUMENTS,
     from_uvit,
     read_uvit,
@@ -22,8 +21,9 @@ from weights.uvit import (
     uvit_fields_of_tensors,
     uvit_files,
 )
+from weights.sources import random_part
 
-from .clip_samples import assert_same_trees, tiny
+from ..clip_samples import assert_same_trees, tiny
 
 SMALL = {"name": "uvit", "image_size": 4, "patch_size": 2, "in_channels": 4, "width": 64, "depth": 2, "heads": 1}
 NETWORKS = {

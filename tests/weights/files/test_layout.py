@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from weights.layout import CONVOLUTION, FLAT, LINEAR, SAME, linear
-from weights.open_clip import clip_from_open_clip, clip_to_open_clip
-from weights.transformers import clip_from_transformers, clip_to_transformers
+from weights.files.layout import CONVOLUTION, FLAT, LINEAR, SAME, linear
+from weights.formats.open_clip import clip_from_open_clip, clip_to_open_clip
+from weights.formats.transformers import clip_from_transformers, clip_to_transformers
 
-from .clip_samples import FIELDS, RESNET, assert_same_trees, tiny
+from ..clip_samples import FIELDS, RESNET, assert_same_trees, tiny
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from cli.errors import UserError
-from weights.torch_pickle import Refused, read_stream, read_zip
+from weights.files.torch_pickle import Refused, read_stream, read_zip
 
 Tensors = dict[str, np.ndarray]
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from weights.tensors import read_tensors, write_tensors
+from weights.files.tensors import read_tensors, write_tensors
 
 MAGIC = 0x1950A86A20F9469CFC6C
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from cli.errors import UserError
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
-from weights.layout import CONVOLUTION, Layout, Rule, Tensors, Tree, linear
-from weights.origin import Origin, read_json, read_weights
+from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors, Tree, linear
+from weights.files.origin import Origin, read_json, read_weights
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 

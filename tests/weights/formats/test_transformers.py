@@ -7,9 +7,9 @@ import pytest
 import models
 from cli.errors import UserError
 from models.clip import IMAGE_MEAN
-from weights.transformers import clip_configs, clip_fields, mlp_ratio
+from weights.formats.transformers import clip_configs, clip_fields, mlp_ratio
 
-from .clip_samples import FIELDS, RESNET
+from ..clip_samples import FIELDS, RESNET
 
 
 @pytest.mark.parametrize("change", [{}, {"text_end_id": 37, "activation": "gelu_tanh", "image_mlp_ratio": 1.5}])
