@@ -25,7 +25,7 @@ from cost.peak_flops import Peak, peak_flops
 from cost.timing import Spread, time_windows
 from data.pipeline import BatchReader, load_tokenizer, open_stream
 from models import create_model
-from sample import create_sampler
+from sample.samplers import create_sampler
 from sample.trained import CHUNK
 from train.distributed.mesh import batch_sharding, make_mesh, place_batch, process_rows
 from train.environment import describe_environment

@@ -26,7 +26,7 @@ from evaluation.features.evaluation import (
 from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record, picture_path
-from sample.grid import draw_grid, to_uint8
+from sample.sheets.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
 
 # What is computed unless a user names metrics; of a CLIP see `default_metrics`.

@@ -11,8 +11,8 @@ from cli.errors import UserError
 from data.pipeline import RecordSource
 from data.preprocess import center_square, choose_caption
 from evaluation.records import Record
-from sample.diffusion import DiffusionSampler
-from sample.dvae import from_uint8
+from sample.samplers.diffusion import DiffusionSampler
+from sample.samplers.dvae import from_uint8
 from sample.trained import TrainedSampler
 
 CAPTION_LOSS = "caption_loss"

@@ -14,7 +14,7 @@ from diffusion.likelihood import bits_per_dimension, log_likelihood
 from diffusion.schedule import DiscreteSchedule
 from evaluation.records import Record
 from models.conditioning import Conditioning
-from sample.diffusion import DiffusionSampler
+from sample.samplers.diffusion import DiffusionSampler
 from sample.trained import TrainedSampler
 
 POINT_METRICS = ("energy_distance", "likelihood")

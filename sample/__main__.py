@@ -10,7 +10,7 @@ from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
 from data.points import is_points
 from sample.arguments import add_sampling_arguments, sampling_settings
-from sample.axes import parse_axes, read_texts
+from sample.sheets.axes import parse_axes, read_texts
 
 _DESCRIPTION = """\
 Draws captions or classes with a trained run, or passes pictures through a trained image tokenizer, and writes a
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str]) -> None:
     from sample.command import draw_figure, draw_pictures, prepare_out, reconstruct, write_files, write_picture
     from sample.conditions import Order, make_conditions
     from sample.embedding import ClipEmbedder
-    from sample.sweep import run_sweep
+    from sample.sheets.sweep import run_sweep
+    from sample.sheets.trajectory import draw_trajectory
     from sample.trained import TrainedSampler  # imports jax, as those above
-    from sample.trajectory import draw_trajectory
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
     if trained.config.objective == "clip":

@@ -14,8 +14,8 @@ from cli.errors import UserError
 from data.preprocess import PictureTransform, center_square, transform_pair
 from sample.conditions import Order, draw_images, order_rows, records_of
 from sample.embedding import ClipEmbedder
-from sample.grid import draw_grid, to_uint8
-from sample.points import draw_point_run
+from sample.sheets.grid import draw_grid, to_uint8
+from sample.sheets.points import draw_point_run
 from sample.trained import TrainedSampler
 
 
@@ -105,7 +105,7 @@ def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:
 
 
 def draw_figure(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Drawn:
-    """One picture of what a diffusion of points does; see `sample.points.draw_point_run`."""
+    """One picture of what a diffusion of points does; see `sample.sheets.points.draw_point_run`."""
     figure = draw_point_run(trained, num, seed, settings)
     return Drawn(np.asarray(figure)[None], [{"points": num}], trained.describe(seed, settings), figure)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cli.errors import UserError
-from sample.grid import to_uint8
+from sample.sheets.grid import to_uint8
 from sample.trained import Rows, TrainedSampler
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from models import create_model
-from sample import create_sampler
+from sample.samplers import create_sampler
 from weights.pretrained import Pretrained
 from weights.run import Run, RunWeights
 from weights.sources import load_frozen, open_source, resolve_frozen

@@ -215,7 +215,7 @@ def test_planted_import_is_found(tmp_path: Path, path: str, text: str, module: s
         ("weights/checkpoint.py", "from orbax.checkpoint import v1\nfrom models import MODELS"),
         ("train/objectives/a.py", "from ..state import TrainState\nfrom sample import dalle\nimport wandb"),
         ("cost/a.py", "import train.program"),
-        ("scripts/a.py", "import train.loop, sample.dalle, cost.flops\nimport matplotlib"),
+        ("scripts/a.py", "import train.loop, sample.samplers.dalle, cost.flops\nimport matplotlib"),
         ("tests/a.py", "from scripts import demo\nimport orbax.checkpoint"),
         ("tests/parity/a.py", "import torch\nimport dall_e"),
     ],

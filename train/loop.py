@@ -19,7 +19,7 @@ from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from data.pipeline import BatchReader, Stream, open_stream
 from data.tokenizer import Tokenizer
 from models import MODELS
-from sample.grid import draw_grid
+from sample.sheets.grid import draw_grid
 from train.distributed.mesh import make_mesh, place_batch, process_rows
 from train.distributed.preemption import StopSignal
 from train.distributed.processes import all_agree, from_first, is_first

@@ -19,7 +19,7 @@ from evaluation.caption_accuracy import captioned_pictures, world_of
 from evaluation.clip.score import CONVENTIONS, PREFIX, clip_score
 from evaluation.records import Record, picture_path
 from sample.embedding import BLOCK, ClipEmbedder
-from sample.grid import to_uint8
+from sample.sheets.grid import to_uint8
 from sample.trained import TrainedSampler
 
 JUDGED = ("clip_score", "rerank")

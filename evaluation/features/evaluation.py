@@ -21,7 +21,7 @@ from evaluation.features import metrics
 from evaluation.features.extractors import Classifier, FeatureExtractor
 from evaluation.features.reference import FeatureStore, dataset_provenance
 from evaluation.records import Record
-from sample.grid import to_uint8
+from sample.sheets.grid import to_uint8
 from sample.trained import TrainedSampler
 
 FEATURE_METRICS = ("fid", "kid", "cmmd", "inception_score", "precision_recall")

@@ -12,7 +12,7 @@ import pytest
 from cli.config import to_json
 from configs.scenes import ddpm_uvit
 from data.pipeline import dataset_folder
-from sample import create_sampler
+from sample.samplers import create_sampler
 from weights.checkpoint import CheckpointStore
 from weights.run import CHECKPOINTS, CONFIG, TOKENIZER
 

@@ -27,8 +27,8 @@ import models
 from cli.errors import UserError
 from models.clip import Clip, ClipOutput
 from models.layers.partitioning import join_rows, shard_rows, split_rows
-from sample.clip import ClipSampler
-from sample.dvae import from_uint8
+from sample.samplers.clip import ClipSampler
+from sample.samplers.dvae import from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.preview import gather, to_host
 

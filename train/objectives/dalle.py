@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models.dalle import Dalle, DalleLogits, position_pads
-from sample.dalle import DalleSampler
-from sample.dvae import from_uint8
+from sample.samplers.dalle import DalleSampler
+from sample.samplers.dvae import from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.preview import to_host
 

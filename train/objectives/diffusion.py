@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from diffusion.posterior import bound_terms
 from diffusion.schedule import DiscreteSchedule
-from sample.diffusion import DiffusionSampler
-from sample.dvae import from_uint8
-from sample.points import draw_points
+from sample.samplers.diffusion import DiffusionSampler
+from sample.samplers.dvae import from_uint8
+from sample.sheets.points import draw_points
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.preview import gather, to_host
 

@@ -22,7 +22,7 @@ import models
 from cli.errors import UserError
 from models.dvae import DiscreteVAE, map_pixels, unmap_pixels
 from models.layers.quantizer import straight_through
-from sample.dvae import ReconstructionSampler, from_uint8
+from sample.samplers.dvae import ReconstructionSampler, from_uint8
 from train.objectives.contract import Aux, Batch, Metrics, Preview, Tree, example_keys
 from train.objectives.preview import to_host
 

@@ -4,7 +4,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Shaped
 
-from sample.grid import to_uint8
+from sample.sheets.grid import to_uint8
 
 
 def gather(rows: Shaped[Array, "b *s"]) -> np.ndarray:

@@ -21,7 +21,7 @@ import models
 from cli.errors import UserError
 from models.dvae import VectorQuantizedVAE
 from models.layers.quantizer import straight_through
-from sample.dvae import ReconstructionSampler, from_uint8
+from sample.samplers.dvae import ReconstructionSampler, from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.dvae import (
     check_reconstruction,

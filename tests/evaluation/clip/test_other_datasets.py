@@ -19,7 +19,7 @@ from evaluation.clip import judge, linear_probe
 from evaluation.report import headline_records
 from models import create_model
 from sample.embedding import ClipEmbedder
-from sample.grid import to_uint8
+from sample.sheets.grid import to_uint8
 from scripts.convert import main as convert
 from weights.files.tensors import write_tensors
 from weights.formats import open_clip

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from sample.dvae import from_uint8
+from sample.samplers.dvae import from_uint8
 from train.objectives.dalle import DalleObjective
 
 T, N, TEXT_VOCAB, IMAGE_VOCAB = 4, 16, 11, 7

@@ -9,8 +9,8 @@ import models
 from cli.errors import UserError
 from weights.formats.diffusers import unet_config, unet_fields, unet_from_diffusers, unet_to_diffusers
 
-from ..clip_samples import assert_same_trees
 from ...models.random_parameters import random_parameters
+from ..clip_samples import assert_same_trees
 from ..unet_samples import ADM, CLASSES, DDPM, STABLE_DIFFUSION_1, UNETS
 
 CONDITION = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}

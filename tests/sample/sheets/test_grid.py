@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sample.grid import draw_grid, draw_mosaic, draw_table, to_uint8
+from sample.sheets.grid import draw_grid, draw_mosaic, draw_table, to_uint8
 
 
 def test_pixels_map_to_bytes_and_are_clipped():

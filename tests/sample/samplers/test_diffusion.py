@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sample.diffusion
+import sample.samplers.diffusion
 from cli.errors import UserError
 from configs.paper import uvit
 from configs.scenes import clip, ddpm_uvit
 from configs.toy import swiss_roll
-from sample import create_sampler
+from sample.samplers import create_sampler
 
 TEXT = np.random.default_rng(0).integers(1, 20, (4, 12)).astype(np.int32)
 
@@ -88,11 +88,11 @@ def test_no_caption_is_the_blank_one(drawer):
 def test_prompts_seeds_and_guidance_compile_nothing_new(drawer):
     _, draw = drawer
     draw(guidance=3.0, negative=TEXT)
-    before = sample.diffusion._draw._cache_size()
+    before = sample.samplers.diffusion._draw._cache_size()
     draw(np.roll(TEXT, 1, axis=0), guidance=7.5, negative=TEXT, rescale=0.7, guidance_start=0.1, guidance_stop=0.9)
-    assert sample.diffusion._draw._cache_size() == before
+    assert sample.samplers.diffusion._draw._cache_size() == before
     draw(guidance=3.0, negative=TEXT, steps=5)
-    assert sample.diffusion._draw._cache_size() == before + 1
+    assert sample.samplers.diffusion._draw._cache_size() == before + 1
 
 
 def test_a_guided_step_is_one_call_on_both_halves(drawer, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_guided_step_is_one_call_on_both_halves(drawer, monkeypatch):
             "text": sampler.text.model.init(jax.random.key(0), jnp.asarray(TEXT))["params"],
         }
     )
-    draw = sample.diffusion._draw.__wrapped__
+    draw = sample.samplers.diffusion._draw.__wrapped__
     jax.eval_shape(functools.partial(draw, sampler, request["steps"], True, False), trees, {}, arrays, keys())
     assert sizes == [8]
 

@@ -6,9 +6,9 @@ import pytest
 from cli.errors import UserError
 from sample.__main__ import main
 from sample.conditions import Order, draw_images, make_conditions, order_rows
-from sample.grid import draw_mosaic
+from sample.sheets.grid import draw_mosaic
+from sample.sheets.trajectory import draw_trajectory
 from sample.trained import TrainedSampler
-from sample.trajectory import draw_trajectory
 
 
 @pytest.fixture(scope="module")

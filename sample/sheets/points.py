@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from data.points import PointStream
-from sample.diffusion import DiffusionSampler
+from sample.samplers.diffusion import DiffusionSampler
 from sample.trained import TrainedSampler
 
 _LIMIT = 2.6  # of the axes

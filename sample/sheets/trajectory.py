@@ -8,8 +8,8 @@ from PIL import Image
 from cli.errors import UserError
 from sample.command import Drawn
 from sample.conditions import Order, draw_outputs, order_rows, records_of
-from sample.diffusion import DiffusionSampler
-from sample.grid import draw_mosaic, draw_table, to_uint8
+from sample.samplers.diffusion import DiffusionSampler
+from sample.sheets.grid import draw_mosaic, draw_table, to_uint8
 from sample.trained import TrainedSampler
 
 _CHUNK = 8  # pictures drawn at once: all steps of each are kept

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models.dvae import DiscreteVAE
-from sample.dalle import DalleSampler, filter_logits
+from sample.samplers.dalle import DalleSampler, filter_logits
 
 T, N, TEXT_VOCAB, IMAGE_VOCAB = 4, 16, 11, 7
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import models
 from cli.errors import UserError
 from models.clip import Clip
-from sample.dvae import from_uint8
+from sample.samplers.dvae import from_uint8
 
 
 @dataclasses.dataclass(frozen=True)

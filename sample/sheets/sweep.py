@@ -16,11 +16,11 @@ from PIL import Image
 from cli.errors import UserError
 from data.scenes import find_world, parse_caption
 from data.scenes.grader import SceneGrader
-from sample.axes import TEXTS, Axis, spell
 from sample.command import Samples, write_picture
 from sample.conditions import Condition, Order, draw_images, order_rows, records_of
 from sample.embedding import ClipEmbedder
-from sample.grid import draw_mosaic, draw_table
+from sample.sheets.axes import TEXTS, Axis, spell
+from sample.sheets.grid import draw_mosaic, draw_table
 from sample.trained import Rows, TrainedSampler
 
 TABLE = "sweep.csv"

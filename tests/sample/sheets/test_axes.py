@@ -3,7 +3,7 @@
 import pytest
 
 from cli.errors import UserError
-from sample.axes import Axis, parse_axes
+from sample.sheets.axes import Axis, parse_axes
 
 
 def test_values_have_the_type_of_their_key():

@@ -1,0 +1,1 @@
+"""What is written: grids, sweeps, trajectories, figures of points."""
