@@ -95,7 +95,7 @@ def get_diffusion_sampling(sampler: str, steps: int, guidance: float = 1.0) -> C
     """Returns the `config.sample` of a diffusion: solver, and guidance, of which 1 means none."""
     return ConfigDict(
         {
-            "sampler": sampler,  # one of diffusion.samplers.SAMPLERS
+            "sampler": sampler,  # one of diffusion.solver_choice.SOLVERS
             "steps": steps,
             "spacing": "",  # of the times; "" for the sampler's own
             "eta": 0.0,  # of ddim

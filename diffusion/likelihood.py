@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion.grid import continuous_grid
 from diffusion.plan import Denoise
 from diffusion.schedule import ContinuousSchedule
+from diffusion.times import continuous_grid
 
 
 def log_likelihood(

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.grid import Grid
 from diffusion.plan import Plan
 from diffusion.schedule import ContinuousSchedule
+from diffusion.times import TimeGrid
 
 VARIANCES = ("small", "large", "learned")
 
 
-def ddpm(grid: Grid, variance: str = "small") -> Plan:
+def ddpm(grid: TimeGrid, variance: str = "small") -> Plan:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on any grid (Nichol and Dhariwal 2021, section 4).
 
     Args:
@@ -42,7 +42,7 @@ def ddpm(grid: Grid, variance: str = "small") -> Plan:
     )
 
 
-def ddim(grid: Grid, eta: float = 0.0) -> Plan:
+def ddim(grid: TimeGrid, eta: float = 0.0) -> Plan:
     """DDIM (Song et al. 2021, eq. 12); eta = 0 draws no noise, eta = 1 as much as ancestral sampling."""
     alpha, sigma, _, beta = _chain(grid)
     noise = eta * sigma[1:] / sigma[:-1] * np.sqrt(beta)
@@ -50,7 +50,7 @@ def ddim(grid: Grid, eta: float = 0.0) -> Plan:
     return _plan(grid, state=along, model=alpha[1:] - along * alpha[:-1], noise=noise)
 
 
-def euler(grid: Grid) -> Plan:
+def euler(grid: TimeGrid) -> Plan:
     """Euler's method for the probability-flow ODE in the variance-exploding view (Karras et al. 2022, algorithm 1).
 
     With y = x / alpha and s = sigma / alpha the ODE is dy/ds = (y - x_0) / s; one step of it is one of DDIM's.
@@ -58,7 +58,7 @@ def euler(grid: Grid) -> Plan:
     return ddim(grid)
 
 
-def euler_ancestral(grid: Grid) -> Plan:
+def euler_ancestral(grid: TimeGrid) -> Plan:
     """Euler's method down to below the next noise level, then noise up to it (Crowson, k-diffusion).
 
     In the variance-exploding view: s_up^2 = s'^2 (s^2 - s'^2) / s^2 and s_down^2 = s'^2 - s_up^2.
@@ -74,7 +74,7 @@ def euler_ancestral(grid: Grid) -> Plan:
 
 
 def heun(
-    grid: Grid,
+    grid: TimeGrid,
     churn: float = 0.0,
     churn_range: tuple[float, float] = (0.0, np.inf),
     churn_noise: float = 1.0,
@@ -124,7 +124,7 @@ def heun(
     return Plan(**columns, first_noise=float(extra[0]))
 
 
-def plms(grid: Grid) -> Plan:
+def plms(grid: TimeGrid) -> Plan:
     """Pseudo linear multistep sampling, started by a step that is done twice (Liu et al. 2022, eq. 9; Crowson).
 
     Adams-Bashforth of orders up to 4 on the noise estimates, moved by DDIM's transfer. The first step is Heun's in this
@@ -163,7 +163,7 @@ def plms(grid: Grid) -> Plan:
     )
 
 
-def dpm_solver_multistep(grid: Grid, *, lower_order_final: bool | None = None) -> Plan:
+def dpm_solver_multistep(grid: TimeGrid, *, lower_order_final: bool | None = None) -> Plan:
     """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2).
 
     Args:
@@ -194,7 +194,7 @@ def fast_orders(num: int) -> tuple[int, ...]:
     return (*(3,) * (whole - 1), 2, 1)
 
 
-def dpm_solver_singlestep(grid: Grid, orders: Sequence[int], *, midpoint: bool = False) -> Plan:
+def dpm_solver_singlestep(grid: TimeGrid, orders: Sequence[int], *, midpoint: bool = False) -> Plan:
     """DPM-Solver++ singlestep of orders 1 to 3 (Lu et al. 2022b, appendix; Lu et al. 2022a, algorithms 4 and 5).
 
     A step of order k starts from one of the grid's states and uses the k - 1 times that follow as its inner nodes.
@@ -238,7 +238,7 @@ def dpm_solver_singlestep(grid: Grid, orders: Sequence[int], *, midpoint: bool =
     return _plan(grid, state=state, model=model, starts=starts)
 
 
-def unipc(grid: Grid, order: int = 2) -> Plan:
+def unipc(grid: TimeGrid, order: int = 2) -> Plan:
     """UniPC with B(h) = exp(h) - 1, predictor and corrector, for data estimates (Zhao et al. 2023, algorithms 1, 2).
 
     The corrector reuses the estimate at the predicted state, so it costs no network call; it is not applied to the
@@ -278,7 +278,7 @@ def unipc(grid: Grid, order: int = 2) -> Plan:
     return dataclasses.replace(_plan(grid, state=grid.sigma[1:] / grid.sigma[:-1], model=model), corrector=corrector)
 
 
-def reverse_sde(grid: Grid, schedule: ContinuousSchedule) -> Plan:
+def reverse_sde(grid: TimeGrid, schedule: ContinuousSchedule) -> Plan:
     """Euler-Maruyama steps of the reverse-time SDE (Song et al. 2021, eq. 6), the last without noise.
 
     dx = (f x - g^2 score) dt + g dw, with score = (alpha x_0 - x) / sigma^2.
@@ -300,7 +300,7 @@ def reverse_sde(grid: Grid, schedule: ContinuousSchedule) -> Plan:
 class _ExponentialStep:
     """Integrals over lambda of DPM-Solver++'s exact solution (Lu et al. 2022b, eq. 9), finite at infinite lambda."""
 
-    def __init__(self, grid: Grid):
+    def __init__(self, grid: TimeGrid):
         self._grid, self.log_snr = grid, grid.log_snr
 
     def _decay(self, start: int, end: int) -> float:
@@ -337,7 +337,7 @@ class _ExponentialStep:
         return np.linalg.solve(left, np.array(right))
 
 
-def _chain(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _chain(grid: TimeGrid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """alpha, sigma, and of each step from t to the less noisy s: the ratio alpha_t / alpha_s, and beta.
 
     beta is the variance that noising adds on the way back, sigma_t^2 - ratio^2 sigma_s^2.
@@ -348,7 +348,7 @@ def _chain(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _plan(
-    grid: Grid,
+    grid: TimeGrid,
     *,
     state: np.ndarray,
     model: np.ndarray,

@@ -20,8 +20,8 @@ from cli.errors import UserError
 from diffusion.guidance import Guidance, interleave, pairs, separate
 from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
-from diffusion.samplers import make_plan
 from diffusion.schedule import create_schedule
+from diffusion.solver_choice import make_plan
 from models import create_model
 from models.conditioning import Conditioning
 from weights.sources import model_of
@@ -37,7 +37,7 @@ class Steps:
     """What a sampler is compiled for, beside the batch.
 
     Attributes:
-      sampler: see `diffusion.samplers.SAMPLERS`.
+      sampler: see `diffusion.solver_choice.SOLVERS`.
       steps: S.
       spacing: of the times; "" for the sampler's own.
       eta: of DDIM.

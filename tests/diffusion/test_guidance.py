@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from diffusion import solvers
-from diffusion.grid import continuous_grid
 from diffusion.guidance import Guidance, guide, interleave, pairs, separate
 from diffusion.plan import solve
 from diffusion.schedule import VPSchedule
+from diffusion.times import continuous_grid
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.grid import continuous_grid
 from diffusion.likelihood import bits_per_dimension, log_likelihood
 from diffusion.schedule import FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
+from diffusion.times import continuous_grid
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from diffusion import solvers
-from diffusion.grid import Grid, continuous_grid, discrete_grid
 from diffusion.plan import per_example_noise, solve
-from diffusion.samplers import SAMPLERS, make_plan
 from diffusion.schedule import DiscreteSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
+from diffusion.solver_choice import SOLVERS, make_plan
+from diffusion.times import TimeGrid, continuous_grid, discrete_grid
 
 VP = VPSchedule()
 PLANS = {
@@ -98,7 +98,7 @@ def test_a_straight_flow_needs_one_step():
     np.testing.assert_allclose(end, 0.3, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddpm"])
+@pytest.mark.parametrize("sampler", [name for name in SOLVERS if name != "ddpm"])
 @pytest.mark.parametrize(
     "schedule", [FlowSchedule(), DiscreteSchedule(zero_terminal_snr=True), VPSchedule()], ids=["flow", "zero_snr", "vp"]
 )
@@ -178,7 +178,7 @@ def test_the_reverse_sde_draws_the_data(schedule, gaussian):
 
 def test_churn_keeps_the_distribution(gaussian):
     levels = np.append(np.geomspace(10, 0.02, 40), 0.0)
-    grid, count = Grid(levels, np.ones(41), levels), 4000
+    grid, count = TimeGrid(levels, np.ones(41), levels), 4000
 
     def denoise(x, sigma):
         return (gaussian.std**2 * x + sigma**2 * gaussian.mean) / (gaussian.std**2 + sigma**2)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from diffusion import solvers
-from diffusion.grid import discrete_grid
 from diffusion.plan import solve
 from diffusion.schedule import DiscreteSchedule
+from diffusion.times import discrete_grid
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diffusion.grid import continuous_grid, discrete_grid, karras_noise, timesteps
 from diffusion.schedule import DiscreteSchedule, FlowSchedule, VPSchedule
+from diffusion.times import continuous_grid, discrete_grid, karras_noise, timesteps
 
 STABLE_DIFFUSION = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
 

@@ -1,13 +1,13 @@
-"""The samplers by name, each on the times that it was published with unless told otherwise."""
+"""Solvers by the names that samplers are published under, each on its own times unless told otherwise."""
 
 from collections.abc import Callable
 
 from diffusion import solvers
-from diffusion.grid import Grid, continuous_grid, discrete_grid
 from diffusion.plan import Plan
 from diffusion.schedule import DiscreteSchedule, FlowSchedule, Schedule
+from diffusion.times import TimeGrid, continuous_grid, discrete_grid
 
-SAMPLERS = (
+SOLVERS = (
     "ddpm",
     "ddim",
     "plms",
@@ -25,7 +25,7 @@ TIME_MIN = 1e-3  # where samplers of the SDEs stop, as published (Lu et al. 2022
 _OF_INTERVALS = ("dpm_solver_multistep", "dpm_solver_singlestep", "unipc")
 _BETWEEN_STEPS = ("euler", "euler_ancestral", "heun")
 
-_PLANS: dict[str, Callable[[Grid], Plan]] = {
+_PLANS: dict[str, Callable[[TimeGrid], Plan]] = {
     "plms": solvers.plms,
     "euler": solvers.euler,
     "euler_ancestral": solvers.euler_ancestral,
@@ -41,9 +41,9 @@ def make_plan(
 
     Args:
       schedule: that the network was trained on.
-      sampler: one of `SAMPLERS`.
+      sampler: one of `SOLVERS`.
       steps: S; the network is asked once a step, by "heun" twice.
-      spacing: of `diffusion.grid`; "" for the sampler's own: of a chain "linspace" for DPM-Solver, UniPC, Euler and
+      spacing: of `diffusion.times`; "" for the sampler's own: of a chain "linspace" for DPM-Solver, UniPC, Euler and
         Heun, and "leading" for the others; in continuous time "log_snr", for the singlestep solver, the reverse SDE and
         flow "time".
       eta: of "ddim".
@@ -52,8 +52,8 @@ def make_plan(
     Raises:
       ValueError: if there is no such sampler or spacing, or the steps are impossible.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if sampler not in SOLVERS:
+        raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SOLVERS)}")
     if isinstance(schedule, DiscreteSchedule):
         if sampler == "reverse_sde":
             raise ValueError("sampler 'reverse_sde' needs a schedule in continuous time; ddpm is that of a chain")
@@ -82,7 +82,7 @@ def make_plan(
     return _PLANS[sampler](grid)
 
 
-def _orders(grid: Grid) -> tuple[int, ...]:
+def _orders(grid: TimeGrid) -> tuple[int, ...]:
     """DPM-Solver-fast's orders; steps from noise alone or to clean data are infinite in lambda, so of order 1."""
     first, last = int(grid.alpha[0] == 0), int(grid.sigma[-1] == 0)
     if len(grid) <= first + last:

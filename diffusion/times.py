@@ -19,7 +19,7 @@ RHO = 7.0  # of Karras et al. 2022
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Grid:
+class TimeGrid:
     """Times of a sampler, from noise to data.
 
     Attributes:
@@ -107,7 +107,7 @@ def discrete_grid(
     offset: int = 0,
     whole: bool = True,
     end: str = "clean",
-) -> Grid:
+) -> TimeGrid:
     """Times of a chain.
 
     Args:
@@ -140,7 +140,7 @@ def discrete_grid(
             times = times[:-1]
         alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     final = (1.0, 0.0) if end == "clean" else (float(schedule.alpha(0.0)), float(schedule.sigma(0.0)))
-    return Grid(np.append(times, 0.0), np.append(alpha, final[0]), np.append(sigma, final[1]))
+    return TimeGrid(np.append(times, 0.0), np.append(alpha, final[0]), np.append(sigma, final[1]))
 
 
 def continuous_grid(
@@ -151,7 +151,7 @@ def continuous_grid(
     time_min: float | None = None,
     time_max: float | None = None,
     clean: bool = False,
-) -> Grid:
+) -> TimeGrid:
     """Times of a schedule in continuous time; a chain's are taken between its steps.
 
     Args:
@@ -185,4 +185,4 @@ def continuous_grid(
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     if clean:
         times, alpha, sigma = np.append(times, 0.0), np.append(alpha, 1.0), np.append(sigma, 0.0)
-    return Grid(times, alpha, sigma)
+    return TimeGrid(times, alpha, sigma)
