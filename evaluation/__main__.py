@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import command
+from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
 from sample.arguments import add_sampling_arguments, sampling_settings
@@ -44,7 +44,7 @@ cmmd               kernel distance of CLIP embeddings (Jayasumana et al. 2024)
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and evaluates."""
-    parser = command.parser("evaluation", _DESCRIPTION)
+    parser = entry_point.parser("evaluation", _DESCRIPTION)
     add_sampling_arguments(parser)
     parser.add_argument("--metrics", default="", help="comma-separated (default: all that apply)")
     parser.add_argument("--dataset", default="", help="a prepared one, name[/config] (default: the run's)")
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str]) -> None:
     features.add_argument(
         "--features_dir", help="where the dataset's features are kept (default ~/.cache/tessera/features)"
     )
-    judged = parser.add_argument_group("metrics that a CLIP judges")
-    judged.add_argument("--clip", metavar="RUN", help="a trained or a converted CLIP")
-    judged.add_argument("--convention", default="cosine", help="of clip_score: cosine, hessel, torchmetrics")
-    judged.add_argument("--candidates", type=int, default=16, help="most that rerank chooses from (default 16)")
+    scored = parser.add_argument_group("metrics of a CLIP")
+    scored.add_argument("--clip", metavar="RUN", help="a trained or a converted CLIP")
+    scored.add_argument("--convention", default="cosine", help="of clip_score: cosine, hessel, torchmetrics")
+    scored.add_argument("--candidates", type=int, default=16, help="most that rerank chooses from (default 16)")
     classes = parser.add_argument_group("metrics of a CLIP")
     classes.add_argument("--label", default="label", help="the dataset's field of class numbers (default label)")
     classes.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the dataset's)")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.num_real < 0 or options.kid_subset_size < 0 or options.kid_subsets < 1:
         raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
-    from evaluation.command import Tools, default_splits, evaluate_run, on_dataset  # imports jax
+    from evaluation.evaluate import Tools, default_splits, evaluate_run, on_dataset  # imports jax
     from evaluation.records import format_table, write_records
     from sample.trained import TrainedSampler
 
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = sampling_settings(options)
     metrics = [name for name in options.metrics.split(",") if name]
     splits = [name for name in options.splits.split(",") if name] or default_splits(trained.config)
-    tools = Tools(_feature_settings(options), _judge(options), _clip_settings(options))
+    tools = Tools(_feature_settings(options), _scorer(options), _clip_settings(options))
     records = evaluate_run(trained, metrics, splits, options.num, options.seed, settings, tools)
     write_records(trained.run, records)
     print(format_table(records))
@@ -104,8 +104,8 @@ def _feature_settings(options: argparse.Namespace) -> Any:
     """The `FeatureSettings` that were asked for, or None."""
     if not options.features:
         return None
-    from evaluation.features.evaluation import FeatureSettings
     from evaluation.features.extractors import create_extractor
+    from evaluation.features.metrics import FeatureSettings
     from evaluation.features.reference import FeatureStore, default_folder
 
     return FeatureSettings(
@@ -117,19 +117,19 @@ def _feature_settings(options: argparse.Namespace) -> Any:
     )
 
 
-def _judge(options: argparse.Namespace) -> Any:
-    """The `Judge` that was asked for, or None."""
+def _scorer(options: argparse.Namespace) -> Any:
+    """The `ClipScorer` that was asked for, or None."""
     if not options.clip:
         return None
-    from evaluation.clip.judge import Judge
+    from evaluation.clip.reranking import ClipScorer
     from sample.embedding import ClipEmbedder
 
-    return Judge(ClipEmbedder.open(options.clip), options.convention, options.candidates)
+    return ClipScorer(ClipEmbedder.open(options.clip), options.convention, options.candidates)
 
 
 def _clip_settings(options: argparse.Namespace) -> Any:
     """The `ClipSettings` that were asked for."""
-    from evaluation.clip.evaluation import ClipSettings
+    from evaluation.clip.metrics import ClipSettings
     from evaluation.clip.zero_shot import read_lines
 
     lists = {name: getattr(options, name) for name in ("classes", "templates")}
@@ -139,4 +139,4 @@ def _clip_settings(options: argparse.Namespace) -> Any:
 
 if __name__ == "__main__":
     reexec_with_fast_allocator()
-    command.run(main)
+    entry_point.run(main)

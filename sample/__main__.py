@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import command
+from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
 from data.points import is_points
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = command.parser("sample", _DESCRIPTION)
+    parser = entry_point.parser("sample", _DESCRIPTION)
     add_sampling_arguments(parser)
     parser.set_defaults(seed=None)  # tells a seed that is given from 0
     parser.add_argument("--prompt", action="append", default=[], help="a caption, or @FILE with one a line; repeatable")
@@ -159,4 +159,4 @@ def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     reexec_with_fast_allocator()
-    command.run(main)
+    entry_point.run(main)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cli import command
+from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.config import load_config
 from cli.errors import UserError
@@ -21,7 +21,7 @@ _PARTS = ("step", "data", "sample")
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and measures."""
-    parser = command.parser("scripts.benchmark", _DESCRIPTION)
+    parser = entry_point.parser("scripts.benchmark", _DESCRIPTION)
     parser.add_argument(
         "--measure", default="step,data", metavar="PARTS", help=f"some of {','.join(_PARTS)} (default step,data)"
     )
@@ -163,4 +163,4 @@ def _spread(figure: dict[str, float], unit: float = 1.0) -> str:
 
 if __name__ == "__main__":
     reexec_with_fast_allocator()
-    command.run(main)
+    entry_point.run(main)

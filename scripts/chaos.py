@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import command
+from cli import entry_point
 from cli.config import load_config
 from cli.errors import EXIT_FAILURE, EXIT_OK, UserError
 
@@ -163,7 +163,7 @@ def compare_runs(one: Path, other: Path) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line, kills and compares."""
-    parser = command.parser("scripts.chaos", _DESCRIPTION)
+    parser = entry_point.parser("scripts.chaos", _DESCRIPTION)
     parser.add_argument("--workdir", required=True, help="a new folder for both runs")
     parser.add_argument("--kills", type=int, default=100, help="how often (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
@@ -196,4 +196,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    entry_point.run(main)

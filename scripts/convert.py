@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import command
+from cli import entry_point
 from cli.errors import UserError
 
 _DESCRIPTION = """\
@@ -41,7 +41,7 @@ MODELS = ("clip", "unet", "uvit")
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and converts."""
-    parser = command.parser("scripts.convert", _DESCRIPTION)
+    parser = entry_point.parser("scripts.convert", _DESCRIPTION)
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--source", choices=FORMATS, help="the format to read")
     direction.add_argument("--to", choices=FORMATS, help="the format to write")
@@ -190,4 +190,4 @@ def _count(params: Any) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    entry_point.run(main)

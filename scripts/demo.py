@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import command
+from cli import entry_point
 from cli.errors import EXIT_FAILURE, EXIT_OK, UserError
 from evaluation.report import Section, headline_records, write_report
 from weights.run import DONE
@@ -32,7 +32,7 @@ python -m train --config=configs/scenes/dvae.py:pair32 --workdir=runs/dvae_pair3
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line and runs every stage."""
-    parser = command.parser("scripts.demo", _DESCRIPTION)
+    parser = entry_point.parser("scripts.demo", _DESCRIPTION)
     parser.add_argument("--workdir", default="runs/demo", help="where runs and the report go (default runs/demo)")
     parser.add_argument("--data_dir", default="", help="where datasets are kept (default: the user's)")
     parser.add_argument("--num", type=int, default=500, help="captions graded of each split (default 500)")
@@ -161,4 +161,4 @@ class _Demo:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    entry_point.run(main)

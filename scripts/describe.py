@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cli import command
+from cli import entry_point
 from cli.config import load_config
 
 _DESCRIPTION = """\
@@ -18,7 +18,7 @@ largest config can be described on a laptop.
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and describes."""
-    parser = command.parser("scripts.describe", _DESCRIPTION)
+    parser = entry_point.parser("scripts.describe", _DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--depth", type=int, default=2, help="levels of the module tree (default 2)")
     options, rest = parser.parse_known_args(arguments)
@@ -109,4 +109,4 @@ def _modules(tree: Any, depth: int, prefix: str = "") -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    entry_point.run(main)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import command
+from cli import entry_point
 from cli.config import flatten, load_config
 from cli.errors import EXIT_OK, UserError
 from cost.chips import GIB, chip_of
@@ -56,7 +56,7 @@ COLUMNS = (
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line, compiles or finds the row of the table, and prints."""
-    parser = command.parser("scripts.fit", _DESCRIPTION)
+    parser = entry_point.parser("scripts.fit", _DESCRIPTION)
     parser.add_argument("--topology", default="", help="a slice such as v5e:4x4 (default: config.mesh.topology)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--table", type=Path, help="write a row into this page, unless it is there and still holds")
@@ -291,4 +291,4 @@ def _versions(report: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    entry_point.run(main)

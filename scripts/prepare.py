@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from cli import command
+from cli import entry_point
 from cli.errors import UserError
 from data import scenes
 from data.pipeline import DEFAULT_DATA_DIR, RecordSource, dataset_folder, known_datasets
@@ -16,7 +16,7 @@ Prepares a dataset on this machine and trains its tokenizer; what is already the
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and prepares."""
-    parser = command.parser("scripts.prepare", _DESCRIPTION)
+    parser = entry_point.parser("scripts.prepare", _DESCRIPTION)
     parser.add_argument("--dataset", default="scenes", help=f"scenes (all of it), or {', '.join(known_datasets())}")
     parser.add_argument("--data_dir", default="", help=f"where datasets are kept (default {DEFAULT_DATA_DIR})")
     parser.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer at most (default 512)")
@@ -52,4 +52,4 @@ def prepare(dataset: str, data_dir: str, vocab_size: int) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    entry_point.run(main)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.command import run as run_command
+from cli.entry_point import run as run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from cli import command
+from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.config import load_config
 from cli.errors import EXIT_PREEMPTED, UserError
@@ -22,7 +22,7 @@ Exit codes: 0 finished; 75 stopped by a signal, saved, start it again; 2 a mista
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line and trains."""
-    parser = command.parser("train", _DESCRIPTION)
+    parser = entry_point.parser("train", _DESCRIPTION)
     parser.add_argument("--workdir", required=True, help="the run folder")
     parser.add_argument(
         "--distributed",
@@ -53,4 +53,4 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     reexec_with_fast_allocator()
-    command.run(main)
+    entry_point.run(main)

@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A command whose main function compiles one program and prints its result, bit by bit.
 COMMAND = """
-from cli import command
+from cli import entry_point
 
 def main(arguments):
     import jax, jax.numpy as jnp, numpy as np
     program = jax.jit(jax.grad(lambda w: jnp.sum(jnp.tanh(jnp.sin(w) @ w) ** 2)), donate_argnums=0)
     print(np.asarray(program(jax.random.normal(jax.random.key(0), (64, 64)))).tobytes().hex())
 
-command.run(main)
+entry_point.run(main)
 """
 
 CPUINFO = "processor : 0\nmodel : 207\nflags : fpu sse avx\ncpu MHz : 2300\n\nprocessor : 1\nflags : none\n"

@@ -24,7 +24,7 @@ def config_of(name: str, **overrides):
 
 
 def test_figures_of_a_step():
-    figures = costs.step_figures(
+    figures = measured.step_figures(
         Spread(median=2.0, low=1.0, high=4.0), batch_size=8, tokens=10, flops=4000, devices=5, peak=Peak(1e3, "a table")
     )
     assert figures["seconds"] == {"median": 2.0, "low": 1.0, "high": 4.0}
@@ -36,9 +36,9 @@ def test_figures_of_a_step():
 
 
 def test_a_made_up_batch_is_what_the_step_takes():
-    config = costs.without_sources(config_of("scenes/dalle.py", **{"models.dalle.text_vocab_size": 3}))
+    config = measured.without_sources(config_of("scenes/dalle.py", **{"models.dalle.text_vocab_size": 3}))
     program = create_program(config, make_mesh(config.mesh))
-    batch = jax.device_get(costs.made_up_batch(program, config))
+    batch = jax.device_get(measured.made_up_batch(program, config))
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in program.abstract_batch.items()
     }
@@ -49,28 +49,28 @@ def test_a_made_up_batch_is_what_the_step_takes():
 
 def test_no_other_run_is_needed_and_the_config_stays():
     config = config_of("scenes/dalle.py", **{"frozen.dvae.source": "runs/nowhere"})
-    assert costs.without_sources(config).frozen.dvae.source == "random"
+    assert measured.without_sources(config).frozen.dvae.source == "random"
     assert config.frozen.dvae.source == "runs/nowhere"
 
 
 def test_flops_are_those_of_the_mathematics():
-    flops = costs.model_flops(config_of("scenes/dalle.py"))
+    flops = measured.model_flops(config_of("scenes/dalle.py"))
     again = {"models.dalle.remat": "full", "models.dalle.scan": "true", "mesh.microbatches": 2}
-    assert costs.model_flops(config_of("scenes/dalle.py", **again)) == flops
-    assert costs.model_flops(config_of("scenes/dalle.py", batch_size=16)) == 2 * flops
-    clip = costs.model_flops(config_of("scenes/clip.py"))
-    assert costs.model_flops(config_of("scenes/clip.py", **{"mesh.microbatches": 2})) == clip
+    assert measured.model_flops(config_of("scenes/dalle.py", **again)) == flops
+    assert measured.model_flops(config_of("scenes/dalle.py", batch_size=16)) == 2 * flops
+    clip = measured.model_flops(config_of("scenes/clip.py"))
+    assert measured.model_flops(config_of("scenes/clip.py", **{"mesh.microbatches": 2})) == clip
     # More than three times the forward products of the dense layers: 12 D^2 a position and layer, D = 32.
     assert flops > 3 * 8 * 76 * 3 * 2 * 10 * 32**2
 
 
 def test_tokens_and_dtype_are_the_trained_networks():
     dalle = config_of("scenes/dalle.py", **{"models.dalle.dtype": "bfloat16"})
-    assert costs.tokens_of(dalle) == 12 + 64 and costs.dtype_of(dalle) == "bfloat16"
+    assert measured.tokens_of(dalle) == 12 + 64 and measured.dtype_of(dalle) == "bfloat16"
     clip = config_of("scenes/clip.py", **{"data.text_length": 16})
-    assert costs.tokens_of(clip) == 16  # of a context of 24
+    assert measured.tokens_of(clip) == 16  # of a context of 24
     dvae = config_of("scenes/dvae.py")
-    assert costs.tokens_of(dvae) == 0 and costs.dtype_of(dvae) == "float32"
+    assert measured.tokens_of(dvae) == 0 and measured.dtype_of(dvae) == "float32"
 
 
 def test_memory_counts_donated_arguments_once_and_temporary_buffers_on_every_backend():
@@ -79,23 +79,23 @@ def test_memory_counts_donated_arguments_once_and_temporary_buffers_on_every_bac
         sizes = dict(zip((f"{name}_size_in_bytes" for name in names), (10, 9, 8, temp), strict=True))
         return SimpleNamespace(peak_memory_in_bytes=peak, **sizes)
 
-    assert costs.program_bytes(planned(peak=11, temp=100)) == 111  # as a CPU reports
-    assert costs.program_bytes(planned(peak=75, temp=0)) == 75  # as a TPU may
-    assert costs.program_bytes(None) is None
+    assert measured.program_bytes(planned(peak=11, temp=100)) == 111  # as a CPU reports
+    assert measured.program_bytes(planned(peak=75, temp=0)) == 75  # as a TPU may
+    assert measured.program_bytes(None) is None
 
 
 def test_what_does_not_fit_is_a_line_that_says_what_to_do(monkeypatch):
     def load(*arguments):
         raise jax.errors.JaxRuntimeError(message)
 
-    monkeypatch.setattr(costs, "load_frozen", load)
-    monkeypatch.setattr(costs, "made_up_batch", lambda program, config: {})
+    monkeypatch.setattr(measured, "load_frozen", load)
+    monkeypatch.setattr(measured, "made_up_batch", lambda program, config: {})
     message = "RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes"
     config = config_of("scenes/dvae.py")
     with pytest.raises(UserError, match="batch_size=8 does not fit 1 x cpu; lower config.batch_size"):
-        costs.measure_step(config, windows=1, steps=1, warmup=0)
+        measured.measure_step(config, windows=1, steps=1, warmup=0)
     with pytest.raises(UserError, match="drawing 64 pictures at once does not fit"):
-        costs.measure_sample(config, windows=1)
+        measured.measure_sample(config, windows=1)
     message = "INTERNAL: something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        costs.measure_sample(config, windows=1)
+        measured.measure_sample(config, windows=1)

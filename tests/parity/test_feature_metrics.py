@@ -14,7 +14,7 @@ from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from evaluation.features.metrics import (
+from evaluation.features.distances import (
     feature_statistics,
     frechet_distance,
     inception_score,

@@ -18,7 +18,7 @@ CONFIG = f"--config={Path(__file__).resolve().parents[2]}/configs/scenes/dvae.py
 def same_settings(monkeypatch):
     """The command switches JAX's compilation cache off, for itself."""
     before = jax.config.jax_enable_compilation_cache
-    monkeypatch.setattr(costs, "peak_flops", lambda device, dtype: Peak(1e9, f"a {dtype} guess"))
+    monkeypatch.setattr(measured, "peak_flops", lambda device, dtype: Peak(1e9, f"a {dtype} guess"))
     yield
     jax.config.update("jax_enable_compilation_cache", before)
 

@@ -14,8 +14,8 @@ from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from evaluation.__main__ import main
 from evaluation.caption_accuracy import captioned_pictures
-from evaluation.clip import evaluation as clip_evaluation
-from evaluation.clip import judge, linear_probe
+from evaluation.clip import linear_probe, reranking
+from evaluation.clip import metrics as clip_evaluation
 from evaluation.report import headline_records
 from models import create_model
 from sample.embedding import ClipEmbedder
@@ -174,7 +174,7 @@ def test_a_run_is_evaluated_on_another_dataset_and_keeps_its_own_results(clip_ru
 
 
 def test_a_converted_clip_judges_and_compares(converted, stage2, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "BLOCK", 5)
+    monkeypatch.setattr(reranking, "BLOCK", 5)
     folder = tmp_path / "run"
     shutil.copytree(stage2.run.folder, folder)
     arguments = ["--metrics=clip_score,rerank,cmmd", "--splits=validation", "--num=8", "--candidates=2"]

@@ -1,195 +1,247 @@
-"""Metrics of features against closed forms and against their definitions, written out without chunks."""
+"""Metrics of features on real (tiny) runs: what is compared, recorded and refused. A stand-in extracts the features."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from evaluation.features import metrics
-from evaluation.features.metrics import (
-    FeatureStatistics,
-    clip_mmd,
-    feature_statistics,
-    frechet_distance,
-    inception_score,
-    kernel_inception_distance,
-    precision_recall,
-)
+from cli.errors import UserError
+from configs.paper import ddpm, uvit
+from data.pipeline import RecordSource
+from evaluation.evaluate import Tools, evaluate_run
+from evaluation.features.distances import feature_statistics, frechet_distance
+from evaluation.features.extractors import Classifier, FeatureExtractor
+from evaluation.features.metrics import FEATURE_METRICS, FeatureSettings, draw_pictures
+from evaluation.features.reference import FeatureStore
+from evaluation.records import format_table, write_records
+from evaluation.report import Section, write_report
+from sample.trained import TrainedSampler
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """So that every sum here is over several of them, the last one shorter."""
-    monkeypatch.setattr(metrics, "_CHUNK", 7)
+class Colors:
+    """Features a person can check: mean and deviation of each channel; logits are the means."""
+
+    resize = "none"
+
+    def __init__(self, identity="colors/none/1", metrics=FEATURE_METRICS):
+        self.identity, self.metrics, self.seen = identity, metrics, 0
+
+    def features(self, images):
+        self.seen += len(images)
+        pixels = images.reshape(len(images), -1, 3) / 255.0
+        return np.concatenate([pixels.mean(1), pixels.std(1)], axis=1)
+
+    def features_and_logits(self, images):
+        return self.features(images), images.reshape(len(images), -1, 3).mean(1) / 10.0
 
 
-def draw(num: int, dimension: int, seed: int, shift: float = 0.0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return (rng.normal(size=(num, dimension)) @ rng.normal(size=(dimension, dimension)) + shift).astype(np.float32)
+class ColorsAlone:
+    """The same without logits."""
+
+    resize, identity, metrics = "none", "colors-alone/none/1", ("fid",)
+    features = Colors.features
+    seen = 0
 
 
-def test_statistics_are_numpy_s():
-    features = draw(50, 6, 0, 3.0)
-    statistics = feature_statistics(features)
-    np.testing.assert_allclose(statistics.mean, features.astype(np.float64).mean(0), rtol=1e-12)
-    np.testing.assert_allclose(statistics.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-12)
-    assert statistics.num == 50
+def settings(tmp_path, extractor=None, **changes) -> Tools:
+    chosen = {"kid_subset_size": 0, **changes}
+    return Tools(features=FeatureSettings(extractor or Colors(), FeatureStore(tmp_path / "features"), **chosen))
 
 
-def test_statistics_keep_digits_far_from_the_origin():
-    features = draw(50, 4, 0).astype(np.float64) + 1e6
-    np.testing.assert_allclose(feature_statistics(features).covariance, np.cov(features, rowvar=False), rtol=1e-9)
+def test_the_stand_ins_are_extractors():
+    assert isinstance(Colors(), Classifier) and isinstance(ColorsAlone(), FeatureExtractor)
+    assert not isinstance(ColorsAlone(), Classifier)
 
 
-def gaussian(mean, covariance) -> FeatureStatistics:
-    return FeatureStatistics(np.asarray(mean, np.float64), np.asarray(covariance, np.float64), 1000)
+def test_every_metric_of_a_run_that_draws(stage2, tmp_path):
+    chosen = settings(tmp_path, num_real=40)
+    records = evaluate_run(stage2, FEATURE_METRICS, ["validation"], 20, 5, {"guidance": 2.0}, chosen)
+    assert [record["metric"] for record in records] == list(FEATURE_METRICS)
+    expected = {"num": 20, "num_generated": 20, "features": "colors/none/1", "resize": "none", "step": 4, "ema": True}
+    expected |= {"seed": 5, "guidance": 2.0, "temperature": 0.5, "dataset": "scenes/single32/1.0.0"}
+    for record in records:
+        assert {key: record[key] for key in expected} == expected
+        assert record.get("num_real") == (None if record["metric"] == "inception_score" else 40)
+        assert all(np.isfinite(value) for value in record["values"].values())
+    assert chosen.features.extractor.seen == 20 + 40  # each picture once for all metrics
+    assert records[1]["subset_size"] == 0 and records[4]["counted"] == {"precision": 20, "recall": 40}
 
 
-def test_frechet_distance_of_known_gaussians():
-    first = gaussian([0, 0, 0], np.diag([1.0, 4.0, 9.0]))
-    # Of commuting covariances: the squared distance of means, and of standard deviations.
-    second = gaussian([1, 2, 3], np.diag([4.0, 4.0, 1.0]))
-    assert frechet_distance(first, second) == pytest.approx(1 + 4 + 9 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2, rel=1e-12)
-    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-12)
+def test_values_are_those_of_the_run_s_pictures_and_the_split_s(stage2, scenes_dir, tmp_path):
+    fid = evaluate_run(stage2, ["fid"], ["validation"], 20, 5, {}, settings(tmp_path))[0]["values"]["fid"]
+    source = RecordSource("scenes/single32", "validation", str(scenes_dir))
+    real = np.stack([source[index]["image"] for index in range(20)])
+    captions = [source[index]["captions"][0] for index in range(20)]
+    drawn = stage2(stage2.encode(captions), seed=5, indices=range(20))["image"]
+    drawn = np.clip(np.rint((drawn + 1) * 127.5), 0, 255).astype(np.uint8)
+    pictures = np.concatenate(list(draw_pictures(stage2, source, 20, 5, {})))
+    np.testing.assert_array_equal(pictures, drawn)
+    expected = frechet_distance(*(feature_statistics(Colors().features(images)) for images in (drawn, real)))
+    assert fid == pytest.approx(expected, rel=1e-9) and fid > 0
 
 
-def test_frechet_distance_of_covariances_that_do_not_commute():
-    """In two dimensions tr (AB)^(1/2) = (tr AB + 2 (det A det B)^(1/2))^(1/2)."""
-    a, b = np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([[5.0, -2.0], [-2.0, 1.0]])
-    root = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a) * np.linalg.det(b)))
-    expected = np.trace(a) + np.trace(b) - 2 * root
-    assert frechet_distance(gaussian([0, 0], a), gaussian([0, 0], b)) == pytest.approx(expected, rel=1e-12)
-    assert frechet_distance(gaussian([0, 0], b), gaussian([0, 0], a)) == pytest.approx(expected, rel=1e-12)
+def test_reconstructions_are_compared_with_their_pictures(stage1, tmp_path):
+    records = evaluate_run(
+        stage1, ["fid", "precision_recall"], ["validation", "held_out"], 20, 0, {}, settings(tmp_path)
+    )
+    assert [(record["metric"], record["split"]) for record in records] == [
+        ("fid", "validation"),
+        ("precision_recall", "validation"),
+        ("fid", "held_out"),
+        ("precision_recall", "held_out"),
+    ]
+    perfect = TrainedSampler(**{**vars(stage1), "sampler": Copying()})
+    assert evaluate_run(perfect, ["fid"], ["validation"], 20, 0, {}, settings(tmp_path))[0]["values"]["fid"] < 1e-6
 
 
-def test_frechet_distance_of_fewer_pictures_than_dimensions():
-    """Both covariances are singular; their ranges are orthogonal, so the root is zero."""
-    first, second = np.zeros((4, 20)), np.zeros((4, 20))
-    first[:, :10], second[:, 10:] = draw(4, 10, 0), draw(4, 10, 1)
-    one, other = feature_statistics(first), feature_statistics(second)
-    expected = ((one.mean - other.mean) ** 2).sum() + np.trace(one.covariance) + np.trace(other.covariance)
-    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-6 * np.trace(one.covariance))
+class Copying:
+    """A tokenizer that loses nothing."""
+
+    def request(self, image):
+        return {"image": image}
+
+    def __call__(self, params, variables, frozen, request, keys):
+        return {"image": request["image"] / 127.5 - 1, "tokens": np.zeros((len(request["image"]), 1, 1), np.int32)}
 
 
-def mmd(x, y, kernel, biased):
-    """The definition, pair by pair: an oracle without matrices of this project."""
+class Painting:
+    """Paints each picture in the color of its class; without classes all are gray."""
 
-    def mean(a, b, drop):
-        pairs = [kernel(u, v) for i, u in enumerate(a) for j, v in enumerate(b) if not (drop and i == j)]
-        return np.mean(pairs)
+    def request(self, label=None, steps=3):
+        return {"label": label, "steps": steps}
 
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    return mean(x, x, not biased) + mean(y, y, not biased) - 2 * mean(x, y, False)
-
-
-def test_kid_of_all_pictures_is_the_unbiased_mmd():
-    x, y = draw(20, 5, 0), draw(30, 5, 1, 0.5)
-    expected = mmd(x, y, lambda u, v: (u @ v / 5 + 1) ** 3, biased=False)
-    result = kernel_inception_distance(x, y, subset_size=0)
-    assert result.mean == pytest.approx(expected, rel=1e-10) and result.deviation == 0
+    def __call__(self, params, variables, frozen, request, keys):
+        label = request["label"]
+        shades = np.full(len(keys), 0.5) if label is None else label / 2
+        return {"image": np.broadcast_to((2 * shades - 1)[:, None, None, None], (len(keys), 32, 32, 3))}
 
 
-def test_kid_of_subsets():
-    x, y = draw(20, 5, 0), draw(30, 5, 1, 0.5)
-    result = kernel_inception_distance(x, y, subsets=3, subset_size=8, seed=4)
-    rng = np.random.RandomState(4)
-    expected = []
-    for _ in range(3):
-        one, other = x[rng.choice(20, 8, replace=False)], y[rng.choice(30, 8, replace=False)]
-        expected.append(mmd(one, other, lambda u, v: (u @ v / 5 + 1) ** 3, biased=False))
-    assert result.mean == pytest.approx(np.mean(expected), rel=1e-10)
-    assert result.deviation == pytest.approx(np.std(expected), rel=1e-10)
-    assert result == kernel_inception_distance(x, y, subsets=3, subset_size=8, seed=4)
-    assert result != kernel_inception_distance(x, y, subsets=3, subset_size=8, seed=5)
+def painting_run(stage1, module, **data):
+    """A diffusion that is told classes, or nothing, without its training."""
+    config = module.get_config("debug")
+    with config.unlocked():
+        config.data.update({"data_dir": stage1.config.data.data_dir, **data})
+    return TrainedSampler(**{**vars(stage1), "config": config, "sampler": Painting(), "tokenizer": None})
 
 
-def test_kid_is_unbiased():
-    """Two samples of one distribution: the mean over many is 0, where the biased estimate's is not."""
-    samples = [np.random.default_rng(seed).normal(size=(20, 3)) for seed in range(400)]
-    values = [kernel_inception_distance(s[:10], s[10:], subset_size=0).mean for s in samples]
-    biased = [mmd(s[:10], s[10:], lambda u, v: (u @ v / 3 + 1) ** 3, biased=True) for s in samples[:20]]
-    assert abs(np.mean(values)) < 4 * np.std(values) / 20 and min(values) < 0
-    assert np.mean(biased) > 10 * abs(np.mean(values))
+def test_a_run_that_is_told_classes_draws_those_of_the_records(stage1, scenes_dir, tmp_path):
+    run = painting_run(stage1, uvit)
+    source = RecordSource("scenes/single32", "validation", str(scenes_dir))
+    pictures = np.concatenate(list(draw_pictures(run, source, 20, 5, {"steps": 2})))
+    backgrounds = np.array([source[index]["background"] for index in range(20)])
+    assert len(set(backgrounds.tolist())) == 3
+    np.testing.assert_array_equal(pictures[:, 0, 0, 0], np.array([0, 128, 255])[backgrounds])
+    record = evaluate_run(run, ["fid"], ["validation"], 20, 5, {"steps": 2}, settings(tmp_path))[0]
+    assert record["steps"] == 2 and record["values"]["fid"] > 0
+    with pytest.raises(UserError, match="no class number in its field 'kind'"):
+        evaluate_run(
+            painting_run(stage1, uvit, label_field="kind"), ["fid"], ["validation"], 20, 5, {}, settings(tmp_path)
+        )
 
 
-def unit(features):
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
+def test_a_run_that_is_told_nothing_draws_pictures(stage1, scenes_dir):
+    source = RecordSource("scenes/single32", "validation", str(scenes_dir))
+    pictures = np.concatenate(list(draw_pictures(painting_run(stage1, ddpm), source, 20, 5, {})))
+    assert pictures.shape == (20, 32, 32, 3) and (pictures == 128).all()
 
 
-def test_cmmd_is_the_biased_mmd_with_a_wide_gaussian():
-    x, y = unit(draw(20, 8, 0)), unit(draw(15, 8, 1, 0.5))
-    expected = 1000 * mmd(x, y, lambda u, v: np.exp(-((u - v) ** 2).sum() / 200), biased=True)
-    assert clip_mmd(x, y) == pytest.approx(expected, rel=1e-8)
-    assert clip_mmd(x, x) == pytest.approx(0, abs=1e-9)
-    # In float32 the three means, each near 1, would not have this many digits.
-    assert expected / 1000 < 0.01
+@pytest.mark.parametrize(("module", "told"), [(uvit, "told classes, no captions"), (ddpm, "told nothing")])
+@pytest.mark.parametrize("names", [[], ["caption_accuracy"], ["clip_score"]])
+def test_what_needs_captions_is_not_offered_without(stage1, module, told, names):
+    with pytest.raises(UserError, match=f"run of diffusion .{told}..* fid, kid, cmmd, inception_score, prec"):
+        evaluate_run(painting_run(stage1, module), names, ["validation"], 20, 0, {})
 
 
-def test_inception_score_of_known_distributions():
-    certain = np.eye(10, dtype=np.float32)[np.arange(100) % 10] * 1000
-    result = inception_score(certain, splits=10, seed=None)
-    assert result.mean == pytest.approx(10, rel=1e-9) and result.deviation == pytest.approx(0, abs=1e-9)
-    assert inception_score(np.zeros((100, 10)), splits=10).mean == pytest.approx(1, rel=1e-9)
-    one_class = np.tile(np.eye(10)[:1] * 1000, (50, 1))
-    assert inception_score(one_class, splits=5).mean == pytest.approx(1, rel=1e-9)
-    sorted_by_class = np.eye(10)[np.arange(100) // 10] * 1000
-    assert inception_score(sorted_by_class, splits=10, seed=None).mean == pytest.approx(1, rel=1e-9)
-    assert inception_score(sorted_by_class, splits=10, seed=2020).mean > 5
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper/uvit.py", "paper/ddpm.py"])
+def test_a_trained_diffusion_without_captions_is_evaluated(name, debug_run, tmp_path):
+    run = TrainedSampler.open(debug_run(name), chunk=16)
+    records = evaluate_run(run, ["fid", "kid"], ["validation"], 20, 5, {}, settings(tmp_path))
+    assert [record["metric"] for record in records] == ["fid", "kid"]
+    assert all(np.isfinite(value) for record in records for value in record["values"].values())
+    assert any((run.run.folder / "samples").glob("*.png"))
 
 
-def test_inception_score_is_its_definition():
-    logits = draw(23, 6, 0)
-    scores = []
-    for i in range(4):
-        part = logits[i * 23 // 4 : (i + 1) * 23 // 4].astype(np.float64)
-        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
-        scores.append(np.exp(np.mean([(row * np.log(row / p.mean(0))).sum() for row in p])))
-    result = inception_score(logits, splits=4, seed=None)
-    assert result.mean == pytest.approx(np.mean(scores), rel=1e-10)
-    assert result.deviation == pytest.approx(np.std(scores), rel=1e-10)  # of the population
+def test_features_of_the_dataset_are_computed_once_for_all_runs(stage2, stage1, tmp_path):
+    first, second, other = Colors(), Colors(), Colors("colors/none/2")
+    for run, extractor in ((stage2, first), (stage1, second), (stage1, other)):
+        evaluate_run(run, ["fid"], ["validation"], 20, 0, {}, settings(tmp_path, extractor))
+    assert (first.seen, second.seen, other.seen) == (40, 20, 40)
 
 
-def test_precision_and_recall_of_known_sets():
-    """Real pictures in two clusters, generated ones in one of them and in nothing."""
-    rng = np.random.default_rng(0)
-    one, two, nowhere = (rng.normal(0, 0.1, (20, 4)) + center for center in (0.0, 50.0, 1000.0))
-    real = np.concatenate([one, two])
-    generated = np.concatenate([one + 0.01, one - 0.01, nowhere[:10]])
-    precision, recall = precision_recall(generated, real)
-    assert precision == pytest.approx(40 / 50) and recall == pytest.approx(20 / 40)
-    assert precision_recall(real, real) == (1.0, 1.0)
-    assert precision_recall(real, real + 1e4) == (0.0, 0.0)
+def test_features_of_replaced_records_are_not_kept(stage1, tmp_path, monkeypatch):
+    read = RecordSource._fetch
+
+    def fetch(self, place):
+        if place == 3:
+            raise OSError("a moment's failure")
+        return read(self, place)
+
+    monkeypatch.setattr(RecordSource, "_fetch", fetch)
+    evaluate_run(stage1, ["fid"], ["validation"], 20, 0, {}, settings(tmp_path))
+    assert not (tmp_path / "features").exists()
 
 
-def test_precision_and_recall_are_their_definition():
-    generated, real = draw(25, 3, 0).astype(np.float64), draw(18, 3, 1, 1.0).astype(np.float64)
-
-    def share(points, centers, k):
-        distances = np.linalg.norm(centers[:, None] - centers[None], axis=2)
-        radii = np.sort(distances, axis=1)[:, k]
-        return np.mean([(np.linalg.norm(centers - point, axis=1) <= radii).any() for point in points])
-
-    for k in (1, 3, 5):
-        expected = share(generated, real, k), share(real, generated, k)
-        assert 0 < expected[0] < 1 and 0 < expected[1] < 1
-        assert precision_recall(generated, real, neighbors=k) == pytest.approx(expected)
+def test_default_metrics_need_no_features(stage1):
+    assert {record["metric"] for record in evaluate_run(stage1, [], ["validation"], 8, 0, {})} == {"reconstruction"}
 
 
-def test_copies_of_a_picture_are_at_no_distance():
-    """Each picture is there twice, in another order: balls of radius 0, and rounding does not decide."""
-    pictures = np.random.default_rng(0).uniform(0, 100, (8, 50))
-    generated, real = np.repeat(pictures[::-1], 2, axis=0), np.repeat(pictures, 2, axis=0)
-    assert precision_recall(generated, real, neighbors=1) == (1.0, 1.0)
+def test_records_stand_beside_others_in_file_table_and_report(stage1, tmp_path):
+    names = ["reconstruction", "fid", "precision_recall"]
+    records = evaluate_run(stage1, names, ["validation"], 20, 0, {}, settings(tmp_path))
+    write_records(stage1.run, records)
+    write_records(stage1.run, evaluate_run(stage1, names, ["validation"], 20, 0, {}, settings(tmp_path)))
+    stored = json.loads((stage1.run.folder / "evaluation.json").read_text())
+    assert [record["metric"] for record in stored] == names
+    table = format_table(records)
+    assert "precision " in table and "+-" in table and "num_real" in table
+    assert "%" not in next(line for line in table.splitlines() if line.startswith("  fid"))
+    write_report(tmp_path / "report.html", "t", "s", [Section("run", "text", stage1.run.folder, {}, {})])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<table>") == 3 and ">psnr_db<" in page and ">fid<" in page and "colors/none/1" in page
 
 
-def test_too_few_pictures_are_refused():
-    few = draw(3, 4, 0)
-    with pytest.raises(ValueError, match="two pictures"):
-        feature_statistics(few[:1])
-    with pytest.raises(ValueError, match="subsets of 1000"):
-        kernel_inception_distance(few, few)
-    with pytest.raises(ValueError, match="two pictures"):
-        kernel_inception_distance(few[:1], few, subset_size=0)
-    with pytest.raises(ValueError, match="10 splits"):
-        inception_score(few)
-    with pytest.raises(ValueError, match="no 3 neighbors"):
-        precision_recall(few, draw(9, 4, 1))
+def test_mistakes(stage2, tmp_path):
+    def evaluate(names, num=20, **changes):
+        return evaluate_run(stage2, names, ["validation"], num, 0, {}, settings(tmp_path, **changes))
+
+    with pytest.raises(UserError, match="fid compares features; give --features=inception:FILE"):
+        evaluate_run(stage2, ["fid"], ["validation"], 20, 0, {})
+    with pytest.raises(UserError, match="'fiid' does not apply to this run of dalle; choose caption_accuracy, .*, fid"):
+        evaluate(["fiid"])
+    with pytest.raises(UserError, match="kid is not defined on features of colors-alone/none/1, which are for fid"):
+        evaluate(["kid"], extractor=ColorsAlone())
+    with pytest.raises(UserError, match="kid needs 1000 pictures.*not 20.*--kid_subset_size=0"):
+        evaluate(["kid"], kid_subset_size=1000)
+    with pytest.raises(UserError, match="precision_recall needs 4 pictures.*not 3; raise --num"):
+        evaluate(["precision_recall"], num=20, num_real=3)
+    with pytest.raises(UserError, match="fewer than --num_real=5000"):
+        evaluate(["fid"], num_real=5000)
+    with pytest.raises(UserError, match="fewer than --num=5000"):
+        evaluate(["fid"], num=5000)
+    assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.slow
+def test_the_command_with_the_whole_network(stage1, tmp_path):
+    """Random weights, labelled so in the record."""
+    command = [sys.executable, "-m", "evaluation", f"--run={stage1.run.folder}", "--metrics=fid,inception_score,kid"]
+    command += ["--features=inception:random", "--resize=tf1", "--num=12", "--kid_subset_size=5", "--kid_subsets=2"]
+    command += ["--splits=held_out", f"--features_dir={tmp_path}/features"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert output.returncode == 0 and "fid on held_out" in output.stdout, output.stderr
+    stored = json.loads((stage1.run.folder / "evaluation.json").read_text())
+    records = {record["metric"]: record for record in stored if record["split"] == "held_out"}
+    assert records["fid"]["features"].startswith("inception-random/tf1/") and records["fid"]["num_real"] == 12
+    assert records["fid"]["values"]["fid"] > 0 and records["inception_score"]["values"]["inception_score"] >= 1
+    assert (records["kid"]["subsets"], records["kid"]["subset_size"]) == (2, 5)
+    assert len(list((tmp_path / "features").iterdir())) == 1
+    wrong = subprocess.run([*command, "--metrics=cmmd"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert wrong.returncode == 2 and wrong.stderr.startswith(
+        "error: cmmd is not defined on features of inception-random"
+    )

@@ -22,12 +22,12 @@ from sample.embedding import BLOCK, ClipEmbedder
 from sample.sheets.grid import to_uint8
 from sample.trained import TrainedSampler
 
-JUDGED = ("clip_score", "rerank")
+SCORED = ("clip_score", "rerank")
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
-    """The CLIP that judges.
+class ClipScorer:
+    """The CLIP that scores pictures.
 
     Attributes:
       clip: its run, which embeds.
@@ -47,15 +47,15 @@ class Judge:
             raise UserError(f"--candidates must be at least 1, not {self.candidates}")
 
 
-def judge_record(
-    name: str, trained: TrainedSampler, judge: Judge, split: str, num: int, seed: int, settings: Mapping[str, Any]
+def scorer_record(
+    name: str, trained: TrainedSampler, scorer: ClipScorer, split: str, num: int, seed: int, settings: Mapping[str, Any]
 ) -> Record:
-    """Computes one metric of `JUDGED`: its values and what they depend on beside the run and its sampling.
+    """Computes one metric of `SCORED`: its values and what they depend on beside the run and its sampling.
 
     Args:
       name: of the metric.
       trained: the run that draws.
-      judge: the rest.
+      scorer: the rest.
       split: of the run's dataset.
       num: captions.
       seed: of drawing.
@@ -64,28 +64,28 @@ def judge_record(
     Raises:
       UserError: if the split has fewer records, or a record has no caption.
     """
-    run = judge.clip.trained
+    run = scorer.clip.trained
     about = {"clip": str(run.run.folder), "clip_step": run.weights.step}
     if name == "rerank":
-        return {**_rerank(trained, judge.clip, split, num, judge.candidates, seed, settings), **about}
-    return {**_score(trained, judge, split, num, seed, settings), **about}
+        return {**_rerank(trained, scorer.clip, split, num, scorer.candidates, seed, settings), **about}
+    return {**_score(trained, scorer, split, num, seed, settings), **about}
 
 
 def _score(
-    trained: TrainedSampler, judge: Judge, split: str, num: int, seed: int, settings: Mapping[str, Any]
+    trained: TrainedSampler, scorer: ClipScorer, split: str, num: int, seed: int, settings: Mapping[str, Any]
 ) -> Record:
     """CLIP score of the pictures of a split's first captions; of any dataset, as nothing is graded."""
     source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir, pictures=False)
     source.require(num)
     captions = [choose_caption(source[index]["captions"], None) for index in range(num)]
     rows, cosines = trained.encode(captions), np.empty(num)
-    prefix = PREFIX if judge.convention == "hessel" else ""
+    prefix = PREFIX if scorer.convention == "hessel" else ""
     for start in range(0, num, BLOCK):
         part = slice(start, min(start + BLOCK, num))
         text = {name: value[part] for name, value in rows.items()}
         images = to_uint8(trained(text, seed=seed, indices=range(part.start, part.stop), **settings)["image"])
-        cosines[part] = judge.clip.cosines(images, [prefix + caption for caption in captions[part]])
-    return {"values": {"clip_score": clip_score(cosines, judge.convention)}, "convention": judge.convention}
+        cosines[part] = scorer.clip.cosines(images, [prefix + caption for caption in captions[part]])
+    return {"values": {"clip_score": clip_score(cosines, scorer.convention)}, "convention": scorer.convention}
 
 
 def _rerank(

@@ -13,10 +13,10 @@ from data.pipeline import RecordSource, dataset_folder
 from data.points import is_points
 from data.scenes import find_world
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
-from evaluation.clip.evaluation import CLIP_METRICS, ClipSettings, clip_records, default_metrics
-from evaluation.clip.judge import JUDGED, Judge, judge_record
+from evaluation.clip.metrics import CLIP_METRICS, ClipSettings, clip_records, default_metrics
+from evaluation.clip.reranking import SCORED, ClipScorer, scorer_record
 from evaluation.denoising import CAPTION_LOSS, caption_loss
-from evaluation.features.evaluation import (
+from evaluation.features.metrics import (
     FEATURE_METRICS,
     FeatureSettings,
     check_feature_metrics,
@@ -40,7 +40,7 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 # The objectives whose runs make pictures; features of these are compared when a user names such a metric.
 _MAKE_PICTURES = ("dalle", "diffusion", "dvae", "vqvae")
 
-# Those whose runs draw captions; a CLIP judges their pictures when a user names such a metric.
+# Those whose runs draw captions; a CLIP scores their pictures when a user names such a metric.
 _DRAW_CAPTIONS = ("dalle", "diffusion")
 
 
@@ -50,12 +50,12 @@ class Tools:
 
     Attributes:
       features: how features are made, for the metrics that compare them; None if the user gave no extractor.
-      judge: the CLIP that judges drawn pictures; None if the user named none.
+      scorer: the CLIP that scores drawn pictures; None if the user named none.
       clip: what a CLIP run tells apart.
     """
 
     features: FeatureSettings | None = None
-    judge: Judge | None = None
+    scorer: ClipScorer | None = None
     clip: ClipSettings = ClipSettings()
 
 
@@ -100,7 +100,7 @@ def applicable_metrics(
         return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
     captions = objective in _DRAW_CAPTIONS and trained.tokenizer is not None
     denoising = (CAPTION_LOSS,) if captions and objective == "diffusion" else ()
-    others = denoising + (JUDGED if captions else ()) + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
+    others = denoising + (SCORED if captions else ()) + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
     return METRICS[objective] if captions or objective not in _DRAW_CAPTIONS else (), others
 
 
@@ -147,8 +147,8 @@ def evaluate_run(
             raise UserError(f"metric {name!r} does not apply to this run of {kind}; choose {', '.join(known)}")
     if not names:
         raise UserError(f"name what to compute with --metrics; this run of {kind} has {', '.join(known)}")
-    if tools.judge is None and set(names) & set(JUDGED):
-        raise UserError(f"{' and '.join(JUDGED)} need a CLIP that judges; give --clip=RUN")
+    if tools.scorer is None and set(names) & set(SCORED):
+        raise UserError(f"{' and '.join(SCORED)} need a CLIP that scores; give --clip=RUN")
     compared = [name for name in names if name in FEATURE_METRICS]
     check_feature_metrics(compared, num, tools.features)
 
@@ -161,8 +161,8 @@ def evaluate_run(
             records += clip_records(trained, names, split, num, tools.clip)
             continue
         for name in names:
-            if name in JUDGED and tools.judge is not None:
-                values = judge_record(name, trained, tools.judge, split, num, seed, settings)
+            if name in SCORED and tools.scorer is not None:
+                values = scorer_record(name, trained, tools.scorer, split, num, seed, settings)
             elif name == "caption_accuracy":
                 values = _caption_accuracy(trained, split, num, seed, settings)
             elif name == CAPTION_LOSS:

@@ -1,4 +1,4 @@
-"""What a CLIP makes of drawn pictures: a judge that knows chooses right, one that does not gains nothing."""
+"""What a CLIP makes of drawn pictures: a CLIP that knows chooses right, one that does not gains nothing."""
 
 import json
 
@@ -8,9 +8,9 @@ from PIL import Image
 
 from cli.errors import UserError
 from evaluation.__main__ import main
-from evaluation.clip import judge as judging
-from evaluation.clip.judge import Judge, chosen_from, powers_of_two
-from evaluation.command import Tools, evaluate_run
+from evaluation.clip import reranking as judging
+from evaluation.clip.reranking import ClipScorer, chosen_from, powers_of_two
+from evaluation.evaluate import Tools, evaluate_run
 from sample.embedding import ClipEmbedder
 
 
@@ -33,7 +33,7 @@ def test_a_judge_that_knows_finds_whatever_is_right(stage2, clip_run, monkeypatc
     monkeypatch.setattr(judging.SceneGrader, "grade", grade)
     monkeypatch.setattr(ClipEmbedder, "cosines", lambda *_: graded[-1] * 1.0)
     (record,) = evaluate_run(
-        stage2, ["rerank"], ["validation"], 16, 0, {}, Tools(judge=Judge(ClipEmbedder(clip_run), candidates=4))
+        stage2, ["rerank"], ["validation"], 16, 0, {}, Tools(scorer=ClipScorer(ClipEmbedder(clip_run), candidates=4))
     )
     values = record["values"]
     assert values["chosen_4"] == values["any_4"] == np.any(graded, axis=0).mean()
@@ -46,8 +46,10 @@ def test_a_judge_that_knows_finds_whatever_is_right(stage2, clip_run, monkeypatc
 
 def test_the_score_is_the_mean_cosine_of_a_run_s_pictures(stage2, clip_run):
     clip = ClipEmbedder(clip_run)
-    (record,) = evaluate_run(stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(judge=Judge(clip)))
-    other = evaluate_run(stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(judge=Judge(clip, "torchmetrics")))
+    (record,) = evaluate_run(stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(scorer=ClipScorer(clip)))
+    other = evaluate_run(
+        stage2, ["clip_score"], ["validation"], 16, 3, {}, Tools(scorer=ClipScorer(clip, "torchmetrics"))
+    )
     assert -1 <= record["values"]["clip_score"] <= 1 and record["convention"] == "cosine"
     assert other[0]["values"]["clip_score"] == pytest.approx(max(100 * record["values"]["clip_score"], 0))
     assert record["clip"] == str(clip_run.run.folder) and record["clip_step"] == 4
@@ -55,7 +57,7 @@ def test_the_score_is_the_mean_cosine_of_a_run_s_pictures(stage2, clip_run):
 
 def test_pictures_drawn_in_blocks_are_those_drawn_at_once(stage2, clip_run, monkeypatch):
     monkeypatch.setattr(ClipEmbedder, "cosines", lambda self, images, captions: images.mean(axis=(1, 2, 3)) / 255)
-    tools, scores = Tools(judge=Judge(ClipEmbedder(clip_run))), []
+    tools, scores = Tools(scorer=ClipScorer(ClipEmbedder(clip_run))), []
     for block in (256, 5):
         monkeypatch.setattr(judging, "BLOCK", block)
         (record,) = evaluate_run(stage2, ["clip_score"], ["validation"], 12, 3, {}, tools)
@@ -69,7 +71,7 @@ def test_the_command_judges_and_names_mistakes(stage2, clip_run):
     stored = json.loads((stage2.run.folder / "evaluation.json").read_text())
     assert stored[-1]["metric"] == "clip_score" and "guidance" in stored[-1]
     for extra, message in [
-        ([], "need a CLIP that judges; give --clip=RUN"),
+        ([], "need a CLIP that scores; give --clip=RUN"),
         ([f"--clip={stage2.run.folder}"], "is a run of dalle, not of clip"),
         ([f"--clip={clip_run.run.folder}", "--convention=cosines"], "choose one of cosine, hessel, torchmetrics"),
         ([f"--clip={clip_run.run.folder}", "--candidates=0"], "must be at least 1"),

@@ -8,7 +8,7 @@ import pytest
 from cli.errors import UserError
 from data import scenes
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
-from evaluation.command import evaluate_run
+from evaluation.evaluate import evaluate_run
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import format_table, write_records
 

@@ -8,11 +8,11 @@ from PIL import Image
 
 from cli.errors import UserError
 from data import scenes
-from evaluation.clip import evaluation as clip_evaluation
 from evaluation.clip import linear_probe
-from evaluation.clip.evaluation import ClipSettings, Pictures, clip_records, read_pictures
+from evaluation.clip import metrics as clip_evaluation
+from evaluation.clip.metrics import ClipSettings, Pictures, clip_records, read_pictures
 from evaluation.clip.scene_prompts import attribute_values, captions_of, scene_label
-from evaluation.command import Tools, default_splits, evaluate_run
+from evaluation.evaluate import Tools, default_splits, evaluate_run
 from evaluation.features.extractors import create_extractor
 from evaluation.records import format_table, write_records
 from sample.embedding import ClipEmbedder

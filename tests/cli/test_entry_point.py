@@ -2,14 +2,14 @@
 
 import pytest
 
-from cli import command
+from cli import entry_point
 from cli.errors import UserError
 
 
 def exit_code(main, monkeypatch) -> object:
     monkeypatch.setattr("sys.argv", ["command"])
     with pytest.raises(SystemExit) as end:
-        command.run(main)
+        entry_point.run(main)
     return end.value.code
 
 
@@ -40,12 +40,12 @@ def test_anything_else_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["command"])
     with pytest.raises(ZeroDivisionError):
-        command.run(main)
+        entry_point.run(main)
 
 
 def test_a_wrong_argument_names_the_help(monkeypatch, capsys):
     def main(arguments):
-        command.parser("thing", "Does things.").parse_args(["--nope"])
+        entry_point.parser("thing", "Does things.").parse_args(["--nope"])
 
     assert exit_code(main, monkeypatch) == 2
     assert "python -m thing --help" in capsys.readouterr().err
