@@ -18,13 +18,13 @@ from cli.config import from_json, to_json
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from data.pipeline import BatchReader, Stream, open_stream
 from data.tokenizer import Tokenizer
-from models import MODELS
 from sample.sheets.grid import draw_grid
+from train.checks import check_classes, check_config, check_parts
 from train.distributed.mesh import make_mesh, place_batch, process_rows
 from train.distributed.preemption import StopSignal
 from train.distributed.processes import all_agree, from_first, is_first
 from train.environment import describe_environment
-from train.health import MODES, HealthCheck
+from train.health import HealthCheck
 from train.metric_writer import RunLog, SilentLog, means
 from train.objectives.contract import Batch, Preview
 from train.program import Program, create_program
@@ -52,7 +52,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     if "://" in str(workdir):
         raise UserError(f"--workdir={workdir} is not a folder; mount the bucket, see docs/resume_and_tpu.md")
     workdir = Path(workdir)
-    _check_config(config)
+    check_config(config)
     with StopSignal() as stop, storage_errors(workdir):
         store = CheckpointStore(workdir / CHECKPOINTS, keep=config.checkpoint.keep)
         config, steps = _open(config, workdir, store)
@@ -104,9 +104,9 @@ class _Training:
 
 def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
-    _check_parts(config, tokenizer)
+    check_parts(config, tokenizer)
     stream = open_stream(config.data, tokenizer, split=config.data.split, seed=config.seed, train=True)
-    _check_classes(config, stream)
+    check_classes(config, stream)
     example = {name: (value.shape[1:], value.dtype) for name, value in stream.batch([0]).items()}
     program = create_program(config, make_mesh(config.mesh), example)
     validation_stream = open_stream(
@@ -135,45 +135,6 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
         validation=validation,
         preview_batch=place_batch(validation_stream.batch(previews), previews, len(previews), program.whole),
     )
-
-
-def _check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
-    """Raises UserError where the sizes of networks, data and tokenizer disagree."""
-    for group in ("models", "frozen"):
-        for part, model in config[group].items():
-            for key in ("text_length", "image_size"):
-                if key not in model or model[key] == config.data[key]:
-                    continue
-                takes_shorter = getattr(MODELS.get(model.name), "TAKES_SHORTER_TEXT", False)
-                shorter = takes_shorter and group == "models" and key == "text_length"
-                if not (shorter and 0 < config.data[key] < model[key]):
-                    raise UserError(
-                        f"config.{group}.{part}.{key} is {model[key]}, but config.data.{key} is {config.data[key]}; "
-                        + ("set it to that or less, at least 1" if shorter else "they must be equal")
-                    )
-            if tokenizer is not None and model.get("text_vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
-                raise UserError(
-                    f"config.{group}.{part}.text_vocab_size is {model.text_vocab_size}, but the tokenizer has "
-                    f"{tokenizer.vocab_size} ids; set it to at least that"
-                )
-            if tokenizer is not None and model.get("text_end_id", tokenizer.end_id) != tokenizer.end_id:
-                raise UserError(
-                    f"config.{group}.{part}.text_end_id is {model.text_end_id}, but the tokenizer ends captions with "
-                    f"{tokenizer.end_id}; set it to that, and config.data.text_ends if there is none"
-                )
-
-
-def _check_classes(config: ConfigDict, stream: Stream) -> None:
-    """Raises UserError where a dataset's classes are more than a network's."""
-    for part, model in config.models.items():
-        # Where classes are dropped in training, the last one stands for none.
-        needed = stream.classes + bool(config.loss.get("dropout", 0.0))
-        if stream.classes and model.get("num_classes", needed) < needed:
-            raise UserError(
-                f"config.models.{part}.num_classes is {model.num_classes}, but the dataset has {stream.classes} classes"
-                + (" and config.loss.dropout needs one for none" if needed > stream.classes else "")
-                + f"; set it to {needed}"
-            )
 
 
 def _restore(
@@ -350,24 +311,6 @@ def _draw(preview: Preview, tokenizer: Tokenizer | None) -> Any:
     if labels is not None and not isinstance(labels, tuple):
         labels = tuple(tokenizer.decode(ids) for ids in labels) if tokenizer is not None else None
     return draw_grid(preview.images, columns=preview.columns, labels=labels)
-
-
-def _check_config(config: ConfigDict) -> None:
-    """Finds what would otherwise fail late."""
-    for key in ("steps", "batch_size"):
-        if config[key] < 1:
-            raise UserError(f"config.{key} must be at least 1, not {config[key]}")
-    if config.seed < 0:
-        raise UserError(f"config.seed must not be negative, not {config.seed}")
-    if config.evaluate.previews < 1:
-        raise UserError(f"config.evaluate.previews must be at least 1, not {config.evaluate.previews}")
-    if config.nonfinite not in MODES:
-        raise UserError(f"config.nonfinite={config.nonfinite!r} is unknown; choose one of {', '.join(MODES)}")
-    for group in ("log", "evaluate", "checkpoint", "ema"):
-        if config[group].every < 1:
-            raise UserError(f"config.{group}.every must be at least 1, not {config[group].every}")
-    if max(config.steps, config.batch_size * 2) >= 2**31:
-        raise UserError("config.steps must stay below 2^31, and config.batch_size below 2^30")
 
 
 def _command() -> list[str]:

@@ -1,13 +1,11 @@
-"""Where metrics and pictures go: metrics.jsonl, the terminal, PNG files, and Weights & Biases."""
+"""Where metrics and pictures go: metrics.jsonl, the progress bar, PNG files, and Weights & Biases."""
 
 import functools
 import json
 import logging
 import os
 import queue
-import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ import numpy as np
 import psutil
 from ml_collections import ConfigDict
 from PIL import Image
-from tqdm import tqdm
 
 from cli.config import flatten
 from cli.errors import EXIT_FAILURE
+from train.progress import ProgressBar
 from weights.run import METRICS, SAMPLES, read_metrics
 
 _LOG = logging.getLogger(__name__)
@@ -57,47 +55,6 @@ class MetricLog:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-
-class ProgressBar:
-    """A bar with rate, remaining time and loss on a terminal; a line every few seconds elsewhere."""
-
-    def __init__(self, total: int, initial: int, label: str, seconds_between_lines: float = 10.0):
-        """Starts at step `initial` of `total`."""
-        self._bar = tqdm(
-            total=total, initial=initial, desc=label, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
-        )
-        self._label, self._total, self._first = label, total, initial
-        self._start = self._last_line = time.monotonic()
-        self._every = seconds_between_lines
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows that `step` updates are done."""
-        if not self._bar.disable:
-            self._bar.set_postfix({"loss": f"{values['loss']:.4f}"}, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= self._every or step == self._total:
-            rate = (step - self._first) / max(now - self._start, 1e-9)
-            left = int((self._total - step) / max(rate, 1e-9))
-            print(
-                f"{self._label}: step {step}/{self._total}, {rate:.1f} steps/s, {left // 60}:{left % 60:02d} left, "
-                f"loss {values['loss']:.4f}",
-                flush=True,
-            )
-            self._last_line = now
-
-    def say(self, line: str) -> None:
-        """Prints a line without breaking the bar."""
-        if self._bar.disable:
-            print(line, flush=True)
-        else:
-            self._bar.write(line)
-
-    def close(self) -> None:
-        """Leaves the bar as it is."""
-        self._bar.close()
 
 
 class WandbLog:

@@ -9,7 +9,8 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
-from cost.peak_flops import Peak
+from cost import measured
+from cost.chips import Peak
 from cost.timing import Spread
 from train.distributed.mesh import make_mesh
 from train.program import create_program

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from cli.errors import UserError
-from cost.peak_flops import Peak
+from cost import measured
+from cost.chips import Peak
 from scripts import benchmark
 from train.state import TrainState
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from evaluation.features import distances
 from evaluation.features.distances import (
     FeatureStatistics,
     clip_mmd,

@@ -1,0 +1,66 @@
+"""What would otherwise fail late, found before anything is built: each check raises UserError with one line."""
+
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from data.pipeline import Stream
+from data.tokenizer import Tokenizer
+from models import MODELS
+from train.health import MODES
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError if a number or a choice of the config itself is impossible."""
+    for key in ("steps", "batch_size"):
+        if config[key] < 1:
+            raise UserError(f"config.{key} must be at least 1, not {config[key]}")
+    if config.seed < 0:
+        raise UserError(f"config.seed must not be negative, not {config.seed}")
+    if config.evaluate.previews < 1:
+        raise UserError(f"config.evaluate.previews must be at least 1, not {config.evaluate.previews}")
+    if config.nonfinite not in MODES:
+        raise UserError(f"config.nonfinite={config.nonfinite!r} is unknown; choose one of {', '.join(MODES)}")
+    for group in ("log", "evaluate", "checkpoint", "ema"):
+        if config[group].every < 1:
+            raise UserError(f"config.{group}.every must be at least 1, not {config[group].every}")
+    if max(config.steps, config.batch_size * 2) >= 2**31:
+        raise UserError("config.steps must stay below 2^31, and config.batch_size below 2^30")
+
+
+def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
+    """Raises UserError where the sizes of networks, data and tokenizer disagree."""
+    for group in ("models", "frozen"):
+        for part, model in config[group].items():
+            for key in ("text_length", "image_size"):
+                if key not in model or model[key] == config.data[key]:
+                    continue
+                takes_shorter = getattr(MODELS.get(model.name), "TAKES_SHORTER_TEXT", False)
+                shorter = takes_shorter and group == "models" and key == "text_length"
+                if not (shorter and 0 < config.data[key] < model[key]):
+                    raise UserError(
+                        f"config.{group}.{part}.{key} is {model[key]}, but config.data.{key} is {config.data[key]}; "
+                        + ("set it to that or less, at least 1" if shorter else "they must be equal")
+                    )
+            if tokenizer is not None and model.get("text_vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
+                raise UserError(
+                    f"config.{group}.{part}.text_vocab_size is {model.text_vocab_size}, but the tokenizer has "
+                    f"{tokenizer.vocab_size} ids; set it to at least that"
+                )
+            if tokenizer is not None and model.get("text_end_id", tokenizer.end_id) != tokenizer.end_id:
+                raise UserError(
+                    f"config.{group}.{part}.text_end_id is {model.text_end_id}, but the tokenizer ends captions with "
+                    f"{tokenizer.end_id}; set it to that, and config.data.text_ends if there is none"
+                )
+
+
+def check_classes(config: ConfigDict, stream: Stream) -> None:
+    """Raises UserError where a dataset's classes are more than a network's."""
+    for part, model in config.models.items():
+        # Where classes are dropped in training, the last one stands for none.
+        needed = stream.classes + bool(config.loss.get("dropout", 0.0))
+        if stream.classes and model.get("num_classes", needed) < needed:
+            raise UserError(
+                f"config.models.{part}.num_classes is {model.num_classes}, but the dataset has {stream.classes} classes"
+                + (" and config.loss.dropout needs one for none" if needed > stream.classes else "")
+                + f"; set it to {needed}"
+            )
