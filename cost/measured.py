@@ -20,8 +20,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cost.chips import Peak
 from cost.flops import matrix_flops, plain_config
-from cost.peak_flops import Peak, peak_flops
+from cost.peak_flops import peak_flops
 from cost.timing import Spread, time_windows
 from data.pipeline import BatchReader, load_tokenizer, open_stream
 from models import create_model

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from cost import peak_flops
-from cost.peak_flops import Peak, published_peak
+from cost.chips import Peak, published_peak
 
 
 @pytest.mark.parametrize(
