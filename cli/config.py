@@ -49,10 +49,10 @@ def to_json(config: ConfigDict) -> str:
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Returns {"a.b": value}, with tuples as lists, so that two configs can be compared key by key."""
+    """Returns {"a.b": value}, tuples as lists, so that two configs can be compared key by key; empty groups vanish."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping | ConfigDict) and len(value):
+        if isinstance(value, Mapping | ConfigDict):
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = json.loads(json.dumps(value, default=str))

@@ -32,7 +32,8 @@ from train.distributed.mesh import batch_sharding, make_mesh, place_batch, proce
 from train.environment import describe_environment
 from train.objectives.contract import Batch
 from train.program import Program, create_program
-from weights.sources import RANDOM, load_frozen, model_of
+from weights.run import model_of
+from weights.sources import RANDOM, load_frozen
 
 Clock = Callable[[], float]
 

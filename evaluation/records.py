@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from sample.trained import TrainedSampler
-from weights.pretrained import Pretrained
 from weights.run import EVALUATION, SAMPLES, Run
 
 Record = dict[str, Any]
@@ -40,7 +39,7 @@ def is_share(name: str, value: Any) -> bool:
     return isinstance(value, float) and not name.endswith(_NOT_SHARES)
 
 
-def write_records(run: Run | Pretrained, records: Sequence[Record]) -> None:
+def write_records(run: Run, records: Sequence[Record]) -> None:
     """Adds records to `evaluation.json`; one with the same metric, split and settings is replaced."""
     path = run.folder / EVALUATION
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
@@ -59,7 +58,7 @@ def picture_path(trained: TrainedSampler, stem: str) -> Path:
     """Where a picture goes that evaluation draws: among the run's samples, named after the dataset if it is another."""
     folder, dataset = trained.run.folder / SAMPLES, trained.config.data.dataset
     folder.mkdir(exist_ok=True)
-    own = "data" in trained.run.config and dataset == trained.run.config.data.dataset
+    own = dataset == trained.run.config.data.dataset
     return folder / (f"{stem}.png" if own else f"{dataset.replace('/', '_')}_{stem}.png")
 
 

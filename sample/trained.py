@@ -11,11 +11,9 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
-from models import create_model
 from sample.samplers import create_sampler
-from weights.pretrained import Pretrained
 from weights.run import Run, RunWeights
-from weights.sources import load_frozen, open_source, resolve_frozen
+from weights.sources import load_frozen, resolve_frozen
 
 Rows = dict[str, np.ndarray]
 
@@ -25,7 +23,7 @@ CHUNK = 64
 
 @dataclasses.dataclass
 class TrainedSampler:
-    """Samples from a run, or embeds with a CLIP that was converted.
+    """Samples from a run.
 
     Attributes:
       run: the folder.
@@ -37,7 +35,7 @@ class TrainedSampler:
       chunk: images drawn in one call. Requests are padded to it, so one program serves every number of images.
     """
 
-    run: Run | Pretrained
+    run: Run
     config: ConfigDict
     sampler: Any
     weights: RunWeights
@@ -49,19 +47,15 @@ class TrainedSampler:
     def open(
         cls, folder: str | Path, *, step: int | None = None, ema: bool = True, chunk: int = CHUNK
     ) -> "TrainedSampler":
-        """Loads a run, or a pretrained folder of a CLIP.
+        """Loads a run.
 
         Raises:
-          UserError: if the run, its checkpoint or a frozen stage is missing, or a pretrained folder is of another
-            network, which draws nothing by itself.
+          UserError: if the run, its checkpoint or a frozen stage is missing, or nothing can be sampled from it.
         """
-        run = open_source(folder)
-        if isinstance(run, Pretrained):
-            config, weights = _converted_clip(run, step)
-        else:
-            config = run.config
-            resolve_frozen(config, near=run.folder)
-            weights = run.load(step, ema)
+        run = Run.open(folder)
+        config = run.config
+        resolve_frozen(config, near=run.folder)
+        weights = run.load(step, ema)
         return cls(run, config, create_sampler(config), weights, load_frozen(config), run.tokenizer(), chunk)
 
     def check_settings(self, names: Iterable[str]) -> None:
@@ -98,7 +92,7 @@ class TrainedSampler:
           UserError: if a caption is empty, or the run has no text.
         """
         if self.tokenizer is None:
-            hint = "; convert it again, with --tokenizer" if isinstance(self.run, Pretrained) else ""
+            hint = "; convert it again, with --tokenizer" if self.run.converted else ""
             raise UserError(f"{self.run.folder} takes no captions; it has no tokenizer{hint}")
         if any(not caption.strip() for caption in captions):
             raise UserError("the prompt is empty; describe a picture, for example --prompt='a small red circle'")
@@ -131,27 +125,3 @@ class TrainedSampler:
             outputs = self.sampler(self.weights.params, self.weights.variables, self.frozen, request, keys)
             chunks.append(jax.device_get(outputs))
         return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}
-
-
-def _converted_clip(pretrained: Pretrained, step: int | None) -> tuple[ConfigDict, RunWeights]:
-    """A config, whose dataset is for others to name, and weights of a converted CLIP, as a run has them.
-
-    Raises:
-      UserError: if it is another network, or its weights cannot be read.
-    """
-    parts = list(pretrained.config.models.items())
-    if [fields.name for _, fields in parts] != ["clip"]:
-        names = ", ".join(fields.name for _, fields in parts)
-        raise UserError(
-            f"{pretrained.folder} is a pretrained folder of {names}, not a run; name it as a `source` in a config"
-        )
-    ((part, fields),) = parts
-    model: Any = create_model(**fields)
-    data = {"dataset": "", "data_dir": "", "split": "train", "validation_split": "validation"}
-    data |= {"transform": "clip_training", "image_size": model.image_size, "text_length": model.text_length}
-    config = ConfigDict(
-        {"objective": "clip", "models": {"clip": fields}, "frozen": {}, "data": data, "sample": {}}, type_safe=False
-    )
-    weights = pretrained.load(step)
-    variables = {"clip": weights.variables[part]} if part in weights.variables else {}
-    return config, RunWeights({"clip": weights.params[part]}, variables, weights.step, weights.ema)

@@ -1,9 +1,8 @@
-"""`python -m scripts.convert`: weights of other projects to a pretrained folder, and ours to theirs."""
+"""`python -m scripts.convert`: weights of other projects to a run folder, and ours to theirs."""
 
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cli import entry_point
@@ -12,175 +11,123 @@ from cli.errors import UserError
 _DESCRIPTION = """\
 Converts weights between this project and others.
 
-  inward    --source=FORMAT --input=INPUT --output=DIR
+  inward    --input=INPUT --output=DIR [--source=FORMAT]
             INPUT is a folder, a file of weights (.safetensors, .npz, .pt, .bin), or hf:ORGANIZATION/NAME[@REVISION] of
-            the Hugging Face hub. DIR becomes a pretrained folder; configs name it as a source, by its part:
-            --config.initialize.clip.source=DIR or --config.frozen.clip.source=DIR
+            the Hugging Face hub. DIR becomes a run folder whose training happened elsewhere: it is sampled, evaluated
+            and described like a run, and configs name it as a source: --config.initialize.<part>.source=DIR or
+            --config.frozen.<part>.source=DIR
   outward   --to=FORMAT --run=DIR --output=DIR
-            DIR is a run or a pretrained folder. The result is what the other library loads:
-            transformers   CLIPModel.from_pretrained(DIR)
-            diffusers      UNet2DModel.from_pretrained(DIR), or UNet2DConditionModel if it has transformers
-            open_clip      open_clip.create_model("local-dir:DIR"), or create_model(NAME, pretrained=FILE)
-            openai         clip.model.build_model(safetensors.torch.load_file("DIR/clip.safetensors")); clip.load reads
-                           what torch.save makes of that dictionary
-            uvit           utils.get_nnet(**ARGUMENTS) of the published U-ViT with nnet.json, and load_state_dict
-"diffusers" is of UNets, INPUT a folder of one or of a pipeline; "uvit" is of U-ViTs, INPUT a published .pth file or a
-folder that --to=uvit wrote; all others are CLIP's.
-"""
+            DIR is any run folder. The result is what the other project loads.
 
-# The networks that are converted from and to each format.
-FORMATS = {
-    "transformers": ("clip",),
-    "diffusers": ("unet",),
-    "open_clip": ("clip",),
-    "openai": ("clip",),
-    "uvit": ("uvit",),
-}
-MODELS = ("clip", "unet", "uvit")
+formats:
+{formats}
+"""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and converts."""
-    parser = entry_point.parser("scripts.convert", _DESCRIPTION)
-    direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--source", choices=FORMATS, help="the format to read")
-    direction.add_argument("--to", choices=FORMATS, help="the format to write")
-    parser.add_argument("--model", choices=MODELS, help="the network (default: the one that the format is of)")
-    parser.add_argument("--part", default="", help="what a run calls it (default: as the network)")
-    parser.add_argument("--input", default="", help="with --source: folder, file, or hf:ORGANIZATION/NAME[@REVISION]")
-    parser.add_argument("--name", default="", help="OpenCLIP's name of a network that comes without a config")
-    parser.add_argument(
-        "--tokenizer", default="", help="of a CLIP that comes without one: CLIP's vocabulary, or a tokenizer.json"
-    )
-    parser.add_argument("--run", default="", help="with --to: a run or pretrained folder")
+    import jax
+
+    from weights.formats import FORMATS  # imports jax
+
+    options = _parse(arguments, FORMATS)
+    # Weights go from file to file: what is converted need not fit an accelerator's memory.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        (_convert_outward if options.to else _convert_inward)(options, FORMATS)
+
+
+def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
+    """Reads the command line; raises UserError for flags that are missing or that belong to something else."""
+    lines = [
+        f"  {form.name:<14}{', '.join(form.networks)}. In: {form.inputs}.\n{'':16}Out: {form.outputs}"
+        for form in formats.values()
+    ]
+    helps: dict[str, list[str]] = {}
+    for form in formats.values():
+        for name, text in form.options.items():
+            helps.setdefault(name, [text]).append(form.name)
+    parser = entry_point.parser("scripts.convert", _DESCRIPTION.format(formats="\n".join(lines)))
+    parser.add_argument("--source", choices=formats, help="the format to read (default: the one that INPUT looks like)")
+    parser.add_argument("--input", default="", help="folder, file, or hf:ORGANIZATION/NAME[@REVISION]")
+    for name, (text, *names) in helps.items():
+        parser.add_argument(f"--{name}", default="", help=f"with {', '.join(names)}: {text}")
+    parser.add_argument("--to", choices=formats, help="the format to write")
+    parser.add_argument("--run", default="", help="with --to: a run folder")
+    parser.add_argument("--part", default="", help="with --to: which of its networks (default: the one that fits)")
     parser.add_argument("--step", type=int, default=0, help="with --to: the checkpoint (default the newest)")
     parser.add_argument("--output", required=True, help="a new folder")
     options = parser.parse_args(arguments)
-    _check(options)
 
-    import jax
-
-    # Weights go from file to file: what is converted need not fit an accelerator's memory.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        (_convert_inward if options.source else _convert_outward)(options)
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Fills the network in; raises UserError for flags that are missing or that belong to something else."""
-    inward = {"--input": options.input, "--name": options.name, "--tokenizer": options.tokenizer}
-    outward = {"--run": options.run, "--step": options.step}
-    needed, foreign = ("--input", outward) if options.source else ("--run", inward)
-    if not {**inward, **outward}[needed]:
-        raise UserError(f"{'--source' if options.source else '--to'} needs {needed}; see --help")
-    if wrong := [flag for flag, value in foreign.items() if value]:
-        raise UserError(f"{', '.join(wrong)} cannot be given with {'--source' if options.source else '--to'}")
-    models = FORMATS[options.source or options.to]
-    options.model = options.model or models[0]
-    if options.model not in models:
-        raise UserError(f"{options.source or options.to} is a format of {', '.join(models)}, not of {options.model}")
-    if options.tokenizer and options.model != "clip":
-        raise UserError("--tokenizer is of a CLIP; leave it out")
-    if options.name and options.source != "open_clip":
-        raise UserError("--name is OpenCLIP's name of a network; leave it out")
+    inward, outward = ("source", "input", *helps), ("to", "run", "part", "step")
+    wrong = [f"--{name}" for name in (inward if options.to else outward) if getattr(options, name)]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)} cannot be given {'with' if options.to else 'without'} --to; see --help")
+    if not (options.run if options.to else options.input):
+        raise UserError("give --input, which is read, or --to and --run, which is written; see --help")
+    options.given = {name: getattr(options, name) for name in helps if getattr(options, name)}
+    return options
 
 
-def _convert_inward(options: argparse.Namespace) -> None:
-    """Writes a pretrained folder."""
-    from models import create_model
+def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
+    """Writes a run folder."""
     from weights.files.origin import open_origin
-    from weights.formats import diffusers, open_clip, transformers, uvit
     from weights.pretrained import new_folder, write_pretrained
 
     output, origin = new_folder(options.output), open_origin(options.input)
-    if options.source == "transformers":
-        fields, tensors = transformers.read_clip(origin)
-        params, variables = transformers.clip_from_transformers(create_model(**fields), tensors)
-    elif options.source == "uvit":
-        fields, tensors = uvit.read_uvit(origin)
-        params, variables = uvit.from_uvit(create_model(**fields), tensors), {}
-    elif options.source == "diffusers":
-        fields, tensors = diffusers.read_unet(origin)
-        params, variables = diffusers.unet_from_diffusers(create_model(**fields), tensors)
-    else:
-        read = open_clip.read_openai_clip(origin) if options.source == "openai" else None
-        fields, tensors = read or open_clip.read_clip(origin, options.name)
-        params, variables = open_clip.clip_from_open_clip(create_model(**fields), tensors)
-    tokenizer = None
-    if "text_end_id" in fields:
-        tokenizer = _find_tokenizer(options.tokenizer, origin, fields["text_end_id"])
-    provenance = {"format": options.source, "input": origin.describe()}
-    if options.name:
-        provenance["name"] = options.name
-    part = options.part or options.model
-    write_pretrained(output, fields, params, variables, part=part, provenance=provenance, tokenizer=tokenizer)
-    activation = f", activation {fields['activation']}" if "activation" in fields else ""
-    print(f"{output}: part {part!r}, {_count(params):,} parameters{activation}")
-    print(f"use it with --config.initialize.{part}.source={output} or --config.frozen.{part}.source={output}")
-    if "text_end_id" in fields and tokenizer is None:
-        print("it has no tokenizer, which evaluating it takes: give --tokenizer")
+    form = formats[options.source or _recognize(origin, formats)]
+    if wrong := [f"--{name}" for name in options.given if name not in form.options]:
+        raise UserError(f"{', '.join(wrong)} says nothing of {form.name}; leave it out")
+    read = form.read(origin, **options.given)
+    provenance = {"format": form.name, "input": origin.describe(), **options.given}
+    write_pretrained(output, read.config, read.params, read.variables, provenance=provenance, tokenizer=read.tokenizer)
+    parts = "; ".join(f"part {part!r}, {_count(params):,} parameters" for part, params in read.params.items())
+    print(f"{output}: {form.name}; {parts}")
+    for note in read.notes:
+        print(note)
+    (part, *_) = read.params
+    source = f"{part}.source={output}"
+    print(f"use it as --run={output}, or in configs: --config.initialize.{source}, --config.frozen.{source}")
 
 
-def _find_tokenizer(path: str, origin: Any, end_id: int) -> Any:
-    """The `Tokenizer` at `path`, or else of the origin; None if there is none, or none that fits.
+def _recognize(origin: Any, formats: Any) -> str:
+    """The name of the one format that the files look like.
 
     Raises:
-      UserError: if `path` is none, or not this network's.
+      UserError: if there is none, or more than one.
     """
-    from weights.run import TOKENIZER
-
-    if path:
-        return _read_tokenizer(Path(path).expanduser(), end_id)
-    for names in ((TOKENIZER,), ("vocab.json", "merges.txt")):  # the second two are read together
-        *_, found = (origin.find(name) for name in names)
-        try:
-            if found is not None:
-                return _read_tokenizer(found, end_id)
-        except UserError as error:
-            print(f"the tokenizer is left out: {error}")
-    return None
+    found = [name for name, form in formats.items() if form.recognizes(origin)]
+    if len(found) != 1:
+        looks = f"looks like {' and '.join(found)}" if found else "looks like none of the formats"
+        raise UserError(f"{origin.describe()} {looks}; say which it is with --source={'|'.join(found or formats)}")
+    return found[0]
 
 
-def _read_tokenizer(path: Path, end_id: int) -> Any:
-    """A CLIP vocabulary, or the tokenizer of a run, whose captions end in `end_id`."""
-    from data.tokenizer import Tokenizer
-
-    tokenizer = (Tokenizer.load if path.suffix == ".json" else Tokenizer.from_clip_vocabulary)(path)
-    if tokenizer.end_id != end_id:
-        ends = f"ends captions with {tokenizer.end_id}, and this network's end with {end_id}"
-        raise UserError(f"{path} {ends}; give its own vocabulary as --tokenizer")
-    return tokenizer
-
-
-def _convert_outward(options: argparse.Namespace) -> None:
-    """Writes what another library loads."""
+def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
+    """Writes what another project loads."""
     from models import create_model
-    from weights.files.tensors import write_tensors
-    from weights.formats import diffusers, open_clip, transformers, uvit
-    from weights.pretrained import new_folder, write_json
-    from weights.sources import open_source, trained_model
+    from weights.formats.contract import Network, write_files
+    from weights.pretrained import new_folder
+    from weights.run import Run
+    from weights.sources import trained_model
 
-    source = open_source(options.run)
-    part = options.part or options.model
-    fields = trained_model(source, part)
-    if fields["name"] != options.model:
-        raise UserError(f"part {part!r} of {options.run} is a {fields['name']}, not a {options.model}; choose --part")
-    output, model = new_folder(options.output), create_model(**fields)
-    weights = source.load(options.step or None)
-    params, variables = weights.params[part], weights.variables.get(part, {})
-    if options.to == "transformers":
-        documents, (name, tensors) = transformers.clip_files(model, params)
-    elif options.to == "uvit":
-        documents, (name, tensors) = uvit.uvit_files(model, params)
-    elif options.to == "diffusers":
-        documents, (name, tensors) = diffusers.unet_files(model, params)
-    else:
-        files = open_clip.openai_clip_files if options.to == "openai" else open_clip.clip_files
-        documents, (name, tensors) = files(model, params, variables)
-    write_tensors(output / name, tensors)
-    for document, value in documents.items():
-        write_json(output / document, value)
+    run, form = Run.open(options.run), formats[options.to]
+    fitting = [part for part, fields in run.models().items() if fields["name"] in form.networks]
+    if not options.part and len(fitting) != 1:
+        has = ", ".join(f"{part} ({fields['name']})" for part, fields in run.models().items())
+        raise UserError(
+            f"{options.run} has {has}, and {form.name} is a format of {', '.join(form.networks)}; "
+            + ("choose a --part" if fitting else "choose another --to")
+        )
+    part = options.part or fitting[0]
+    fields = trained_model(run, part)
+    if fields["name"] not in form.networks:
+        raise UserError(f"part {part!r} of {options.run} is a {fields['name']}; {form.name} is of {form.networks[0]}")
+    output = new_folder(options.output)
+    weights = run.load(options.step or None, parts=(part,))
+    network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}))
+    write_files(output, form.write(network))
     kind = "moving average" if weights.ema else "parameters"
-    print(f"{output}: {_count(params):,} parameters ({kind} of step {weights.step}) for {options.to}")
+    print(f"{output}: {_count(network.params):,} parameters ({kind} of step {weights.step}) for {form.name}")
 
 
 def _count(params: Any) -> int:

@@ -22,7 +22,7 @@ PROJECT_IMPORTS = {
     "models": set(),
     "diffusion": set(),
     "data": {"cli"},
-    "weights": {"cli", "models", "data"},
+    "weights": {"cli", "configs", "models", "data"},
     "sample": {"cli", "models", "diffusion", "data", "weights"},
     "evaluation": {"cli", "configs", "models", "diffusion", "data", "weights", "sample"},
     "train": {"cli", "configs", "models", "diffusion", "data", "weights", "sample", "evaluation"},

@@ -12,13 +12,12 @@ from cli.errors import UserError
 from models import create_model
 from train.distributed.sharding import path_name
 from train.state import TrainState
+from weights.run import Run, model_of
 from weights.sources import (
     RANDOM,
     differing_fields,
     find_source,
     load_part,
-    model_of,
-    open_source,
     place_whole,
     trained_model,
 )
@@ -69,7 +68,7 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
 def _check_fields(config: ConfigDict, name: str) -> None:
     """Raises UserError where the weights are of a network that computes something else."""
     entry = config.initialize[name]
-    trained, wanted = trained_model(open_source(find_source(entry.source)), entry.part), model_of(config.models[name])
+    trained, wanted = trained_model(Run.open(find_source(entry.source)), entry.part), model_of(config.models[name])
     if differing := differing_fields(trained, wanted, _adaptable(create_model(**wanted))):
         raise UserError(
             f"config.initialize.{name}: {entry.source} is another network than config.models.{name}: "

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cli.config import flatten, from_json, to_json
+from cli.config import flatten, to_json
 from cli.errors import UserError
 from data.pipeline import load_tokenizer
-from weights.run import CONFIG, IDENTITY, TOKENIZER, Run
+from train.objectives import create_objective
+from weights.run import CONFIG, IDENTITY, TOKENIZER, Run, read_config
 from weights.sources import resolve_frozen
 
 # What may change between the starts of one run: its length and batch size, what no update depends on, where things are
@@ -36,15 +37,24 @@ def pin_frozen(config: ConfigDict, workdir: Path, resuming: bool) -> None:
 def open_workdir(workdir: Path, config: ConfigDict, resuming: bool) -> None:
     """Makes the run folder, or checks that it belongs to this config."""
     path = workdir / CONFIG
+    if path.is_file() and Run.open(workdir).converted:
+        raise UserError(
+            f"{workdir} holds weights that were trained elsewhere; choose another --workdir, and start from them with "
+            f"--config.initialize.<part>.source={workdir}"
+        )
     if resuming and path.is_file():
-        before, now = flatten(from_json(path.read_text(encoding="utf-8"))), flatten(config)
-        changed = sorted(
+        before, now = flatten(read_config(workdir)), flatten(config)
+        changed = {
             key
             for key in before.keys() | now.keys()
-            if before.get(key) != now.get(key) and not CHANGEABLE.fullmatch(key)
-        )
+            if not CHANGEABLE.fullmatch(key) and (key not in before or key not in now or before[key] != now[key])
+        }
+        changed -= {key for key in changed - before.keys() if _has_default(config, key)}
         if changed:
-            shown = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
+            then, value = (
+                {key: repr(side[key]) if key in side else "absent" for key in changed} for side in (before, now)
+            )
+            shown = ", ".join(f"{key}: {then[key]} -> {value[key]}" for key in sorted(changed))
             raise UserError(f"{workdir} was started with another config ({shown}); use a new --workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -53,6 +63,21 @@ def open_workdir(workdir: Path, config: ConfigDict, resuming: bool) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(to_json(config), encoding="utf-8")
     draft.replace(path)
+
+
+def _has_default(config: ConfigDict, key: str) -> bool:
+    """Whether networks, process, loss and sampler are the same without a key: then an older version did the same."""
+    without = config.copy_and_resolve_references()
+    *parents, last = key.split(".")
+    node = without
+    for parent in parents:
+        node = node[parent]
+    with node.unlocked():
+        del node[last]
+    try:
+        return create_objective(without) == create_objective(config)
+    except UserError:  # it has no default
+        return False
 
 
 def copy_tokenizer(config: ConfigDict, workdir: Path, resuming: bool) -> None:

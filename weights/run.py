@@ -1,16 +1,35 @@
-"""A run folder: what a training run leaves behind, and all that sampling and evaluation need."""
+"""A run folder: what a training run leaves behind, and all that sampling and evaluation need.
+
+A run whose training happened elsewhere is the same folder (`weights.pretrained` writes it):
+
+    config.json           the keys of any run's that say what its networks are and how they are used; the rest have
+                          their defaults
+    weights.safetensors   in place of checkpoints: tensors "params/<part>/<path>" and
+                          "variables/<part>/<collection>/<path>"
+    provenance.json       where the weights are from, and their hash
+    tokenizer.json        of its captions, if there is one
+
+Frozen parts may lie in it too: their source is ".". All other files are as in any run folder.
+"""
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from cli.config import from_json
 from cli.errors import UserError
+from configs.common import get_defaults
 from data.tokenizer import Tokenizer
+from models import create_model
 from weights.checkpoint import CheckpointStore
+from weights.files.layout import check_tensors, model_shapes
+from weights.files.tensors import read_tensors
 
 Tree = Any
 
@@ -24,7 +43,12 @@ SAMPLES = "samples"
 IDENTITY = "wandb/id"
 DONE = "DONE"
 
-PROVENANCE = "provenance"  # the key of config.json that a pretrained folder has and a run has not
+WEIGHTS = "weights.safetensors"
+PROVENANCE = "provenance.json"
+
+OWN = "."  # the source of a frozen part that lies in the same folder
+
+_NOT_FIELDS = ("source", "part", "step", "run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +70,7 @@ class RunWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder that exists."""
+    """A run folder that exists, wherever its training happened."""
 
     folder: Path
     config: ConfigDict
@@ -56,12 +80,14 @@ class Run:
         """Opens a run folder.
 
         Raises:
-          UserError: if there is none, or its config cannot be read; if it is a pretrained folder.
+          UserError: if there is none, or its config cannot be read.
         """
-        config = read_config(folder)
-        if PROVENANCE in config:
-            raise UserError(f"{folder} is a pretrained folder, not a run; name it as a `source` in a config")
-        return cls(Path(folder), config)
+        return cls(Path(folder), read_config(folder))
+
+    @property
+    def converted(self) -> bool:
+        """Whether its training happened elsewhere, so that it has weights and no checkpoints."""
+        return (self.folder / PROVENANCE).is_file()
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was copied into the run, or None for a run without text."""
@@ -69,31 +95,50 @@ class Run:
         return Tokenizer.load(path) if path.is_file() else None
 
     def identity(self) -> str:
-        """The run's id, random, constant over its life and carried along by a copy or a move; "" if it has none."""
+        """What tells this run from every other: a random id that a copy or a move carries along, or the weights' hash.
+
+        "" if it has none.
+        """
+        if self.converted:
+            return json.loads((self.folder / PROVENANCE).read_text(encoding="utf-8")).get("sha256", "")
         path = self.folder / IDENTITY
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
+    def models(self) -> dict[str, dict[str, Any]]:
+        """{part: arguments of `models.create_model`} of networks whose weights are here: trained or frozen ones."""
+        own = {part: entry for part, entry in self.config.frozen.items() if entry.get("source") == OWN}
+        return {part: model_of(entry) for part, entry in {**self.config.models, **own}.items()}
+
     def latest_step(self) -> int:
-        """Step of the newest checkpoint.
+        """Step of the newest checkpoint; 0 of a run whose training happened elsewhere.
 
         Raises:
           UserError: if there is none yet.
         """
+        if self.converted:
+            return 0
         steps = CheckpointStore(self.folder / CHECKPOINTS).steps()
         if not steps:
             raise UserError(f"{self.folder} has no checkpoint yet; wait for the first one or train further")
         return steps[0]
 
-    def load(self, step: int | None = None, ema: bool = True) -> RunWeights:
-        """Reads weights.
+    def load(self, step: int | None = None, ema: bool = True, parts: Collection[str] | None = None) -> RunWeights:
+        """Reads weights onto the first device.
 
         Args:
-          step: of the checkpoint; None for the newest one.
+          step: of the checkpoint; None for the newest one, the only one (0) of a run that was trained elsewhere.
           ema: take the moving average where there is one.
+          parts: which networks, of `models()`; None for those that the run trains.
 
         Raises:
-          UserError: if there is no such checkpoint or it cannot be read.
+          UserError: if there is no such checkpoint, or the weights are missing, damaged or not those of the config.
         """
+        parts = self.config.models.keys() if parts is None else parts
+        if self.converted:
+            if step:
+                raise UserError(f"{self.folder} was trained elsewhere and has no checkpoint {step}; set `step` to 0")
+            params, variables = self._read_weights(parts)
+            return RunWeights(params, variables, step=0, ema=False)
         store = CheckpointStore(self.folder / CHECKPOINTS)
         latest = self.latest_step()
         if step is not None and step not in store.steps():
@@ -102,11 +147,43 @@ class Run:
         ema = ema and "ema_params" in store.abstract(step)
         name = "ema_params" if ema else "params"
         trees = store.load(step, (name, "variables"))
-        return RunWeights(trees[name], trees["variables"], step, ema)
+        params, variables = (
+            {part: tree for part, tree in trees[key].items() if part in parts} for key in (name, "variables")
+        )
+        return RunWeights(params, variables, step, ema)
+
+    def _read_weights(self, parts: Collection[str]) -> tuple[dict[str, Tree], dict[str, Tree]]:
+        """Reads (params, variables) of some parts from `WEIGHTS`, after comparing all of it with the config."""
+        tensors = read_tensors(self.folder / WEIGHTS)
+        wanted = {}
+        for part, fields in self.models().items():
+            for path, leaf in model_shapes(create_model(**fields)).items():
+                collection, _, rest = path.partition("/")
+                wanted[tensor_name(part, collection, rest)] = leaf
+        shapes = {name: leaf.shape for name, leaf in wanted.items()}
+        check_tensors(f"{self.folder / CONFIG}", shapes, {name: array.shape for name, array in tensors.items()})
+        trees: dict[str, dict[str, Tree]] = unflatten_dict(
+            {
+                tuple(name.split("/")): jnp.asarray(array, wanted[name].dtype)
+                for name, array in tensors.items()
+                if name.split("/")[1] in parts
+            }
+        )
+        return trees.get("params", {}), trees.get("variables", {})
+
+
+def tensor_name(part: str, collection: str, path: str) -> str:
+    """What a leaf of a network is called in `WEIGHTS`."""
+    return f"params/{part}/{path}" if collection == "params" else f"variables/{part}/{collection}/{path}"
+
+
+def model_of(part_config: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of `create_model` in `config.frozen.<part>` or `config.models.<part>`."""
+    return {key: value for key, value in part_config.items() if key not in _NOT_FIELDS}
 
 
 def read_config(folder: str | Path) -> ConfigDict:
-    """Reads the config of a run folder or a pretrained folder.
+    """Reads the config of a run folder. Keys that the folder lacks, as later versions added them, have their defaults.
 
     Raises:
       UserError: if there is none, or it cannot be read.
@@ -117,9 +194,20 @@ def read_config(folder: str | Path) -> ConfigDict:
         what = "is not a run folder (it has no config.json)" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}; train one with `python -m train --config=... --workdir={folder}`")
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        config = from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or train again") from error
+    _add_missing(config, get_defaults())
+    return config
+
+
+def _add_missing(config: ConfigDict, defaults: ConfigDict) -> None:
+    """Adds the keys of `defaults` that `config` has not."""
+    for key, value in defaults.items():
+        if key not in config:
+            config[key] = value
+        elif isinstance(value, ConfigDict):
+            _add_missing(config[key], value)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

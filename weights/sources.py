@@ -1,4 +1,4 @@
-"""Where a trained part comes from: a run folder, a pretrained folder, or random weights for tests and measurements."""
+"""Where a trained part comes from: a run folder, or random weights for tests and measurements."""
 
 import dataclasses
 import logging
@@ -13,13 +13,11 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models import create_model
-from weights.pretrained import Pretrained
-from weights.run import PROVENANCE, Run, read_config
+from weights.run import OWN, Run, model_of
 
 Tree = Any
 
 RANDOM = "random"
-_NOT_FIELDS = ("source", "part", "step", "run")
 # Fields of networks that say how they compute or start, and not what they compute from their weights.
 _FREE_FIELDS = {"dtype", "param_dtype", "implementation", "scan", "remat", "logit_scale_init", "name", "parent"}
 
@@ -43,11 +41,6 @@ class Part:
         return {"params": self.params, "variables": self.variables}
 
 
-def model_of(part_config: ConfigDict) -> dict[str, Any]:
-    """Returns the arguments of `create_model` in `config.frozen.<part>` or `config.models.<part>`."""
-    return {key: value for key, value in part_config.items() if key not in _NOT_FIELDS}
-
-
 def find_source(source: str, near: Path | None = None) -> str:
     """Returns the folder that `source` names.
 
@@ -55,12 +48,14 @@ def find_source(source: str, near: Path | None = None) -> str:
     that names it.
 
     Args:
-      source: a run folder, a pretrained folder, or "random".
+      source: a run folder, or "random"; "." is the folder `near` itself.
       near: the run folder whose config names `source`.
 
     Raises:
       UserError: if there is no such folder.
     """
+    if source == OWN and near is not None:
+        return str(near)
     candidates = [Path(source)] + ([near.resolve().parent / Path(source).name] if near is not None else [])
     for candidate in candidates:
         if source == RANDOM or (candidate / "config.json").is_file():
@@ -69,16 +64,6 @@ def find_source(source: str, near: Path | None = None) -> str:
     raise UserError(
         f"the source {source} is missing (looked in {places}); train or convert it first, or set another `source`"
     )
-
-
-def open_source(folder: str | Path) -> Run | Pretrained:
-    """Opens a folder that parts come from, whichever of the two it is.
-
-    Raises:
-      UserError: if it is neither.
-    """
-    config = read_config(folder)
-    return (Pretrained if PROVENANCE in config else Run)(Path(folder), config)
 
 
 def differing_fields(trained: dict[str, Any], wanted: dict[str, Any], adaptable: Collection[str] = ()) -> list[str]:
@@ -121,7 +106,7 @@ def resolve_frozen(config: ConfigDict, near: Path | None = None) -> None:
         if entry.source == RANDOM:
             continue
         folder = find_source(entry.source, near)
-        source = open_source(folder)
+        source = Run.open(folder)
         trained = trained_model(source, entry.part)
         with config.unlocked(), entry.ignore_type():
             for key in model_of(entry).keys() - trained.keys() - _FREE_FIELDS:
@@ -171,9 +156,9 @@ def load_part(entry: ConfigDict, seed: int = 0, abstract: Tree = None) -> Part:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         trees = jax.jit(lambda: random_part(model, seed).trees(), out_shardings=shardings)()
         return Part(model, **trees)
-    source = open_source(find_source(entry.source))
+    source = Run.open(find_source(entry.source))
     model = trained_model(source, entry.part)
-    weights = source.load(entry.get("step", 0) or None)
+    weights = source.load(entry.get("step", 0) or None, parts=(entry.part,))
     part = Part(model, weights.params[entry.part], weights.variables.get(entry.part, {}))
     if abstract is None:
         return part
@@ -194,12 +179,13 @@ def random_part(model: dict[str, Any], seed: int) -> Part:
     return Part(model, variables.pop("params"), variables)
 
 
-def trained_model(source: Run | Pretrained, part: str) -> dict[str, Any]:
+def trained_model(source: Run, part: str) -> dict[str, Any]:
     """Returns the arguments of `create_model` of a part.
 
     Raises:
       UserError: if the source has no such part.
     """
-    if part not in source.config.models:
-        raise UserError(f"{source.folder} has no part {part!r}; it has {', '.join(source.config.models.keys())}")
-    return model_of(source.config.models[part])
+    models = source.models()
+    if part not in models:
+        raise UserError(f"{source.folder} has no part {part!r}; it has {', '.join(models)}")
+    return models[part]

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from models import create_model
 from models.dalle import Dalle
-from weights.sources import model_of
+from weights.run import model_of
 
 Tree = Any
 Request = dict[str, Any]

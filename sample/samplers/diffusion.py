@@ -24,7 +24,7 @@ from diffusion.schedule import create_schedule
 from diffusion.solver_choice import make_plan
 from models import create_model
 from models.conditioning import Conditioning
-from weights.sources import model_of
+from weights.run import model_of
 
 Tree = Any
 Request = dict[str, Any]
@@ -105,6 +105,11 @@ class DiffusionSampler:
           UserError: if the process or a default is impossible.
         """
         model = create_model(**config.models.denoiser)
+        if "process" not in config:
+            raise UserError(
+                "the config does not tell on which process the denoiser was trained; convert it with its pipeline, "
+                "whose scheduler does"
+            )
         fields = config.process.to_dict()
         try:
             process = Process(create_schedule(**fields.pop("schedule")), **fields)
@@ -112,7 +117,7 @@ class DiffusionSampler:
             raise UserError(f"config.process is impossible: {error}") from error
         steps = Steps(*(config.sample[key] for key in ("sampler", "steps", "spacing", "eta")))
         numbers = {key: config.sample[key] for key in _NUMBERS}
-        null_class = bool(config.loss.dropout)
+        null_class = bool(config.loss.get("dropout", 0.0))
         sampler = cls(model, process, _text_context(config), steps, null_class, **numbers)
         sampler._settings({})  # finds what is impossible in the defaults
         return sampler

@@ -25,7 +25,7 @@ from weights.formats.open_clip import (
 )
 from weights.formats.transformers import clip_fields as fields_of_transformers
 from weights.formats.transformers import clip_from_transformers, clip_to_transformers
-from weights.pretrained import Pretrained
+from weights.run import Run
 
 TINY_TEXT = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2}
 TINY_TEXT |= {"num_attention_heads": 2, "max_position_embeddings": 8, "eos_token_id": 39, "bos_token_id": 38}
@@ -128,7 +128,7 @@ def test_tiny_transformers_through_the_command_and_back(activation, eos, tmp_pat
     network = tiny_transformers(activation, eos_token_id=eos)
     network.save_pretrained(tmp_path / "theirs")
     convert(["--source=transformers", f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
-    pretrained = Pretrained.open(tmp_path / "ours")
+    pretrained = Run.open(tmp_path / "ours")
     weights, model = pretrained.load(), models.create_model(**pretrained.config.models.clip)
     assert (model.activation, model.text_end_id) == (activation, 39)
     images, text, pictures = inputs(model)
@@ -155,7 +155,7 @@ def test_tiny_open_clip_through_the_command_and_back(name, quick_gelu, tmp_path)
     document = {"model_cfg": config, "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.3]}}
     (tmp_path / "theirs" / "open_clip_config.json").write_text(json.dumps(document))
     convert(["--source=open_clip", f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
-    pretrained = Pretrained.open(tmp_path / "ours")
+    pretrained = Run.open(tmp_path / "ours")
     weights, model = pretrained.load(), models.create_model(**pretrained.config.models.clip)
     images, text, pictures = inputs(model)
     theirs = run_open_clip(network, pictures, text)
@@ -183,7 +183,7 @@ def test_an_archive_of_openai_s(name, tmp_path):
     torch.jit.save(traced.half(), tmp_path / "tiny.pt")
 
     convert(["--source=openai", f"--input={tmp_path}/tiny.pt", f"--output={tmp_path}/ours"])
-    pretrained = Pretrained.open(tmp_path / "ours")
+    pretrained = Run.open(tmp_path / "ours")
     weights, model = pretrained.load(), models.create_model(**pretrained.config.models.clip)
     assert model.activation == "quick_gelu"
     tensors = torch.jit.load(tmp_path / "tiny.pt").state_dict()

@@ -11,7 +11,7 @@ import models
 from models.conditioning import Conditioning
 from scripts.convert import main as convert
 from weights.formats.diffusers import unet_fields, unet_from_diffusers, unet_to_diffusers
-from weights.pretrained import Pretrained
+from weights.run import Run
 
 SMALL = {"sample_size": 16, "block_out_channels": (32, 64, 64), "norm_num_groups": 8, "layers_per_block": 1}
 CONDITION = {
@@ -126,8 +126,8 @@ def test_small_networks_through_the_command_and_back(variant, tmp_path):
     network = randomized(kind, config)
     network.save_pretrained(tmp_path / "theirs" / "unet")
     convert(["--source=diffusers", f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
-    pretrained = Pretrained.open(tmp_path / "ours")
-    params, model = pretrained.load().params["unet"], models.create_model(**pretrained.config.models.unet)
+    pretrained = Run.open(tmp_path / "ours")
+    params, model = pretrained.load().params["denoiser"], models.create_model(**pretrained.config.models.denoiser)
     examples = inputs(model)
     theirs = run_theirs(network, *examples)
     assert_close(run_ours(model, params, *examples), theirs)

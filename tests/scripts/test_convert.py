@@ -18,11 +18,16 @@ from train.transfer import initialize_parts
 from weights.checkpoint import CheckpointStore
 from weights.files.tensors import read_tensors, write_tensors
 from weights.formats import diffusers, open_clip, transformers, uvit
-from weights.pretrained import Pretrained
+from weights.formats.contract import write_files
+from weights.run import Run
 
 from ..models.random_parameters import random_parameters
 from ..weights.clip_samples import FIELDS, RESNET, assert_same_trees, tiny
 from ..weights.unet_samples import STABLE_DIFFUSION_2
+
+
+def provenance(folder):
+    return json.loads((folder / "provenance.json").read_text())
 
 
 def write_theirs(folder, to: str, fields=FIELDS):
@@ -30,12 +35,11 @@ def write_theirs(folder, to: str, fields=FIELDS):
     model, params, variables = tiny(fields)
     assert isinstance(model, Clip)
     if to == "transformers":
-        documents, (name, tensors) = transformers.clip_files(model, params)
+        files = transformers.clip_files(model, params)
     else:
-        documents, (name, tensors) = open_clip.clip_files(model, params, variables)
-    write_tensors(folder / name, tensors)
-    for document, value in documents.items():
-        (folder / document).write_text(json.dumps(value))
+        files = open_clip.clip_files(model, params, variables)
+    write_files(folder, files)
+    (tensors,) = (value for name, value in files.items() if name.endswith(".safetensors"))
     return params, variables, tensors
 
 
@@ -53,9 +57,9 @@ def test_in_and_out_again(form, fields, tmp_path, capsys):
     main([f"--source={form}", f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
     said = capsys.readouterr().out
     assert "activation gelu" in said and "the tokenizer is left out: " in said and "give --tokenizer" in said
-    ours = Pretrained.open(tmp_path / "ours")
+    ours = Run.open(tmp_path / "ours")
     assert ours.config.models.clip.to_dict() == fields
-    assert ours.config.provenance.format == form and ours.config.provenance.input == f"{tmp_path}/theirs"
+    assert {"format": form, "input": f"{tmp_path}/theirs"}.items() <= provenance(tmp_path / "ours").items()
     assert_same_trees(ours.load().params["clip"], params)
     assert_same_trees(ours.load().variables.get("clip", {}), variables)
     assert ours.tokenizer() is None
@@ -82,7 +86,7 @@ def test_a_vocabulary_comes_along_or_is_named(tmp_path):
     main([*command, f"--output={tmp_path}/found"])
     main([*command, f"--output={tmp_path}/named", f"--tokenizer={own}"])
     for folder in ("found", "named"):
-        tokenizer = Pretrained.open(tmp_path / folder).tokenizer()
+        tokenizer = Run.open(tmp_path / folder).tokenizer()
         assert tokenizer is not None and tokenizer.encode("Red", 4).ids.tolist() == [size - 2, 513, size - 1, 0]
     with pytest.raises(UserError, match=f"ends captions with {size}, and this network's end with {size - 1}"):
         main([*command, f"--output={tmp_path}/none", f"--tokenizer={other}"])
@@ -121,10 +125,7 @@ def write_pipeline(folder):
     """A pipeline's folder with the UNet that it holds; returns what ours should make of it."""
     model = create_model(**STABLE_DIFFUSION_2)
     params = random_parameters(model)
-    documents, (name, tensors) = diffusers.unet_files(model, params)
-    write_tensors(folder / "unet" / name, tensors)
-    for document, value in documents.items():
-        (folder / "unet" / document).write_text(json.dumps(value))
+    write_files(folder / "unet", diffusers.unet_files(model, params))
     (folder / "model_index.json").write_text("{}")
     return params
 
@@ -133,10 +134,10 @@ def test_the_unet_of_a_pipeline_in_and_out_again(tmp_path, capsys):
     params = write_pipeline(tmp_path / "theirs")
     for folder, name in (("theirs", "ours"), ("theirs/unet", "same")):
         main(["--source=diffusers", f"--input={tmp_path}/{folder}", f"--output={tmp_path}/{name}"])
-        ours = Pretrained.open(tmp_path / name)
-        assert ours.config.models.unet.to_dict() == STABLE_DIFFUSION_2
-        assert_same_trees(ours.load().params["unet"], params)
-    assert "part 'unet', " in capsys.readouterr().out
+        ours = Run.open(tmp_path / name)
+        assert ours.config.models.denoiser.to_dict() == STABLE_DIFFUSION_2
+        assert_same_trees(ours.load().params["denoiser"], params)
+    assert "part 'denoiser', " in capsys.readouterr().out
     main(["--to=diffusers", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
     for path in (tmp_path / "theirs" / "unet").iterdir():
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes() or path.suffix == ".json"
@@ -152,9 +153,9 @@ def test_a_pipeline_in_the_hub_s_cache(tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     main(["--source=diffusers", "--input=hf:tiny/pipeline", f"--output={tmp_path}/ours"])
-    ours = Pretrained.open(tmp_path / "ours")
-    assert ours.config.provenance.input == f"hf:tiny/pipeline@{commit}"
-    assert_same_trees(ours.load().params["unet"], params)
+    ours = Run.open(tmp_path / "ours")
+    assert provenance(tmp_path / "ours")["input"] == f"hf:tiny/pipeline@{commit}"
+    assert_same_trees(ours.load().params["denoiser"], params)
 
 
 def test_a_file_of_openai_s_has_quick_gelu(tmp_path):
@@ -162,14 +163,14 @@ def test_a_file_of_openai_s_has_quick_gelu(tmp_path):
     extras = {"input_resolution": np.array(16), "context_length": np.array(8), "vocab_size": np.array(40)}
     tensors = open_clip.clip_to_open_clip(params, {})
     np.savez(tmp_path / "tiny.npz", **extras, **tensors)
-    main(["--source=openai", f"--input={tmp_path}/tiny.npz", f"--output={tmp_path}/ours", "--part=tower"])
-    ours = Pretrained.open(tmp_path / "ours")
+    main(["--source=openai", f"--input={tmp_path}/tiny.npz", f"--output={tmp_path}/ours"])
+    ours = Run.open(tmp_path / "ours")
     known = {**FIELDS, "activation": "quick_gelu"}
-    told = ours.config.models.tower.to_dict()
+    told = ours.config.models.clip.to_dict()
     assert {key: told[key] for key in told if told[key] != known[key]}.keys() <= {
         *("logit_scale_init", "image_mean", "image_std")
     }
-    assert_same_trees(ours.load().params["tower"], params)
+    assert_same_trees(ours.load().params["clip"], params)
     with pytest.raises(UserError, match="is not a file; OpenAI's weights are one"):
         main(["--source=openai", f"--input={tmp_path}", f"--output={tmp_path}/again"])
 
@@ -205,16 +206,18 @@ def test_a_u_vit_in_and_out_again(tmp_path, capsys):
     tensors = uvit.to_uvit(model, params)
     write_tensors(tmp_path / "theirs" / "cifar10.safetensors", tensors)
     main(["--source=uvit", f"--input={tmp_path}/theirs/cifar10.safetensors", f"--output={tmp_path}/ours"])
-    assert "--config.initialize.uvit.source" in capsys.readouterr().out
-    ours = Pretrained.open(tmp_path / "ours")
-    assert create_model(**ours.config.models.uvit) == model
-    assert_same_trees(ours.load().params["uvit"], params)
+    assert "--config.initialize.denoiser.source" in capsys.readouterr().out
+    ours = Run.open(tmp_path / "ours")
+    assert create_model(**ours.config.models.denoiser) == model
+    assert_same_trees(ours.load().params["denoiser"], params)
     main(["--to=uvit", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
     assert json.loads((tmp_path / "back" / "nnet.json").read_text())["num_classes"] == 3
     back = read_tensors(tmp_path / "back" / "nnet_ema.safetensors")
     assert back.keys() == tensors.keys() and all((back[name] == tensors[name]).all() for name in tensors)
-    with pytest.raises(UserError, match="part 'uvit' of .* is a uvit, not a clip; choose --part"):
-        main(["--to=open_clip", f"--run={tmp_path}/ours", "--part=uvit", f"--output={tmp_path}/none"])
+    with pytest.raises(UserError, match="part 'denoiser' of .* is a uvit; open_clip is of clip"):
+        main(["--to=open_clip", f"--run={tmp_path}/ours", "--part=denoiser", f"--output={tmp_path}/none"])
+    with pytest.raises(UserError, match=r"denoiser \(uvit\), and open_clip is a format of clip; choose another --to"):
+        main(["--to=open_clip", f"--run={tmp_path}/ours", f"--output={tmp_path}/none"])
 
 
 def test_from_the_hub_s_cache(tmp_path, monkeypatch):
@@ -225,8 +228,8 @@ def test_from_the_hub_s_cache(tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     main(["--source=transformers", "--input=hf:tiny/clip", f"--output={tmp_path}/ours"])
-    ours = Pretrained.open(tmp_path / "ours")
-    assert ours.config.provenance.input == f"hf:tiny/clip@{commit}"
+    ours = Run.open(tmp_path / "ours")
+    assert provenance(tmp_path / "ours")["input"] == f"hf:tiny/clip@{commit}"
     assert_same_trees(ours.load().params["clip"], params)
     with pytest.raises(UserError, match="has no config.json in the hub's cache"):
         main(["--source=transformers", "--input=hf:tiny/none", f"--output={tmp_path}/none"])
@@ -251,7 +254,7 @@ def test_a_run_s_moving_average_is_what_goes_out(tmp_path):
         assert written.keys() == expected.keys()
         assert all((written[key] == expected[key]).all() for key in expected)
     with pytest.raises(UserError, match="has no part 'clip'; it has tower"):
-        main(["--to=open_clip", f"--run={tmp_path}/run", f"--output={tmp_path}/none"])
+        main(["--to=open_clip", f"--run={tmp_path}/run", "--part=clip", f"--output={tmp_path}/none"])
     with pytest.raises(UserError, match="image_tower is 'resnet'; CLIPModel has a vit"):
         main(["--to=transformers", f"--run={tmp_path}/run", "--part=tower", f"--output={tmp_path}/none"])
 
@@ -259,18 +262,17 @@ def test_a_run_s_moving_average_is_what_goes_out(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source=transformers"], "--source needs --input"),
-        (["--to=open_clip"], "--to needs --run"),
-        (["--source=open_clip", "--input=x", "--run=y"], "--run cannot be given with --source"),
+        (["--source=transformers"], "give --input, which is read, or --to and --run"),
+        (["--to=open_clip"], "give --input, which is read, or --to and --run"),
+        (["--source=open_clip", "--input=x", "--run=y"], "--run cannot be given without --to"),
         (["--to=open_clip", "--run=x", "--input=y", "--name=RN50"], "--input, --name cannot be given with --to"),
-        (["--source=openai", "--input=x", "--name=RN50"], "leave it out"),
+        (["--source=openai", "--input={tmp}", "--name=RN50"], "--name says nothing of openai; leave it out"),
         (["--source=keras", "--input=x"], "invalid choice: 'keras'"),
-        (["--source=uvit", "--input=x", "--tokenizer=y"], "--tokenizer is of a CLIP"),
+        (["--source=uvit", "--input={tmp}", "--tokenizer=y"], "--tokenizer says nothing of uvit"),
         (["--to=open_clip", "--run=x", "--tokenizer=y"], "--tokenizer cannot be given with --to"),
-        (["--source=uvit", "--input=x", "--model=clip"], "uvit is a format of uvit, not of clip"),
-        (["--source=diffusers", "--input=x", "--model=clip"], "diffusers is a format of unet, not of clip"),
         (["--source=diffusers", "--input={tmp}"], "has no config.json; give another"),
-        (["--source=openai", "--to=open_clip"], "not allowed with"),
+        (["--input={tmp}"], "looks like none of the formats; say which it is with --source=transformers|diffusers"),
+        (["--source=openai", "--to=open_clip"], "--source cannot be given with --to"),
         (["--to=open_clip", "--run={tmp}/none"], "none does not exist"),
         (["--source=transformers", "--input={tmp}"], "has no config.json; give another"),
     ],

@@ -27,7 +27,9 @@ def config(scenes_dir, name, *overrides):
 def write_stage(folder, model, seed: int):
     """A pretrained folder of random weights; returns them."""
     part = random_part(model, seed)
-    write_pretrained(folder, model, part.params, part.variables, part="dvae", provenance={"format": "made up"})
+    variables = {"dvae": part.variables} if part.variables else {}
+    config = {"objective": "dvae", "models": {"dvae": model}}
+    write_pretrained(folder, config, {"dvae": part.params}, variables, provenance={"format": "made up"})
     return part.params
 
 
@@ -64,7 +66,8 @@ def test_fine_tuning_starts_from_a_pretrained_folder(scenes_dir, tmp_path):
 def test_a_clip_goes_on_at_another_resolution_and_nothing_else_may_differ(scenes_dir, tmp_path):
     wanted = config(scenes_dir, "clip.py").models.clip.to_dict()
     part = random_part({**wanted, "image_size": 16}, 0)
-    write_pretrained(tmp_path / "clip", part.model, part.params, {}, part="clip", provenance={"format": "made up"})
+    converted = {"objective": "clip", "models": {"clip": part.model}}
+    write_pretrained(tmp_path / "clip", converted, {"clip": part.params}, {}, provenance={"format": "made up"})
     settings = (f"--config.initialize.clip.source={tmp_path}/clip", "--config.steps=2")
     still = (*settings, "--config.optimizer.schedule.peak=0.0")
     assert train(config(scenes_dir, "clip.py", *still), tmp_path / "run") == EXIT_OK

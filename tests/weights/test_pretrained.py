@@ -1,4 +1,4 @@
-"""A pretrained folder: written, opened, and used as the source of initialized and of frozen parts."""
+"""A run that was trained elsewhere: written, opened, and used as the source of initialized and of frozen parts."""
 
 import json
 import shutil
@@ -8,22 +8,25 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from cli.config import from_json, to_json
+from cli.config import from_json, load_config, to_json
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from train.state import create_state
 from train.transfer import initialize_parts
+from train.workdir import open_workdir
 from weights.files.tensors import read_tensors, write_tensors
-from weights.pretrained import WEIGHTS, Pretrained, write_pretrained
-from weights.run import Run
-from weights.sources import abstract_frozen, differing_fields, load_frozen, open_source, resolve_frozen
+from weights.pretrained import write_pretrained
+from weights.run import WEIGHTS, Run
+from weights.sources import abstract_frozen, differing_fields, load_frozen, resolve_frozen
 
 from .clip_samples import FIELDS, RESNET, assert_same_trees, tiny
 
 
 def write(folder, fields=FIELDS, seed: int = 0, part: str = "clip", **more):
     _, params, variables = tiny(fields, seed)
-    write_pretrained(folder, fields, params, variables, part=part, provenance={"format": "made up"}, **more)
+    config = {"objective": "clip", "models": {part: fields}}
+    trees = {part: params}, {part: variables} if variables else {}
+    write_pretrained(folder, config, *trees, provenance={"format": "made up"}, **more)
     return params, variables
 
 
@@ -36,9 +39,9 @@ def folder(tmp_path_factory):
 
 def test_what_is_written_is_read(folder):
     _, params, variables = tiny(RESNET)
-    opened = Pretrained.open(folder)
+    opened = Run.open(folder)
     assert opened.config.models.clip.to_dict() == RESNET
-    assert opened.config.provenance.format == "made up" and len(opened.identity()) == 64
+    assert json.loads((folder / "provenance.json").read_text())["format"] == "made up" and len(opened.identity()) == 64
     weights = opened.load()
     assert_same_trees(weights.params["clip"], params)
     assert_same_trees(weights.variables["clip"], variables)
@@ -48,18 +51,42 @@ def test_what_is_written_is_read(folder):
 def test_the_same_weights_have_the_same_identity_and_others_have_not(folder, tmp_path):
     write(tmp_path / "again", RESNET)
     write(tmp_path / "other", RESNET, seed=1)
-    identity = Pretrained.open(folder).identity()
-    assert Pretrained.open(tmp_path / "again").identity() == identity != Pretrained.open(tmp_path / "other").identity()
+    identity = Run.open(folder).identity()
+    assert Run.open(tmp_path / "again").identity() == identity != Run.open(tmp_path / "other").identity()
 
 
-def test_a_source_is_a_run_or_a_pretrained_folder(folder, tmp_path):
-    assert isinstance(open_source(folder), Pretrained)
-    (tmp_path / "config.json").write_text(json.dumps({"models": {}, "objective": "dvae"}))
-    assert isinstance(open_source(tmp_path), Run)
-    with pytest.raises(UserError, match="is a pretrained folder, not a run"):
-        Run.open(folder)
-    with pytest.raises(UserError, match="is a run folder, not one that"):
-        Pretrained.open(tmp_path)
+def test_keys_that_a_folder_lacks_have_their_defaults(folder):
+    config = Run.open(folder).config
+    assert config.data.validation_split == "validation" and config.data.dataset == "" and not config.frozen.keys()
+
+
+def test_frozen_parts_lie_in_the_same_folder(tmp_path):
+    """As a text encoder does beside the denoiser that reads with it."""
+    parts = {"tower": tiny(RESNET), "clip": tiny(FIELDS)}
+    config = {
+        "objective": "clip",
+        "models": {"tower": RESNET},
+        "frozen": {"clip": {**FIELDS, "source": ".", "part": "clip"}},
+    }
+    trees = ({part: network[place] for part, network in parts.items()} for place in (1, 2))
+    write_pretrained(tmp_path / "both", config, *trees, provenance={})
+    run = Run.open(tmp_path / "both")
+    assert run.load().params.keys() == {"tower"}  # what it trains
+    resolve_frozen(run.config, near=run.folder)
+    assert_same_trees(load_frozen(run.config)["clip"]["params"], parts["clip"][1])
+    moved = (tmp_path / "both").rename(tmp_path / "moved")
+    other = frozen_config(moved)  # another run may name it too
+    resolve_frozen(other)
+    assert_same_trees(load_frozen(other)["clip"]["params"], parts["clip"][1])
+    assert_same_trees(initialize(moved, RESNET, part="tower").params["tower"], parts["tower"][1])
+
+
+def test_nothing_trains_in_a_folder_of_converted_weights(folder):
+    config = load_config(["--config=configs/scenes/clip.py:debug"])
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(UserError, match="trained elsewhere; choose another --workdir"):
+        open_workdir(folder, config, resuming=False)
+    assert (folder / "config.json").read_bytes() == before
 
 
 def frozen_config(folder, **fields) -> ConfigDict:
@@ -73,7 +100,7 @@ def test_a_frozen_part_is_the_network_that_its_folder_describes(folder):
     entry = config.frozen.clip
     assert entry.image_tower == "resnet" and entry.image_layers == (1, 2, 1, 1) and entry.activation == "gelu"
     assert "patch_size" not in entry  # of the network that the config described before
-    assert (entry.step, entry.run) == (0, Pretrained.open(folder).identity())
+    assert (entry.step, entry.run) == (0, Run.open(folder).identity())
     config = from_json(to_json(config))  # as a run keeps it
     resolve_frozen(config)
     loaded, abstract = load_frozen(config), abstract_frozen(config)
@@ -104,7 +131,7 @@ def test_a_frozen_part_is_placed_as_the_program_wants_it(folder):
 def test_a_folder_has_no_steps_and_only_its_parts(folder):
     config = frozen_config(folder, step=3)
     resolve_frozen(config)
-    with pytest.raises(UserError, match="no checkpoint 3; set `step` to 0"):
+    with pytest.raises(UserError, match="has no checkpoint 3; set `step` to 0"):
         load_frozen(config)
     with pytest.raises(UserError, match="has no part 'dvae'; it has clip"):
         resolve_frozen(frozen_config(folder, part="dvae"))
@@ -161,10 +188,10 @@ def test_weights_of_another_config_and_damaged_ones_are_refused(folder, tmp_path
     name = "variables/clip/batch_stats/image/stem_1/norm/mean"
     write_tensors(tmp_path / "copy" / WEIGHTS, {key: array for key, array in tensors.items() if key != name})
     with pytest.raises(UserError, match=f"missing: {name}"):
-        Pretrained.open(tmp_path / "copy").load()
+        Run.open(tmp_path / "copy").load()
     (tmp_path / "copy" / WEIGHTS).unlink()
     with pytest.raises(UserError, match="no file of weights"):
-        Pretrained.open(tmp_path / "copy").load()
+        Run.open(tmp_path / "copy").load()
 
 
 def test_a_folder_with_something_in_it_stays_as_it_is(folder, tmp_path):
@@ -179,6 +206,6 @@ def test_a_folder_with_something_in_it_stays_as_it_is(folder, tmp_path):
 def test_a_tokenizer_comes_along(tmp_path):
     tokenizer = Tokenizer.train(["a small red circle"] * 3, 270).with_ends()
     write(tmp_path / "clip", tokenizer=tokenizer)
-    back = Pretrained.open(tmp_path / "clip").tokenizer()
+    back = Run.open(tmp_path / "clip").tokenizer()
     assert back is not None and back.end_id == tokenizer.end_id
     assert back.encode("a red star", 12).ids.tolist() == tokenizer.encode("a red star", 12).ids.tolist()

@@ -69,7 +69,7 @@ class ClipObjective:
     TAKES_PARTS: ClassVar[bool] = True
 
     sampler: ClipSampler
-    kind: str
+    kind: str = KINDS[0]
     parts: int = 1
 
     @classmethod

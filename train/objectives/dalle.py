@@ -40,10 +40,10 @@ class DalleObjective:
     """
 
     sampler: DalleSampler
-    text_weight: float
-    image_weight: float
-    mask_pads: bool
-    caption_dropout: float
+    text_weight: float = 1 / 8
+    image_weight: float = 7 / 8
+    mask_pads: bool = False
+    caption_dropout: float = 0.0
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "DalleObjective":

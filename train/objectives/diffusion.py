@@ -36,7 +36,7 @@ class DiffusionObjective:
     """
 
     sampler: DiffusionSampler
-    dropout: float
+    dropout: float = 0.0
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "DiffusionObjective":

@@ -120,14 +120,14 @@ class DiscreteVAEObjective:
     """
 
     model: DiscreteVAE
-    reconstruction: str
-    kl_weight_start: float
-    kl_weight: float
-    kl_weight_steps: int
-    temperature_start: float
-    temperature: float
-    temperature_steps: int
-    straight_through: bool
+    reconstruction: str = "logit_laplace"
+    kl_weight_start: float = 0.0
+    kl_weight: float = 6.6
+    kl_weight_steps: int = 5000
+    temperature_start: float = 1.0
+    temperature: float = 1 / 16
+    temperature_steps: int = 150_000
+    straight_through: bool = False
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "DiscreteVAEObjective":

@@ -188,6 +188,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def peek_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object that may be something else: {} then."""
+    try:
+        return read_json(path)
+    except UserError:
+        return {}
+
+
 def read_weights(origin: Origin, names: Sequence[str]) -> Tensors:
     """Reads the tensors of the first file of `names` that there is, or of the one file that the origin is.
 

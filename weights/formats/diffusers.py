@@ -12,11 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from cli.errors import UserError
+from models import create_model
 from models.unet import UNet
 from weights.files.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensors, Tree, linear
-from weights.files.origin import Origin, Subfolder, read_json, read_weights
+from weights.files.origin import Origin, Subfolder, peek_json, read_json, read_weights
+from weights.formats.contract import Converted, Files, Format
+from weights.formats.diffusers_scheduler import read_scheduler
+from weights.formats.runs import denoiser_run
 
 CONFIG = "config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 PIPELINE_FOLDER = "unet"
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -320,13 +325,13 @@ def read_unet(origin: Origin) -> tuple[dict[str, Any], Tensors]:
     return unet_fields(read_json(origin.require(CONFIG))), read_weights(origin, WEIGHTS)
 
 
-def unet_files(model: UNet, params: Tree) -> tuple[dict[str, dict[str, Any]], tuple[str, Tensors]]:
-    """What `from_pretrained` of the library's UNet reads: ({name: JSON}, (name, tensors)).
+def unet_files(model: UNet, params: Tree) -> Files:
+    """What `from_pretrained` of the library's UNet reads.
 
     Raises:
       UserError: if the library cannot compute what `model` does.
     """
-    return {CONFIG: unet_config(model)}, (WEIGHTS[0], unet_to_diffusers(model, params))
+    return {CONFIG: unet_config(model), WEIGHTS[0]: unet_to_diffusers(model, params)}
 
 
 def _read_levels(kind: str, given: Mapping[str, Any], problems: list[str]) -> tuple[tuple[int, ...], str]:
@@ -388,3 +393,27 @@ def _one(key: str, value: Any, problems: list[str]) -> Any:
 def _ratio(width: int, first: int) -> int | float:
     """The multiplier of a level; a whole number where it is one."""
     return width // first if width % first == 0 else width / first
+
+
+def _recognizes(origin: Origin) -> bool:
+    config = origin.find(f"{PIPELINE_FOLDER}/{CONFIG}", CONFIG)
+    return config is not None and peek_json(config).get("_class_name") in (PLAIN, CONDITION)
+
+
+def _read(origin: Origin) -> Converted:
+    fields, tensors = read_unet(origin)
+    params, _ = unet_from_diffusers(create_model(**fields), tensors)
+    scheduler = origin.find(SCHEDULER)
+    process, sample = (None, {}) if scheduler is None else read_scheduler(read_json(scheduler))
+    return denoiser_run(fields, params, process, sample)
+
+
+FORMAT = Format(
+    name="diffusers",
+    networks=("unet",),
+    inputs="a UNet, or a pipeline with one; a pipeline's scheduler says what process it was trained on",
+    outputs="UNet2DModel.from_pretrained(DIR), or UNet2DConditionModel if it has transformers",
+    recognizes=_recognizes,
+    read=_read,
+    write=lambda network: unet_files(network.model, network.params),
+)

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from cli.errors import UserError
+from models import create_model
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
 from weights.files.layout import CONVOLUTION, SAME, Layout, Rule, Tensors, Tree, linear
 from weights.files.origin import Origin, WeightsFile, read_json, read_weights
+from weights.formats.contract import Converted, Files, Format
+from weights.formats.runs import CLIP_OPTIONS, clip_run
 from weights.formats.transformers import mlp_ratio, say_other_preparation, undivided_heads
 
 CONFIG = "open_clip_config.json"
@@ -340,19 +343,17 @@ def read_openai_clip(origin: Origin) -> tuple[dict[str, Any], Tensors]:
     return clip_fields_of_tensors(tensors, "quick_gelu"), tensors
 
 
-def clip_files(model: Clip, params: Tree, variables: Tree) -> tuple[dict[str, dict[str, Any]], tuple[str, Tensors]]:
-    """What `open_clip.create_model("local-dir:...")` reads: ({name: JSON}, (name, tensors)).
+def clip_files(model: Clip, params: Tree, variables: Tree) -> Files:
+    """What `open_clip.create_model("local-dir:...")` reads.
 
     Raises:
       UserError: if OpenCLIP cannot compute what `model` does.
     """
-    return {CONFIG: clip_config(model)}, (WEIGHTS[0], clip_to_open_clip(params, variables))
+    return {CONFIG: clip_config(model), WEIGHTS[0]: clip_to_open_clip(params, variables)}
 
 
-def openai_clip_files(
-    model: Clip, params: Tree, variables: Tree
-) -> tuple[dict[str, dict[str, Any]], tuple[str, Tensors]]:
-    """What `clip.model.build_model` of OpenAI's package takes: ({}, (name, tensors)).
+def openai_clip_files(model: Clip, params: Tree, variables: Tree) -> Files:
+    """What `clip.model.build_model` of OpenAI's package takes.
 
     It tells the rest from shapes, and rounds to half precision.
 
@@ -370,10 +371,43 @@ def openai_clip_files(
         problems.append(f"its image_layers are {model.image_layers}; a ResNet of OpenAI's has 4 stages")
     if problems:
         raise UserError(f"this CLIP cannot be written for OpenAI's package: {'; '.join(problems)}")
-    return {}, ("clip.safetensors", tensors)
+    return {"clip.safetensors": tensors}
 
 
 def _without_prefix(tensors: Tensors) -> Tensors:
     """Names as of the network, where a training run of several devices wrapped it."""
     wrapped = all(name.startswith("module.") for name in tensors)
     return {name.removeprefix("module."): array for name, array in tensors.items()} if wrapped else tensors
+
+
+def _read(origin: Origin, name: str = "", tokenizer: str = "") -> Converted:
+    fields, tensors = read_clip(origin, name)
+    return clip_run(origin, fields, *clip_from_open_clip(create_model(**fields), tensors), tokenizer)
+
+
+def _read_openai(origin: Origin, tokenizer: str = "") -> Converted:
+    fields, tensors = read_openai_clip(origin)
+    return clip_run(origin, fields, *clip_from_open_clip(create_model(**fields), tensors), tokenizer)
+
+
+FORMAT = Format(
+    name="open_clip",
+    networks=("clip",),
+    inputs=f"a CLIP with {CONFIG}, or weights alone with --name",
+    outputs='open_clip.create_model("local-dir:DIR"), or create_model(NAME, pretrained=FILE)',
+    recognizes=lambda origin: origin.find(CONFIG) is not None,
+    read=_read,
+    write=lambda network: clip_files(network.model, network.params, network.variables),
+    options={**CLIP_OPTIONS, "name": "OpenCLIP's name of a network that comes without a config"},
+)
+
+OPENAI_FORMAT = Format(
+    name="openai",
+    networks=("clip",),
+    inputs="a CLIP as OpenAI publishes it, one file",
+    outputs='clip.model.build_model(safetensors.torch.load_file("DIR/clip.safetensors"))',
+    recognizes=lambda origin: False,  # its tensors are named as OpenCLIP's, and do not tell their activation
+    read=_read_openai,
+    write=lambda network: openai_clip_files(network.model, network.params, network.variables),
+    options=CLIP_OPTIONS,
+)

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from cli.errors import UserError
+from models import create_model
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
 from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors, Tree, linear
-from weights.files.origin import Origin, read_json, read_weights
+from weights.files.origin import Origin, peek_json, read_json, read_weights
+from weights.formats.contract import Converted, Files, Format
+from weights.formats.runs import CLIP_OPTIONS, clip_run
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -237,15 +240,18 @@ def read_clip(origin: Origin) -> tuple[dict[str, Any], Tensors]:
     return fields, read_weights(origin, WEIGHTS)
 
 
-def clip_files(model: Clip, params: Tree) -> tuple[dict[str, dict[str, Any]], tuple[str, Tensors]]:
-    """What `CLIPModel.from_pretrained` reads: ({name: JSON}, (name, tensors)).
+def clip_files(model: Clip, params: Tree) -> Files:
+    """What `CLIPModel.from_pretrained` reads.
 
     Raises:
       UserError: if `CLIPModel` cannot compute what `model` does.
     """
     config, preprocessor = clip_configs(model)
-    files = {"config.json": config, "preprocessor_config.json": preprocessor}
-    return files, (WEIGHTS[0], clip_to_transformers(params))
+    return {
+        "config.json": config,
+        "preprocessor_config.json": preprocessor,
+        WEIGHTS[0]: clip_to_transformers(params),
+    }
 
 
 def undivided_heads(model: Clip) -> list[str]:
@@ -296,3 +302,25 @@ def _side(key: str, value: Any) -> int:
     if len(sides) != 1:
         raise UserError(f"{key} is {value}; only squares are converted")
     return sides.pop()
+
+
+def _recognizes(origin: Origin) -> bool:
+    config = origin.find("config.json")
+    return config is not None and peek_json(config).get("model_type") == "clip"
+
+
+def _read(origin: Origin, tokenizer: str = "") -> Converted:
+    fields, tensors = read_clip(origin)
+    return clip_run(origin, fields, *clip_from_transformers(create_model(**fields), tensors), tokenizer)
+
+
+FORMAT = Format(
+    name="transformers",
+    networks=("clip",),
+    inputs="a CLIP as save_pretrained writes it",
+    outputs="CLIPModel.from_pretrained(DIR)",
+    recognizes=_recognizes,
+    read=_read,
+    write=lambda network: clip_files(network.model, network.params),
+    options=CLIP_OPTIONS,
+)

@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from cli.errors import UserError
+from models import create_model
 from models.uvit import UViT
 from weights.files.layout import CONVOLUTION, Form, Layout, Rule, Tensors, Tree, linear
-from weights.files.origin import Origin, read_json, read_weights
+from weights.files.origin import Origin, WeightsFile, read_json, read_weights
+from weights.formats.contract import Converted, Files, Format
+from weights.formats.runs import denoiser_run
 from weights.formats.transformers import mlp_ratio
 
 ARGUMENTS = "nnet.json"
@@ -211,10 +214,37 @@ def read_uvit(origin: Origin) -> tuple[dict[str, Any], Tensors]:
     return uvit_fields_of_tensors(tensors) if arguments is None else uvit_fields(read_json(arguments)), tensors
 
 
-def uvit_files(model: UViT, params: Tree) -> tuple[dict[str, dict[str, Any]], tuple[str, Tensors]]:
-    """What the published code can be given: ({name: JSON}, (name, tensors)).
+def uvit_files(model: UViT, params: Tree) -> Files:
+    """What the published code can be given.
 
     Raises:
       UserError: if it cannot compute what `model` does.
     """
-    return {ARGUMENTS: uvit_arguments(model)}, (WEIGHTS[0], to_uvit(model, params))
+    return {ARGUMENTS: uvit_arguments(model), WEIGHTS[0]: to_uvit(model, params)}
+
+
+def _recognizes(origin: Origin) -> bool:
+    if isinstance(origin, WeightsFile):
+        return "uvit" in origin.path.name
+    return origin.find(ARGUMENTS, *WEIGHTS) is not None
+
+
+def _read(origin: Origin) -> Converted:
+    fields, tensors = read_uvit(origin)
+    params = from_uvit(create_model(**fields), tensors)
+    if fields["in_channels"] != 3:  # a first stage's latents, whose process is another one
+        return denoiser_run(fields, params, None, {})
+    # Of pixels all published networks are trained on the variance-preserving SDE (the authors' train.py).
+    process = {"schedule": {"name": "vp", "beta_min": 0.1, "beta_max": 20.0}, "prediction": "eps"}
+    return denoiser_run(fields, params, process, {"sampler": "dpm_solver_singlestep", "steps": 50})
+
+
+FORMAT = Format(
+    name="uvit",
+    networks=("uvit",),
+    inputs="a U-ViT, a published .pth file or what --to=uvit writes",
+    outputs="utils.get_nnet(**ARGUMENTS) of the published code with nnet.json, and load_state_dict",
+    recognizes=_recognizes,
+    read=_read,
+    write=lambda network: uvit_files(network.model, network.params),
+)

@@ -74,7 +74,7 @@ def converted(tmp_path_factory):
     fields = {**FIELDS, "text_vocab_size": size, "text_end_id": size - 1, "text_length": 40}
     _, params, _ = tiny(fields)
     write_tensors(folder / "clip.safetensors", open_clip.clip_to_open_clip(params, {}))
-    weights = ["--source=openai", f"--input={folder}/clip.safetensors", "--part=tower"]
+    weights = ["--source=openai", f"--input={folder}/clip.safetensors"]
     convert([*weights, f"--tokenizer={vocabulary}", f"--output={folder}/clip"])
     convert([*weights, f"--output={folder}/without"])
     return folder / "clip"
@@ -97,7 +97,12 @@ def test_a_converted_clip_embeds_as_its_network_does(tower, tmp_path):
     ids = {"text_vocab_size": tokenizer.vocab_size, "text_end_id": tokenizer.end_id, "text_length": 12}
     fields = {**tower, **ids}
     trees = jax.jit(lambda: random_part(fields, seed=0).trees())()
-    write_pretrained(tmp_path / "clip", fields, **trees, part="tower", provenance={}, tokenizer=tokenizer)
+    data = {"image_size": fields["image_size"], "text_length": 12, "transform": "clip_training"}
+    config = {"objective": "clip", "models": {"clip": fields}, "data": data}
+    variables = {"clip": trees["variables"]} if trees["variables"] else {}
+    write_pretrained(
+        tmp_path / "clip", config, {"clip": trees["params"]}, variables, provenance={}, tokenizer=tokenizer
+    )
     clip = ClipEmbedder.open(tmp_path / "clip")
     model = create_model(**fields)
     images = np.random.default_rng(0).integers(0, 256, (3, model.image_size, model.image_size, 3)).astype(np.uint8)
@@ -211,8 +216,9 @@ def test_mistakes_are_named(converted, data_dir, tmp_path):
         main([f"--run={converted}", "--dataset=points/swiss_roll"])
     fields = {"name": "uvit", "image_size": 4, "patch_size": 2, "width": 64, "depth": 2, "heads": 1}
     _, params, _ = tiny(fields)
-    write_pretrained(tmp_path / "uvit", fields, params, {}, part="uvit", provenance={})
-    with pytest.raises(UserError, match="is a pretrained folder of uvit, not a run"):
+    config = {"objective": "diffusion", "models": {"denoiser": fields}}
+    write_pretrained(tmp_path / "uvit", config, {"denoiser": params}, {}, provenance={})
+    with pytest.raises(UserError, match="does not tell on which process the denoiser was trained"):
         main([f"--run={tmp_path}/uvit", *where])
 
 

@@ -1,0 +1,87 @@
+"""What a foreign format declares of itself; `scripts.convert`, its help and its errors are made of that."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data.tokenizer import Tokenizer
+from weights.files.origin import Origin
+from weights.files.tensors import write_tensors
+from weights.pretrained import write_json
+
+Tree = Any
+
+# What is written, by the files' names: tensors in .safetensors, JSON objects in all others.
+Files = dict[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One network with weights.
+
+    Attributes:
+      model: the Linen module.
+      params: its parameters.
+      variables: {collection: tree}; may be empty.
+    """
+
+    model: Any
+    params: Tree
+    variables: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was read, as a run folder has it; see `weights.run`.
+
+    Attributes:
+      config: keys of a run's config.json.
+      params: {part: tree}.
+      variables: {part: {collection: tree}}; may be empty.
+      tokenizer: of captions; None if there is none.
+      notes: lines that a user should read.
+    """
+
+    config: dict[str, Any]
+    params: dict[str, Tree]
+    variables: dict[str, Tree] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format of another project.
+
+    Attributes:
+      name: of the project, as `--source` and `--to` take it.
+      networks: which of `models.MODELS` it holds.
+      inputs: what INPUT may be beside a folder, a file or a repository of any of them, for the help; a sentence part.
+      outputs: what the other project does with what is written, for the help.
+      recognizes: whether files look like this format's; never raises for a file that is something else.
+      read: (origin, **options) -> what it holds; raises UserError where that is none of it, or ours cannot compute it.
+      write: one network -> files; raises UserError where the other project cannot compute it.
+      options: {flag: help} of what reading may be told.
+    """
+
+    name: str
+    networks: tuple[str, ...]
+    inputs: str
+    outputs: str
+    recognizes: Callable[[Origin], bool]
+    read: Callable[..., Converted]
+    write: Callable[[Network], Files]
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """Writes what a format made.
+
+    Raises:
+      UserError: if a file cannot be written.
+    """
+    for name, value in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, value) if path.suffix == ".safetensors" else write_json(path, value)

@@ -1,0 +1,85 @@
+"""Converted networks as runs: the keys of a run's config.json that say what a network is and how it is used."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cli.errors import UserError
+from configs.common import get_diffusion_sampling
+from data.tokenizer import Tokenizer
+from weights.files.origin import Origin
+from weights.formats.contract import Converted, Tree
+from weights.run import TOKENIZER
+
+CLIP_OPTIONS = {"tokenizer": "of a CLIP that comes without one: CLIP's vocabulary, or a tokenizer.json"}
+
+
+def clip_run(origin: Origin, fields: Mapping[str, Any], params: Tree, variables: Tree, tokenizer: str) -> Converted:
+    """A CLIP: objective `clip`, part `clip`.
+
+    Args:
+      origin: where it is from, which may have a tokenizer.
+      fields: {name, fields} of the network.
+      params: its parameters.
+      variables: its collections.
+      tokenizer: path of its tokenizer; "" for the origin's.
+
+    Raises:
+      UserError: if there is no such tokenizer, or it is not this network's.
+    """
+    data = {"image_size": fields["image_size"], "text_length": fields["text_length"], "transform": "clip_training"}
+    found, notes = _find_tokenizer(tokenizer, origin, fields["text_end_id"])
+    if found is None:
+        notes += ("it has no tokenizer, which captions take: give --tokenizer",)
+    loss = {"kind": "contrastive" if fields.get("logit_bias_init") is None else "sigmoid"}
+    return Converted(
+        {"objective": "clip", "models": {"clip": dict(fields)}, "data": data, "loss": loss},
+        {"clip": params},
+        {"clip": variables} if variables else {},
+        found,
+        (f"activation {fields['activation']}", *notes),
+    )
+
+
+def denoiser_run(
+    fields: Mapping[str, Any], params: Tree, process: Mapping[str, Any] | None, sample: Mapping[str, Any]
+) -> Converted:
+    """A diffusion backbone: objective `diffusion`, part `denoiser`.
+
+    Args:
+      fields: {name, fields} of the network.
+      params: its parameters.
+      process: `config.process` that it was trained on; None where the files do not tell.
+      sample: how to sample from it unless told otherwise, {"sampler", "steps"}.
+    """
+    config: dict[str, Any] = {"objective": "diffusion", "models": {"denoiser": dict(fields)}}
+    config["data"] = {"image_size": fields["image_size"], "label_field": "label" if fields["num_classes"] else ""}
+    if process is None:
+        notes = ("its files do not tell the process that it was trained on, so that it cannot be sampled",)
+        return Converted(config, {"denoiser": params}, notes=notes)
+    config |= {"process": dict(process), "sample": get_diffusion_sampling(**sample).to_dict()}
+    return Converted(config, {"denoiser": params})
+
+
+def _find_tokenizer(path: str, origin: Origin, end_id: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
+    """The tokenizer at `path`, or else of the origin, None if there is none that fits; and why one was left out."""
+    if path:
+        return _read_tokenizer(Path(path).expanduser(), end_id), ()
+    notes = []
+    for names in ((TOKENIZER,), ("vocab.json", "merges.txt")):  # the second two are read together
+        *_, found = (origin.find(name) for name in names)
+        try:
+            if found is not None:
+                return _read_tokenizer(found, end_id), tuple(notes)
+        except UserError as error:
+            notes.append(f"the tokenizer is left out: {error}")
+    return None, tuple(notes)
+
+
+def _read_tokenizer(path: Path, end_id: int) -> Tokenizer:
+    """A CLIP vocabulary, or the tokenizer of a run, whose captions end in `end_id`."""
+    tokenizer = (Tokenizer.load if path.suffix == ".json" else Tokenizer.from_clip_vocabulary)(path)
+    if tokenizer.end_id != end_id:
+        ends = f"ends captions with {tokenizer.end_id}, and this network's end with {end_id}"
+        raise UserError(f"{path} {ends}; give its own vocabulary as --tokenizer")
+    return tokenizer
