@@ -1,29 +1,37 @@
-"""`python -m scripts.describe --config=FILE`: what a config would build, without allocating it."""
+"""`python -m scripts.describe --config=FILE | --run=FOLDER`: what a config would build, without allocating it."""
 
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cli import entry_point
 from cli.config import load_config
+from cli.errors import UserError
 
 _DESCRIPTION = """\
 Shows the module tree, parameters of each part, and matrix FLOPs of a training step. Nothing is allocated, so the
 largest config can be described on a laptop.
 
   --config=FILE[:ARGUMENT]   the config; --config.KEY=VALUE overrides a key
+  --run=FOLDER               in its place: a run folder, also one of converted weights
 """
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and describes."""
     parser = entry_point.parser("scripts.describe", _DESCRIPTION)
+    parser.add_argument("--run", default="", help="a run folder, whose config is described")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--depth", type=int, default=2, help="levels of the module tree (default 2)")
     options, rest = parser.parse_known_args(arguments)
-    config = load_config(rest)
-    description = describe(config, options.depth)
+    if options.run and rest:
+        raise UserError(f"{rest[0]} cannot be given with --run, whose config is described; leave one of them out")
+    if options.run:
+        description = describe_run(options.run, options.depth)
+    else:
+        description = describe(load_config(rest), options.depth)
     print(json.dumps(description, indent=2) if options.json else format_description(description))
 
 
@@ -60,17 +68,44 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
 
     inputs = (params, variables, frozen, batch, rng)
 
-    def parts(trees: dict[str, Any]) -> dict[str, Any]:
-        return {part: {"parameters": _size(tree), "modules": _modules(tree, depth)} for part, tree in trees.items()}
-
     return {
         "objective": config.objective,
         "batch_size": config.batch_size,
-        "trained": parts(params),
+        "trained": _parts(params, depth),
         "variables": int(np.sum([math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)])),
-        "frozen": parts({part: trees["params"] for part, trees in frozen.items()}),
+        "frozen": _parts({part: trees["params"] for part, trees in frozen.items()}, depth),
         "matrix_flops_per_step": matrix_flops(jax.grad(loss), *inputs),
         "matrix_flops_forward": matrix_flops(loss, *inputs),
+    }
+
+
+def describe_run(folder: str, depth: int) -> dict[str, Any]:
+    """As `describe`, of a run folder.
+
+    Converted networks that lack what a training step takes (a text encoder, a first stage, a process) are described by
+    themselves, without the figures of a step and with the reason in their place.
+    """
+    from weights.run import Run
+    from weights.sources import random_part, resolve_frozen
+
+    run = Run.open(folder)
+    resolve_frozen(run.config, near=Path(folder))
+    run.config.batch_size = run.config.batch_size or 1
+    try:
+        return describe(run.config, depth)
+    except UserError as error:
+        if not run.converted:
+            raise
+        reason = str(error)
+    import jax
+
+    networks = {part: jax.eval_shape(lambda m=model: random_part(m, 0).trees()) for part, model in run.models().items()}
+    return {
+        "objective": run.config.objective,
+        "trained": _parts({part: trees["params"] for part, trees in networks.items()}, depth),
+        "frozen": {},
+        "variables": sum(_size(trees["variables"]) for trees in networks.values()),
+        "no_step": reason,
     }
 
 
@@ -81,14 +116,21 @@ def format_description(description: dict[str, Any]) -> str:
         for part, entry in description[kind].items():
             lines.append(f"{part} ({kind}): {entry['parameters']:,} parameters")
             lines += [f"  {name:<40} {count:>18,}" for name, count in entry["modules"].items()]
-    batch = description["batch_size"]
     lines.append(f"values updated without a gradient: {description['variables']:,}")
+    if "no_step" in description:
+        return "\n".join([*lines, f"a training step is not described: {description['no_step']}"])
+    batch = description["batch_size"]
     lines.append(
         f"matrix FLOPs of a training step at batch size {batch}: {description['matrix_flops_per_step']:.4g} "
         f"({description['matrix_flops_per_step'] / batch:.4g} an example; forward alone "
         f"{description['matrix_flops_forward'] / batch:.4g})"
     )
     return "\n".join(lines)
+
+
+def _parts(trees: dict[str, Any], depth: int) -> dict[str, Any]:
+    """Parameters of each network, and of its modules."""
+    return {part: {"parameters": _size(tree), "modules": _modules(tree, depth)} for part, tree in trees.items()}
 
 
 def _size(tree: Any) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from cli import entry_point
 from cli.config import flatten, load_config
 from cli.errors import EXIT_OK, UserError
+from configs.common import get_defaults
 from cost.chips import GIB, chip_of
 
 EXIT_DOES_NOT_FIT = 1
@@ -174,10 +175,11 @@ def row_hashes(config: Any) -> str:
     """Two short hashes: of what the compiled step depends on in the config, and of that with the compiler's versions.
 
     Where data lies, how often a run is saved, evaluated or logged, and which run a frozen stage comes from make no
-    difference to the step.
+    difference to the step. Nor do keys at their default, so that a key that a later version adds leaves rows valid.
     """
     apart = ("group.", "seed.", "log.", "checkpoint.", "evaluate.", "wandb.", "sample.", "initialize.")
-    flat = {f"{key}.": value for key, value in flatten(config).items()}
+    defaults = flatten(get_defaults())
+    flat = {f"{key}.": value for key, value in flatten(config).items() if defaults.get(key) != value}
     kept = {
         key: value
         for key, value in sorted(flat.items())

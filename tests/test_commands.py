@@ -82,4 +82,4 @@ def test_main_functions_end_through_the_same_door():
     for command in COMMANDS:
         path = ROOT / command.replace(".", "/")
         source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
-        assert f"command.{run_command.__name__}(main)" in source
+        assert f"entry_point.{run_command.__name__}(main)" in source

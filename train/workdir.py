@@ -51,10 +51,9 @@ def open_workdir(workdir: Path, config: ConfigDict, resuming: bool) -> None:
         }
         changed -= {key for key in changed - before.keys() if _has_default(config, key)}
         if changed:
-            then, value = (
-                {key: repr(side[key]) if key in side else "absent" for key in changed} for side in (before, now)
-            )
-            shown = ", ".join(f"{key}: {then[key]} -> {value[key]}" for key in sorted(changed))
+            then, value = ({key: repr(side[key]) for key in changed & side.keys()} for side in (before, now))
+            pairs = (f"{key}: {then.get(key, 'absent')} -> {value.get(key, 'absent')}" for key in sorted(changed))
+            shown = ", ".join(pairs)
             raise UserError(f"{workdir} was started with another config ({shown}); use a new --workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)

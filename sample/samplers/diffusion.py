@@ -118,7 +118,12 @@ class DiffusionSampler:
         steps = Steps(*(config.sample[key] for key in ("sampler", "steps", "spacing", "eta")))
         numbers = {key: config.sample[key] for key in _NUMBERS}
         null_class = bool(config.loss.get("dropout", 0.0))
-        sampler = cls(model, process, _text_context(config), steps, null_class, **numbers)
+        text = _text_context(config)
+        if text is None and getattr(model, "context_width", 0):
+            raise UserError("the denoiser reads a context; name what makes one in config.models.text or frozen.clip")
+        if getattr(model, "in_channels", 3) != 3:
+            raise UserError(f"the denoiser is of latents of {model.in_channels} channels, which nothing decodes yet")
+        sampler = cls(model, process, text, steps, null_class, **numbers)
         sampler._settings({})  # finds what is impossible in the defaults
         return sampler
 

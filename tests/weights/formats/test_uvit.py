@@ -36,10 +36,11 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_there_and_back(name, tmp_path):
     model, params, _ = tiny(NETWORKS[name])
-    documents, (file, tensors) = uvit_files(model, params)
+    files = uvit_files(model, params)
+    file, tensors = next((name, content) for name, content in files.items() if name != ARGUMENTS)
     assert_same_trees(from_uvit(model, tensors), params)
     write_tensors(tmp_path / file, tensors)
-    (tmp_path / ARGUMENTS).write_text(json.dumps(documents[ARGUMENTS]))
+    (tmp_path / ARGUMENTS).write_text(json.dumps(files[ARGUMENTS]))
     # From arguments, and from shapes alone, whatever lies beside the file.
     for origin in (Folder(tmp_path), WeightsFile(tmp_path / file)):
         fields, read = read_uvit(origin)
