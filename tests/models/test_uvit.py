@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import models
 from models.conditioning import Conditioning
@@ -323,3 +324,17 @@ def test_arguments_of_another_network_are_refused():
     refused(plain, x_t, Conditioning(mask=jnp.ones((2, 3), bool)), "conditioning.mask hides tokens, and there are none")
     refused(model, x_t, both.replace(tokens=tokens[:, :2]), r"tokens are \(2, 6\), the network's .* \(3, 6\)")
     refused(model, x_t[:, :6], both, r"x_t is \(6, 8, 3\)")
+
+
+def test_a_linen_network_computes_the_same_inside_flax_nnx():
+    """Through `flax.nnx.bridge`, with the same parameters put in, and its own taken out: one tree of the same names."""
+    model = UViT(**TINY, num_classes=5)
+    inputs = inputs_of(model)
+    wrapped = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0))
+    nnx.bridge.lazy_init(wrapped, *inputs)
+    own = nnx.to_pure_dict(nnx.state(wrapped, nnx.Param))
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, random_params(model))
+    nnx.update(wrapped, random_params(model))
+    graph, state = nnx.split(wrapped)
+    output = jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(state, *inputs)
+    np.testing.assert_array_equal(output, apply(model, *inputs))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from models.layers import convolution, partitioning
 from models.layers.convolution import Conv
@@ -103,5 +104,5 @@ def test_other_devices_get_the_plain_convolution(inputs, monkeypatch):
 
 
 def test_several_devices_get_the_plain_convolution(inputs):
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+    with use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
         _assert_plain(inputs)

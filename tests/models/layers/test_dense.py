@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from models.layers import partitioning
 from models.layers.dense import Dense, DenseGeneral
@@ -59,5 +60,5 @@ def test_other_devices_get_the_plain_product(x, monkeypatch):
 
 
 def test_several_devices_get_the_plain_product(x):
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+    with use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
         assert _program(Dense(6), x) == _program(nn.Dense(6), x)
