@@ -6,6 +6,7 @@ PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 pyt
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+PYTEST := $(RUN) pytest --durations=10
 PIP := $(RUN) pip --disable-pip-version-check --quiet
 
 # OpenAI's published dVAE, for the parity tests. Installed without its dependencies, which would bring torchvision and
@@ -24,10 +25,10 @@ demo: $(VENV)/.base  ## train the small systems on the embedded data and draw th
 	@$(RUN) scripts.demo
 
 test: $(VENV)/.dev  ## the fast tests
-	@$(RUN) pytest -m "not slow and not parity" -n 2 --dist=loadfile
+	@$(PYTEST) -m "not slow and not parity" -n 2 --dist=worksteal
 
 test-slow: $(VENV)/.dev  ## the slow tests: killed runs, many devices and processes, the TPU compiler, the whole demo at debug size
-	@$(RUN) pytest -m slow
+	@$(PYTEST) -m slow -n 2 --dist=worksteal
 
 check: $(VENV)/.dev  ## lint, formatting, types
 	@$(RUN) ruff check
@@ -35,7 +36,7 @@ check: $(VENV)/.dev  ## lint, formatting, types
 	@$(RUN) basedpyright
 
 parity: $(VENV)/.parity  ## compare with other projects' code (installs torch)
-	@$(RUN) pytest tests/parity
+	@$(PYTEST) tests/parity
 
 # requirements.lock constrains versions, so that a stamp installs no more than it is for. A stamp is touched last.
 # INCOMPLETE exists while an environment is being made or added to. If it is found, the last attempt was cut short, and

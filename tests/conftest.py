@@ -5,24 +5,39 @@ package of the project. Both must happen before anything imports JAX or the proj
 """
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import os
 import shutil
+import signal
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["WANDB_MODE"] = "disabled"
-os.environ["MPLBACKEND"] = "agg"
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's matrices are small here: threads would wait for each other
-# Optimizing takes most of a tiny program's time; the arithmetic it would change is not what tests are about.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # a worker has the environment of the process that started it, as below
 
-# Programs that many tests compile are compiled once, also by the commands that tests start; nobody's own cache is used.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tessera-tests-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if not WORKER:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["WANDB_MODE"] = "disabled"
+    os.environ["MPLBACKEND"] = "agg"
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's matrices are small here: threads would wait for each other
+    # Optimizing takes most of a tiny program's time; the arithmetic it would change is not what tests are about.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+    # Programs that many tests compile are compiled once, also by the commands that tests start and by both suites of
+    # `.ci/run`, which gives a folder for all; nobody's own cache is used.
+    cache = os.environ.get("TESSERA_TESTS_CACHE") or tempfile.mkdtemp(prefix="tessera-tests-")
+    if "TESSERA_TESTS_CACHE" not in os.environ:
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# Whoever starts the tests may ignore SIGINT (a shell's background job, many CI systems). Child processes inherit that,
+# and bash cannot trap what it was started to ignore.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
@@ -48,30 +63,83 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.parity)
 
 
-@pytest.fixture(scope="session")
-def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with a small `scenes/single32` and its tokenizer."""
-    from data import scenes
-    from scripts.prepare import prepare
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`subprocess.Popen` in a session of its own, for text; what a failed test leaves running is killed with it."""
+    with contextlib.ExitStack() as stack:
 
-    folder = tmp_path_factory.mktemp("data")
-    scenes.prepare("single32", str(folder), train=300, validation=60, held_out=40)
-    prepare("scenes/single32", str(folder), 512)
+        def start(command: list[str], **options: object) -> subprocess.Popen[str]:
+            process = subprocess.Popen(command, text=True, start_new_session=True, **options)
+            stack.callback(_end, process)
+            return process
+
+        yield start
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+MakeOnce = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """`make_once(name, make)`: the folder of that name, which `make` filled once for all processes of the suite."""
+    base = tmp_path_factory.getbasetemp()
+    common = (base.parent if WORKER else base) / "made_once"
+    common.mkdir(exist_ok=True)
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        path, done = common / name, common / f"{name}.done"
+        with (common / f"{name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)  # of an attempt that failed
+                make(path)
+                done.touch()
+        return path
+
     return folder
 
 
 @pytest.fixture(scope="session")
-def debug_run(scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`debug_run("scenes/dvae.py")`: the folder of that config's debug variant, trained once for all who look at it."""
+def scenes_dir(make_once: MakeOnce) -> Path:
+    """A data folder with a small `scenes/single32` and its tokenizer."""
+    from data import scenes
+    from scripts.prepare import prepare
+
+    def make(folder: Path) -> None:
+        scenes.prepare("single32", str(folder), train=300, validation=60, held_out=40)
+        prepare("scenes/single32", str(folder), 512)
+
+    return make_once("data", make)
+
+
+@pytest.fixture(scope="session")
+def debug_run(scenes_dir: Path, make_once: MakeOnce, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`debug_run("scenes/dvae.py")`: a run of that config's debug variant, trained once for all who look at it.
+
+    Each process of the suite has a copy, since evaluation writes into the folder.
+    """
     from cli.config import load_config
     from cli.errors import EXIT_OK
     from train.loop import train
 
     @functools.cache
     def folder(name: str) -> Path:
-        workdir = tmp_path_factory.mktemp("runs") / Path(name).stem
         config = load_config([f"--config={ROOT}/configs/{name}:debug", f"--config.data.data_dir={scenes_dir}"])
-        assert train(config, workdir) == EXIT_OK
-        return workdir
+
+        def make(workdir: Path) -> None:
+            assert train(config, workdir) == EXIT_OK
+
+        path = make_once(name.removesuffix(".py").replace("/", "_"), make)
+        return Path(shutil.copytree(path, tmp_path_factory.mktemp("runs") / Path(name).stem))
 
     return folder

@@ -38,48 +38,49 @@ if __name__ == "__main__":
 """
 
 
-def start(
-    tmp_path: Path,
-    before: str = "",
-    after: str = "",
-    python=(),
-    command=("-m", "probe"),
-    arguments=(),
-    **environment: str,
-):
+@pytest.fixture
+def start(tmp_path: Path, start_process):
     """Starts the command, saved as a package `probe`."""
-    (tmp_path / "probe").mkdir()
-    (tmp_path / "probe" / "__main__.py").write_text(COMMAND.format(before=before, after=after), encoding="utf-8")
-    clean = {key: value for key, value in os.environ.items() if "GLIBC" not in key and "MALLOC" not in key}
-    return subprocess.Popen(
-        [sys.executable, *python, *command, *arguments],
-        cwd=tmp_path,
-        env={
-            **clean,
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "COUNTER": str(tmp_path / "counter"),
-            allocator.SWITCH: "",
-            **environment,
-        },
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+
+    def start(before: str = "", after: str = "", python=(), command=("-m", "probe"), arguments=(), **environment: str):
+        (tmp_path / "probe").mkdir()
+        (tmp_path / "probe" / "__main__.py").write_text(COMMAND.format(before=before, after=after), encoding="utf-8")
+        clean = {key: value for key, value in os.environ.items() if "GLIBC" not in key and "MALLOC" not in key}
+        return start_process(
+            [sys.executable, *python, *command, *arguments],
+            cwd=tmp_path,
+            env={
+                **clean,
+                "PYTHONPATH": str(ROOT),
+                "JAX_PLATFORMS": "cpu",
+                "COUNTER": str(tmp_path / "counter"),
+                allocator.SWITCH: "",
+                **environment,
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return start
 
 
-def run(tmp_path: Path, stdin: str = "", **options):
+@pytest.fixture
+def run(start):
     """Runs the command to its end and returns (what it printed, its exit code)."""
-    process = start(tmp_path, **options)
-    stdout, stderr = process.communicate(stdin, timeout=60)
-    assert not stderr, stderr
-    return json.loads(stdout), process
+
+    def run(stdin: str = "", **options):
+        process = start(**options)
+        stdout, stderr = process.communicate(stdin, timeout=60)
+        assert not stderr, stderr
+        return json.loads(stdout), process
+
+    return run
 
 
-def test_command_is_executed_again_with_the_same_arguments_process_and_streams(tmp_path: Path):
+def test_command_is_executed_again_with_the_same_arguments_process_and_streams(run):
     arguments = ("--config=a b.py:debug", "", "--config.steps=3", "é")
-    said, process = run(tmp_path, stdin="hello", python=("-B", "-X", "utf8"), arguments=arguments)
+    said, process = run(stdin="hello", python=("-B", "-X", "utf8"), arguments=arguments)
     assert said["executions"] == 2
     assert said["pid"] == process.pid
     assert said["arguments"] == list(arguments)
@@ -90,9 +91,8 @@ def test_command_is_executed_again_with_the_same_arguments_process_and_streams(t
     assert said["environment"] == {}  # a child process starts with malloc as it was
 
 
-def test_signals_and_exit_code_pass_through(tmp_path: Path):
+def test_signals_and_exit_code_pass_through(start):
     process = start(
-        tmp_path,
         after="import signal, time; signal.signal(15, lambda *_: sys.exit(75)); print(flush=True); time.sleep(60)",
     )
     assert process.stdin is not None and process.stdout is not None
@@ -101,8 +101,6 @@ def test_signals_and_exit_code_pass_through(tmp_path: Path):
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75
-    process.stdout.close()
-    process.stderr.close()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 @pytest.mark.parametrize(
@@ -119,34 +117,34 @@ def test_signals_and_exit_code_pass_through(tmp_path: Path):
         ("import cli.accelerators; cli.accelerators.DEVICES = ('/dev/nul?',)", {"JAX_PLATFORMS": ""}),
     ],
 )
-def test_command_runs_once_where_the_allocator_does_not_apply(tmp_path: Path, before: str, environment: dict):
-    said, _ = run(tmp_path, before=before, **environment)
+def test_command_runs_once_where_the_allocator_does_not_apply(run, before: str, environment: dict):
+    said, _ = run(before=before, **environment)
     assert said["executions"] == 1
     assert said["tunables"] == []
 
 
-def test_machine_without_an_accelerator_needs_no_variable(tmp_path: Path):
+def test_machine_without_an_accelerator_needs_no_variable(run):
     before = "import cli.accelerators; cli.accelerators.DEVICES = ('/dev/no-such-device[0-9]*',)"
-    said, _ = run(tmp_path, before=before, JAX_PLATFORMS="")
+    said, _ = run(before=before, JAX_PLATFORMS="")
     assert said["executions"] == 2
 
 
-def test_spawned_worker_is_left_alone(tmp_path: Path):
+def test_spawned_worker_is_left_alone(start, tmp_path: Path):
     after = "import multiprocessing as m; p = m.get_context('spawn').Process(target=print); p.start(); p.join()"
-    process = start(tmp_path, after=after + "; sys.exit(p.exitcode)", command=("probe/__main__.py",))
+    process = start(after=after + "; sys.exit(p.exitcode)", command=("probe/__main__.py",))
     stdout, stderr = process.communicate("", timeout=60)
     assert (process.returncode, stderr) == (0, "")
     assert (tmp_path / "counter").read_text() == "xxx"  # the command twice, the worker once
 
 
-def test_values_of_the_user_stay(tmp_path: Path):
-    said, _ = run(tmp_path, GLIBC_TUNABLES="glibc.malloc.hugetlb=0", MALLOC_ARENA_MAX="4")
+def test_values_of_the_user_stay(run):
+    said, _ = run(GLIBC_TUNABLES="glibc.malloc.hugetlb=0", MALLOC_ARENA_MAX="4")
     assert said["executions"] == 2
     assert said["tunables"][0] == "glibc.malloc.hugetlb=0"
     assert not any("hugetlb=1" in tunable or "arena_max" in tunable for tunable in said["tunables"])
     assert said["environment"] == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0", "MALLOC_ARENA_MAX": "4"}
 
 
-def test_interpreter_that_is_gone_does_not_stop_the_command(tmp_path: Path):
-    said, _ = run(tmp_path, before="sys.executable = '/nonexistent/python'")
+def test_interpreter_that_is_gone_does_not_stop_the_command(run):
+    said, _ = run(before="sys.executable = '/nonexistent/python'")
     assert said["executions"] == 1

@@ -1,5 +1,7 @@
 """The stage that launchers run on."""
 
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ from .launch_stage import Stage
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    return Stage(tmp_path)
+def stage(tmp_path: Path, start_process: Callable[..., subprocess.Popen[str]]) -> Iterator[Stage]:
+    stage = Stage(tmp_path, start_process)
+    yield stage
+    stage.end()
 
 
 @pytest.fixture

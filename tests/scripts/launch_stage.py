@@ -20,7 +20,7 @@ NAMES = ("gcloud", "sbatch", "srun", "scontrol", "squeue", "sleep", "tmux", "mak
 
 # Appends [name, argument, ...] to `record`, then answers with the first rule whose pattern is found in the command.
 # A rule is [pattern, [answer, ...]]; its last answer is given again and again. An answer may print, make a checkpoint,
-# wait until another command has been recorded or a signal has come, and exit with a code.
+# wait until another command has been recorded or a signal has come, and exit with a code. With the stage it ends.
 STAND_IN = """#!{python} -IS
 import json, os, re, signal, sys, time
 folder = {folder!r}
@@ -43,7 +43,7 @@ if answer.get("checkpoint"):
 deadline = time.monotonic() + 20
 while "until" in answer and answer["until"] not in got and answer["until"] not in open(folder + "/record").read():
     time.sleep(0.02)
-    assert time.monotonic() < deadline
+    assert time.monotonic() < deadline and not os.path.exists(folder + "/over")
 sys.stdout.write(answer.get("out", ""))
 sys.stderr.write(answer.get("err", ""))
 sys.exit(answer.get("code", 0))
@@ -61,8 +61,9 @@ TPU = ["--name=slice", "--zone=us-east5-b", "--accelerator_type=v6e-16", "--buck
 class Stage:
     """A clone of the launchers in a folder whose name has a space, and stand-ins for every program they call."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, start_process: Callable[..., subprocess.Popen[str]]):
         self.folder = folder
+        self._start_process = start_process
         self.clone = folder / "a clone"
         shutil.copytree(ROOT / "scripts" / "launch", self.clone / "scripts" / "launch")
         shutil.copy(ROOT / ".gitignore", self.clone)
@@ -76,6 +77,10 @@ class Stage:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(STAND_IN.format(python=sys.executable, folder=str(self.folder)))
         path.chmod(0o755)
+
+    def end(self) -> None:
+        """Ends the stand-ins that still wait, as after a failed test, whoever started them."""
+        (self.folder / "over").touch()
 
     def git(self, *arguments: str) -> str:
         """Runs git in the clone."""
@@ -106,15 +111,13 @@ class Stage:
         """Starts a command, with the stand-ins first on PATH."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("TESSERA_", "SLURM_"))}
         clean |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "HOME": str(self.folder), **environment}
-        return subprocess.Popen(
+        return self._start_process(
             [str(word) for word in command],
             cwd=cwd or self.folder,
             env=clean,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
         )
 
     def run(self, *command: str | Path, **keywords: Any) -> subprocess.CompletedProcess[str]:

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_demo_after_a_save(tmp_path):
+def test_ctrl_c_stops_the_demo_after_a_save(start_process, tmp_path):
     command = [sys.executable, "-m", "scripts.demo", f"--workdir={tmp_path}/demo", f"--data_dir={tmp_path}/data"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start_process(command, cwd=ROOT, stderr=subprocess.PIPE)
     metrics = tmp_path / "demo" / "dvae" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.is_file() and '"step": 20' in metrics.read_text()) and time.monotonic() < deadline:

@@ -308,14 +308,14 @@ def long_run(scenes_dir, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_loses_nothing(scenes_dir, tmp_path, long_run, number):
+def test_a_signal_loses_nothing(scenes_dir, start_process, tmp_path, long_run, number):
     """The real command, stopped by a signal and started again."""
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "train", f"--config={ROOT}/configs/scenes/dvae.py:debug", f"--workdir={workdir}"]
     command += [f"--config.data.data_dir={scenes_dir}", *LONG]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        process = start_process(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
         while len(losses(workdir)) < 30 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -19,7 +19,14 @@ ROOT = Path(__file__).resolve().parents[3]
 class Pair:
     """Two processes of one run with four devices each."""
 
-    def __init__(self, scenes_dir: Path, config: str, workdir: Path, *overrides: str):
+    def __init__(
+        self,
+        start_process: Callable[..., subprocess.Popen[str]],
+        scenes_dir: Path,
+        config: str,
+        workdir: Path,
+        *overrides: str,
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -31,7 +38,7 @@ class Pair:
         self.processes = []
         for index, log in enumerate(self.logs):
             with log.open("w") as file:
-                process = subprocess.Popen(
+                process = start_process(
                     [*command, f"--distributed={address},2,{index}"],
                     cwd=ROOT,
                     env={**os.environ, "XLA_FLAGS": flags},
@@ -47,17 +54,13 @@ class Pair:
             time.sleep(0.1)
 
     def codes(self, seconds: float = 300) -> list[int]:
-        try:
-            return [process.wait(seconds) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
+        return [process.wait(seconds) for process in self.processes]
 
     def output(self, index: int | None = None) -> str:
         return "\n".join(log.read_text() for log in (self.logs if index is None else [self.logs[index]]))
 
 
 @pytest.fixture
-def start_pair(scenes_dir: Path) -> Callable[..., Pair]:
+def start_pair(scenes_dir: Path, start_process: Callable[..., subprocess.Popen[str]]) -> Callable[..., Pair]:
     """Starts `start_pair(config, workdir, *overrides)` as two processes over loopback."""
-    return functools.partial(Pair, scenes_dir)
+    return functools.partial(Pair, start_process, scenes_dir)
