@@ -1,5 +1,7 @@
 """Schedules, times, and whole trajectories of samplers beside those of diffusers, with an exact denoiser."""
 
+import json
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,11 @@ import torch
 
 from diffusion import solvers
 from diffusion.plan import solve
-from diffusion.schedule import DiscreteSchedule
+from diffusion.process import Process
+from diffusion.schedule import DiscreteSchedule, create_schedule
+from diffusion.solver_choice import SOLVERS
 from diffusion.times import discrete_grid
+from weights.formats.diffusers_scheduler import SAMPLERS, read_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
@@ -203,3 +208,18 @@ def test_euler_ancestral_steps():
         after = plan.alpha[i + 1] if i < 9 else 1.0
         ours = (plan.state[i] * seen + plan.model[i, 0] * estimate + plan.noise[i] * noise.ravel()) / after
         np.testing.assert_allclose(ours, stepped.numpy().ravel(), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(SAMPLERS))
+@pytest.mark.parametrize("settings", [{}, {**BETAS, "prediction_type": "v_prediction"}], ids=["default", "v"])
+def test_schedulers_are_read(kind, settings, tmp_path):
+    scheduler = getattr(diffusers, kind)(**settings)
+    scheduler.save_config(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    process, sampling = read_scheduler(config)
+    process = Process(create_schedule(**process.pop("schedule")), **process)
+    assert isinstance(process.schedule, DiscreteSchedule)
+    np.testing.assert_allclose(process.schedule.alpha_bar, scheduler.alphas_cumprod.numpy(), atol=1e-6)
+    assert process.prediction == ("v" if settings else "eps")
+    assert process.clip == config.get("clip_sample", False)
+    assert sampling["sampler"] in SOLVERS and config["_class_name"] == kind

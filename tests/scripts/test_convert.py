@@ -54,7 +54,7 @@ def write_theirs(folder, to: str, fields=FIELDS):
 def test_in_and_out_again(form, fields, tmp_path, capsys):
     params, variables, tensors = write_theirs(tmp_path / "theirs", form, fields)
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
-    main([f"--source={form}", f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
+    main([f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])  # its files tell the format
     said = capsys.readouterr().out
     assert "activation gelu" in said and "the tokenizer is left out: " in said and "give --tokenizer" in said
     ours = Run.open(tmp_path / "ours")

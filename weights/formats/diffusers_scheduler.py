@@ -10,7 +10,7 @@ from typing import Any
 from cli.errors import UserError
 
 # Class -> (our sampler, steps that its pipelines take unless told otherwise; 0 for all of the chain).
-_SAMPLERS = {
+SAMPLERS = {
     "DDPMScheduler": ("ddpm", 0),
     "DDIMScheduler": ("ddim", 50),
     "PNDMScheduler": ("plms", 50),
@@ -30,9 +30,9 @@ _VARIANCES = {
 _FIXED: dict[str, Any] = {
     **{"trained_betas": None, "thresholding": False, "clip_sample_range": 1.0, "use_karras_sigmas": False},
     **{"use_exponential_sigmas": False, "use_beta_sigmas": False, "use_flow_sigmas": False, "use_lu_lambdas": False},
-    **{"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "solver_order": 2, "predict_x0": True},
+    **{"algorithm_type": "dpmsolver++", "solver_order": 2, "predict_x0": True},
     **{"interpolation_type": "linear", "lower_order_final": True, "euler_at_final": False},
-    **{"use_dynamic_shifting": False},
+    **{"use_dynamic_shifting": False, "shift_terminal": None},
 }
 # Of how the pipeline samples alone: the last step, first times, limits. Our samplers have their own.
 _OF_SAMPLING = {
@@ -56,13 +56,14 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
       UserError: if the class or a key is one that ours has nothing for; names all of them.
     """
     kind = config.get("_class_name")
-    if kind not in _SAMPLERS:
-        raise UserError(f"the scheduler is a {kind}; those that are converted are {', '.join(_SAMPLERS)}")
+    if kind not in SAMPLERS:
+        raise UserError(f"the scheduler is a {kind}; those that are converted are {', '.join(SAMPLERS)}")
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    known = _READ | _FIXED.keys() | _OF_SAMPLING
+    fixed = {**_FIXED, "solver_type": "bh2" if kind == "UniPCMultistepScheduler" else "midpoint"}
+    known = _READ | fixed.keys() | _OF_SAMPLING
     problems = [f"{key} is {value!r}, which is unknown" for key, value in given.items() if key not in known]
     problems += [
-        f"{key} is {given[key]!r}, ours {value!r}" for key, value in _FIXED.items() if given.get(key, value) != value
+        f"{key} is {given[key]!r}, ours {value!r}" for key, value in fixed.items() if given.get(key, value) != value
     ]
 
     def choose(key: str, default: str, choices: Mapping[str, str]) -> str:
@@ -89,5 +90,5 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     }
     if problems:
         raise UserError(f"the scheduler {kind} cannot be converted: {'; '.join(problems)}")
-    sampler, usual = _SAMPLERS[kind]
+    sampler, usual = SAMPLERS[kind]
     return process, {"sampler": sampler, "steps": usual or steps}
