@@ -50,7 +50,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
       UserError: a mistake in the config, the workdir or a source; the run folder stays as it was.
     """
     if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} is not a folder; mount the bucket, see docs/resume_and_tpu.md")
+        raise UserError(f"--workdir={workdir} is not a folder; mount the bucket, see docs/launching.md")
     workdir = Path(workdir)
     check_config(config)
     with StopSignal() as stop, storage_errors(workdir):

@@ -10,7 +10,7 @@ usage() {
   cat << 'END'
 usage: scripts/launch/tpu_vm.sh COMMAND [--SETTING=VALUE ...] [-- TRAIN_ARGUMENT ...]
 
-Trains on a Cloud TPU slice (v4 to v6e) as a queued resource; docs/resume_and_tpu.md goes through it step by step.
+Trains on a Cloud TPU slice (v4 to v6e) as a queued resource; docs/launching.md goes through it step by step.
 
   run       create, setup, train; again after exit code 75 and on a new slice when this one is lost; then delete,
             whatever happened. Ctrl-C saves first. A slice of that name that exists is used, and deleted.
