@@ -39,6 +39,7 @@ MISTAKES = {
     "wrong type": (["train", DVAE, "--config.steps=many", "--workdir={tmp}/run"], "must be a whole number"),
     "missing config": (["train", "--config=configs/none.py", "--workdir={tmp}/run"], "no config file configs/none.py"),
     "missing workdir": (["train", DVAE], "--workdir"),
+    "nothing to trace": (["train", DVAE, "--workdir={tmp}/run", "--profile=0"], "--profile must be at least 1, not 0"),
     "missing dataset": (["train", DVAE, "--config.data.data_dir={tmp}", "--workdir={tmp}/run"], "scripts.prepare"),
     "unwritable workdir": (["train", DVAE, "--workdir=/proc/nowhere/run"], "cannot write the workdir"),
     "missing frozen stage": (

@@ -31,10 +31,18 @@ def main(arguments: Sequence[str]) -> int:
         help="how the processes of a run find each other: HOST:PORT,PROCESSES,INDEX, or auto, or none "
         "(default: auto on Cloud TPU and in a SLURM step of several tasks, else none)",
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        metavar="N",
+        help="trace N updates, after the first, into WORKDIR/profile; docs/performance.md says how to read it",
+    )
     options, rest = parser.parse_known_args(arguments)
     config = load_config(rest)
     if not options.workdir:
         raise UserError("--workdir is empty; name a folder such as runs/dvae")
+    if options.profile is not None and options.profile < 1:
+        raise UserError(f"--profile must be at least 1, not {options.profile}")
 
     # Until there is something to save, a stop loses nothing.
     signal.signal(signal.SIGTERM, _leave)
@@ -43,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     from train.loop import train
 
     join_processes(options.distributed)
-    return train(config, options.workdir)
+    return train(config, options.workdir, profile=options.profile or 0)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

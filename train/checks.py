@@ -7,6 +7,7 @@ from data.pipeline import Stream
 from data.tokenizer import Tokenizer
 from models import MODELS
 from train.health import MODES
+from train.step_profile import WARM_UP
 
 
 def check_config(config: ConfigDict) -> None:
@@ -25,6 +26,15 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.{group}.every must be at least 1, not {config[group].every}")
     if max(config.steps, config.batch_size * 2) >= 2**31:
         raise UserError("config.steps must stay below 2^31, and config.batch_size below 2^30")
+
+
+def check_profile(updates: int, config: ConfigDict) -> None:
+    """Raises UserError if `--profile` asks for more updates than a run has."""
+    if updates + WARM_UP > config.steps and updates:
+        raise UserError(
+            f"--profile={updates} needs config.steps to be at least {updates + WARM_UP}, not {config.steps}: the first "
+            "update compiles and is not traced"
+        )
 
 
 def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.profiler import StepTraceAnnotation, TraceAnnotation
 from ml_collections import ConfigDict
 
 from cli.config import from_json, to_json
@@ -19,7 +20,7 @@ from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from data.pipeline import BatchReader, Stream, open_stream
 from data.tokenizer import Tokenizer
 from sample.sheets.grid import draw_grid
-from train.checks import check_classes, check_config, check_parts
+from train.checks import check_classes, check_config, check_parts, check_profile
 from train.distributed.mesh import make_mesh, place_batch, process_rows
 from train.distributed.preemption import StopSignal
 from train.distributed.processes import all_agree, from_first, is_first
@@ -29,19 +30,25 @@ from train.metric_writer import RunLog, SilentLog, means
 from train.objectives.contract import Batch, Preview
 from train.program import Program, create_program
 from train.state import TrainState, count_examples
+from train.step_profile import StepProfile
 from train.transfer import initialize_parts
 from train.workdir import copy_tokenizer, open_workdir, pin_frozen, storage_errors, wandb_id
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
-from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, TOKENIZER
+from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, PROFILE, TOKENIZER
 from weights.sources import load_frozen
 
 Tree = Any
 
 
-def train(config: ConfigDict, workdir: str | Path) -> int:
+def train(config: ConfigDict, workdir: str | Path, profile: int = 0) -> int:
     """Trains what `config` says in `workdir`, from its newest checkpoint if it has one.
 
     To be called by every process of a run alike; they share the folder.
+
+    Args:
+      config: see `configs.common`.
+      workdir: the run folder.
+      profile: how many updates process 0 traces, see `train.step_profile`; 0 for none. They stay the same updates.
 
     Returns:
       EXIT_OK when all steps are done, EXIT_PREEMPTED when a signal ended the run after a save.
@@ -53,6 +60,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         raise UserError(f"--workdir={workdir} is not a folder; mount the bucket, see docs/launching.md")
     workdir = Path(workdir)
     check_config(config)
+    check_profile(profile, config)
     with StopSignal() as stop, storage_errors(workdir):
         store = CheckpointStore(workdir / CHECKPOINTS, keep=config.checkpoint.keep)
         config, steps = _open(config, workdir, store)
@@ -67,7 +75,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         if is_first():
             (workdir / DONE).unlink(missing_ok=True)
             (workdir / ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
-        return _run(config, workdir, training, store, state, start, stop)
+        return _run(config, workdir, training, store, state, start, stop, profile)
 
 
 def _open(config: ConfigDict, workdir: Path, store: CheckpointStore) -> tuple[ConfigDict, list[int]]:
@@ -185,8 +193,9 @@ def _run(
     state: TrainState,
     start: int,
     stop: StopSignal,
+    profile: int,
 ) -> int:
-    """Trains from step `start`."""
+    """Trains from step `start`, and traces `profile` updates."""
     program, rows = training.program, training.rows
     step, pending, clock = start, None, _Clock(config.batch_size, start)
     seen = count_examples(state.examples_seen)
@@ -204,6 +213,8 @@ def _run(
             read_ahead=config.data.read_ahead,
         )
         resources.callback(reader.close)
+        trace = StepProfile(workdir / PROFILE, profile if is_first() else 0, start, config.steps, log.say)
+        resources.callback(trace.close)
         resources.callback(store.close)
         log.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
 
@@ -232,19 +243,25 @@ def _run(
                     pending = None
                 health.settle(step)
             if evaluation_due:
-                log.write_evaluation(step, _evaluate(training, state), _previews(config, training, state))
+                with TraceAnnotation("evaluate"):
+                    log.write_evaluation(step, _evaluate(training, state), _previews(config, training, state))
             if save_due:
-                health.check_state(step, state.params, state.variables)
-                log.sync()
-                store.save(step, state.as_trees())
+                with TraceAnnotation("save"):
+                    health.check_state(step, state.params, state.variables)
+                    log.sync()
+                    store.save(step, state.as_trees())
             if evaluation_due or save_due:
                 clock.restart(step)  # a rate is of training alone
             if last or stopping:
                 break
-            batch = place_batch(next(reader), rows, config.batch_size, program.rows)
-            with program.in_mesh():
-                state, metrics, verdict = program.train_step(state, training.frozen, batch)
+            trace.begin_if_due(step, state)
+            with StepTraceAnnotation("train", step_num=step + 1):
+                with TraceAnnotation("next_batch"):
+                    batch = place_batch(next(reader), rows, config.batch_size, program.rows)
+                with program.in_mesh():
+                    state, metrics, verdict = program.train_step(state, training.frozen, batch)
             step += 1
+            trace.end_if_due(step, state)
             health.add(step, metrics, verdict)
             if pending is not None:
                 write(pending)

@@ -40,6 +40,7 @@ EVALUATION = "evaluation.json"
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+PROFILE = "profile"
 IDENTITY = "wandb/id"
 DONE = "DONE"
 
