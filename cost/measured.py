@@ -6,7 +6,6 @@ is to be called by all processes alike.
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import resource
 import sys
@@ -227,7 +226,7 @@ def measure_sample(config: ConfigDict, *, windows: int, clock: Clock = time.perf
 
     Returns:
       images: in a call; seconds (of a call), images_per_second as {"median", "low", "high"}; compile_seconds; and
-      settings, `config.sample`.
+      the sampler's settings.
 
     Raises:
       UserError: if nothing can be sampled from the objective, or it does not fit.
@@ -240,8 +239,7 @@ def measure_sample(config: ConfigDict, *, windows: int, clock: Clock = time.perf
     with too_large, program.in_mesh():
         batch, frozen = made_up_batch(program, config), load_frozen(config, config.seed, program.abstract_frozen)
         params, variables = jax.jit(program.objective.init)(jax.random.key(config.seed), batch)
-        wanted = inspect.signature(sampler.request).parameters
-        request = sampler.request(**{name: np.asarray(value) for name, value in batch.items() if name in wanted})
+        request = sampler.request(**{name: np.asarray(batch[name]) for name in sampler.reads if name in batch})
         keys = jax.random.split(jax.random.key(config.seed), CHUNK)
 
         def run(count: int) -> None:
@@ -257,7 +255,7 @@ def measure_sample(config: ConfigDict, *, windows: int, clock: Clock = time.perf
         "seconds": dataclasses.asdict(seconds),
         "images_per_second": dataclasses.asdict(seconds.rate(CHUNK)),
         "compile_seconds": max(0.0, first - seconds.median),
-        "settings": config.sample.to_dict(),
+        "settings": sampler.settings,
     }
 
 

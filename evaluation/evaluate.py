@@ -21,27 +21,14 @@ from evaluation.features.metrics import (
     FeatureSettings,
     check_feature_metrics,
     feature_records,
-    takes_classes,
+    reconstructs,
 )
 from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record, picture_path
+from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
-
-# What is computed unless a user names metrics; of a CLIP see `default_metrics`.
-METRICS: Mapping[str, tuple[str, ...]] = {
-    "dalle": ("caption_accuracy",),
-    "diffusion": ("caption_accuracy",),
-    "dvae": ("reconstruction",),
-    "vqvae": ("reconstruction",),
-}
-
-# The objectives whose runs make pictures; features of these are compared when a user names such a metric.
-_MAKE_PICTURES = ("dalle", "diffusion", "dvae", "vqvae")
-
-# Those whose runs draw captions; a CLIP scores their pictures when a user names such a metric.
-_DRAW_CAPTIONS = ("dalle", "diffusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +67,9 @@ def on_dataset(trained: TrainedSampler, dataset: str, data_dir: str) -> TrainedS
     config.data.dataset, config.data.data_dir = dataset or own.dataset, data_dir or own.data_dir
     if not config.data.dataset:
         raise UserError(f"{trained.run.folder} was converted, and knows no dataset; give --dataset, and --splits of it")
-    if is_points(config.data.dataset) != is_points(own.dataset):
+    if is_points(config.data.dataset) != ("point" in trained.sampler.makes):
         raise UserError(f"{trained.run.folder} is of {own.dataset}; --dataset={dataset} holds something else")
-    if takes_classes(trained.config) and config.data.dataset != own.dataset:
+    if "label" in trained.sampler.reads and config.data.dataset != own.dataset:
         raise UserError(f"{trained.run.folder} draws the classes of {own.dataset}; leave --dataset out")
     return dataclasses.replace(trained, config=config)
 
@@ -90,26 +77,35 @@ def on_dataset(trained: TrainedSampler, dataset: str, data_dir: str) -> TrainedS
 def applicable_metrics(
     trained: TrainedSampler, split: str, settings: ClipSettings
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The metrics of a run that are computed unless a user names some, and those that are computed when named."""
-    objective = trained.config.objective
-    if objective == "clip":
+    """The metrics of a run that are computed unless a user names some, and those that are computed when named.
+
+    They follow from what the run's sampler reads and makes.
+    """
+    sampler = trained.sampler
+    if "features" in sampler.makes:
         defaults = default_metrics(trained, split, settings)
         return defaults, tuple(name for name in CLIP_METRICS if name not in defaults)
-    if is_points(trained.config.data.dataset):
+    if "point" in sampler.makes:
         defaults = default_point_metrics(trained)
         return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
-    captions = objective in _DRAW_CAPTIONS and trained.tokenizer is not None
-    denoising = (CAPTION_LOSS,) if captions and objective == "diffusion" else ()
-    others = denoising + (SCORED if captions else ()) + (FEATURE_METRICS if objective in _MAKE_PICTURES else ())
-    return METRICS[objective] if captions or objective not in _DRAW_CAPTIONS else (), others
+    if "image" not in sampler.makes:
+        return (), ()
+    if reconstructs(sampler):
+        return ("reconstruction",), FEATURE_METRICS
+    if "image" in sampler.reads:  # no dataset says which picture and caption make which picture
+        return (), ()
+    captions = "text" in sampler.reads and trained.tokenizer is not None
+    denoising = (CAPTION_LOSS,) if captions and isinstance(sampler, DiffusionSampler) else ()
+    drawn = (*denoising, *SCORED) if captions else ()
+    return ("caption_accuracy",) if captions else (), (*drawn, *FEATURE_METRICS)
 
 
 def _told(trained: TrainedSampler) -> str:
-    """What a diffusion of pictures without captions is told, for messages; "" for any other run."""
-    diffusion = trained.config.objective == "diffusion" and not is_points(trained.config.data.dataset)
-    if not diffusion or trained.tokenizer is not None:
+    """What a run that draws pictures without captions is told, for messages; "" for any other run."""
+    reads, makes = trained.sampler.reads, trained.sampler.makes
+    if "image" not in makes or {"text", "image"} & set(reads):
         return ""
-    return " (told classes, no captions)" if takes_classes(trained.config) else " (told nothing)"
+    return " (told classes, no captions)" if "label" in reads else " (told nothing)"
 
 
 def evaluate_run(
@@ -138,10 +134,13 @@ def evaluate_run(
     Raises:
       UserError: if a metric is unknown or does not apply, or lacks what it needs, or a setting is not the run's.
     """
-    objective, tools = trained.config.objective, tools or Tools()
+    sampler, tools = trained.sampler, tools or Tools()
     defaults, others = applicable_metrics(trained, splits[0], tools.clip)
     names, known = tuple(dict.fromkeys(metrics or defaults)), (*defaults, *others)
-    kind = f"{objective}{_told(trained)}"
+    kind = f"{trained.config.objective}{_told(trained)}"
+    if not known:
+        told, made = (" and ".join(rows) for rows in (sampler.reads, sampler.makes))
+        raise UserError(f"no metric is of runs of {kind}, which make {made} of {told or 'nothing'}")
     for name in names:
         if name not in known:
             raise UserError(f"metric {name!r} does not apply to this run of {kind}; choose {', '.join(known)}")
@@ -153,11 +152,11 @@ def evaluate_run(
     check_feature_metrics(compared, num, tools.features)
 
     trained.check_settings(settings)
-    for split in () if is_points(trained.config.data.dataset) else splits:
+    for split in () if "point" in sampler.makes else splits:
         RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)  # a mistake is found before work
     records = []
     for split in splits:
-        if objective == "clip":
+        if "features" in sampler.makes:
             records += clip_records(trained, names, split, num, tools.clip)
             continue
         for name in names:
@@ -209,13 +208,14 @@ def _reconstruction(trained: TrainedSampler, split: str, num: int) -> Record:
 
     def draw(captions: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
         outputs = trained({"image": pictures.images}, seed=0, indices=range(len(captions)))
-        tokens.append(outputs["tokens"])
+        if "tokens" in outputs:
+            tokens.append(outputs["tokens"])
         return to_uint8(outputs["image"])
 
     accuracy = caption_accuracy(trained.config, pictures.captions, draw)
     values = {
         **reconstruction_errors(pictures.images, accuracy.images),
-        **code_usage(tokens[0], trained.config.models.dvae.vocab_size),
+        **(code_usage(tokens[0], trained.sampler.model.vocab_size) if tokens else {}),
         **{f"scene_{name}": share for name, share in accuracy.shares.items()},
     }
     return {"values": values, "counted": {f"scene_{name}": n for name, n in accuracy.counted.items()}}
@@ -233,7 +233,7 @@ def _provenance(trained: TrainedSampler, num: int, seed: int, settings: Mapping[
         "step": trained.weights.step,
         "ema": trained.weights.ema,
         "dataset": data.dataset
-        if is_points(trained.config.data.dataset)
+        if "point" in trained.sampler.makes
         else f"{data.dataset}/{dataset_folder(data.dataset, data.data_dir).name}",
         **drawing,
     }

@@ -51,7 +51,7 @@ def point_values(
 
     Args:
       name: of `POINT_METRICS`.
-      trained: a run of the objective "diffusion".
+      trained: a diffusion that makes points.
       split: of its dataset.
       num: points of it, and drawn.
       seed: of sampling.

@@ -104,7 +104,7 @@ def headline_records(folder: Path) -> list[dict[str, Any]]:
     newest = {
         (record["metric"], record["split"]): record
         for record in json.loads(path.read_text(encoding="utf-8"))
-        if all(record[key] == value for key, value in settings.items())
+        if all(record.get(key, value) == value for key, value in settings.items())
         and record.get("dataset", dataset).startswith(dataset)
     }
     return list(newest.values())

@@ -1,4 +1,4 @@
-"""`python -m sample --run=FOLDER --prompt=TEXT`: pictures from a trained run."""
+"""`python -m sample --run=FOLDER --prompt=TEXT`: pictures and text from a trained run."""
 
 import argparse
 import json
@@ -8,35 +8,35 @@ from pathlib import Path
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
-from data.points import is_points
 from sample.arguments import add_sampling_arguments, sampling_settings
 from sample.sheets.axes import parse_axes, read_texts
 
 _DESCRIPTION = """\
-Draws captions or classes with a trained run, or passes pictures through a trained image tokenizer, and writes a
-labelled grid. A run that is told nothing draws --num pictures. Of a diffusion of points it writes a figure: data
-noised, samples denoised, and where the network pulls.
-Image i of a seed is the same whatever else is drawn. Guidance is uncond + w * (cond - uncond); 1 means none.
+Gives a trained run what it reads (captions, classes, pictures, or several of them) and writes what it makes of them
+(pictures, text, or both) as a labelled grid, text under the pictures. Of several options it takes all combinations:
+each picture with each prompt and each class. A run that is told nothing draws --num pictures; an image tokenizer shows
+each picture beside its reconstruction; of a diffusion of points there is a figure: data noised, samples denoised, and
+where the network pulls. What a run does not read is an error that names what it reads.
+Sample i of a seed is the same whatever else is drawn. Guidance is uncond + w * (cond - uncond); 1 means none.
 
-A sweep draws a table of cells, --num pictures of each prompt in a cell, with the same seed in each:
+A sweep draws a table of cells, --num samples of each condition in a cell, with the same seed in each:
   --sweep guidance=1,2,4 --sweep steps=5,10,25 --prompt="a small red circle"
-Its keys are the sampling settings below, seed, label, prompt and negative_prompt. Texts are split at commas; captions
-that have some come from a file, prompt=@FILE, one a line. The first key makes rows, the second columns. Each further
-one makes pages, whose values stand in their titles and names: grid_seed_0.png, grid_seed_1.png. Texts are numbered in
-names, as in grid_prompt_1.png, and a sampler's own spacing is "default". Every cell is checked before any is drawn.
+Its keys are the sampling settings below, seed, label, image, prompt and negative_prompt. Texts and names of pictures
+are split at commas; those that have some come from a file, prompt=@FILE, one a line. The first key makes rows, the
+second columns. Each further one makes pages, whose values stand in their titles and names: grid_seed_0.png,
+grid_seed_1.png. Texts are numbered in names, as in grid_prompt_1.png, and a sampler's own spacing is "default". Every
+cell is checked before any is drawn.
 sweep.csv, beside --out, has a row for each cell as soon as that is drawn:
   the keys              their values in the cell
   seconds               to draw the cell; a program is compiled, and run for one picture, before it is first timed
   pictures, pictures_per_second
-                        of the cell. Whole chunks of 64 are drawn: fewer pictures take as long
+                        of the cell (or texts). Whole chunks of 64 are drawn: fewer pictures take as long
   accuracy              share of pictures with every attribute right that the caption names (scenes)
   clip_score            100 max(mean cosine of pictures and captions, 0), with --clip
   diversity             root mean square distance, pixels in [0, 1], averaged over all pairs of a prompt's pictures
+  texts                 that were made, with " | " between them; only of a run that makes text
 What does not apply is left empty.
 """
-
-# What a diffusion of points does not take.
-_OF_PICTURES = ("prompt", "label", "negative_prompt", "image", "rerank", "sweep", "trajectory")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -49,45 +49,38 @@ def main(arguments: Sequence[str]) -> None:
     axes = parse_axes(options.sweep, given)
     _check_together(options, [axis.name for axis in axes])
 
-    from sample.command import draw_figure, draw_pictures, prepare_out, reconstruct, write_files, write_picture
+    from sample.command import check_shown, draw_figure, draw_samples
     from sample.conditions import Order, make_conditions
     from sample.embedding import ClipEmbedder
+    from sample.files import prepare_out, write_files, write_picture
     from sample.sheets.sweep import run_sweep
     from sample.sheets.trajectory import draw_trajectory
     from sample.trained import TrainedSampler  # imports jax, as those above
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
-    if trained.config.objective == "clip":
-        raise UserError(
-            f"{options.run} is a CLIP, which draws nothing; give it to --rerank, or to python -m evaluation"
-        )
+    check_shown(trained)
     seed, settings, out = options.seed or 0, sampling_settings(options), Path(options.out)
     trained.check_settings(settings)
-    order = Order(make_conditions(prompts, options.label), seed, settings, options.negative_prompt)
-    points = is_points(trained.config.data.dataset)
-    refused = [f"--{name}" for name in _OF_PICTURES if points and name in given]
-    if refused:
-        raise UserError(f"{options.run} draws points and takes no {' or '.join(refused)}; leave it out")
+    order = Order(make_conditions(prompts, options.label, options.image), seed, settings, options.negative_prompt)
     prepare_out(out)
+    one = 1 if "image" in given or "image" in (axis.name for axis in axes) else None
     if axes:
         clip = ClipEmbedder.open(options.clip) if options.clip else None
-        drawn = run_sweep(trained, order, axes, options.num or 4, out, clip)
+        drawn = run_sweep(trained, order, axes, options.num or one or 4, out, clip)
         written = ", ".join(str(path) for path in (*drawn.pages, drawn.table))
     else:
-        if points:
-            drawn = draw_figure(trained, options.num or 2000, seed, settings)
-        elif options.image:
-            drawn = reconstruct(trained, options.image)
-        elif options.trajectory is not None:
-            drawn = draw_trajectory(trained, order, options.num or 4, options.trajectory)
+        if options.trajectory is not None:
+            drawn = draw_trajectory(trained, order, options.num or one or 4, options.trajectory)
+        elif "point" in trained.sampler.makes and not options.rerank:
+            drawn = draw_figure(trained, order, options.num or 2000)
         else:
             clip = ClipEmbedder.open(options.rerank) if options.rerank else None
-            drawn = draw_pictures(trained, order, options.num or 8, clip, options.keep)
+            drawn = draw_samples(trained, order, options.num or one or 8, clip, options.keep)
         write_picture(out, drawn.picture)
         written = str(out)
     if options.files:
         write_files(Path(options.files), drawn)
-    print(f"{written}: {len(drawn.images)} pictures ({json.dumps(drawn.settings)})")
+    print(f"{written}: {drawn} ({json.dumps(drawn.settings)})")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -101,12 +94,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="append",
         type=int,
         default=[],
-        help="a class number, of a run of classes; repeatable",
+        help="a class number; repeatable",
     )
     parser.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: no caption)")
-    parser.add_argument("--image", action="append", default=[], help="a picture to reconstruct; repeatable")
+    parser.add_argument("--image", action="append", default=[], help="a picture file; repeatable")
     parser.add_argument(
-        "--num", type=int, help="pictures of each prompt (default 8; in a cell or trajectory 4), or points (2000)"
+        "--num",
+        type=int,
+        help="samples of each condition (default 8; in a cell or trajectory 4; of a picture 1), or points (2000)",
     )
     parser.add_argument(
         "--rerank", metavar="RUN", help="a CLIP, trained or converted, which sorts the pictures of each prompt"
@@ -125,7 +120,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="of a diffusion: N (default 8) moments of each picture, x_t above and the network's estimate of x_0 below",
     )
     parser.add_argument("--out", default="grid.png", help="the grid (default grid.png)")
-    parser.add_argument("--files", default="", help="also write each picture and samples.json to this folder")
+    parser.add_argument("--files", default="", help="also write pictures, texts and samples.json to this folder")
     return parser.parse_args(arguments)
 
 
@@ -138,15 +133,9 @@ def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:
     """
     if options.num is not None and options.num < 1:
         raise UserError(f"--num must be at least 1, not {options.num}")
-    prompt, label = (bool(getattr(options, name)) or name in swept for name in ("prompt", "label"))
-    if prompt and label:
-        raise UserError("a picture is drawn of a prompt or of a label; leave one of them out")
-    for name in ("prompt", "label", "negative_prompt", "rerank", "sweep", "trajectory"):
-        if options.image and getattr(options, name) not in (None, []):
-            raise UserError(f"--image is for runs that reconstruct pictures, which take no --{name}; leave one out")
     if options.keep and not options.rerank:
         raise UserError("--keep needs --rerank=RUN, a CLIP that chooses")
-    num = options.num or 8
+    num = options.num or (1 if options.image else 8)
     if not 0 <= options.keep <= num:
         raise UserError(f"--keep={options.keep} must lie between 1 and --num={num}")
     if options.clip and not swept:

@@ -1,42 +1,28 @@
-"""What `python -m sample` draws and writes."""
+"""What `python -m sample` draws."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
-from data.preprocess import PictureTransform, center_square, transform_pair
-from sample.conditions import Order, draw_images, order_rows, records_of
+from sample.conditions import Made, Order, draw, order_rows
 from sample.embedding import ClipEmbedder
-from sample.sheets.grid import draw_grid, to_uint8
+from sample.files import Samples
+from sample.sheets.grid import draw_grid
 from sample.sheets.points import draw_point_run
 from sample.trained import TrainedSampler
 
+_SHOWN = ("image", "text", "point")  # of what samplers make
 
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Pictures with what they came from.
-
-    Attributes:
-      images: one picture a record.
-      records: prompt (or label, or file), seed and index of each.
-      settings: run, step, seed and sampler settings of all of them.
-    """
-
-    images: UInt8[np.ndarray, "n h w c"]
-    records: list[dict[str, Any]]
-    settings: dict[str, Any]
+_COLUMNS = 8  # most of a grid
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn(Samples):
-    """Pictures with a labelled grid.
+    """What was made, with a labelled grid.
 
     Attributes:
       picture: the grid.
@@ -45,15 +31,25 @@ class Drawn(Samples):
     picture: Image.Image
 
 
-def draw_pictures(
+def check_shown(trained: TrainedSampler) -> None:
+    """Raises UserError if what the run makes is nothing that people look at."""
+    makes = trained.sampler.makes
+    if not set(makes) & set(_SHOWN):
+        hint = "; give it to --rerank, or to python -m evaluation" if "features" in makes else ""
+        raise UserError(f"{trained.run.folder} makes {' and '.join(makes)}, which nothing can show{hint}")
+
+
+def draw_samples(
     trained: TrainedSampler, order: Order, num: int, clip: ClipEmbedder | None = None, keep: int = 0
 ) -> Drawn:
-    """Draws `num` pictures of each condition, a row of the grid each (several rows beyond eight).
+    """Makes `num` samples of each condition, a row of the grid each (several rows beyond eight).
+
+    A condition's picture stands before the pictures that are made of it, or over the texts.
 
     Args:
       trained: the run that draws.
       order: what.
-      num: pictures drawn of each condition.
+      num: samples of each condition.
       clip: chooses among the pictures of a prompt, if there is one (Ramesh et al. 2021, section 2.6).
       keep: how many it keeps of each prompt, best first; 0 for all.
 
@@ -61,17 +57,23 @@ def draw_pictures(
       UserError: if the run does not read such conditions, a prompt is empty or a setting is impossible.
     """
     rows, count = order_rows(trained, order), len(order.conditions)
-    if clip is not None and order.conditions[0].prompt is None:
+    if clip is not None and (order.conditions[0].prompt is None or "image" not in trained.sampler.makes):
         raise UserError(f"{trained.run.folder} draws no captions, and --rerank compares with these; leave it out")
-    images, records = draw_images(trained, order, rows, num), records_of(order, num)
-    labels = [str(condition) for condition in order.conditions for _ in range(num)]
+    made, records = draw(trained, order, rows, num), order.records(num)
+    pictured = "image" in rows and made.images is not None
+    labels = [
+        str(dataclasses.replace(condition, image=None) if pictured else condition)
+        for condition in order.conditions
+        for _ in range(num)
+    ]
     description, shown = order.describe(trained), num
-    if clip is not None:
+    if clip is not None and made.images is not None:
         shown = keep or num
-        cosines = clip.cosines(images, labels).reshape(count, num)
+        prompts = [str(condition.prompt) for condition in order.conditions for _ in range(num)]
+        cosines = clip.cosines(made.images, prompts).reshape(count, num)
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :shown]  # of equals, the one drawn first
-        kept = (best + num * np.arange(count)[:, None]).ravel()
-        images = images[kept]
+        kept = (best + num * np.arange(count)[:, None]).ravel().tolist()
+        made = made.take(kept)
         records = [{**records[place], "clip_cosine": float(cosines.ravel()[place])} for place in kept]
         labels = [f"{labels[place]} [{cosines.ravel()[place]:.3f}]" for place in kept]
         description |= {
@@ -79,98 +81,47 @@ def draw_pictures(
             "rerank_step": clip.trained.weights.step,
             "candidates": num,
         }
-    columns = min(shown, 8) if shown > 1 else min(count, 8)
-    grid = draw_grid(images, columns=columns, labels=labels if any(labels) else None)
-    return Drawn(images, records, description, grid)
+    grid = _draw_grid(order, made, labels, shown, rows.get("image"))
+    return Drawn(made.images, made.texts, records, description, grid)
 
 
-def reconstruct(trained: TrainedSampler, files: Sequence[str]) -> Drawn:
-    """Encodes and decodes pictures; the grid shows each beside its reconstruction.
+def draw_figure(trained: TrainedSampler, order: Order, num: int) -> Drawn:
+    """One picture of what a diffusion of points does; see `sample.sheets.points.draw_point_run`.
 
     Raises:
-      UserError: if the run does not reconstruct, or a file is not a picture.
+      UserError: if the run does not read such conditions, or a setting is impossible.
     """
-    if "image" not in trained.sampler.reads:
-        what = "captions" if "text" in trained.sampler.reads else "pictures"
-        raise UserError(f"{trained.run.folder} draws {what} and reconstructs nothing; leave out --image")
-    data = trained.config.data
-    transform = transform_pair(data.transform).evaluation
-    images = np.stack([read_picture(name, data.image_size, transform) for name in files])
-    outputs = trained({"image": images}, seed=0, indices=range(len(files)))
-    results = to_uint8(outputs["image"])
-    pairs = np.stack([images, results], axis=1).reshape(-1, *images.shape[1:])
-    labels = [label for name in files for label in (Path(name).name, "reconstruction")]
-    records = [{"image": name, "index": index} for index, name in enumerate(files)]
-    return Drawn(results, records, trained.describe(0, {}), draw_grid(pairs, columns=2, labels=labels))
+    order_rows(trained, order)
+    figure = draw_point_run(trained, num, order.seed, order.settings)
+    return Drawn(np.asarray(figure)[None], None, [{"points": num}], order.describe(trained), figure)
 
 
-def draw_figure(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Drawn:
-    """One picture of what a diffusion of points does; see `sample.sheets.points.draw_point_run`."""
-    figure = draw_point_run(trained, num, seed, settings)
-    return Drawn(np.asarray(figure)[None], [{"points": num}], trained.describe(seed, settings), figure)
-
-
-def read_picture(
-    name: str, size: int, transform: PictureTransform = center_square
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Reads a picture file as RGB, and makes it a square as evaluation does.
+def _draw_grid(
+    order: Order, made: Made, labels: Sequence[str], num: int, told: UInt8[np.ndarray, "c h w 3"] | None
+) -> Image.Image:
+    """The grid of `num` samples of each condition.
 
     Args:
-      name: of the file.
-      size: of the square, in pixels.
-      transform: one that draws nothing.
-
-    Raises:
-      UserError: if it is missing or not a picture.
+      order: what was to be made.
+      made: the samples.
+      labels: of each.
+      num: of each condition.
+      told: the picture of each condition, if they hold one.
     """
-    try:
-        with Image.open(name) as picture:
-            array = np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"cannot read the picture {name}: {error}") from error
-    return transform(array, size, None)
-
-
-def prepare_out(out: Path) -> None:
-    """Makes the folder of a picture file, before work is done that could be lost.
-
-    Raises:
-      UserError: if it cannot be made, or the name is not one of a picture.
-    """
-    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"cannot write {out}: {out.suffix or 'no extension'} is no kind of picture; give --out a .png")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}; give --out a .png path that can be written") from error
-
-
-def write_picture(out: Path, picture: Image.Image) -> None:
-    """Writes one picture.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
-    try:
-        picture.save(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {out}: {error}; give --out a .png path that can be written") from error
-
-
-def write_files(folder: Path, samples: Samples) -> None:
-    """Writes each picture, and `samples.json` with prompts, seeds and settings.
-
-    Raises:
-      UserError: if the folder cannot be written.
-    """
-    records = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (image, record) in enumerate(zip(samples.images, samples.records, strict=True)):
-            name = f"{number:05d}.png"
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / name)
-            records.append({"file": name, **record})
-        text = json.dumps({"settings": samples.settings, "samples": records}, indent=2)
-        (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}; give --files a folder that can be written") from error
+    count, texts = len(order.conditions), made.texts
+    columns = min(num, _COLUMNS) if num > 1 else min(count, _COLUMNS)
+    if made.images is None:
+        images = [None] * len(labels) if told is None else list(np.repeat(told, num, axis=0))
+        return draw_grid(images, columns=columns, labels=labels if any(labels) else None, texts=texts)
+    if told is None:
+        return draw_grid(made.images, columns=columns, labels=labels if any(labels) else None, texts=texts)
+    columns = min(1 + num, _COLUMNS)
+    images, names, under = [], [], []
+    for place, condition in enumerate(order.conditions):
+        own = range(place * num, (place + 1) * num)
+        empty = -(1 + num) % columns  # each condition begins a row
+        images += [told[place], *(made.images[i] for i in own), *[None] * empty]
+        names += [str(dataclasses.replace(condition, prompt=None, label=None))]
+        names += [*(labels[i] or "reconstruction" for i in own), *[""] * empty]
+        under += ["", *(texts[i] if texts else "" for i in own), *[""] * empty]
+    return draw_grid(images, columns=columns, labels=names, texts=under)

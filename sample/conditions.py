@@ -1,53 +1,79 @@
-"""What is to be drawn: captions, classes or nothing, with a seed and settings; and whether a run can draw it."""
+"""What a run is told: prompts, classes, pictures or nothing, with a seed and settings; and whether it reads that."""
 
 import dataclasses
+import inspect
+import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from cli.errors import UserError
+from data.preprocess import transform_pair
+from sample.files import read_picture
 from sample.sheets.grid import to_uint8
 from sample.trained import Rows, TrainedSampler
+
+# Rows of a request (see `sample.samplers.contract`) that a user may give: what they are called, and the option.
+_GIVEN = {
+    "text": ("captions", "--prompt=TEXT"),
+    "label": ("classes", "--label=N"),
+    "image": ("pictures", "--image=FILE"),
+    "negative": ("negative prompt", "--negative_prompt=TEXT"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What one picture is told: a caption, a class, or nothing.
+    """What one sample is told: a prompt, a class, a picture, several of them, or nothing.
 
     Attributes:
       prompt: the caption.
       label: the class.
+      image: a picture file.
     """
 
     prompt: str | None = None
     label: int | None = None
+    image: str | None = None
 
     @property
     def record(self) -> dict[str, Any]:
-        """{"prompt": ...}, {"label": ...} or {}."""
+        """What it holds, by name: {"prompt": ..., "label": ..., "image": ...} without what is None."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The rows of a request that it fills."""
+        fields = {"text": self.prompt, "label": self.label, "image": self.image}
+        return tuple(row for row, value in fields.items() if value is not None)
+
     def __str__(self) -> str:
-        if self.prompt is not None:
-            return self.prompt
-        return "" if self.label is None else f"class {self.label}"
+        parts = (
+            "" if self.image is None else Path(self.image).name,
+            "" if self.label is None else f"class {self.label}",
+            self.prompt or "",
+        )
+        return ", ".join(part for part in parts if part)
 
 
-def make_conditions(prompts: Sequence[str] = (), labels: Sequence[int] = ()) -> tuple[Condition, ...]:
-    """One condition for each prompt or label; without any, the one that says nothing."""
-    conditions = [Condition(prompt=prompt) for prompt in prompts] + [Condition(label=label) for label in labels]
-    return tuple(conditions) or (Condition(),)
+def make_conditions(
+    prompts: Sequence[str] = (), labels: Sequence[int] = (), images: Sequence[str] = ()
+) -> tuple[Condition, ...]:
+    """Each picture with each prompt and each label of those that are given; without any, the one that says nothing."""
+    lists = (images or (None,), labels or (None,), prompts or (None,))
+    return tuple(Condition(prompt, label, image) for image, label, prompt in itertools.product(*lists))
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What one drawing is of.
+    """What is to be made.
 
     Attributes:
       conditions: of one kind, each drawn as often as the others.
-      seed: s; picture i of a condition is drawn with `fold_in(key(s), i)`.
+      seed: s; sample i of a condition is drawn with `fold_in(key(s), i)`.
       settings: overrides of `config.sample`.
       negative_prompt: what guidance leads away from; None for the blank caption.
     """
@@ -62,6 +88,32 @@ class Order:
         negative = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
         return trained.describe(self.seed, {**self.settings, **negative})
 
+    def records(self, num: int) -> list[dict[str, Any]]:
+        """Condition, seed and index of each of `num` samples of each condition."""
+        return [
+            {**condition.record, "seed": self.seed, "index": index}
+            for condition in self.conditions
+            for index in range(num)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a sampler made, as people see it: one of each for every sample.
+
+    Attributes:
+      images: None if it makes none.
+      texts: None if it makes none.
+    """
+
+    images: UInt8[np.ndarray, "n h w c"] | None
+    texts: tuple[str, ...] | None
+
+    def take(self, places: Sequence[int]) -> "Made":
+        """Some of the samples."""
+        images = None if self.images is None else self.images[list(places)]
+        return Made(images, None if self.texts is None else tuple(self.texts[place] for place in places))
+
 
 def order_rows(trained: TrainedSampler, order: Order) -> Rows:
     """What the sampler is told, a row for each condition; finds every mistake of an order before anything is drawn.
@@ -73,11 +125,17 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
     if not -(2**63) <= order.seed < 2**63:
         raise UserError(f"the seed {order.seed} does not fit 64 bits; choose a smaller one")
     rows: Rows = {}
-    first = order.conditions[0]
-    if first.prompt is not None:
+    told = order.conditions[0].rows
+    if "text" in told:
         rows |= trained.encode([str(condition.prompt) for condition in order.conditions])
-    if first.label is not None:
+    if "label" in told:
         rows["label"] = np.array([condition.label for condition in order.conditions], np.int32)
+    if "image" in told:
+        data = trained.config.data
+        transform = transform_pair(data.transform).evaluation
+        files = {str(condition.image) for condition in order.conditions}
+        pictures = {name: read_picture(name, data.image_size, transform) for name in sorted(files)}
+        rows["image"] = np.stack([pictures[str(condition.image)] for condition in order.conditions])
     if order.negative_prompt is not None:
         rows["negative"] = np.repeat(trained.encode([order.negative_prompt])["text"], len(order.conditions), axis=0)
     trained.sampler.request(**rows, **order.settings)
@@ -85,13 +143,13 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
 
 
 def draw_outputs(trained: TrainedSampler, order: Order, rows: Rows, num: int, **more: Any) -> Rows:
-    """The sampler's outputs for `num` pictures of each condition, those of a condition together.
+    """The sampler's outputs for `num` samples of each condition, those of a condition together.
 
     Args:
       trained: the run that draws.
       order: what.
       rows: `order_rows(trained, order)`.
-      num: pictures 0 to num - 1 of the seed.
+      num: samples 0 to num - 1 of the seed.
       **more: settings beside the order's.
     """
     repeated = {name: np.repeat(value, num, axis=0) for name, value in rows.items()}
@@ -99,34 +157,31 @@ def draw_outputs(trained: TrainedSampler, order: Order, rows: Rows, num: int, **
     return trained(repeated, seed=order.seed, indices=indices, **order.settings, **more)
 
 
-def draw_images(trained: TrainedSampler, order: Order, rows: Rows, num: int) -> UInt8[np.ndarray, "n h w c"]:
-    """The pictures of `draw_outputs`."""
-    return to_uint8(draw_outputs(trained, order, rows, num)["image"])
-
-
-def records_of(order: Order, num: int) -> list[dict[str, Any]]:
-    """Condition, seed and index of each of `draw_images`."""
-    return [
-        {**condition.record, "seed": order.seed, "index": index}
-        for condition in order.conditions
-        for index in range(num)
-    ]
+def draw(trained: TrainedSampler, order: Order, rows: Rows, num: int) -> Made:
+    """The pictures and texts of `draw_outputs`."""
+    outputs = draw_outputs(trained, order, rows, num)
+    images = to_uint8(outputs["image"]) if "image" in outputs else None
+    return Made(images, trained.decode(outputs["text"]) if "text" in outputs else None)
 
 
 def _check_kind(trained: TrainedSampler, order: Order) -> None:
     """Raises UserError unless the conditions are of the kind that the run's sampler reads."""
-    reads, folder, first = trained.sampler.reads, trained.run.folder, order.conditions[0]
-    takes = {
-        "text": "captions; give --prompt=TEXT",
-        "label": f"classes; give --label=N, N from {getattr(trained.sampler, 'class_range', '')}",
-        "image": "pictures, to reconstruct; give --image=FILE",
-    }
-    instead = " or ".join(takes[kind] for kind in reads if kind in takes) or "no condition at all; leave it out"
-    if first.prompt is not None and "text" not in reads:
-        raise UserError(f"{folder} takes no captions; it takes {instead}")
-    if first.label is not None and "label" not in reads:
-        raise UserError(f"{folder} takes no classes; it takes {instead}")
-    if not first.record and reads:
-        raise UserError(f"{folder} takes {instead}")
-    if order.negative_prompt is not None and "negative" not in reads:
-        raise UserError(f"{folder} takes no negative prompt, as only diffusions of captions do; leave it out")
+    sampler, folder = trained.sampler, trained.run.folder
+    told = (*order.conditions[0].rows, *(("negative",) if order.negative_prompt is not None else ()))
+    takes = " or ".join(_how_to_give(sampler, row) for row in sampler.reads if row in _GIVEN and row != "negative")
+    takes = takes or "no condition at all; leave it out"
+    for row in told:
+        if row not in sampler.reads:
+            raise UserError(f"{folder} takes no {_GIVEN[row][0]}; it takes {takes}")
+    if sampler.reads and not order.conditions[0].rows:
+        raise UserError(f"{folder} takes {takes}")
+    for name, parameter in inspect.signature(sampler.request).parameters.items():
+        if name in sampler.reads and parameter.default is parameter.empty and name not in told:
+            raise UserError(f"{folder} also takes {_how_to_give(sampler, name)}")
+
+
+def _how_to_give(sampler: Any, row: str) -> str:
+    """Such as "captions; give --prompt=TEXT"."""
+    noun, option = _GIVEN[row]
+    classes = getattr(sampler, "class_range", "") if row == "label" else ""
+    return f"{noun}; give {option}" + (f", N from {classes}" if classes else "")

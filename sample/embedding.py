@@ -33,7 +33,7 @@ class ClipEmbedder:
           UserError: if there is none, or it is not of a CLIP.
         """
         trained = TrainedSampler.open(folder)
-        if trained.config.objective != "clip":
+        if "features" not in trained.sampler.makes:
             raise UserError(f"{folder} is a run of {trained.config.objective}, not of clip; name a trained CLIP")
         return cls(trained)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -27,7 +28,7 @@ class TrainedSampler:
 
     Attributes:
       run: the folder.
-      config: its config, with frozen stages found.
+      config: its config, with frozen stages found, and every setting of the sampler in `config.sample`.
       sampler: what `create_sampler(config)` gave.
       weights: parameters and where they come from.
       frozen: weights of the frozen stages.
@@ -55,8 +56,10 @@ class TrainedSampler:
         run = Run.open(folder)
         config = run.config
         resolve_frozen(config, near=run.folder)
+        sampler = create_sampler(config)
+        config.sample = ConfigDict({**sampler.settings, **config.sample})  # an older run may lack settings
         weights = run.load(step, ema)
-        return cls(run, config, create_sampler(config), weights, load_frozen(config), run.tokenizer(), chunk)
+        return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk)
 
     def check_settings(self, names: Iterable[str]) -> None:
         """Raises UserError if an override of `config.sample` is of what the run's sampler does not have."""
@@ -103,12 +106,24 @@ class TrainedSampler:
                 print(f"warning: only the first {length} tokens count of {caption!r}", flush=True)
         return {"text": np.stack([one.ids for one in encoded])}
 
+    def decode(self, ids: Int[np.ndarray, "n l"]) -> tuple[str, ...]:
+        """The texts that the run's tokenizer reads in ids.
+
+        Raises:
+          UserError: if the run has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.run.folder} makes text and has no tokenizer.json, which would read it; copy it there"
+            )
+        return tuple(self.tokenizer.decode(one) for one in ids)
+
     def __call__(self, rows: Rows, *, seed: int, indices: Sequence[int], **settings: Any) -> Rows:
         """Samples one output for each row.
 
         Args:
           rows: arrays with leading dimension n, such as `text`.
-          seed: s; image i of it is drawn with `fold_in(key(s), i)`, whatever else is drawn.
+          seed: s; output i of it is drawn with `fold_in(key(s), i)`, whatever else is drawn.
           indices: i of each row.
           **settings: overrides of `config.sample`.
 

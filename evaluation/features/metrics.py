@@ -133,29 +133,24 @@ def draw_pictures(
     """The run's pictures for the first `num` records: of their captions or classes, whatever it takes, or pictures."""
     for start in range(0, num, trained.chunk):
         indices = range(start, min(start + trained.chunk, num))
-        if reconstructs(trained.config):
+        if reconstructs(trained.sampler):
             rows, overrides = {"image": _stored_pictures(source, indices, trained.config.data)}, {}
         else:
             rows, overrides = _conditions(trained, [source[index] for index in indices]), sampling
         yield to_uint8(trained(rows, seed=seed, indices=indices, **overrides)["image"])
 
 
-def reconstructs(config: ConfigDict) -> bool:
-    """Whether runs of this config take pictures, and do not make them out of captions, classes or nothing."""
-    return config.objective in ("dvae", "vqvae")
-
-
-def takes_classes(config: ConfigDict) -> bool:
-    """Whether runs of this config draw what class they are told."""
-    return config.objective == "diffusion" and config.models.denoiser.get("num_classes", 0) > 0
+def reconstructs(sampler: Any) -> bool:
+    """Whether a sampler makes pictures of pictures, and not of captions, classes or nothing."""
+    return sampler.reads == ("image",) and "image" in sampler.makes
 
 
 def _conditions(trained: TrainedSampler, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """What records say of what a run is told: their first captions, their classes, or nothing."""
     rows = {}
-    if trained.tokenizer is not None:
+    if "text" in trained.sampler.reads:
         rows |= trained.encode([choose_caption(record["captions"], None) for record in records])
-    if takes_classes(trained.config):
+    if "label" in trained.sampler.reads:
         field = trained.config.data.label_field
         rows["label"] = np.stack([class_number(record, field) for record in records])
     return rows

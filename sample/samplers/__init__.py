@@ -1,4 +1,4 @@
-"""From trained weights to pictures, captions and tokens: one file a paper."""
+"""From trained weights to pictures, text and tokens: one file a paper; the contract is in `contract.py`."""
 
 from typing import Any
 
@@ -14,18 +14,8 @@ def create_sampler(config: ConfigDict) -> Any:
       UserError: if nothing can be sampled from `config.objective`, or its networks cannot be built.
     """
     # Imported here: a command imports this package before it may import JAX (see cli/allocator.py).
-    from sample.samplers.clip import ClipSampler
-    from sample.samplers.dalle import DalleSampler
-    from sample.samplers.diffusion import DiffusionSampler
-    from sample.samplers.dvae import ReconstructionSampler
+    from sample.samplers.registry import SAMPLERS
 
-    samplers = {
-        "clip": ClipSampler,
-        "dalle": DalleSampler,
-        "diffusion": DiffusionSampler,
-        "dvae": ReconstructionSampler,
-        "vqvae": ReconstructionSampler,
-    }
-    if config.objective not in samplers:
-        raise UserError(f"nothing can be sampled from objective {config.objective!r}; only from {', '.join(samplers)}")
-    return samplers[config.objective].from_config(config)
+    if config.objective not in SAMPLERS:
+        raise UserError(f"nothing can be sampled from objective {config.objective!r}; only from {', '.join(SAMPLERS)}")
+    return SAMPLERS[config.objective].from_config(config)

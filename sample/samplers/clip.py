@@ -30,6 +30,21 @@ class ClipSampler:
         """Builds the sampler of the network that `config.models.clip` describes."""
         return cls(model=models.create_model(**config.models.clip))
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The rows that a request may hold."""
+        return ("text", "image")
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """What outputs hold."""
+        return ("features",)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """There are none."""
+        return {}
+
     def request(
         self, image: UInt8[np.ndarray, "b h w 3"] | None = None, text: Int[np.ndarray, "b l"] | None = None
     ) -> dict[str, np.ndarray]:

@@ -24,6 +24,8 @@ from weights.run import model_of
 Tree = Any
 Request = dict[str, Any]
 
+_SETTINGS = ("guidance", "temperature", "top_k", "top_p")
+
 
 @dataclasses.dataclass(frozen=True)
 class DalleSampler:
@@ -56,14 +58,24 @@ class DalleSampler:
         model = create_model(**config.models.dalle)
         decoder = create_model(**model_of(config.frozen.dvae))
         check_image_tokens(model, decoder)
-        defaults = {key: config.sample[key] for key in ("guidance", "temperature", "top_k", "top_p")}
-        _check_numbers(defaults)
-        return cls(model, decoder, **defaults)
+        sampler = cls(model, decoder, **{key: config.sample[key] for key in _SETTINGS if key in config.sample})
+        _check_numbers(sampler.settings)
+        return sampler
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The rows that a request has."""
+        """The rows that a request holds."""
         return ("text",)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """What outputs hold."""
+        return ("image",)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of `config.sample`, with their values."""
+        return {key: getattr(self, key) for key in _SETTINGS}
 
     def request(self, text: Int[np.ndarray, "b t"], **overrides: Any) -> Request:
         """A request for one picture per caption.
@@ -80,7 +92,7 @@ class DalleSampler:
           UserError: on an unknown override or an impossible value.
         """
         text = np.asarray(text)
-        numbers = {key: getattr(self, key) for key in ("guidance", "temperature", "top_k", "top_p")}
+        numbers = self.settings
         unknown = sorted(set(overrides) - set(numbers) - {"image_prefix"})
         if unknown:
             raise UserError(
@@ -215,7 +227,7 @@ def _is_guided(guidance: Any) -> bool:
 
 def _check_numbers(numbers: dict[str, Any]) -> None:
     """Raises UserError unless the sampling options are possible."""
-    guidance, temperature, top_k, top_p = (numbers[key] for key in ("guidance", "temperature", "top_k", "top_p"))
+    guidance, temperature, top_k, top_p = (numbers[key] for key in _SETTINGS)
     if not 0 <= guidance < float("inf"):
         raise UserError(f"guidance={guidance} is impossible; 1 means none, more follows the caption more, 0 ignores it")
     if not 0 <= temperature < float("inf"):

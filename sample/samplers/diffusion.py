@@ -43,8 +43,8 @@ class Steps:
       eta: of DDIM.
     """
 
-    sampler: str
-    steps: int
+    sampler: str = "dpm_solver_multistep"
+    steps: int = 25
     spacing: str = ""
     eta: float = 0.0
 
@@ -115,8 +115,9 @@ class DiffusionSampler:
             process = Process(create_schedule(**fields.pop("schedule")), **fields)
         except (TypeError, ValueError) as error:
             raise UserError(f"config.process is impossible: {error}") from error
-        steps = Steps(*(config.sample[key] for key in ("sampler", "steps", "spacing", "eta")))
-        numbers = {key: config.sample[key] for key in _NUMBERS}
+        solver = (field.name for field in dataclasses.fields(Steps))
+        steps = Steps(**{key: config.sample[key] for key in solver if key in config.sample})
+        numbers = {key: config.sample[key] for key in _NUMBERS if key in config.sample}
         null_class = bool(config.loss.get("dropout", 0.0))
         text = _text_context(config)
         if text is None and getattr(model, "context_width", 0):
@@ -160,9 +161,19 @@ class DiffusionSampler:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The rows that a request may have."""
+        """The rows that a request may hold."""
         captions = ("text", "negative") if self.text is not None else ()
         return (*captions, *(("label",) if self.classes else ()))
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """What outputs hold."""
+        return ("point",) if len(self.sample_shape) == 1 else ("image",)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of `config.sample`, with their values."""
+        return {**dataclasses.asdict(self.defaults), **{key: getattr(self, key) for key in _NUMBERS}}
 
     def request(
         self,
@@ -269,12 +280,11 @@ class DiffusionSampler:
 
     def _settings(self, overrides: Mapping[str, Any]) -> tuple[Steps, dict[str, float]]:
         """The solver and the numbers of guidance, defaults filled in; raises UserError unless they are possible."""
-        solver = [field.name for field in dataclasses.fields(Steps)]
-        unknown = sorted(set(overrides) - {*solver, *_NUMBERS, "trajectory"})
+        unknown = sorted(set(overrides) - {*self.settings, "trajectory"})
         if unknown:
-            known = ", ".join((*solver, *_NUMBERS))
-            raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {known}")
-        steps = dataclasses.replace(self.defaults, **{key: overrides[key] for key in solver if key in overrides})
+            raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {', '.join(self.settings)}")
+        solver = {field.name for field in dataclasses.fields(Steps)} & overrides.keys()
+        steps = dataclasses.replace(self.defaults, **{key: overrides[key] for key in solver})
         self._check_steps(steps)
         numbers = {key: float(overrides.get(key, getattr(self, key))) for key in _NUMBERS}
         _check_numbers(numbers)
@@ -334,8 +344,7 @@ def _draw(
     noise_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 1)
     x = plan.first_scale * first
     solution = solve(plan, denoise, x, per_example_noise(noise_keys, x), trajectory=trajectory)
-    name = "point" if len(sampler.sample_shape) == 1 else "image"
-    outputs = {name: solution.x}
+    outputs = {name: solution.x for name in sampler.makes}
     if trajectory:
         outputs |= {key: jnp.moveaxis(getattr(solution, key), 0, 1) for key in ("states", "estimates")}
     return outputs

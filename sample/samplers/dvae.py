@@ -36,8 +36,18 @@ class ReconstructionSampler:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The rows that a request has."""
+        """The rows that a request holds."""
         return ("image",)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """What outputs hold."""
+        return ("image", "tokens")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """There are none."""
+        return {}
 
     def request(self, image: UInt8[np.ndarray, "b h w c"]) -> dict[str, np.ndarray]:
         """What `__call__` takes as `request`; there are no settings."""

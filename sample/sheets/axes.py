@@ -8,7 +8,8 @@ from typing import Any
 from cli.errors import UserError
 from sample.arguments import SETTINGS
 
-TEXTS = ("prompt", "negative_prompt")
+# What conditions hold that is written as text: its values may come from a file, and are numbered in file names.
+TEXTS = ("prompt", "negative_prompt", "image")
 
 # What an axis may be named, and what its values are.
 KEYS = {**SETTINGS, "seed": int, "label": int, **dict.fromkeys(TEXTS, str)}
@@ -29,8 +30,10 @@ class Axis:
     values: tuple[Any, ...]
 
     def header(self, place: int) -> str:
-        """What stands at a row or column: a prompt itself, otherwise "guidance=3"."""
+        """What stands at a row or column: a prompt itself, a picture's name, otherwise "guidance=3"."""
         value = spell(self.values[place])
+        if self.name == "image":
+            return Path(value).name
         return value if self.name == "prompt" else f"{self.name}={value}"
 
     def file_part(self, place: int) -> str:
@@ -95,6 +98,8 @@ def read_texts(values: Sequence[str], flag: str) -> list[str]:
             raise UserError(f"the prompt file {path} is empty; write one caption a line")
         texts += [line for line in lines if line]
     if any(not text.strip() for text in texts):
+        if flag.endswith("image"):
+            raise UserError(f"{flag} is empty; name a picture file")
         what = "the prompt" if flag == "--prompt" else flag
         raise UserError(f"{what} is empty; describe a picture, for example {flag.split()[0]}={_example(flag)}")
     return texts

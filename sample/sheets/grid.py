@@ -13,6 +13,7 @@ _TEXT_SIZE = 12
 _LINE = _TEXT_SIZE + 3
 _ROW_HEADER = 150  # most pixels of a row's header
 _BACKGROUND, _INK = (250, 250, 248), (40, 40, 44)
+_MADE = (36, 88, 160)  # ink of texts that a run made
 _RIGHT, _WRONG = (70, 160, 90), (205, 70, 60)
 
 
@@ -21,35 +22,47 @@ def to_uint8(images: Float[np.ndarray, "*n h w c"]) -> UInt8[np.ndarray, "*n h w
     return np.clip(np.rint((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+Pictures = UInt8[np.ndarray, "n h w c"] | Sequence[UInt8[np.ndarray, "_ _ _"] | None]
+
+
 def draw_grid(
-    images: UInt8[np.ndarray, "n h w c"],
+    images: Pictures,
     *,
     columns: int,
     labels: Sequence[str] | None = None,
+    texts: Sequence[str] | None = None,
     marks: Sequence[bool] | None = None,
     min_side: int = 128,
 ) -> Image.Image:
-    """Draws pictures in reading order, each over its label.
+    """Draws pictures in reading order, each over its label and its text.
 
     Args:
-      images: RGB, or gray with one channel.
+      images: RGB, or gray with one channel; of one size, or a list whose largest one sets the size of a place. None
+        leaves one empty, but for label and text; where all are None, texts stand alone.
       columns: pictures in a row.
-      labels: one line for each picture; long ones are wrapped under it.
+      labels: one line for each picture, what it was told; long ones are wrapped under it.
+      texts: what was made for each, in another color under its label; "" for none.
       marks: whether each picture is right; its frame is then green, else red.
       min_side: small pictures are enlarged by a whole factor, without smoothing, to at least this many pixels.
 
     Raises:
-      ValueError: if there are no pictures, or the labels are not as many.
+      ValueError: if there are no pictures, or labels or texts are not as many.
     """
     if not len(images):
         raise ValueError("there are no pictures to draw")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(images)} pictures but {len(labels)} labels")
+    for name, lines in (("labels", labels), ("texts", texts)):
+        if lines is not None and len(lines) != len(images):
+            raise ValueError(f"{len(images)} pictures but {len(lines)} {name}")
     pictures = _enlarge_all(images, min_side)
-    width, height = pictures[0].size
+    shown = [picture for picture in pictures if picture is not None]
+    width = max((picture.width for picture in shown), default=2 * min_side)
+    height = max((picture.height for picture in shown), default=0)
     font = ImageFont.load_default(_TEXT_SIZE)
-    texts = [_wrap(label, width) for label in labels] if labels is not None else []
-    text_height = max((len(lines) for lines in texts), default=0) * _LINE
+    under = [
+        [(line, ink) for lines, ink in ((labels, _INK), (texts, _MADE)) if lines for line in _wrap(lines[place], width)]
+        for place in range(len(pictures))
+    ]
+    text_height = max(len(lines) for lines in under) * _LINE
     rows = -(-len(pictures) // columns)
     cell = (width + _MARGIN, height + text_height + _MARGIN)
     sheet = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), _BACKGROUND)
@@ -59,9 +72,10 @@ def draw_grid(
         if marks is not None:
             frame = (left - 3, top - 3, left + width + 2, top + height + 2)
             pen.rectangle(frame, fill=_RIGHT if marks[number] else _WRONG)
-        sheet.paste(picture, (left, top))
-        for line, text in enumerate(texts[number] if texts else ()):
-            pen.text((left, top + height + 1 + line * _LINE), text, fill=_INK, font=font)
+        if picture is not None:
+            sheet.paste(picture, (left, top))
+        for line, (text, ink) in enumerate(under[number]):
+            pen.text((left, top + height + 1 + line * _LINE), text, fill=ink, font=font)
     return sheet
 
 
@@ -73,7 +87,7 @@ def draw_mosaic(images: UInt8[np.ndarray, "n h w c"], *, columns: int, min_side:
       columns: pictures in a row.
       min_side: small pictures are enlarged by a whole factor, without smoothing, to at least this many pixels.
     """
-    pictures = _enlarge_all(images, min_side)
+    pictures = [_enlarge(image, min_side) for image in images]
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), _BACKGROUND)
@@ -89,7 +103,7 @@ def draw_table(
     columns: Sequence[str],
     title: str = "",
 ) -> Image.Image:
-    """Draws rows of cells of one size under the columns' headers, each beside its row's header.
+    """Draws rows of cells under the columns' headers, each beside its row's header; the largest sets a row's height.
 
     Args:
       cells: pictures; None leaves a place empty.
@@ -103,7 +117,7 @@ def draw_table(
     shown = [cell for row in cells for cell in row if cell is not None]
     if not shown or len(cells) != len(rows) or any(len(row) != len(columns) for row in cells):
         raise ValueError(f"{len(rows)} x {len(columns)} headers do not fit cells of {[len(row) for row in cells]}")
-    width, height = shown[0].size
+    width = max(cell.width for cell in shown)
     font = ImageFont.load_default(_TEXT_SIZE)
     longest = max(font.getlength(text) for text in rows)
     side = min(int(longest) + 1, _ROW_HEADER)
@@ -113,7 +127,10 @@ def draw_table(
     full_width = left + len(columns) * (width + _MARGIN)
     heading = _wrap(title, full_width - 2 * _MARGIN)
     head = _MARGIN + len(heading) * _LINE + max(len(lines) for lines in above) * _LINE
-    heights = [max(height, len(lines) * _LINE) for lines in beside]
+    heights = [
+        max(max((cell.height for cell in row if cell is not None), default=0), len(lines) * _LINE)
+        for row, lines in zip(cells, beside, strict=True)
+    ]
     sheet = Image.new("RGB", (full_width, head + sum(heights) + _MARGIN * len(heights)), _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
 
@@ -137,16 +154,17 @@ def draw_table(
 def _wrap(text: str, width: int) -> list[str]:
     """Lines of about a width in pixels; none of an empty text."""
     font = ImageFont.load_default(_TEXT_SIZE)
+    text = " ".join(text.splitlines())
     if text and font.getlength(text) <= width:
         return [text]
     return textwrap.wrap(text, max(8, int(width / font.getlength("n"))))
 
 
-def _enlarge_all(images: UInt8[np.ndarray, "n h w c"], min_side: int) -> list[Image.Image]:
-    factor = max(1, -(-min_side // images.shape[1]))
-    return [_enlarge(image, factor) for image in images]
+def _enlarge_all(images: Pictures, min_side: int) -> list[Image.Image | None]:
+    return [None if image is None else _enlarge(image, min_side) for image in images]
 
 
-def _enlarge(image: UInt8[np.ndarray, "h w c"], factor: int) -> Image.Image:
+def _enlarge(image: UInt8[np.ndarray, "h w c"], min_side: int) -> Image.Image:
+    factor = max(1, -(-min_side // image.shape[0]))
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -60,7 +60,7 @@ def draw_point_run(trained: TrainedSampler, num: int, seed: int, settings: Mappi
     """The figure of `draw_process` for a run of points.
 
     Args:
-      trained: a run of the objective "diffusion" whose dataset is one of `data.points`.
+      trained: a diffusion that makes points, whose dataset is one of `data.points`.
       num: points of the data, and drawn.
       seed: of both.
       settings: overrides of `config.sample`.

@@ -1,4 +1,4 @@
-"""Pictures over a grid of settings: one labelled page for each pair of axes, and a row of numbers for each cell."""
+"""Samples over a grid of settings and conditions: labelled pages, and a row of numbers for each cell."""
 
 import csv
 import dataclasses
@@ -16,11 +16,11 @@ from PIL import Image
 from cli.errors import UserError
 from data.scenes import find_world, parse_caption
 from data.scenes.grader import SceneGrader
-from sample.command import Samples, write_picture
-from sample.conditions import Condition, Order, draw_images, order_rows, records_of
+from sample.conditions import Condition, Made, Order, draw, order_rows
 from sample.embedding import ClipEmbedder
+from sample.files import Samples, write_picture
 from sample.sheets.axes import TEXTS, Axis, spell
-from sample.sheets.grid import draw_mosaic, draw_table
+from sample.sheets.grid import draw_grid, draw_mosaic, draw_table
 from sample.trained import Rows, TrainedSampler
 
 TABLE = "sweep.csv"
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep(Samples):
-    """All pictures of a sweep.
+    """All samples of a sweep.
 
     Attributes:
       pages: the files of the grid.
@@ -57,7 +57,10 @@ class Sweep(Samples):
 
 
 def check_axes(trained: TrainedSampler, axes: Sequence[Axis]) -> None:
-    """Raises UserError if an axis is a setting that the run's sampler does not have."""
+    """Raises UserError if a run makes nothing that a table can show, or an axis is a setting that it does not have."""
+    if not {"image", "text"} & set(trained.sampler.makes):
+        makes = " and ".join(trained.sampler.makes)
+        raise UserError(f"{trained.run.folder} makes {makes}, and --sweep draws pictures and text; leave it out")
     known = tuple(trained.config.sample)
     for axis in axes:
         if axis.name not in (*known, *TEXTS, "seed", "label"):
@@ -80,7 +83,7 @@ def run_sweep(
       order: what the axes do not change.
       axes: rows of a page, columns of a page, and what differs between pages; one axis alone is a row of up to 8 cells,
         or else a column.
-      num: pictures of each condition in a cell.
+      num: samples of each condition in a cell.
       out: the grid's file; further axes put their values into the names of pages (`Axis.file_part`). `TABLE` stands
         beside it.
       clip: scores the pictures, if there is one.
@@ -94,18 +97,20 @@ def run_sweep(
     table = out.with_name(TABLE)
     names = [axis.name for axis in axes]
     per_page = math.prod(len(axis.values) for axis in axes[:2])
-    images, records, pages, page = [], [], [], []
+    done, records, pages, page = [], [], [], []
     warm: set[Hashable] = set()
-    append_row(table, (*names, *MEASURES), new=True)
+    texts = ("texts",) if "text" in trained.sampler.makes else ()
+    append_row(table, (*names, *MEASURES, *texts), new=True)
     for number, cell in enumerate(cells):
-        drawn, seconds = _timed(trained, cell, num, warm)
-        measured = measure(cell.order, drawn, num, seconds)
-        append_row(table, [*map(spell, cell.values.values()), *map(spell_measure, measured.values())])
+        made, seconds = _timed(trained, cell, num, warm)
+        measured = measure(cell.order, made, num, seconds)
+        said = [" | ".join(made.texts or ())] if texts else []
+        append_row(table, [*map(spell, cell.values.values()), *map(spell_measure, measured.values()), *said])
         title = ", ".join(f"{name}={spell(value)}" for name, value in cell.values.items())
         print(f"cell {number + 1} of {len(cells)}: {title}: {seconds:.2f} s", flush=True)
-        images.append(drawn)
-        records += [{**cell.values, **record} for record in records_of(cell.order, num)]
-        page.append(draw_mosaic(drawn, columns=mosaic_columns(len(cell.order.conditions), num)))
+        done.append(made)
+        records += [{**cell.values, **record} for record in cell.order.records(num)]
+        page.append(_draw_cell(cell, made, num))
         if len(page) == per_page:
             name, heading = _page_name(out, axes, number // per_page), _page_title(cell, axes)
             write_picture(name, _draw_page(page, axes[:2], heading))
@@ -113,7 +118,10 @@ def run_sweep(
             page = []
     settings = {**order.describe(trained), "sweep": {axis.name: list(axis.values) for axis in axes}}
     settings = {name: value for name, value in settings.items() if name not in names}
-    return Sweep(np.concatenate(images), records, settings, tuple(pages), table)
+    images = [made.images for made in done if made.images is not None]
+    said = tuple(text for made in done for text in made.texts or ())
+    made = (np.concatenate(images) if images else None, said if texts else None)
+    return Sweep(*made, records, settings, tuple(pages), table)
 
 
 def make_cells(trained: TrainedSampler, order: Order, axes: Sequence[Axis]) -> list[Cell]:
@@ -137,12 +145,15 @@ def make_cells(trained: TrainedSampler, order: Order, axes: Sequence[Axis]) -> l
 
 
 def vary(order: Order, values: Mapping[str, Any]) -> Order:
-    """An order with some of its values changed: prompt, label, seed, negative_prompt, or settings."""
-    fields, settings = {}, dict(order.settings)
+    """An order with some of its values changed: prompt, label, image, seed, negative_prompt, or settings."""
+    told = {field.name: values[field.name] for field in dataclasses.fields(Condition) if field.name in values}
+    # Conditions that differed in nothing else are now one.
+    conditions = tuple(dict.fromkeys(dataclasses.replace(condition, **told) for condition in order.conditions))
+    fields, settings = {"conditions": conditions}, dict(order.settings)
     for name, value in values.items():
-        if name in ("prompt", "label"):
-            fields["conditions"] = (Condition(**{name: value}),)
-        elif name in ("seed", "negative_prompt"):
+        if name in told:
+            continue
+        if name in ("seed", "negative_prompt"):
             fields[name] = value
         else:
             settings[name] = value
@@ -155,8 +166,8 @@ class Measure:
     accuracy: share of pictures that have every attribute right which their caption names (embedded dataset).
     clip_score: 100 max(mean cosine, 0), as torchmetrics has it, of pictures with their captions.
     diversity: see `diversity`.
-    pictures_per_second: pictures of the cell by `seconds`; a sampler draws whole chunks (`sample.trained.CHUNK`), so
-      that few pictures take as long as a chunk.
+    pictures, pictures_per_second: samples of the cell (of a run of text: texts), and these by `seconds`; a sampler
+      draws whole chunks (`sample.trained.CHUNK`), so that few pictures take as long as a chunk.
 
     Args:
       trained: the run.
@@ -169,6 +180,8 @@ class Measure:
         self._grader: SceneGrader | None = None
         self._unread: set[str] = set()
         captions = {condition.prompt for cell in cells for condition in cell.order.conditions} - {None}
+        if "image" not in trained.sampler.makes:
+            captions = set()
         if clip is not None and not captions:
             raise UserError(f"{trained.run.folder} draws no captions, and --clip compares with these; leave it out")
         world = find_world(trained.config.data.dataset)
@@ -182,17 +195,18 @@ class Measure:
                 self._unread.add(caption)
                 print(f"warning: no accuracy for {caption!r}, which the grader cannot read: {error}", flush=True)
 
-    def __call__(self, order: Order, images: UInt8[np.ndarray, "n h w c"], num: int, seconds: float) -> dict[str, Any]:
-        """Measures the pictures of a cell, those of a condition together."""
+    def __call__(self, order: Order, made: Made, num: int, seconds: float) -> dict[str, Any]:
+        """Measures the samples of a cell, those of a condition together."""
+        images, count = made.images, num * len(order.conditions)
         captions = [condition.prompt for condition in order.conditions for _ in range(num)]
         accuracy = score = None
-        if self._grader is not None and not self._unread & set(captions):
+        if images is not None and self._grader is not None and not self._unread & set(captions):
             accuracy = float(np.mean([grade["all"] for grade in self._grader.grade(captions, images)]))
-        if self._clip is not None:
+        if images is not None and self._clip is not None:
             score = 100 * max(float(np.mean(self._clip.cosines(images, captions))), 0.0)
         values = (
-            *(seconds, len(images), len(images) / seconds),
-            *(accuracy, score, diversity(images.reshape(-1, num, *images.shape[1:]))),
+            *(seconds, count, count / seconds),
+            *(accuracy, score, None if images is None else diversity(images.reshape(-1, num, *images.shape[1:]))),
         )
         return dict(zip(MEASURES, values, strict=True))
 
@@ -235,18 +249,28 @@ def mosaic_columns(conditions: int, num: int) -> int:
     return min(num, 8) if conditions > 1 and num > 1 else math.ceil(math.sqrt(conditions * num))
 
 
-def _timed(
-    trained: TrainedSampler, cell: Cell, num: int, warm: set[Hashable]
-) -> tuple[UInt8[np.ndarray, "n h w c"], float]:
-    """Pictures of a cell and the seconds that it took; a new program is compiled before, by drawing one picture."""
+def _timed(trained: TrainedSampler, cell: Cell, num: int, warm: set[Hashable]) -> tuple[Made, float]:
+    """Samples of a cell and the seconds that it took; a new program is compiled before, by drawing one sample."""
     program = trained.program(cell.rows, **cell.order.settings)
     if program not in warm:
         first = dataclasses.replace(cell.order, conditions=cell.order.conditions[:1])
-        draw_images(trained, first, {name: value[:1] for name, value in cell.rows.items()}, 1)
+        draw(trained, first, {name: value[:1] for name, value in cell.rows.items()}, 1)
         warm.add(program)
     start = time.perf_counter()
-    images = draw_images(trained, cell.order, cell.rows, num)
-    return images, time.perf_counter() - start
+    made = draw(trained, cell.order, cell.rows, num)
+    return made, time.perf_counter() - start
+
+
+def _draw_cell(cell: Cell, made: Made, num: int) -> Image.Image:
+    """The samples of a cell: a mosaic of pictures, or texts under the pictures that they came with."""
+    columns = mosaic_columns(len(cell.order.conditions), num)
+    if made.texts is None and made.images is not None:
+        return draw_mosaic(made.images, columns=columns)
+    images = made.images
+    if images is None and "image" in cell.rows:
+        images = np.repeat(cell.rows["image"], num, axis=0)
+    pictures = [None] * len(made.texts or ()) if images is None else list(images)
+    return draw_grid(pictures, columns=columns, texts=made.texts, min_side=64)
 
 
 def _draw_page(page: Sequence[Image.Image], axes: Sequence[Axis], title: str) -> Image.Image:
@@ -271,10 +295,10 @@ def _page_name(out: Path, axes: Sequence[Axis], number: int) -> Path:
 
 
 def _page_title(cell: Cell, axes: Sequence[Axis]) -> str:
-    """The values that a page fixes, and its prompts unless they are in its headers."""
+    """The values that a page fixes, and what its conditions hold unless it is in its headers."""
     fixed = [axis.header(axis.values.index(cell.values[axis.name])) for axis in axes[2:]]
-    if not {"prompt", "label"} & {axis.name for axis in axes}:
-        fixed.append(" / ".join(str(condition) for condition in cell.order.conditions))
+    swept = dict.fromkeys({axis.name for axis in axes} & {field.name for field in dataclasses.fields(Condition)})
+    fixed.append(" / ".join(str(dataclasses.replace(condition, **swept)) for condition in cell.order.conditions))
     if cell.order.negative_prompt is not None and "negative_prompt" not in (axis.name for axis in axes):
         fixed.append(f"negative_prompt={cell.order.negative_prompt}")
     return ", ".join(text for text in fixed if text)

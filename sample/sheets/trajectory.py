@@ -7,7 +7,7 @@ from PIL import Image
 
 from cli.errors import UserError
 from sample.command import Drawn
-from sample.conditions import Order, draw_outputs, order_rows, records_of
+from sample.conditions import Order, draw_outputs, order_rows
 from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_mosaic, draw_table, to_uint8
 from sample.trained import TrainedSampler
@@ -32,8 +32,11 @@ def draw_trajectory(trained: TrainedSampler, order: Order, num: int, moments: in
       UserError: if the run is no diffusion, the order is impossible or there are fewer than 2 columns.
     """
     sampler = trained.sampler
-    if not isinstance(sampler, DiffusionSampler):
-        raise UserError(f"{trained.run.folder} is a run of {trained.config.objective}; --trajectory is for diffusions")
+    if not isinstance(sampler, DiffusionSampler) or "image" not in sampler.makes:
+        raise UserError(
+            f"{trained.run.folder} is a run of {trained.config.objective} and makes {' and '.join(sampler.makes)}; "
+            "--trajectory is for diffusions of pictures"
+        )
     if moments < 2:
         raise UserError(f"--trajectory={moments} must be at least 2: noise and the sample")
     rows = order_rows(trained, order)
@@ -45,7 +48,7 @@ def draw_trajectory(trained: TrainedSampler, order: Order, num: int, moments: in
     places = np.unique(np.rint(np.linspace(0, plan.evaluations, moments)).astype(int))[:-1]
     cells: list[list[Image.Image | None]] = []
     headers: list[str] = []
-    records = records_of(order, num)
+    records = order.records(num)
     conditions = [condition for condition in order.conditions for _ in range(num)]
     for picture, (condition, record) in enumerate(zip(conditions, records, strict=True)):
         last = draw_mosaic(images[picture][None], columns=1, min_side=96)
@@ -56,4 +59,4 @@ def draw_trajectory(trained: TrainedSampler, order: Order, num: int, moments: in
         headers += [f"{name}: x_t", "estimate of x_0"]
     columns = [f"step {place} t={float(plan.t[place]):.4g}" for place in places] + ["sample"]
     table = draw_table(cells, rows=headers, columns=columns)
-    return Drawn(images, records, order.describe(trained), table)
+    return Drawn(images, None, records, order.describe(trained), table)

@@ -59,9 +59,9 @@ def test_a_negative_prompt_changes_guided_pictures_and_is_written_down(diffusion
         ("captions", ["--label=1"], "takes no classes; it takes captions; give --prompt"),
         ("captions", ["--prompt=x", "--negative_prompt=y", "--guidance=1"], "no effect with guidance 1"),
         ("captions", ["--prompt=x", "--negative_prompt= "], "--negative_prompt is empty"),
-        ("captions", ["--prompt=x", "--label=1"], "of a prompt or of a label"),
-        ("captions", ["--image=x.png"], "draws captions and reconstructs nothing"),
-        ("captions", ["--image=x.png", "--negative_prompt=x"], "take no --negative_prompt"),
+        ("captions", ["--prompt=x", "--label=1"], "takes no classes; it takes captions; give --prompt=TEXT"),
+        ("captions", ["--image=x.png"], "takes no pictures; it takes captions; give --prompt=TEXT"),
+        ("classes", ["--image=x.png"], "takes no pictures; it takes classes; give --label=N, N from 0 to 4"),
         ("classes", [], r"takes classes; give --label=N, N from 0 to 4, the last for none"),
         ("classes", ["--label=5"], "there is no class 5; classes are 0 to 4"),
         ("classes", ["--label=-1"], "there is no class -1"),
@@ -71,7 +71,7 @@ def test_a_negative_prompt_changes_guided_pictures_and_is_written_down(diffusion
         ("nothing", ["--prompt=x"], "takes no captions; it takes no condition at all"),
         ("nothing", ["--label=1"], "takes no classes; it takes no condition at all"),
         ("nothing", ["--guidance=2"], "nothing to guide"),
-        ("nothing", ["--image=x.png"], "draws pictures and reconstructs nothing"),
+        ("nothing", ["--image=x.png"], "takes no pictures; it takes no condition at all"),
     ],
 )
 def test_mistakes_get_a_line(diffusion_run, tmp_path, reads, arguments, message):
@@ -81,5 +81,5 @@ def test_mistakes_get_a_line(diffusion_run, tmp_path, reads, arguments, message)
 
 
 def test_a_dalle_takes_no_negative_prompt(debug_run, tmp_path):
-    with pytest.raises(UserError, match="takes no negative prompt, as only diffusions of captions do"):
+    with pytest.raises(UserError, match="takes no negative prompt; it takes captions"):
         main([f"--run={debug_run('scenes/dalle.py')}", "--prompt=x", "--negative_prompt=y", f"--out={tmp_path}/x.png"])

@@ -9,9 +9,10 @@ from PIL import Image
 from cli.errors import UserError
 from data.preprocess import center_square, clip_evaluation
 from sample.__main__ import main
-from sample.command import draw_pictures, read_picture
+from sample.command import draw_samples
 from sample.conditions import Order, make_conditions
 from sample.embedding import ClipEmbedder
+from sample.files import read_picture
 from sample.trained import TrainedSampler
 
 
@@ -32,11 +33,11 @@ def stage1(debug_run):
 
 def test_a_picture_depends_on_its_prompt_seed_and_index_alone(folder):
     trained = TrainedSampler.open(folder, chunk=8)
-    many = draw_pictures(trained, Order(make_conditions(["a red circle", "a large blue star on black"]), seed=3), 7)
+    many = draw_samples(trained, Order(make_conditions(["a red circle", "a large blue star on black"]), seed=3), 7)
     star = make_conditions(["a large blue star on black"])
-    alone = draw_pictures(trained, Order(star, seed=3), 3)
+    alone = draw_samples(trained, Order(star, seed=3), 3)
     assert (alone.images == many.images[7:10]).all()
-    other_seed = draw_pictures(trained, Order(star, seed=4), 3)
+    other_seed = draw_samples(trained, Order(star, seed=4), 3)
     assert (other_seed.images != alone.images).any()
 
 
@@ -83,7 +84,7 @@ def test_picture_files_are_seen_as_evaluation_sees_pictures(tmp_path, transform)
     ("arguments", "message"),
     [
         (["--run={stage1}", "--prompt=a red circle"], "takes no captions"),
-        (["--run={folder}", "--image=x.png"], "draws captions"),
+        (["--run={folder}", "--image=x.png"], "takes no pictures; it takes captions; give --prompt=TEXT"),
         (["--run={folder}", "--prompt=x", "--top_p=0"], "top_p=0"),
         (["--run={folder}", "--prompt=x", "--out=/proc/nowhere/x.png"], "cannot write"),
         (["--run={folder}", "--prompt=x", "--out={tmp}/grid.txt"], "cannot write"),
@@ -127,7 +128,7 @@ def test_mistakes_of_reranking(folder, clip_folder):
         (["--keep=1"], "--keep needs --rerank"),
         ([f"--rerank={clip_folder}", "--keep=3"], "between 1 and --num=2"),
         ([f"--rerank={folder}"], "is a run of dalle, not of clip"),
-        ([f"--run={clip_folder}"], "is a CLIP, which draws nothing"),
+        ([f"--run={clip_folder}"], "makes features, which nothing can show; give it to --rerank"),
     ]:
         with pytest.raises(UserError, match=message):
             main([*command, *extra])

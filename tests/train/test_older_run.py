@@ -45,15 +45,18 @@ def without(folder: Path, *keys: str) -> None:
 
 def test_it_is_sampled_and_evaluated_without_the_keys_that_came_later(older):
     without(older, "data.label_field", "nonfinite", "mesh.topology", "loss.dropout")
+    without(older, "sample.guidance_stop", "sample.rescale")
     points = TrainedSampler.open(older)({}, seed=3, indices=range(4))["point"]
     np.testing.assert_allclose(points, POINTS, atol=1e-4)
     evaluate([f"--run={older}", "--num=64"])
     (record,) = json.loads((older / "evaluation.json").read_text())
+    assert record["guidance_stop"] == 1 and record["rescale"] == 0  # what it was computed with, the config's or not
     assert record["values"]["energy_distance"] == pytest.approx(ENERGY_DISTANCE, abs=1e-4)
 
 
 def test_it_goes_on_without_the_keys_that_came_later(older):
     without(older, "data.label_field", "data.text_ends", "loss.dropout", "models.denoiser.depth")
+    without(older, "sample.guidance_stop", "sample.rescale")
     more = load_config([CONFIG, "--config.steps=6"])
     with pytest.raises(UserError, match=r"another config \(models.denoiser.depth: absent -> 1\)"):
         train(more, older)  # the network's own default is another one

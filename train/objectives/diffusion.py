@@ -137,9 +137,7 @@ class DiffusionObjective:
             keys = jax.vmap(lambda key: jax.random.split(key, 64))(keys).reshape(-1)
             points = sampler(params, variables, frozen, sampler.request(), keys)["point"]
             return {"samples": Preview(images=draw_points(gather(points))[None], columns=1)}
-        rows = {"text": batch["text"]} if sampler.text is not None else {}
-        if sampler.classes:
-            rows["label"] = batch["label"]
+        rows = {name: batch[name] for name in sampler.reads if name in batch}
         request = sampler.request(**{name: np.asarray(row) for name, row in rows.items()})
         images = to_host(sampler(params, variables, frozen, request, keys)["image"])
         labels = gather(rows["text"]) if "text" in rows else None

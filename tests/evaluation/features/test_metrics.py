@@ -102,6 +102,8 @@ def test_reconstructions_are_compared_with_their_pictures(stage1, tmp_path):
 class Copying:
     """A tokenizer that loses nothing."""
 
+    reads, makes = ("image",), ("image", "tokens")
+
     def request(self, image):
         return {"image": image}
 
@@ -111,6 +113,11 @@ class Copying:
 
 class Painting:
     """Paints each picture in the color of its class; without classes all are gray."""
+
+    makes = ("image",)
+
+    def __init__(self, classes):
+        self.reads = ("label",) if classes else ()
 
     def request(self, label=None, steps=3):
         return {"label": label, "steps": steps}
@@ -126,7 +133,8 @@ def painting_run(stage1, module, **data):
     config = module.get_config("debug")
     with config.unlocked():
         config.data.update({"data_dir": stage1.config.data.data_dir, **data})
-    return TrainedSampler(**{**vars(stage1), "config": config, "sampler": Painting(), "tokenizer": None})
+    sampler = Painting(classes=module is uvit)
+    return TrainedSampler(**{**vars(stage1), "config": config, "sampler": sampler, "tokenizer": None})
 
 
 def test_a_run_that_is_told_classes_draws_those_of_the_records(stage1, scenes_dir, tmp_path):

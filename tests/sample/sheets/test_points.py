@@ -22,7 +22,7 @@ def test_the_figure_has_three_rows_and_something_in_each(run, tmp_path):
 
 
 def test_points_take_no_prompt(run, tmp_path):
-    with pytest.raises(UserError, match="draws points and takes no --prompt"):
+    with pytest.raises(UserError, match="takes no captions; it takes no condition at all; leave it out"):
         main([f"--run={run}", "--prompt=a circle", f"--out={tmp_path}/figure.png"])
 
 

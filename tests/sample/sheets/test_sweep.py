@@ -12,7 +12,7 @@ import sample.samplers.diffusion
 from cli.errors import UserError
 from evaluation.caption_accuracy import captioned_pictures
 from sample.__main__ import main
-from sample.conditions import Order, make_conditions
+from sample.conditions import Made, Order, make_conditions
 from sample.embedding import ClipEmbedder
 from sample.sheets.sweep import Measure, diversity, make_cells, vary
 from sample.trained import TrainedSampler
@@ -112,7 +112,8 @@ def test_what_a_sweep_does_not_change_stays(diffusion_run):
     changed = vary(order, {"guidance": 2.0, "seed": 4})
     assert changed == Order(order.conditions, 4, {"steps": 5, "guidance": 2.0}, "c")
     assert vary(order, {"prompt": "d", "negative_prompt": "e"}) == Order(make_conditions(["d"]), 3, {"steps": 5}, "e")
-    assert vary(order, {"label": 2}).conditions == make_conditions(labels=[2])
+    assert vary(order, {"label": 2}).conditions == make_conditions(["a", "b"], labels=[2])
+    assert vary(order, {"prompt": "d", "image": "x.png"}).conditions == make_conditions(["d"], images=["x.png"])
 
 
 def test_accuracy_and_clip_score_are_those_of_the_pictures(diffusion_run, debug_run):
@@ -121,19 +122,19 @@ def test_accuracy_and_clip_score_are_those_of_the_pictures(diffusion_run, debug_
     true = captioned_pictures(trained.config, "validation", 4)
     order = Order(make_conditions(true.captions))
     measure = Measure(trained, make_cells(trained, order, ()), clip)
-    right = measure(order, true.images, 1, 2.0)
+    right = measure(order, Made(true.images, None), 1, 2.0)
     assert right["accuracy"] == 1 and right["pictures_per_second"] == 2 and right["diversity"] is None
     cosine = float(np.mean(clip.cosines(true.images, true.captions)))
     assert right["clip_score"] == pytest.approx(100 * max(cosine, 0), abs=1e-4)
     blurred = np.concatenate([true.images[:3], np.zeros_like(true.images[3:])])
-    assert measure(order, blurred, 1, 2.0)["accuracy"] == 0.75
+    assert measure(order, Made(blurred, None), 1, 2.0)["accuracy"] == 0.75
 
 
 def test_a_caption_that_cannot_be_graded_leaves_accuracy_empty(diffusion_run, capsys):
     trained = TrainedSampler.open(diffusion_run("captions"))
     order = Order(make_conditions(["a sad walrus"]))
     measure = Measure(trained, make_cells(trained, order, ()), None)
-    assert measure(order, np.zeros((2, 32, 32, 3), np.uint8), 2, 1.0)["accuracy"] is None
+    assert measure(order, Made(np.zeros((2, 32, 32, 3), np.uint8), None), 2, 1.0)["accuracy"] is None
     assert "no accuracy for 'a sad walrus'" in capsys.readouterr().out
 
 
@@ -171,7 +172,7 @@ def test_every_run_that_draws_can_be_swept(diffusion_run, debug_run, tmp_path):
         (["--sweep=guidance=1,2", "--negative_prompt=a blue star"], "no effect with guidance 1"),
         (["--sweep=seed=1,2", "--seed=0"], "--sweep seed and --seed are both given"),
         (["--sweep=prompt=a,b"], "--sweep prompt and --prompt are both given"),
-        (["--sweep=label=1,2"], "of a prompt or of a label"),
+        (["--sweep=label=1,2"], "takes no classes; it takes captions"),
         (["--sweep=seed=1,2", "--out={tmp}/grid.txt"], "cannot write"),
         (["--sweep=seed=1,2", "--rerank=x"], "leave out --sweep"),
         (["--clip=x"], "--clip scores the cells of a --sweep"),

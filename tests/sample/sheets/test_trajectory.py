@@ -5,7 +5,7 @@ import pytest
 
 from cli.errors import UserError
 from sample.__main__ import main
-from sample.conditions import Order, draw_images, make_conditions, order_rows
+from sample.conditions import Order, draw, make_conditions, order_rows
 from sample.sheets.grid import draw_mosaic
 from sample.sheets.trajectory import draw_trajectory
 from sample.trained import TrainedSampler
@@ -30,7 +30,7 @@ def cell(table, row, column):
 def test_columns_go_from_noise_to_the_sample(drawn):
     trained, order, result = drawn
     table = np.asarray(result.picture)
-    plain = draw_images(trained, order, order_rows(trained, order), 2)
+    plain = draw(trained, order, order_rows(trained, order), 2).images
     assert np.abs(result.images.astype(int) - plain).max() <= 1
     for picture in range(2):
         expected = np.asarray(draw_mosaic(result.images[picture][None], columns=1, min_side=96))
@@ -54,8 +54,11 @@ def test_mistakes_get_a_line(diffusion_run, debug_run, tmp_path):
         ([*captions, "--trajectory=1"], "--trajectory=1 must be at least 2"),
         ([*captions, "--trajectory", "--sweep=seed=1,2"], "leave one of them out"),
         ([*captions, "--trajectory", "--rerank=x"], "leave out --sweep and --trajectory"),
-        ([f"--run={debug_run('scenes/dalle.py')}", "--prompt=x", "--trajectory", out], "is a run of dalle; --traj"),
-        ([f"--run={debug_run('toy/swiss_roll.py')}", "--trajectory", out], "draws points and takes no --trajectory"),
+        (
+            [f"--run={debug_run('scenes/dalle.py')}", "--prompt=x", "--trajectory", out],
+            "run of dalle and makes image; --traj",
+        ),
+        ([f"--run={debug_run('toy/swiss_roll.py')}", "--trajectory", out], "makes point; --trajectory is for"),
     ]:
         with pytest.raises(UserError, match=message):
             main(arguments)

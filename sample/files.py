@@ -1,0 +1,106 @@
+"""What `python -m sample` reads and writes: pictures, and samples with what they came from."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cli.errors import UserError
+from data.preprocess import PictureTransform, center_square
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What was made, with what it came from.
+
+    Attributes:
+      images: one picture a record; None of a run that makes no pictures.
+      texts: one text a record; None of a run that makes no text.
+      records: prompt, label or picture file, seed and index of each.
+      settings: run, step, seed and sampler settings of all of them.
+    """
+
+    images: UInt8[np.ndarray, "n h w c"] | None
+    texts: tuple[str, ...] | None
+    records: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        """How many of what."""
+        made = {"pictures": self.images, "texts": self.texts}
+        return f"{len(self.records)} {' with '.join(name for name, value in made.items() if value is not None)}"
+
+
+def read_picture(
+    name: str, size: int, transform: PictureTransform = center_square
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Reads a picture file as RGB, and makes it a square as evaluation does.
+
+    Args:
+      name: of the file.
+      size: of the square, in pixels.
+      transform: one that draws nothing.
+
+    Raises:
+      UserError: if it is missing or not a picture.
+    """
+    try:
+        with Image.open(name) as picture:
+            array = np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"cannot read the picture {name}: {error}") from error
+    return transform(array, size, None)
+
+
+def prepare_out(out: Path) -> None:
+    """Makes the folder of a picture file, before work is done that could be lost.
+
+    Raises:
+      UserError: if it cannot be made, or the name is not one of a picture.
+    """
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"cannot write {out}: {out.suffix or 'no extension'} is no kind of picture; give --out a .png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}; give --out a .png path that can be written") from error
+
+
+def write_picture(out: Path, picture: Image.Image) -> None:
+    """Writes one picture.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    try:
+        picture.save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {error}; give --out a .png path that can be written") from error
+
+
+def write_files(folder: Path, samples: Samples) -> None:
+    """Writes each picture as "00000.png", each text as "00000.txt", and `samples.json`: texts, conditions, settings.
+
+    Raises:
+      UserError: if the folder cannot be written.
+    """
+    records = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, record in enumerate(samples.records):
+            written = {}
+            if samples.images is not None:
+                written["file"], image = f"{number:05d}.png", samples.images[number]
+                Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / written["file"])
+            if samples.texts is not None:
+                written["text_file"], written["text"] = f"{number:05d}.txt", samples.texts[number]
+                (folder / written["text_file"]).write_text(written["text"] + "\n", encoding="utf-8")
+            records.append({**written, **record})
+        text = json.dumps({"settings": samples.settings, "samples": records}, indent=2, ensure_ascii=False)
+        (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}; give --files a folder that can be written") from error

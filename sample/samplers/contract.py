@@ -1,0 +1,59 @@
+"""The contract of a sampler: what it reads, what it makes, and its settings. Commands and evaluation follow from these.
+
+Rows that a request may hold, one for each thing to be made:
+
+    text      int32 [b l]          ids of a prompt, by the run's tokenizer
+    label     int32 [b]            the number of a class
+    image     uint8 [b H W C]      a picture of the run's size
+    mask      bool [b H W]         where a picture is to be drawn anew
+    negative  int32 [b l]          ids of a prompt that guidance leads away from
+
+What may be made, under the same names in a sampler's outputs:
+
+    image     float [b H W C] in [-1, 1]
+    text      int32 [b l]          ids of a text, by the run's tokenizer, 0 after its end
+    tokens    int32 [b ...]        of an image tokenizer
+    point     float [b n]          of a space without pictures
+    features  float [b E]          in a joint embedding, as "<row>_features" of each row that was given
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Key
+
+Tree = Any
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """One paper's way from weights to outputs: a frozen dataclass without state, built by `from_config(config)`."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The rows that a request may hold. Those without a default in `request` it must hold."""
+        ...
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """What outputs may hold; which of it a call makes may hang on what it was told."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every key of `config.sample` with its value, for those that the config lacks the sampler's own default."""
+        ...
+
+    def request(self, *args: Any, **overrides: Any) -> Mapping[str, Any]:
+        """What `__call__` takes: rows by their names, and overrides of `settings`; numpy values.
+
+        Raises:
+          UserError: on rows that it does not read or that do not go together, or an impossible setting.
+        """
+        ...
+
+    def __call__(
+        self, params: Tree, variables: Tree, frozen: Tree, request: Any, keys: Key[Array, "b"]
+    ) -> dict[str, Array]:
+        """Makes one output for each key; output i depends on its row and key alone."""
+        ...

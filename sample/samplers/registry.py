@@ -1,0 +1,16 @@
+"""The samplers by the objective whose runs they sample from."""
+
+from typing import Any
+
+from sample.samplers.clip import ClipSampler
+from sample.samplers.dalle import DalleSampler
+from sample.samplers.diffusion import DiffusionSampler
+from sample.samplers.dvae import ReconstructionSampler
+
+SAMPLERS: dict[str, Any] = {
+    "clip": ClipSampler,
+    "dalle": DalleSampler,
+    "diffusion": DiffusionSampler,
+    "dvae": ReconstructionSampler,
+    "vqvae": ReconstructionSampler,
+}
