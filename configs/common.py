@@ -34,6 +34,7 @@ def get_defaults() -> ConfigDict:
     config.models = ConfigDict()  # {part: {name, fields of the network}}
     config.frozen = ConfigDict()  # {part: {name, fields..., source, part}}: networks that are used, not trained
     config.initialize = ConfigDict()  # {part: {source, part}}: where fine-tuning starts
+    config.trainable = (".*",)  # patterns of the paths that are trained; all other parameters stay as they start
 
     config.loss = ConfigDict()
     config.sample = ConfigDict()

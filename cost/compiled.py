@@ -18,6 +18,7 @@ from cost.flops import matrix_flops, plain_config
 from cost.hlo import Collectives, read_collectives
 from train.distributed.mesh import make_mesh
 from train.program import Program, create_program
+from train.trainable import count_parameters, trained_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Fit:
       devices: in the slice.
       mesh: sizes of the axes, and microbatches.
       batch_size: examples in a step.
-      trained_parameters, frozen_parameters: over all devices.
+      trained_parameters, held_parameters, frozen_parameters: over all devices; held are those of trained networks
+        that `config.trainable` leaves out.
       shape_bytes: of a device: arguments of the step by their shapes, without padding.
       step_flops: matrix FLOPs of a step over all devices, each product once.
       compute_flops: those and what is computed a second time to save memory.
@@ -67,6 +69,7 @@ class Fit:
     mesh: dict[str, int]
     batch_size: int
     trained_parameters: int
+    held_parameters: int
     frozen_parameters: int
     shape_bytes: int
     step_flops: int
@@ -121,14 +124,16 @@ def fit(config: ConfigDict, topology: str) -> Fit:
             hbm_bytes=compilation.argument_bytes + compilation.output_bytes,
             sent_bytes=compilation.collectives.sent_bytes,
         )
+    trained = count_parameters(trained_params(program.abstract_state.params, config.trainable))
     return Fit(
         topology=topology,
         chip=chip,
         devices=len(devices),
         mesh={**mesh.shape, "microbatches": config.mesh.microbatches},
         batch_size=config.batch_size,
-        trained_parameters=_size(program.abstract_state.params),
-        frozen_parameters=_size({part: trees["params"] for part, trees in program.abstract_frozen.items()}),
+        trained_parameters=trained,
+        held_parameters=count_parameters(program.abstract_state.params) - trained,
+        frozen_parameters=count_parameters({part: trees["params"] for part, trees in program.abstract_frozen.items()}),
         shape_bytes=_shard_bytes((program.abstract_state, program.abstract_frozen, program.abstract_batch)),
         step_flops=step_flops(plain_config(config, recompute=False), mesh),
         compute_flops=compute_flops,
@@ -187,11 +192,6 @@ def read_out_of_memory(message: str) -> tuple[int, int] | None:
 
 def _bytes(amount: str, unit: str) -> int:
     return round(float(amount) * 1024 ** " KMGT".index(unit or " "))
-
-
-def _size(tree: Any) -> int:
-    """Parameters of a tree."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _shard_bytes(tree: Any) -> int:

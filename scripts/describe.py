@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> None:
 def describe(config: Any, depth: int) -> dict[str, Any]:
     """Returns parameters of each trained and frozen part by module, and FLOPs of a step.
 
+    A trained part's "held" are those of its parameters that `config.trainable` leaves out.
+
     Args:
       config: an experiment; a frozen stage whose run is missing is described from the config itself.
       depth: levels of the module tree.
@@ -49,6 +51,8 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     from cost.flops import matrix_flops
     from data.pipeline import batch_spec
     from train.objectives import create_objective
+    from train.trainable import count_parameters, trained_params
+    from weights.run import overlay
     from weights.sources import abstract_frozen
 
     config = config.copy_and_resolve_references()
@@ -63,15 +67,21 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     params, variables = jax.eval_shape(objective.init, rng, batch)
     frozen = abstract_frozen(config)
 
-    def loss(params: Any, variables: Any, frozen: Any, batch: Any, rng: Any) -> Any:
-        return objective.loss(params, variables, frozen, batch, rng, jnp.zeros((), jnp.int32), True)[0]
+    trained = trained_params(params, config.trainable)
 
-    inputs = (params, variables, frozen, batch, rng)
+    def loss(trained: Any, params: Any, variables: Any, frozen: Any, batch: Any, rng: Any) -> Any:
+        step = jnp.zeros((), jnp.int32)
+        return objective.loss(overlay(params, trained), variables, frozen, batch, rng, step, True)[0]
+
+    inputs = (trained, params, variables, frozen, batch, rng)
+    parts = _parts(params, depth)
+    for part, entry in parts.items():
+        entry["held"] = entry["parameters"] - count_parameters(trained.get(part, {}))
 
     return {
         "objective": config.objective,
         "batch_size": config.batch_size,
-        "trained": _parts(params, depth),
+        "trained": parts,
         "variables": int(np.sum([math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)])),
         "frozen": _parts({part: trees["params"] for part, trees in frozen.items()}, depth),
         "matrix_flops_per_step": matrix_flops(jax.grad(loss), *inputs),
@@ -114,7 +124,8 @@ def format_description(description: dict[str, Any]) -> str:
     lines = []
     for kind in ("trained", "frozen"):
         for part, entry in description[kind].items():
-            lines.append(f"{part} ({kind}): {entry['parameters']:,} parameters")
+            held = f", {entry['held']:,} of them held by config.trainable" if entry.get("held") else ""
+            lines.append(f"{part} ({kind}): {entry['parameters']:,} parameters{held}")
             lines += [f"  {name:<40} {count:>18,}" for name, count in entry["modules"].items()]
     lines.append(f"values updated without a gradient: {description['variables']:,}")
     if "no_step" in description:

@@ -32,7 +32,7 @@ class HealthCheck:
 
         Args:
           mode: "stop" or "skip", `config.nonfinite`.
-          params: parameters or their shapes, whose paths are named.
+          params: the trained parameters or their shapes, whose paths are named.
           say: prints a line.
         """
         self._mode, self._say = mode, say

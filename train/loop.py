@@ -31,6 +31,7 @@ from train.objectives.contract import Batch, Preview
 from train.program import Program, create_program
 from train.state import TrainState, count_examples
 from train.step_profile import StepProfile
+from train.trainable import describe_held, trained_params
 from train.transfer import initialize_parts
 from train.workdir import copy_tokenizer, open_workdir, pin_frozen, storage_errors, wandb_id
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
@@ -203,7 +204,7 @@ def _run(
         # Closed in reverse order, also when a step fails: a checkpoint that is being written is finished first.
         log = RunLog(config, workdir, start, wandb_id(workdir)) if is_first() else SilentLog()
         resources.callback(log.close)
-        health = HealthCheck(config.nonfinite, state.params, log.say)
+        health = HealthCheck(config.nonfinite, trained_params(state.params, config.trainable), log.say)
         reader = BatchReader(
             training.stream,
             batch_size=config.batch_size,
@@ -217,6 +218,8 @@ def _run(
         resources.callback(trace.close)
         resources.callback(store.close)
         log.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
+        for line in describe_held(config, state.params):
+            log.say(line)
 
         def write(pending: tuple[int, Any]) -> None:
             number, metrics = pending

@@ -48,7 +48,9 @@ def create_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     raise UserError(f"unknown schedule {name!r}; choose constant, warmup_cosine or warmup_steps_down")
 
 
-def create_optimizer(config: ConfigDict, params: Tree, steps: int) -> tuple[optax.GradientTransformation, Schedule]:
+def create_optimizer(
+    config: ConfigDict, params: Tree, steps: int, whole: Tree = None
+) -> tuple[optax.GradientTransformation, Schedule]:
     """Builds the optimizer of a run.
 
     Each rule's parameters are clipped by their own global norm, so one part cannot silence another.
@@ -57,26 +59,36 @@ def create_optimizer(config: ConfigDict, params: Tree, steps: int) -> tuple[opta
       config: `config.optimizer`: defaults {transform, b1, b2, eps, weight_decay, no_decay, clip_norm, schedule} and
         `rules`, an ordered tuple of {pattern, ...overrides}; a parameter belongs to the first rule whose pattern is
         found in its path.
-      params: parameters or their shapes.
+      params: the trained parameters or their shapes.
       steps: length of the run.
+      whole: these and the parameters that are not trained, of which a rule may speak too; None if all are trained.
 
     Returns:
-      The transformation, and the schedule of the first rule, for the log.
+      The transformation, and the schedule of the first rule that has something to do, for the log.
 
     Raises:
-      UserError: if a parameter matches no rule or a rule matches no parameter.
+      UserError: if a trained parameter matches no rule or a rule matches no parameter at all.
     """
     rules = [_complete(config, rule) for rule in config.rules]
-    labels = jax.tree_util.tree_map_with_path(lambda path, _: _first_match(path_name(path), rules), params)
+
+    def label(path: tuple[Any, ...], _: Any) -> int:
+        index = _first_match(path_name(path), rules)
+        if index is None:
+            raise UserError(
+                f"no optimizer rule matches parameter {path_name(path)}; end config.optimizer.rules with pattern '.*'"
+            )
+        return index
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
     used = set(jax.tree.leaves(labels))
+    others = jax.tree_util.tree_leaves_with_path(whole)
+    known = used | {_first_match(path_name(path), rules) for path, _ in others}
     for index, rule in enumerate(rules):
-        if index not in used:
+        if index not in known:
             raise UserError(f"optimizer rule {index} matches no parameter: {rule['pattern']!r}")
     schedules = [create_schedule(rule["schedule"], steps) for rule in rules]
-    transforms = {
-        index: _transform(rule, schedule) for index, (rule, schedule) in enumerate(zip(rules, schedules, strict=True))
-    }
-    return optax.partition(transforms, labels), schedules[0]
+    transforms = [_transform(rule, schedule) for rule, schedule in zip(rules, schedules, strict=True)]
+    return optax.partition({index: transforms[index] for index in sorted(used)}, labels), schedules[min(used)]
 
 
 def apply_bounds(config: ConfigDict, params: Tree) -> Tree:
@@ -128,11 +140,8 @@ def _complete(config: ConfigDict, rule: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults, **dict(rule), "schedule": schedule}
 
 
-def _first_match(name: str, rules: list[dict[str, Any]]) -> int:
-    for index, rule in enumerate(rules):
-        if re.search(rule["pattern"], name):
-            return index
-    raise UserError(f"no optimizer rule matches parameter {name}; end config.optimizer.rules with pattern '.*'")
+def _first_match(name: str, rules: list[dict[str, Any]]) -> int | None:
+    return next((index for index, rule in enumerate(rules) if re.search(rule["pattern"], name)), None)
 
 
 def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransformation:

@@ -22,6 +22,7 @@ from train.objectives.contract import Batch, Objective
 from train.optimizer import create_optimizer
 from train.state import TrainState, create_state
 from train.step import make_eval_step, make_train_step
+from train.trainable import trained_params
 from weights.sources import abstract_frozen
 
 Tree = Any
@@ -36,7 +37,7 @@ class Program:
       rows: sharding of a batch: its first dimension over `data` and `fsdp`.
       whole: sharding of what every device holds.
       objective: what is trained.
-      init_optimizer: params -> state of the optimizer.
+      init_optimizer: params -> state of the optimizer, which is of the trained ones.
       abstract_state: of the training state.
       abstract_frozen: of the networks that are used and not trained.
       abstract_batch: of a batch.
@@ -73,7 +74,8 @@ def create_program(
       example: shape and dtype of each field of an example, where a dataset is at hand; else what the config says of it.
 
     Raises:
-      UserError: if the networks cannot be built, a rule does not fit, or the batch does not divide.
+      UserError: if the networks cannot be built, a rule or `config.trainable` does not fit, or the batch does not
+        divide.
     """
     objective = create_objective(config)
     check_batch_size(config, mesh)
@@ -87,11 +89,16 @@ def create_program(
         abstract_params, _ = jax.eval_shape(objective.init, init_rng, abstract_batch)
     except (KeyError, ValueError) as error:  # a field of a network has a value that it does not know
         raise UserError(f"config.models cannot be built: {str(error).splitlines()[0]}") from error
-    optimizer, schedule = create_optimizer(config.optimizer, abstract_params, config.steps)
+    trained = trained_params(abstract_params, config.trainable)
+    optimizer, schedule = create_optimizer(config.optimizer, trained, config.steps, whole=abstract_params)
+
+    def init_optimizer(params: Tree) -> Tree:
+        return optimizer.init(trained_params(params, config.trainable))
 
     def init(batch: Batch) -> TrainState:
         params, variables = objective.init(init_rng, batch)
-        return create_state(params, variables, optimizer.init(params), ema=config.ema.decay > 0)
+        averaged = trained_params(params, config.trainable) if config.ema.decay > 0 else {}
+        return create_state(params, variables, init_optimizer(params), averaged)
 
     def place(tree: Tree) -> Tree:
         return jax.tree.map(
@@ -107,7 +114,7 @@ def create_program(
         rows=rows,
         whole=whole,
         objective=objective,
-        init_optimizer=optimizer.init,
+        init_optimizer=init_optimizer,
         abstract_state=abstract_state,
         abstract_frozen=place(abstract_frozen(config)),
         abstract_batch=abstract_batch,

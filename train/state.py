@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
+from weights.run import overlay
+
 Tree = Any
 
 _WORD = 2**30
@@ -20,10 +22,10 @@ class TrainState:
       step: int32 [], updates done.
       examples_seen: int32 [2], examples consumed, where the data stream goes on; in two words (see `count_examples`),
         as a published run may see more than 2^31 of them.
-      params: {part: tree}, trained by gradient.
+      params: {part: tree}, trained by gradient where `config.trainable` says so.
       variables: {part: {collection: tree}}, updated without one; may be empty.
-      ema_params: moving average of params, or {} without one.
-      opt_state: of the optimizer.
+      ema_params: moving average of the trained ones of params, or {} without one.
+      opt_state: of the optimizer, of the trained ones likewise.
     """
 
     step: Any
@@ -36,7 +38,7 @@ class TrainState:
     @property
     def inference_params(self) -> Tree:
         """The moving average where there is one, else the parameters themselves."""
-        return self.ema_params if jax.tree.leaves(self.ema_params) else self.params
+        return overlay(self.params, self.ema_params)
 
     def as_trees(self) -> dict[str, Tree]:
         """Named trees for a checkpoint."""
@@ -67,14 +69,21 @@ def add_examples(words: Int[Array, "2"], number: int) -> Int[Array, "2"]:
     return jnp.stack([words[0] + low // _WORD, low % _WORD])
 
 
-def create_state(params: Tree, variables: Tree, opt_state: Tree, ema: bool) -> TrainState:
-    """State before the first update; the moving average starts at the parameters."""
+def create_state(params: Tree, variables: Tree, opt_state: Tree, averaged: Tree) -> TrainState:
+    """State before the first update.
+
+    Args:
+      params: {part: tree}.
+      variables: {part: {collection: tree}}.
+      opt_state: of the optimizer.
+      averaged: those of params of which there is a moving average, which starts at them; {} for none.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         examples_seen=jnp.zeros(2, jnp.int32),
         params=params,
         variables=variables,
         # A copy: the step donates its input, and one buffer cannot be donated twice.
-        ema_params=jax.tree.map(jnp.copy, params) if ema else {},
+        ema_params=jax.tree.map(jnp.copy, averaged),
         opt_state=opt_state,
     )

@@ -1,6 +1,7 @@
 """One update, and one evaluation of a batch: pure functions to be jitted by the program."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from models.layers.partitioning import split_rows
 from train.objectives.contract import Batch, Metrics, Objective
 from train.optimizer import Schedule, apply_bounds, update_ema
 from train.state import TrainState, add_examples
+from train.trainable import trained_params
+from weights.run import overlay
 
 Tree = Any
 
@@ -25,7 +28,8 @@ class Health:
 
     Attributes:
       loss: float32 [], of the batch.
-      leaf_norms: float32 [n], norm of the gradient of each parameter, in the order of `jax.tree.leaves(params)`.
+      leaf_norms: float32 [n], norm of the gradient of each trained parameter, in the order of
+        `jax.tree.leaves(trained_params(params, config.trainable))`.
       applied: bool [], False if the update was not finite and was left out (`config.nonfinite` = "skip").
     """
 
@@ -53,40 +57,46 @@ def make_train_step(
     examples of a batch decide together, such as a codebook moved by their codes: each part then stands alone. An
     objective with `TAKES_PARTS` is given the whole batch, and takes its parts itself.
 
+    Gradients are of `config.trainable`, and all other parameters leave a step as they entered it. `variables` follow
+    the objective, also those of a module whose parameters are held: running statistics go on.
+
     An update that is skipped leaves everything as it was but `step` and `examples_seen`: the optimizer's own count,
     which its schedule follows, stays, so that the schedule lags the logged step by the updates skipped.
 
     Args:
       config: of the run.
       objective: gives the loss.
-      optimizer: of all trained parameters.
+      optimizer: of the trained parameters.
       schedule: learning rate, for the log.
     """
     microbatches = 1 if getattr(objective, "TAKES_PARTS", False) else config.mesh.microbatches
 
     def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics, Health]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        trained = trained_params(state.params, config.trainable)
 
-        def loss_of(params: Tree, variables: Tree, batch: Batch) -> tuple[Array, Any]:
+        def loss_of(trained: Tree, variables: Tree, batch: Batch) -> tuple[Array, Any]:
+            params = overlay(state.params, trained)
             return objective.loss(params, variables, frozen, batch, rng, state.step, True)
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         if microbatches == 1:
-            (loss, aux), gradients = gradient_of(state.params, state.variables, batch)
+            (loss, aux), gradients = gradient_of(trained, state.variables, batch)
             metrics, variables = aux.metrics, aux.variables
         else:
-            loss, metrics, variables, gradients = _accumulate(gradient_of, state, batch, microbatches)
+            gradient_of = functools.partial(gradient_of, trained)
+            loss, metrics, variables, gradients = _accumulate(gradient_of, state.variables, batch, microbatches)
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = apply_bounds(config.optimizer, optax.apply_updates(state.params, updates))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        trained = apply_bounds(config.optimizer, optax.apply_updates(trained, updates))
         step = state.step + 1
         ema = state.ema_params
         if jax.tree.leaves(ema):
-            ema = update_ema(config.ema, ema, params, step)
+            ema = update_ema(config.ema, ema, trained, step)
         new = TrainState(
             step=step,
             examples_seen=add_examples(state.examples_seen, batch["index"].shape[0]),
-            params=params,
+            params=overlay(state.params, trained),
             variables=variables,
             ema_params=ema,
             opt_state=opt_state,
@@ -122,12 +132,15 @@ def make_eval_step(config: ConfigDict, objective: Objective) -> EvalStep:
 
 
 def _accumulate(
-    gradient_of: Callable[..., Any], state: TrainState, batch: Batch, count: int
+    gradient_of: Callable[..., Any], variables: Tree, batch: Batch, count: int
 ) -> tuple[Array, Metrics, Tree, Tree]:
-    """Mean loss and gradients, summed metrics, and the last variables of `count` microbatches in turn."""
+    """Mean loss and gradients, summed metrics, and the last variables of `count` microbatches in turn.
+
+    `gradient_of(variables, batch)` gives ((loss, aux), gradients).
+    """
 
     def values_of(variables: Tree, microbatch: Batch) -> tuple[Any, Tree]:
-        (loss, aux), gradients = gradient_of(state.params, variables, microbatch)
+        (loss, aux), gradients = gradient_of(variables, microbatch)
         return (loss, aux.metrics, gradients), aux.variables
 
     def add(carry: tuple[Any, Tree], microbatch: Batch) -> tuple[tuple[Any, Tree], None]:
@@ -137,7 +150,7 @@ def _accumulate(
 
     parts = jax.tree.map(lambda value: split_rows(value, count), batch)
     first = jax.tree.map(lambda value: value[0], parts)
-    shapes, _ = jax.eval_shape(values_of, state.variables, first)
+    shapes, _ = jax.eval_shape(values_of, variables, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    ((loss, metrics, gradients), variables), _ = jax.lax.scan(add, (zeros, state.variables), parts)
+    ((loss, metrics, gradients), variables), _ = jax.lax.scan(add, (zeros, variables), parts)
     return loss / count, metrics, variables, jax.tree.map(lambda gradient: gradient / count, gradients)

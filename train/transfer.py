@@ -12,6 +12,7 @@ from cli.errors import UserError
 from models import create_model
 from train.distributed.sharding import path_name
 from train.state import TrainState
+from train.trainable import trained_params
 from weights.run import Run, model_of
 from weights.sources import (
     RANDOM,
@@ -28,8 +29,8 @@ Tree = Any
 def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Callable[[Tree], Tree]) -> TrainState:
     """Replaces `state.params[part]` by the weights that `config.initialize.<part>` names, if any; "random" is none.
 
-    The moving average and the optimizer start from the new parameters too. A network may take parameters of one that
-    differs in its fields `ADAPTABLE`, by its method `adapt`.
+    The moving average and the optimizer start from those of the new parameters that are trained. A network may take
+    parameters of one that differs in its fields `ADAPTABLE`, by its method `adapt`.
 
     Raises:
       UserError: if there is no such part, or its network computes something else (all differing fields listed), or
@@ -59,7 +60,8 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
         params[name] = jax.tree.map(place_whole, part.params, params[name])
         if name in variables and part.variables:
             variables[name] = jax.tree.map(place_whole, part.variables, variables[name])
-    ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(state.ema_params) else {}
+    averaged = trained_params(params, config.trainable) if jax.tree.leaves(state.ema_params) else {}
+    ema = jax.tree.map(jnp.copy, averaged)
     as_before = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
     opt_state = jax.jit(init_optimizer, out_shardings=as_before)(params)
     return dataclasses.replace(state, params=params, variables=variables, ema_params=ema, opt_state=opt_state)

@@ -18,8 +18,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from cli.config import from_json
@@ -145,11 +146,15 @@ class Run:
         if step is not None and step not in store.steps():
             raise UserError(f"{self.folder} has no checkpoint {step}; it has {', '.join(map(str, store.steps()))}")
         step = latest if step is None else step
-        ema = ema and "ema_params" in store.abstract(step)
-        name = "ema_params" if ema else "params"
-        trees = store.load(step, (name, "variables"))
+        stored = store.abstract(step)
+        ema = ema and "ema_params" in stored
+        names = ["variables", "ema_params" if ema else "params"]
+        if ema and jax.tree.structure(stored["ema_params"]) != jax.tree.structure(stored["params"]):
+            names.append("params")  # there is no average of what the run does not train
+        trees = store.load(step, names)
+        whole = overlay(trees.get("params", {}), trees.get("ema_params", {}))
         params, variables = (
-            {part: tree for part, tree in trees[key].items() if part in parts} for key in (name, "variables")
+            {part: tree for part, tree in of_parts.items() if part in parts} for of_parts in (whole, trees["variables"])
         )
         return RunWeights(params, variables, step, ema)
 
@@ -171,6 +176,16 @@ class Run:
             }
         )
         return trees.get("params", {}), trees.get("variables", {})
+
+
+def overlay(params: Tree, leaves: Tree) -> Tree:
+    """Returns a tree of dicts with those of `leaves` in the place of its own.
+
+    Args:
+      params: nested dicts.
+      leaves: nested dicts, of which some or all of the same paths have a value.
+    """
+    return unflatten_dict({**flatten_dict(params, keep_empty_nodes=True), **flatten_dict(leaves)})
 
 
 def tensor_name(part: str, collection: str, path: str) -> str:

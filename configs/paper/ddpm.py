@@ -40,6 +40,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.cache = True
     config.data.workers = 4
 
+    config.initialize.denoiser = ConfigDict({"source": "", "part": "denoiser"})  # a run to fine-tune from
     config.models.denoiser = ConfigDict()
     config.models.denoiser.name = "unet"
     config.models.denoiser.image_size = 32

@@ -68,6 +68,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.cache = dataset == "cifar10"
     config.data.workers = 4 if dataset == "cifar10" else 16
 
+    config.initialize.denoiser = ConfigDict({"source": "", "part": "denoiser"})  # a run to fine-tune from
     config.models.denoiser = ConfigDict()
     config.models.denoiser.name = "uvit"
     config.models.denoiser.image_size = image_size

@@ -61,6 +61,8 @@ def get_training(pairs: bool) -> ConfigDict:
     config.data.text_length = 20 if pairs else 12
     config.data.cache = True
 
+    config.initialize.denoiser = ConfigDict({"source": "", "part": "denoiser"})  # a run to fine-tune from
+    config.initialize.text = ConfigDict({"source": "", "part": "text"})  # likewise
     config.models.denoiser = ConfigDict()
     config.models.denoiser.image_size = 32
     config.models.denoiser.context_width = 128
@@ -104,6 +106,7 @@ def get_training(pairs: bool) -> ConfigDict:
 def read_with_clip(config: ConfigDict, stage: ConfigDict) -> None:
     """A frozen CLIP, trained by the config `stage`, reads captions in place of a network trained with the denoiser."""
     del config.models.text
+    del config.initialize.text
     config.data.text_length = stage.data.text_length
     config.data.text_ends = True
     config.models.denoiser.context_width = stage.models.clip.text_width

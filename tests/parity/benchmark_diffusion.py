@@ -175,7 +175,7 @@ def jax_step(pair: Pair, batch: Mapping[str, Any]) -> tuple[Run, int]:
     compiled = jax.jit(step, donate_argnums=0)
     rows = jax.device_put({**batch, "index": jnp.arange(pair.batch_size)})
     params = jax.tree.map(jnp.copy, pair.params)
-    state = create_state(params, {}, optimizer.init(params), ema=False)
+    state = create_state(params, {}, optimizer.init(params), averaged={})
 
     def run(count: int) -> None:
         nonlocal state

@@ -118,7 +118,7 @@ def test_training_starts_from_what_others_wrote(form, tmp_path):
 def state_of(config):
     """A state of other parameters."""
     _, params, variables = tiny(config.models.clip.to_dict(), seed=5)
-    return create_state({"clip": params}, {"clip": variables} if variables else {}, {}, ema=False)
+    return create_state({"clip": params}, {"clip": variables} if variables else {}, {}, averaged={})
 
 
 def write_pipeline(folder):

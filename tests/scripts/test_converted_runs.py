@@ -80,7 +80,7 @@ def test_a_converted_network_is_described_initialized_from_and_frozen(name, part
     entry = {"source": str(folder), "part": part, "step": 0}
     config = ConfigDict({"seed": 0, "models": {"own": fields}, "initialize": {"own": entry}})
     other = random_parameters(create_model(**fields), seed=9)
-    state = create_state({"own": other}, {}, {}, ema=False)
+    state = create_state({"own": other}, {}, {}, averaged={})
     assert_same_trees(initialize_parts(config, state, lambda params: {}).params["own"], params)
 
     config = ConfigDict({"frozen": {part: {**fields, **entry}}}).lock()

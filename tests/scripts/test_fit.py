@@ -32,7 +32,7 @@ def report_of(**changes):
         "devices": 4,
         "mesh": {"data": 2, "fsdp": 2, "tensor": 1, "microbatches": 3},
         "batch_size": 8,
-        "parameters": {"trained": 12_293_853_056, "frozen": 97_616_006},
+        "parameters": {"trained": 12_293_853_056, "held": 0, "frozen": 97_616_006},
         "fits": True,
         "memory_bytes": 12 * GIB,
         "hbm_bytes": int(15.75 * GIB),

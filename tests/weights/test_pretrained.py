@@ -137,12 +137,12 @@ def test_a_folder_has_no_steps_and_only_its_parts(folder):
         resolve_frozen(frozen_config(folder, part="dvae"))
 
 
-def initialize(folder, fields, part: str = "clip"):
+def initialize(folder, fields, part: str = "clip", trainable: tuple[str, ...] = (".*",)):
     """A new state of part `tower` that starts from `folder`."""
-    config = ConfigDict({"seed": 0, "models": {"tower": fields}})
+    config = ConfigDict({"seed": 0, "models": {"tower": fields}, "trainable": trainable})
     config.initialize = ConfigDict({"tower": {"source": str(folder), "part": part}})
     _, params, variables = tiny(fields, seed=5)
-    state = create_state({"tower": params}, {"tower": variables} if variables else {}, {}, ema=True)
+    state = create_state({"tower": params}, {"tower": variables} if variables else {}, {}, averaged={"tower": params})
     return initialize_parts(config, state, lambda params: {})
 
 
@@ -153,6 +153,14 @@ def test_training_starts_from_a_pretrained_folder(folder):
     assert_same_trees(state.params["tower"], params)
     assert_same_trees(state.ema_params["tower"], params)
     assert_same_trees(state.variables["tower"], variables)
+
+
+def test_what_is_held_starts_from_the_folder_too_without_an_average(folder):
+    state = initialize(folder, RESNET, trainable=("tower/text/",))
+    _, params, _ = tiny(RESNET)
+    assert_same_trees(state.params["tower"], params)
+    assert_same_trees(state.ema_params, {"tower": {"text": params["text"]}})
+    assert_same_trees(state.inference_params["tower"], params)
 
 
 def test_a_part_that_starts_random_stays_as_it_is(folder):
