@@ -1,6 +1,7 @@
-"""What a run ran on: commit, versions, devices, command."""
+"""What a run ran on: commit, versions, devices, command, flags of the compiler."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "wandb")
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -25,6 +27,7 @@ def describe_environment() -> dict[str, Any]:
         "devices": [str(device) for device in jax.devices()],
         "device_kind": jax.devices()[0].device_kind,
         "processes": jax.process_count(),
+        "compiler_flags": {name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
     }
 
 

@@ -5,6 +5,8 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=scripts/launch/command.sh
 source "$ROOT/scripts/launch/command.sh"
+# shellcheck source=scripts/launch/xla_flags.sh
+source "$ROOT/scripts/launch/xla_flags.sh"
 
 usage() {
   cat << 'END'
@@ -20,6 +22,8 @@ Trains on the GPUs of this machine, and again while train says that it was preem
   --detach=HOW       go on without this terminal: in `tmux` or under `nohup`
   --pause=10         seconds before another start
   --max_stalled=5    give up after so many starts in a row that left no newer checkpoint
+  --xla="FLAG ..."   flags of the XLA compiler, which win over the usual ones of scripts/launch/xla_flags.sh and over
+                     your own XLA_FLAGS; `none` switches the usual ones off
   --dry_run          print the commands, run none
 
 Each setting can be given as TESSERA_<SETTING> too; paths are relative to the repository. SIGINT and SIGTERM are passed
@@ -56,6 +60,7 @@ train() {
   trap 'stop INT INT' INT
   trap 'stop TERM TERM' TERM
   trap 'stop HUP TERM' HUP
+  export_xla_flags XLA_FLAGS "${GPU_FLAGS[@]}"
   step=$(newest_step "$WORKDIR")
   while :; do
     code=0
@@ -79,7 +84,7 @@ train() {
 # detach: this command again, apart from the terminal.
 detach() {
   local self=(bash "$ROOT/scripts/launch/gpu.sh" "$COMMAND" "--pause=$PAUSE" "--max_stalled=$MAX_STALLED"
-    "--detach=") session
+    "--xla=$XLA" "--detach=") session
   LOG=${LOG:-${WORKDIR%/}.log}
   [[ $DETACH =~ ^(tmux|nohup)$ ]] || mistake "--detach=$DETACH is neither tmux nor nohup"
   execute mkdir -p "$(dirname "$LOG")"
@@ -110,9 +115,10 @@ main() {
     "") mistake "say what to do: install, train or run; see --help" ;;
     *) mistake "unknown command $COMMAND: install, train or run; see --help" ;;
   esac
-  read_settings "log detach pause max_stalled" "dry_run" "$@"
+  read_settings "log detach pause max_stalled xla" "dry_run" "$@"
   PAUSE=${PAUSE:-10} MAX_STALLED=${MAX_STALLED:-5}
   require_number pause max_stalled
+  check_xla
   [ "$COMMAND" = install ] || require_training
   cd "$ROOT"
   if [ "$COMMAND" != install ] && [ -n "$DETACH" ]; then

@@ -5,6 +5,8 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=scripts/launch/command.sh
 source "$ROOT/scripts/launch/command.sh"
+# shellcheck source=scripts/launch/xla_flags.sh
+source "$ROOT/scripts/launch/xla_flags.sh"
 
 usage() {
   cat << 'END'
@@ -24,6 +26,8 @@ Submits a job that runs `python -m train TRAIN_ARGUMENT ...` and requeues itself
   --python=.venv/bin/python
   --pause=10             seconds before the job goes back to the queue
   --max_stalled=5        give up after so many starts in a row that left no newer checkpoint
+  --xla="FLAG ..."       flags of the XLA compiler, which win over the usual ones of scripts/launch/xla_flags.sh and
+                         over your own XLA_FLAGS; `none` switches the usual ones off
   --dry_run              print the sbatch command, submit nothing
 
 Each setting can be given as TESSERA_<SETTING> too. End a job for good with `scancel JOBID`.
@@ -47,7 +51,8 @@ submit() {
   local tasks job sbatch name
   tasks=$(tasks_per_node)
   job=("$ROOT/scripts/launch/slurm.sh" job "--nodes=$NODES" "--gpus_per_node=$GPUS_PER_NODE"
-    "--processes=$PROCESSES" "--python=$PYTHON" "--pause=$PAUSE" "--max_stalled=$MAX_STALLED" -- "${ARGUMENTS[@]}")
+    "--processes=$PROCESSES" "--python=$PYTHON" "--pause=$PAUSE" "--max_stalled=$MAX_STALLED" "--xla=$XLA"
+    -- "${ARGUMENTS[@]}")
   # SIGTERM goes to the tasks, not to the batch script. Nothing asks for GPUs per task: JAX picks one of the node's.
   sbatch=(sbatch "--job-name=${NAME:-$(basename "$WORKDIR")}" "--nodes=$NODES" "--ntasks-per-node=$tasks"
     "--signal=TERM@$NOTICE" --requeue --open-mode=append "--output=${LOG:-$ROOT/%x-%j.log}" "--chdir=$ROOT")
@@ -76,6 +81,11 @@ job() {
   if [ "$PROCESSES" = node ] && [ "$GPUS_PER_NODE" -gt 0 ]; then
     JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((GPUS_PER_NODE - 1)))
     export JAX_LOCAL_DEVICE_IDS
+  fi
+  if [ "$GPUS_PER_NODE" -gt 0 ]; then
+    export_xla_flags XLA_FLAGS "${GPU_FLAGS[@]}"
+  else
+    export_xla_flags XLA_FLAGS
   fi
   # srun does not take this over from sbatch.
   if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
@@ -124,11 +134,12 @@ main() {
     *) mistake "unknown command $command: submit; see --help" ;;
   esac
   read_settings "name nodes gpus_per_node processes time notice partition account qos constraint cpus_per_task mem \
-    log python pause max_stalled" "dry_run" "$@"
+    log python pause max_stalled xla" "dry_run" "$@"
   NODES=${NODES:-1} PROCESSES=${PROCESSES:-gpu} NOTICE=${NOTICE:-300} PAUSE=${PAUSE:-10} MAX_STALLED=${MAX_STALLED:-5}
   PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
   require gpus_per_node
   require_number nodes gpus_per_node notice pause max_stalled
+  check_xla
   require_training
   cd "$ROOT"
   [ -n "$DRY_RUN" ] || command -v "$PYTHON" > /dev/null ||

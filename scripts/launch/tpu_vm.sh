@@ -5,6 +5,8 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=scripts/launch/command.sh
 source "$ROOT/scripts/launch/command.sh"
+# shellcheck source=scripts/launch/xla_flags.sh
+source "$ROOT/scripts/launch/xla_flags.sh"
 
 usage() {
   cat << 'END'
@@ -40,6 +42,8 @@ Trains on a Cloud TPU slice (v4 to v6e) as a queued resource; docs/launching.md 
   --settle=120              seconds in which a failure may turn out to be a lost slice
   --pause=30                seconds before another attempt
   --max_stalled=5           give up after so many attempts in a row that left no newer checkpoint
+  --xla="FLAG ..."          flags of libtpu's compiler, which win over the usual ones of scripts/launch/xla_flags.sh and
+                            over a worker's own LIBTPU_INIT_ARGS; `none` switches the usual ones off (train, run)
   --dry_run                 print the commands of a run without trouble, run none
 
 Each setting can be given as TESSERA_<SETTING> too. Exit codes: 0 finished, 75 stopped and saved, 2 a mistake, 1 other.
@@ -181,7 +185,7 @@ setup() {
 # train: once, on all workers. gcloud exits with the first worker's code that is not 0.
 train() {
   local code=0
-  on_workers all "$(worker_line train "--attempt=$ATTEMPT" -- "${ARGUMENTS[@]}")"
+  on_workers all "$(worker_line train "--attempt=$ATTEMPT" "--xla=$XLA" -- "${ARGUMENTS[@]}")"
   TRAINING=yes
   run_watched "${TPUS[@]}" || code=$?
   TRAINING=""
@@ -348,12 +352,13 @@ main() {
     *) mistake "unknown command $command: run, create, setup, train, stop, status or delete; see --help" ;;
   esac
   read_settings "name zone project accelerator_type runtime_version service_account network subnetwork bucket nfs \
-    mount commit repository python_version poll wait settle pause max_stalled" "spot internal_ip dry_run" "$@"
+    mount commit repository python_version poll wait settle pause max_stalled xla" "spot internal_ip dry_run" "$@"
   BUCKET=${BUCKET#gs://} BUCKET=${BUCKET%/} MOUNT=${MOUNT:-/mnt/tessera} MOUNT=${MOUNT%/}
   PYTHON_VERSION=${PYTHON_VERSION:-3.11}
   POLL=${POLL:-30} WAIT=${WAIT:-86400} SETTLE=${SETTLE:-120} PAUSE=${PAUSE:-30} MAX_STALLED=${MAX_STALLED:-5}
   require name zone
   require_number poll wait settle pause max_stalled
+  check_xla
   [ "$POLL" -gt 0 ] || mistake "--poll must be at least 1 second"
   case $command in
     create | run)

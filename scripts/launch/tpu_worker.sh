@@ -2,7 +2,8 @@
 # What tpu_vm.sh runs on every worker of a Cloud TPU slice (Ubuntu), in the copy of the repository there.
 #
 #   tpu_worker.sh install --python_version=VERSION --mount=FOLDER (--bucket=NAME | --nfs=HOST:/SHARE)
-#   tpu_worker.sh train --attempt=ID -- TRAIN_ARGUMENT ...    prints what training prints; exits with its code
+#   tpu_worker.sh train --attempt=ID [--xla="FLAG ..."] -- TRAIN_ARGUMENT ...
+#                                                             prints what training prints; exits with its code
 #   tpu_worker.sh stop                                        asks it to save and end
 #   tpu_worker.sh step --workdir=FOLDER                       step of the newest checkpoint, -1 without one
 #
@@ -13,6 +14,8 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=scripts/launch/command.sh
 source "$ROOT/scripts/launch/command.sh"
+# shellcheck source=scripts/launch/xla_flags.sh
+source "$ROOT/scripts/launch/xla_flags.sh"
 FOLDER=$HOME/tessera_launch # lock, pid, command and log of the training process, and the code it left
 
 usage() {
@@ -77,7 +80,8 @@ train() {
     printf '%s\n' "$command" > "$FOLDER/command"
     : > "$FOLDER/log"
     # The lock is held by whoever has descriptor 9 open.
-    setsid bash "$ROOT/scripts/launch/tpu_worker.sh" supervise "--attempt=$ATTEMPT" -- "${ARGUMENTS[@]}" \
+    setsid bash "$ROOT/scripts/launch/tpu_worker.sh" supervise "--attempt=$ATTEMPT" "--xla=$XLA" \
+      -- "${ARGUMENTS[@]}" \
       >> "$FOLDER/log" 2>&1 < /dev/null 3>&- &
     pid=$!
     printf '%s\n' "$pid" > "$FOLDER/pid"
@@ -98,6 +102,7 @@ supervise() {
   local code=0 seen
   rm -f "$FOLDER/code"
   trap 'SIGNALS=$((SIGNALS + 1)); kill -s TERM "$CHILD" 2> /dev/null || true' TERM
+  export_xla_flags LIBTPU_INIT_ARGS "${TPU_FLAGS[@]}"
   "$ROOT/.venv/bin/python" -m train "${ARGUMENTS[@]}" 9>&- &
   CHILD=$!
   while :; do
@@ -119,7 +124,7 @@ main() {
     install | train | supervise | stop | step) shift ;;
     *) usage && exit "$EXIT_MISTAKE" ;;
   esac
-  read_settings "python_version mount bucket nfs attempt workdir" "" "$@"
+  read_settings "python_version mount bucket nfs attempt workdir xla" "" "$@"
   "$command"
 }
 

@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("tpu_vm", "slurm", "gpu")
 NAMES = ("gcloud", "sbatch", "srun", "scontrol", "squeue", "sleep", "tmux", "make", "uv", "sudo", "gcsfuse", "python")
 
-# Appends [name, argument, ...] to `record`, then answers with the first rule whose pattern is found in the command.
-# A rule is [pattern, [answer, ...]]; its last answer is given again and again. An answer may print, make a checkpoint,
-# wait until another command has been recorded or a signal has come, and exit with a code. With the stage it ends.
+# Appends [name, argument, ...] to `record` and [name, {variable: flags of the compiler}] to `flags`, then answers with
+# the first rule whose pattern is found in the command. A rule is [pattern, [answer, ...]]; its last answer is given
+# again and again. An answer may print, make a checkpoint, wait until another command has been recorded or a signal has
+# come, and exit with a code. With the stage it ends.
 STAND_IN = """#!{python} -IS
 import json, os, re, signal, sys, time
 folder = {folder!r}
@@ -31,6 +32,9 @@ command = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
 ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
 with open(folder + "/record", "a") as record:
     record.write(json.dumps([*command, *(["ids=" + ids] if ids else [])]) + chr(10))
+flags = {{name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ}}
+with open(folder + "/flags", "a") as record:
+    record.write(json.dumps([command[0], flags]) + chr(10))
 rules = json.load(open(folder + "/rules"))
 answer = {{}}
 for pattern, answers in rules:
@@ -99,9 +103,15 @@ class Stage:
         lines = path.read_text().splitlines() if path.exists() else []
         return [command for command in map(json.loads, lines) if command[0] != "sleep"]
 
+    def flags(self, name: str) -> list[dict[str, str]]:
+        """The variables with flags of the compiler that a program was started with, each time."""
+        starts = map(json.loads, (self.folder / "flags").read_text().splitlines())
+        return [flags for program, flags in starts if program == name]
+
     def forget(self) -> None:
         """Empties the record."""
         (self.folder / "record").unlink(missing_ok=True)
+        (self.folder / "flags").unlink(missing_ok=True)
 
     def calls(self, pattern: str) -> list[list[str]]:
         """Those of the recorded commands in which a pattern is found."""
@@ -109,7 +119,8 @@ class Stage:
 
     def start(self, *command: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
         """Starts a command, with the stand-ins first on PATH."""
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("TESSERA_", "SLURM_"))}
+        own = ("TESSERA_", "SLURM_", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         clean |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "HOME": str(self.folder), **environment}
         return self._start_process(
             [str(word) for word in command],

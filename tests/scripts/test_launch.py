@@ -58,6 +58,7 @@ MISTAKES = {
     "no GPUs": ("slurm", ["submit", *TRAIN_HERE], "--gpus_per_node is missing"),
     "no workdir": ("slurm", ["submit", "--gpus_per_node=1", "--", "--config=c.py"], "--workdir is missing"),
     "a job outside of jobs": ("slurm", ["job", "--gpus_per_node=1", *TRAIN_HERE], "runs inside a job"),
+    "no flag": ("gpu", ["train", "--xla=off", *TRAIN_HERE], "--xla=off: off is no flag"),
     "unknown detachment": ("gpu", ["train", "--detach=screen", *TRAIN_HERE], "neither tmux nor nohup"),
 }
 
@@ -95,4 +96,4 @@ def test_dry_run_prints_what_a_run_executes_and_executes_nothing(name, clone):
     printed = [shlex.split(line) for line in dry.stdout.splitlines()]
     stood_in = [[Path(words[0]).name, *words[1:]] for words in printed if Path(words[0]).name in NAMES]
     assert same_words(stood_in) == same_words(clone.record())
-    assert {Path(words[0]).name for words in printed} <= {*NAMES, "git", "mkdir", "rmdir", "touch"}
+    assert {Path(words[0]).name for words in printed} <= {*NAMES, "git", "mkdir", "rmdir", "touch", "export"}

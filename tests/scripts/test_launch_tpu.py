@@ -40,7 +40,7 @@ def test_a_tpu_run_asks_sets_up_trains_and_gives_back(clone):
     setup = "set -e; [ -d tessera/.git ] || git init --quiet tessera; cd tessera; git fetch --quiet --force "
     setup += "../tessera.bundle '+refs/heads/*:refs/launch/*' +HEAD:refs/launch-head; git checkout --quiet --force "
     setup += f"--detach {commit}; cd ..; {worker} install --python_version=3.11 --mount=/mnt/tessera --bucket=my-runs"
-    train = f"{worker} train --attempt=N -- {shlex.join(ARGUMENTS[:2])} '--config.x=it'\\''s \"a  b\" $HOME;'"
+    train = f"{worker} train --attempt=N --xla= -- {shlex.join(ARGUMENTS[:2])} '--config.x=it'\\''s \"a  b\" $HOME;'"
     bundle = str(clone.clone / ".git" / "launch.bundle")
     bucket = ["buckets", "describe", "gs://my-runs", "--raw", "--format=value(hierarchicalNamespace.enabled)"]
     create = ["create", "slice", "--node-id=slice", "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"]
