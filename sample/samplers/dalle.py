@@ -1,8 +1,7 @@
 """Captions -> images with a trained DALL-E: one compiled loop with a key/value cache.
 
 Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.3, without the CLIP reranking. Guidance, top-k and
-top-p are later additions: Crowson's classifier-free guidance for autoregressive models, Fan et al. 2018, and Holtzman
-et al. 2020. The distribution of the next token is shaped in this order: guidance, temperature, top-k, top-p.
+top-p are later additions, of which `sample.decoding` tells.
 """
 
 import dataclasses
@@ -13,12 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models import create_model
 from models.dalle import Dalle
+from sample.decoding import Decoding, Given, check_numbers, decode, is_guided
 from weights.run import model_of
 
 Tree = Any
@@ -59,7 +59,7 @@ class DalleSampler:
         decoder = create_model(**model_of(config.frozen.dvae))
         check_image_tokens(model, decoder)
         sampler = cls(model, decoder, **{key: config.sample[key] for key in _SETTINGS if key in config.sample})
-        _check_numbers(sampler.settings)
+        check_numbers(sampler.settings)
         return sampler
 
     @property
@@ -99,7 +99,7 @@ class DalleSampler:
                 f"{', '.join(unknown)}: no such sampling option; choose from {', '.join((*numbers, 'image_prefix'))}"
             )
         numbers.update({key: value for key, value in overrides.items() if key in numbers})
-        _check_numbers(numbers)
+        check_numbers(numbers)
         if text.ndim != 2 or text.shape[1] != self.model.text_length:
             raise UserError(f"captions are [batch, {self.model.text_length}] token ids, not {list(text.shape)}")
         _check_ids("caption", text, self.model.text_vocab_size)
@@ -140,7 +140,7 @@ class DalleSampler:
           {"image": float [b H W c] in [-1, 1], "image_tokens": int32 [b h w]}.
         """
         del variables
-        guided = _is_guided(request["guidance"])
+        guided = is_guided(request["guidance"])
         return _draw(self.model, self.decoder, guided, params["dalle"], frozen["dvae"], request, keys)
 
 
@@ -158,84 +158,29 @@ def check_image_tokens(model: Dalle, tokenizer: nn.Module) -> None:
         )
 
 
-def filter_logits(logits: Float[Array, "b v"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "b v"]:
-    """Sets all but the likely tokens to -inf.
-
-    Keeps the `top_k` highest scores (0 for all; ties with the last are kept), and of these the smallest set whose
-    probabilities, renormalized after top-k, sum to at least `top_p` (1 for all; never empty).
-    """
-
-    def keep_likely(logits: Array) -> Array:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        rank = jnp.arange(logits.shape[-1])
-        ordered = jnp.where((rank < top_k) | (top_k == 0), ordered, -jnp.inf)
-        probability = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        kept = ((before < top_p) | (top_p >= 1)) & jnp.isfinite(ordered)
-        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(logits >= threshold, logits, -jnp.inf)
-
-    # A sort of the vocabulary per token is worth skipping; the predicate is one scalar, so only one branch runs.
-    return jax.lax.cond((top_k > 0) | (top_p < 1), keep_likely, lambda logits: logits, logits)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(
     model: Dalle, decoder: nn.Module, guided: bool, params: Tree, dvae: Tree, request: Request, keys: Array
 ) -> dict[str, Array]:
-    """The compiled loop of `DalleSampler.__call__`: caption in parallel, then one image token a step."""
+    """The compiled program of `DalleSampler.__call__`: caption in parallel, then one image token a step."""
     text = request["text"]
     batch = text.shape[0]
     if guided:
-        # Pairs stay adjacent, so a batch that is sharded over devices keeps both of a pair on one device.
         text = jnp.stack([text, jnp.zeros_like(text)], axis=1).reshape(2 * batch, -1)
 
-    def choose(logits: Array, position: Array | int) -> Array:
-        """Image token `position` of every picture, [b]."""
-        if guided:
-            cond, uncond = jnp.moveaxis(logits.reshape(batch, 2, -1), 1, 0)
-            logits = uncond + request["guidance"] * (cond - uncond)
-        greedy = request["temperature"] == 0
-        scaled = logits / jnp.where(greedy, 1.0, request["temperature"])
-        scaled = filter_logits(scaled, request["top_k"], request["top_p"])
-        token_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(token_keys)
-        token = jnp.argmax(jnp.where(greedy, logits, scaled + noise), axis=-1).astype(jnp.int32)
-        return jnp.where(position < request["prefix_length"], request["image_prefix"][:, position], token)
-
-    def step(carry: tuple[Array, Tree], position: Array) -> tuple[tuple[Array, Tree], Array]:
-        logits, cache = carry
-        token = choose(logits, position)
-        read = jnp.repeat(token, 2, axis=0) if guided else token
-        return model.apply({"params": params}, read, position, cache, method="decode_step"), token
-
-    carry = model.apply({"params": params}, text, method="prefill")
-    last = model.image_length - 1  # the last token is chosen but never read
-    (logits, _), tokens = jax.lax.scan(step, carry, jnp.arange(last))
-    tokens = jnp.concatenate([tokens.T, choose(logits, last)[:, None]], axis=1).reshape(batch, *model.image_grid)
+    logits, cache = model.apply({"params": params}, text, method="prefill")
+    numbers = {key: request[key] for key in _SETTINGS}
+    tokens = decode(
+        lambda token, position, cache: model.apply({"params": params}, token, position, cache, method="decode_step"),
+        logits,
+        cache,
+        keys,
+        model.image_length,
+        Decoding(**numbers, guided=guided),
+        Given(request["image_prefix"], request["prefix_length"]),
+    ).tokens.reshape(batch, *model.image_grid)
     image = decoder.apply({"params": dvae["params"], **dvae["variables"]}, tokens, method="decode_tokens")
     return {"image": image, "image_tokens": tokens}
-
-
-def _is_guided(guidance: Any) -> bool:
-    """Whether guidance changes anything; True where its value is not known while tracing."""
-    try:
-        return float(guidance) != 1.0
-    except jax.errors.ConcretizationTypeError:
-        return True
-
-
-def _check_numbers(numbers: dict[str, Any]) -> None:
-    """Raises UserError unless the sampling options are possible."""
-    guidance, temperature, top_k, top_p = (numbers[key] for key in _SETTINGS)
-    if not 0 <= guidance < float("inf"):
-        raise UserError(f"guidance={guidance} is impossible; 1 means none, more follows the caption more, 0 ignores it")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature={temperature} is impossible; use 0 (most likely token) or more")
-    if top_k < 0 or top_k != int(top_k):
-        raise UserError(f"top_k={top_k} is impossible; use a whole number of tokens, 0 for all")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p} is impossible; use a probability above 0, 1 for all tokens")
 
 
 def _check_ids(what: str, ids: np.ndarray, vocab_size: int) -> None:
