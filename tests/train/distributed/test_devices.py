@@ -41,6 +41,7 @@ CONFIGS = {
         *("--config=configs/scenes/clip.py:debug", "--config.models.clip.scan=True"),
         *("--config.models.clip.image_layers=3", "--config.models.clip.text_layers=3"),
     ),
+    "clip, text tower": ("--config=configs/scenes/clip.py:debug", "--config.trainable=('^clip/text/', 'logit_scale')"),
     "clip, resnet": ("--config=configs/scenes/clip.py:pair32", "--config.batch_size=8"),
     "clip, sigmoid": ("--config=configs/scenes/clip.py:sigmoid", "--config.batch_size=8"),
     "dalle": ("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=8"),
