@@ -1,22 +1,41 @@
 """Command-line arguments that choose weights and sampling settings, for every command that samples."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# The settings of all samplers, which override `config.sample`.
-SETTINGS: Mapping[str, type] = {
-    "guidance": float,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "sampler": str,
-    "steps": int,
-    "spacing": str,
-    "eta": float,
-    "rescale": float,
-    "guidance_start": float,
-    "guidance_stop": float,
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """An option that overrides a key of `config.sample`.
+
+    Attributes:
+      kind: of its values.
+      help: what `--help` says.
+      group: the heading under which it says so; "" for none.
+    """
+
+    kind: type
+    help: str
+    group: str = ""
+
+
+_DIFFUSION = "sampling of a diffusion (defaults: the run's config)"
+
+# The settings of all samplers; which of them a run has, its sampler says.
+SETTINGS: Mapping[str, Setting] = {
+    "guidance": Setting(float, "default: the run's config.sample.guidance"),
+    "temperature": Setting(float, "0 is greedy; default: the run's config"),
+    "top_k": Setting(int, "0 for all; default: the run's config"),
+    "top_p": Setting(float, "1 for all; default: the run's config"),
+    "sampler": Setting(str, "such as ddpm, ddim, dpm_solver_multistep; a wrong one lists them all", _DIFFUSION),
+    "steps": Setting(int, "of the sampler", _DIFFUSION),
+    "spacing": Setting(str, "of its times, such as leading, trailing, karras; '' for its own", _DIFFUSION),
+    "eta": Setting(float, "of ddim: 0 draws no noise, 1 as much as ddpm", _DIFFUSION),
+    "rescale": Setting(float, "0 to 1: of guided pictures, to the spread of unguided ones", _DIFFUSION),
+    "guidance_start": Setting(float, "share of the process before which there is none", _DIFFUSION),
+    "guidance_stop": Setting(float, "share of the process after which there is none", _DIFFUSION),
 }
 
 
@@ -26,25 +45,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument("--no_ema", action="store_true", help="use the parameters, not their moving average")
     parser.add_argument("--seed", type=int, default=0)
-    helps = {
-        "guidance": "default: the run's config.sample.guidance",
-        "temperature": "0 is greedy; default: the run's config",
-        "top_k": "0 for all; default: the run's config",
-        "top_p": "1 for all; default: the run's config",
-    }
-    diffusion = {
-        "sampler": "such as ddpm, ddim, dpm_solver_multistep; a wrong one lists them all",
-        "steps": "of the sampler",
-        "spacing": "of its times, such as leading, trailing, karras; '' for its own",
-        "eta": "of ddim: 0 draws no noise, 1 as much as ddpm",
-        "rescale": "0 to 1: of guided pictures, to the spread of unguided ones",
-        "guidance_start": "share of the process before which there is none",
-        "guidance_stop": "share of the process after which there is none",
-    }
-    group = parser.add_argument_group("sampling of a diffusion (defaults: the run's config)")
-    for place, texts in ((parser, helps), (group, diffusion)):
-        for name, text in texts.items():
-            place.add_argument(f"--{name}", type=SETTINGS[name], help=text)
+    places: dict[str, Any] = {"": parser}
+    for name, setting in SETTINGS.items():
+        if setting.group not in places:
+            places[setting.group] = parser.add_argument_group(setting.group)
+        places[setting.group].add_argument(f"--{name}", type=setting.kind, help=setting.help)
 
 
 def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:

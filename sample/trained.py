@@ -65,7 +65,10 @@ class TrainedSampler:
         """Raises UserError if an override of `config.sample` is of what the run's sampler does not have."""
         unknown = [f"--{name}" for name in names if name not in self.config.sample]
         if unknown:
-            raise UserError(f"{self.run.folder} is a run of {self.config.objective}; leave out {', '.join(unknown)}")
+            has = f"it has {', '.join(self.config.sample)}" if self.config.sample else "it has no settings"
+            raise UserError(
+                f"{self.run.folder} is a run of {self.config.objective}; leave out {', '.join(unknown)} ({has})"
+            )
 
     def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights these are, and all settings of their sampler, those of the run's config included."""

@@ -12,7 +12,11 @@ from sample.arguments import SETTINGS
 TEXTS = ("prompt", "negative_prompt", "image")
 
 # What an axis may be named, and what its values are.
-KEYS = {**SETTINGS, "seed": int, "label": int, **dict.fromkeys(TEXTS, str)}
+KEYS = {
+    **{name: setting.kind for name, setting in SETTINGS.items()},
+    **{"seed": int, "label": int},
+    **dict.fromkeys(TEXTS, str),
+}
 
 _NAMES = {int: "a whole number", float: "a number"}
 

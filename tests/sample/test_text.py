@@ -1,4 +1,4 @@
-"""Samplers that make text, of pictures, prompts and classes: two throw-away ones, each a class and a registry entry."""
+"""Samplers that make text, of pictures, prompts and classes: throw-away ones, each a class and a registry entry."""
 
 import csv
 import dataclasses
@@ -75,6 +75,21 @@ class Painter:
             "image": jnp.broadcast_to(color, (len(keys), 16, 16, 3)),
             "text": params["namer"]["sayings"][0, jnp.asarray(request["label"])],
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Parrot(Painter):
+    """Goes on from a prompt."""
+
+    reads = ("text",)
+    makes = ("text",)
+
+    def request(self, text):
+        return {"text": text}
+
+    def __call__(self, params, variables, frozen, request, keys):
+        said = jnp.broadcast_to(params["namer"]["sayings"][1, 2], (len(keys), 8))
+        return {"text": jnp.concatenate([request["text"], said], axis=1)}
 
 
 @pytest.fixture
@@ -159,6 +174,16 @@ def test_a_run_may_make_pictures_and_text(make_run, tmp_path, capsys):
     assert "2 pictures with texts" in capsys.readouterr().out
 
 
+def test_text_of_a_prompt_alone_is_a_grid_of_texts(make_run, tmp_path):
+    command = [f"--run={make_run(Parrot)}", "--prompt=what is it", "--prompt=red", "--num=2"]
+    main([*command, f"--out={tmp_path}/g.png", f"--files={tmp_path}/f"])
+    assert [(sample["index"], sample["text"]) for sample in written(tmp_path / "f")] == [
+        (index, f"{prompt} blue i think") for prompt in ("what is it", "red") for index in (0, 1)
+    ]
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    assert is_ink(grid).any() and len(grid) < 128  # no room is left for pictures
+
+
 @pytest.mark.parametrize(
     ("sampler", "options", "texts"),
     [
@@ -169,6 +194,7 @@ def test_a_run_may_make_pictures_and_text(make_run, tmp_path, capsys):
         ),
         (Namer, ["--image={red}", "--image={blue}", "--sweep=temperature=0,1"], ["a red picture | a b", "red i think"]),
         (Painter, ["--sweep=label=2,0"], ["a blue picture", "a red picture"]),
+        (Parrot, ["--sweep=prompt=what,red"], ["what blue i think", "red blue i think"]),
     ],
 )
 def test_a_sweep_runs_over_what_the_sampler_reads(make_run, pictures, tmp_path, sampler, options, texts):
@@ -184,7 +210,7 @@ def test_a_sweep_runs_over_what_the_sampler_reads(make_run, pictures, tmp_path, 
     assert all(row["texts"].startswith(text) for row, text in zip(rows, texts, strict=True))
     assert {row["accuracy"] for row in rows} == {""}
     page = np.asarray(Image.open(tmp_path / "s" / "g.png"))
-    assert is_ink(page).any() and (page == (255, 0, 0)).all(axis=-1).sum() >= 64 * 64
+    assert is_ink(page).any() and (sampler is Parrot or (page == (255, 0, 0)).all(axis=-1).sum() >= 64 * 64)
     assert " | ".join(sample["text"] for sample in written(tmp_path / "f")) == " | ".join(row["texts"] for row in rows)
 
 
@@ -199,7 +225,7 @@ def test_a_sweep_runs_over_what_the_sampler_reads(make_run, pictures, tmp_path, 
         (Namer, ["--prompt=what"], "also takes pictures; give --image=FILE"),
         (Namer, [], "takes pictures; give --image=FILE or captions; give --prompt=TEXT"),
         (Namer, ["--image={red}", "--negative_prompt=x"], "takes no negative prompt; it takes pictures"),
-        (Namer, ["--image={red}", "--guidance=2"], "is a run of namer; leave out --guidance"),
+        (Namer, ["--image={red}", "--guidance=2"], r"is a run of namer; leave out --guidance \(it has temperature\)"),
         (Namer, ["--image={red}", "--sweep=guidance=1,2"], "has no such setting; it has temperature"),
         (Namer, ["--image={red}", "--trajectory"], "is a run of namer and makes text; --trajectory is for"),
         (Namer, ["--image={red}.not"], "cannot read the picture"),

@@ -133,7 +133,7 @@ class DiffusionObjective:
         """Samples for the batch's captions or classes; of points, a picture of 64 samples for each of the batch."""
         sampler = self.sampler
         keys = example_keys(rng, batch)
-        if "point" in batch:
+        if "point" in sampler.makes:
             keys = jax.vmap(lambda key: jax.random.split(key, 64))(keys).reshape(-1)
             points = sampler(params, variables, frozen, sampler.request(), keys)["point"]
             return {"samples": Preview(images=draw_points(gather(points))[None], columns=1)}

@@ -81,3 +81,27 @@ def test_a_table_may_have_empty_places_and_makes_room_for_long_headers():
     assert tall.height > plain.height and tall.width < plain.width + 200
     with pytest.raises(ValueError, match="1 x 3 headers"):
         draw_table([[cell, None]], rows=["x"], columns=["a", "b", "c"])
+
+
+def test_texts_stand_under_labels_in_another_color_and_alone_without_pictures():
+    def inks(sheet):
+        """Rows with ink of a label, and with ink of a text."""
+        pixels = np.asarray(sheet).astype(int)
+        return [
+            set(np.flatnonzero((np.abs(pixels - ink) < 30).all(axis=-1).any(axis=1)))
+            for ink in ((40, 40, 44), (36, 88, 160))
+        ]
+
+    images = [np.full((32, 32, 3), 255, np.uint8), None]
+    told, made = inks(draw_grid(images, columns=2, labels=["a prompt", ""], texts=["", "a text"]))
+    assert told and made and min(told | made) > 8 + 128  # a text begins where there is no label
+    told, made = inks(draw_grid(images[:1], columns=1, labels=["a prompt"], texts=["a text"]))
+    assert max(told) < min(made)
+    alone = draw_grid([None] * 3, columns=1, texts=["one", "two\nlines become one", "three"])
+    assert alone.height < 3 * 40 and inks(alone)[1]
+
+
+def test_the_tallest_cell_of_a_row_sets_its_height():
+    low, high = (draw_mosaic(np.full((count, 64, 64, 3), 90, np.uint8), columns=1) for count in (1, 2))
+    table = draw_table([[low, high], [low, low]], rows=["", ""], columns=["", ""])
+    assert table.height == 8 + (130 + 8) + (64 + 8)
