@@ -151,7 +151,6 @@ def jax_step(pair: Pair, batch: Mapping[str, Any]) -> tuple[Run, int]:
     from configs.common import get_defaults
     from cost.flops import matrix_flops
     from models.conditioning import Conditioning
-    from train.distributed.mesh import batch_sharding, make_mesh
     from train.objectives.contract import Aux
     from train.optimizer import create_optimizer
     from train.state import create_state
@@ -169,9 +168,8 @@ def jax_step(pair: Pair, batch: Mapping[str, Any]) -> tuple[Run, int]:
     config.steps = 10**6
     config.optimizer.weight_decay = 0.01
     config.optimizer.schedule.peak = 1e-4
-    mesh = make_mesh(config.mesh)
     optimizer, schedule = create_optimizer(config.optimizer, pair.params, config.steps)
-    step = make_train_step(config, NoiseError(), optimizer, schedule, batch_sharding(mesh))
+    step = make_train_step(config, NoiseError(), optimizer, schedule)
     compiled = jax.jit(step, donate_argnums=0)
     rows = jax.device_put({**batch, "index": jnp.arange(pair.batch_size)})
     params = jax.tree.map(jnp.copy, pair.params)
