@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Pair:
-    """Two processes of one run with four devices each."""
+    """Two processes of one run with four devices each; both execute the statement `before` first."""
 
     def __init__(
         self,
@@ -26,12 +26,16 @@ class Pair:
         config: str,
         workdir: Path,
         *overrides: str,
+        before: str = "",
     ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         self.workdir = workdir
-        command = [sys.executable, "-m", "train", f"--config={config}"]
+        run = "import runpy, sys; sys.argv = sys.argv[1:]; "
+        run += "runpy.run_module('train', run_name='__main__', alter_sys=True)"
+        module = ["-c", f"{before}; {run}", "train"] if before else ["-m", "train"]
+        command = [sys.executable, *module, f"--config={config}"]
         command += [f"--workdir={workdir}", f"--config.data.data_dir={scenes_dir}", *overrides]
         flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
         self.logs = [workdir.with_name(f"{workdir.name}.{index}.log") for index in range(2)]
