@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from sample.samplers import create_sampler
-from weights.run import Run, RunWeights
+from weights.run import TOKENIZER, Run, RunWeights
 from weights.sources import load_frozen, resolve_frozen
 
 Rows = dict[str, np.ndarray]
@@ -110,16 +110,16 @@ class TrainedSampler:
         return {"text": np.stack([one.ids for one in encoded])}
 
     def decode(self, ids: Int[np.ndarray, "n l"]) -> tuple[str, ...]:
-        """The texts that the run's tokenizer reads in ids.
+        """The texts of ids that the sampler made.
 
         Raises:
-          UserError: if the run has no tokenizer.
+          UserError: if the run lacks the tokenizer that reads them.
         """
-        if self.tokenizer is None:
-            raise UserError(
-                f"{self.run.folder} makes text and has no tokenizer.json, which would read it; copy it there"
-            )
-        return tuple(self.tokenizer.decode(one) for one in ids)
+        file = getattr(self.sampler, "writes_with", TOKENIZER)
+        tokenizer = self.run.tokenizer(file)
+        if tokenizer is None:
+            raise UserError(f"{self.run.folder} makes text and has no {file}, which would read it; copy it there")
+        return tuple(tokenizer.decode(one) for one in ids)
 
     def __call__(self, rows: Rows, *, seed: int, indices: Sequence[int], **settings: Any) -> Rows:
         """Samples one output for each row.

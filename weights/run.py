@@ -91,9 +91,9 @@ class Run:
         """Whether its training happened elsewhere, so that it has weights and no checkpoints."""
         return (self.folder / PROVENANCE).is_file()
 
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self, file: str = TOKENIZER) -> Tokenizer | None:
         """The tokenizer that was copied into the run, or None for a run without text."""
-        path = self.folder / TOKENIZER
+        path = self.folder / file
         return Tokenizer.load(path) if path.is_file() else None
 
     def identity(self) -> str:

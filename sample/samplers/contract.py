@@ -11,10 +11,13 @@ Rows that a request may hold, one for each thing to be made:
 What may be made, under the same names in a sampler's outputs:
 
     image     float [b H W C] in [-1, 1]
-    text      int32 [b l]          ids of a text, by the run's tokenizer, 0 after its end
+    text      int32 [b l]          ids of a text, 0 after its end; see `writes_with`
     tokens    int32 [b ...]        of an image tokenizer
     point     float [b n]          of a space without pictures
     features  float [b E]          in a joint embedding, as "<row>_features" of each row that was given
+
+The run's `tokenizer.json` reads the text that is made, too. A sampler that reads with one tokenizer and writes with
+another has an attribute `writes_with`: the name of the other one's file in the run folder.
 """
 
 from collections.abc import Mapping

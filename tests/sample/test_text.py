@@ -78,11 +78,16 @@ class Painter:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parrot(Painter):
+class Parrot:
     """Goes on from a prompt."""
 
     reads = ("text",)
     makes = ("text",)
+    settings = {}  # noqa: RUF012
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
 
     def request(self, text):
         return {"text": text}
@@ -141,7 +146,8 @@ def test_pictures_get_texts_in_the_grid_in_json_and_in_files(make_run, pictures,
         assert (tmp_path / "files" / sample["text_file"]).read_text() == sample["text"] + "\n"
     assert not list((tmp_path / "files").glob("*.png"))
     grid = np.asarray(Image.open(tmp_path / "g.png"))
-    assert grid[72, 72].tolist() == [255, 0, 0]
+    centers = [(grid[72, left], grid[-100, left]) for left in (72, 208, 344)]
+    assert np.array_equal(centers, [((255, 0, 0), (0, 0, 255))] * 3)  # each condition's own picture, as often as texts
     rows = np.flatnonzero(is_ink(grid).any(axis=1))
     assert len(rows) and rows.min() > 8 + 128  # under the pictures
     assert "6 texts" in capsys.readouterr().out
@@ -172,6 +178,20 @@ def test_a_run_may_make_pictures_and_text(make_run, tmp_path, capsys):
     inked = np.flatnonzero(is_ink(grid[8 + 128 :]).any(axis=0))
     assert inked.min() < 136 < 144 <= inked.max()  # under both
     assert "2 pictures with texts" in capsys.readouterr().out
+
+
+def test_text_may_be_written_with_another_tokenizer_than_prompts_are_read_with(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Painter, "writes_with", "words.json", raising=False)
+    folder = make_run(Painter)
+    command = [f"--run={folder}", "--label=0", "--num=1", f"--out={tmp_path}/g.png", f"--files={tmp_path}/f"]
+    with pytest.raises(UserError, match="has no words.json, which would read it"):
+        main(command)
+    other = Tokenizer.train(["some other words, so that ids mean other pieces"], 400)
+    other.save(folder / "words.json")
+    main(command)
+    (sample,) = written(tmp_path / "f")
+    assert sample["text"] == other.decode(Tokenizer.load(folder / TOKENIZER).encode("a red picture", 8).ids)
+    assert sample["text"] != "a red picture"
 
 
 def test_text_of_a_prompt_alone_is_a_grid_of_texts(make_run, tmp_path):
