@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_demo_after_a_save(start_process, tmp_path):
-    command = [sys.executable, "-m", "scripts.demo", f"--workdir={tmp_path}/demo", f"--data_dir={tmp_path}/data"]
+def test_ctrl_c_stops_the_demo_after_a_save(start_process, scenes_dir, tmp_path):
+    command = [sys.executable, "-m", "scripts.demo", f"--workdir={tmp_path}/demo", f"--data_dir={scenes_dir}"]
     process = start_process(command, cwd=ROOT, stderr=subprocess.PIPE)
     metrics = tmp_path / "demo" / "dvae" / "metrics.jsonl"
     deadline = time.monotonic() + 300
