@@ -167,7 +167,6 @@ def _draw(
     batch = text.shape[0]
     if guided:
         text = jnp.stack([text, jnp.zeros_like(text)], axis=1).reshape(2 * batch, -1)
-
     logits, cache = model.apply({"params": params}, text, method="prefill")
     numbers = {key: request[key] for key in _SETTINGS}
     tokens = decode(
