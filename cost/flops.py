@@ -8,6 +8,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
+from models import MODELS
+
 
 def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Counts what one call of `function` does in matmuls and convolutions, a multiply-add as two.
@@ -37,7 +39,7 @@ def plain_config(config: ConfigDict, recompute: bool = True) -> ConfigDict:
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
         for network in (*plain.models.values(), *plain.frozen.values()):
-            if "implementation" in network:
+            if "implementation" in MODELS[network.name].__dataclass_fields__:
                 network.implementation = "xla"
             if "remat" in network and not recompute:
                 network.remat = "none"

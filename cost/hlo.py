@@ -1,6 +1,7 @@
-"""Collectives of a compiled program, read from its HLO text: how often each runs in a step and what a device sends.
+"""What a compiled program does, read from its HLO text: collectives, and which kernels attention has.
 
-Loops count as often as they iterate. XLA's own cost analysis counts the body of a loop once.
+Collectives: how often each runs in a step and what a device sends. Loops count as often as they iterate; XLA's own cost
+analysis counts the body of a loop once.
 """
 
 import dataclasses
@@ -52,6 +53,11 @@ class Collectives:
     def sent_bytes(self) -> int:
         """Sum over kinds."""
         return sum(each.sent_bytes for each in self.traffic)
+
+
+def read_attention(text: str) -> tuple[str, ...]:
+    """The implementations of `models.layers.attention.attend` that a program holds, by the names of its operations."""
+    return tuple(sorted(set(re.findall(r"\battention_(xla|cudnn|splash_interpreted|splash)\b", text))))
 
 
 def read_collectives(text: str, devices: int) -> Collectives:

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from cost.chips import Peak
 from cost.flops import matrix_flops, plain_config
+from cost.hlo import read_attention
 from cost.peak_flops import peak_flops
 from cost.timing import Spread, time_windows
 from data.pipeline import BatchReader, load_tokenizer, open_stream
@@ -91,7 +92,8 @@ def measure_step(
       clock: seconds.
 
     Returns:
-      trace_seconds, compile_seconds; seconds (of a step) and the rates of `step_figures`; `memory`.
+      trace_seconds, compile_seconds; `attention`, the implementations of it that the compiled step has; seconds (of a
+      step) and the rates of `step_figures`; `memory`.
 
     Raises:
       UserError: if the config cannot be built or does not fit the devices.
@@ -125,6 +127,7 @@ def measure_step(
         "warmup_steps": warmup,
         "trace_seconds": traced - start,
         "compile_seconds": done - traced,
+        "attention": list(read_attention(compiled.as_text())),
         **step_figures(
             seconds,
             batch_size=config.batch_size,

@@ -99,7 +99,7 @@ class Clip(nn.Module):
     logit_bias_init: int | float | None = None
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
-    implementation: str = "xla"
+    implementation: str = "auto"
     scan: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32

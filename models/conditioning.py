@@ -6,6 +6,8 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from models.layers.attention import KeyLengths
+
 # Shapes alone where a network is described and not run; `Any` to type checkers, as whoever computes has arrays.
 _ArrayOrShape: Any = Array | jax.ShapeDtypeStruct
 
@@ -16,10 +18,11 @@ class Conditioning:
 
     Attributes:
       tokens: [B L D], a sequence to attend to, such as the features of a caption.
-      mask: [B L], True where a token is to be seen; None for everywhere.
+      mask: [B L], True where a token is to be seen; or `KeyLengths`, how many of the first ones are, which a fused
+        attention takes where a mask would keep it away; None for everywhere.
       label: [B], a class number; the last of a network's classes stands for none where guidance needs one.
     """
 
     tokens: Float[_ArrayOrShape, "b l d"] | None = None
-    mask: Bool[_ArrayOrShape, "b l"] | None = None
+    mask: Bool[_ArrayOrShape, "b l"] | KeyLengths | None = None
     label: Int[_ArrayOrShape, "b"] | None = None

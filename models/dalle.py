@@ -65,7 +65,8 @@ class Dalle(nn.Module):
         repeated over the depth.
       conv_kernel: window of "conv" layers.
       conv_edge: its behavior at the edges, see `attention_mask`.
-      implementation: see `models.layers.attention.attend`; sampling uses the plain one.
+      implementation: see `models.layers.attention.attend`; sampling uses the plain one. Of its masks only that of
+        "full" layers is causal and nothing else, which "auto" gives to a fused kernel.
       scan: compile one layer for all of them (see `apply_blocks`): a TPU program compiles faster, but without `remat`
         it keeps more for the backward pass than layers one by one do. Sampling does not depend on it.
       remat: what each layer recomputes in the backward pass (see `apply_blocks`).
@@ -86,7 +87,7 @@ class Dalle(nn.Module):
     attention: str | tuple[str, ...] = "published"
     conv_kernel: int = 11
     conv_edge: str = "wraparound"
-    implementation: str = "xla"
+    implementation: str = "auto"
     scan: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32

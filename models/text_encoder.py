@@ -32,7 +32,7 @@ class TextEncoder(nn.Module):
     layers: int
     heads: int
     activation: str = "gelu"
-    implementation: str = "xla"
+    implementation: str = "auto"
     scan: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32

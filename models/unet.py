@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from models.conditioning import Conditioning
 from models.layers.convolution import Conv
@@ -30,7 +30,7 @@ from models.layers.group_norm_resnet import (
     group_norm,
 )
 from models.layers.partitioning import shard_rows
-from models.layers.spatial_transformer import SpatialTransformer
+from models.layers.spatial_transformer import ContextMask, SpatialTransformer
 from models.layers.transformer import REMAT, check_remat
 
 ATTENTIONS = ("plain", "transformer")
@@ -113,7 +113,7 @@ class UNet(nn.Module):
     groups: int = 32
     norm_epsilon: float = 1e-5
     kernel_init: str = "fan_in"
-    implementation: str = "xla"
+    implementation: str = "auto"
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -255,7 +255,7 @@ class UNet(nn.Module):
             **self._types,
         )
 
-    def _attend(self, name: str, x: Array, context: Array | None, mask: Bool[Array, "b l"] | None) -> Array:
+    def _attend(self, name: str, x: Array, context: Array | None, mask: ContextMask | None) -> Array:
         """Attention of x, to the context too if the network has one."""
         fields: dict[str, Any] = {
             "heads": self.heads_of(x.shape[-1]),

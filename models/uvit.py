@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.conditioning import Conditioning
+from models.layers.attention import KeyLengths
 from models.layers.convolution import Conv
 from models.layers.dense import Dense
 from models.layers.embeddings import grid_embedding, sinusoidal_embedding
@@ -86,7 +87,7 @@ class UViT(nn.Module):
     mlp_time_embed: bool = False
     convolution: str = "image"
     positions: str = "learned"
-    implementation: str = "xla"
+    implementation: str = "auto"
     scan: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
@@ -192,7 +193,13 @@ class UViT(nn.Module):
             tokens.insert(0, embedded[:, None])
         if conditioning.label is not None:
             tokens.insert(0, self.label(conditioning.label)[:, None])
-        x = shard_rows(self._add_positions(jnp.concatenate(tokens, axis=1)))
+        x = self._add_positions(jnp.concatenate(tokens, axis=1))
+        first = self.extra_tokens
+        if isinstance(conditioning.mask, KeyLengths):
+            # The context goes last, where lengths can hide its end: behind positions, layers do not know an order.
+            first -= self.context_length
+            x = jnp.concatenate([x[:, :first], x[:, self.extra_tokens :], x[:, first : self.extra_tokens]], axis=1)
+        x = shard_rows(x)
         x = apply_with_long_skips(
             self.in_blocks,
             self.mid_block,
@@ -204,7 +211,7 @@ class UViT(nn.Module):
             scan=self.scan,
             remat=self.remat,
         )
-        x = self.final_norm(x)[:, self.extra_tokens :]
+        x = self.final_norm(x)[:, first : first + grid**2]
         if self.convolution == "tokens":
             x = self.token_conv(rearrange(x, "b (h w) d -> b h w d", h=grid))
             x = rearrange(x, "b h w d -> b (h w) d")
@@ -228,12 +235,14 @@ class UViT(nn.Module):
             x = x.at[:, self.extra_tokens :].add(grid_embedding(grid, grid, self.width).astype(x.dtype))
         return x
 
-    def _mask(self, conditioning: Conditioning) -> Array | None:
-        """Which tokens all others may see, [B 1 1 L]; None for all."""
+    def _mask(self, conditioning: Conditioning) -> Array | KeyLengths | None:
+        """Which tokens all others may see, [B 1 1 L], or how many; None for all."""
         if conditioning.mask is None:
             return None
         before = self.extra_tokens - self.context_length
         behind = (self.image_size // self.patch_size) ** 2
+        if isinstance(conditioning.mask, KeyLengths):
+            return KeyLengths(before + behind + conditioning.mask.lengths)
         seen = jnp.pad(conditioning.mask, ((0, 0), (before, behind)), constant_values=True)
         return seen[:, None, None]
 

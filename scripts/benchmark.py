@@ -131,6 +131,8 @@ def _step_lines(step: dict[str, Any]) -> list[str]:
         f"step            {_spread(step['seconds'], 1e3)} ms ({step['windows']} windows of {step['steps_per_window']})",
         f"examples        {_spread(step['examples_per_second'])} /s",
     ]
+    if step["attention"]:
+        lines.insert(1, f"attention       {', '.join(step['attention'])}")
     if "tokens_per_second" in step:
         lines.append(f"tokens          {_spread(step['tokens_per_second'])} /s")
     return [

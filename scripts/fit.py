@@ -179,7 +179,8 @@ def row_hashes(config: Any) -> str:
     """Two short hashes: of what the compiled step depends on in the config, and of that with the compiler's versions.
 
     Where data lies, how often a run is saved, evaluated or logged, and which run a frozen stage comes from make no
-    difference to the step. Nor do keys at their default, so that a key that a later version adds leaves rows valid.
+    difference to the step. Nor do keys at their default, so that a key that a later version adds leaves rows valid; and
+    on a TPU an attention that is chosen is the plain one.
     """
     apart = ("group.", "seed.", "log.", "checkpoint.", "evaluate.", "wandb.", "sample.", "initialize.")
     defaults = flatten(get_defaults())
@@ -190,6 +191,7 @@ def row_hashes(config: Any) -> str:
         if not key.startswith(apart)
         and not (key.startswith("data.") and key not in ("data.image_size.", "data.text_length."))
         and not (key.startswith("frozen.") and key.endswith((".source.", ".step.")))
+        and not (key.endswith(".implementation.") and value in ("auto", "xla"))
     }
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu") if importlib.util.find_spec(name)]
     return f"{_short_hash(kept)} {_short_hash([kept, versions])}"

@@ -16,10 +16,12 @@ from train.objectives import create_objective
 from weights.run import CONFIG, IDENTITY, TOKENIZER, Run, read_config
 from weights.sources import resolve_frozen
 
-# What may change between the starts of one run: its length and batch size, what no update depends on, where things are
-# (a run may move; identity and step of a frozen stage are pinned), and what to do about an update that is not finite.
+# What may change between the starts of one run: its length and batch size, what no update depends on but for rounding
+# (mesh, kernel of attention), where things are (a run may move; identity and step of a frozen stage are pinned), and
+# what to do about an update that is not finite.
 CHANGEABLE = re.compile(
     r"steps|batch_size|nonfinite|(mesh|log|checkpoint|wandb)\..*|data\.(workers|data_dir)|frozen\.\w+\.source"
+    r"|(models|frozen)\.\w+\.implementation"
 )
 
 

@@ -106,7 +106,7 @@ def get_model(embed_dim: int, image_size: int, text_width: int) -> ConfigDict:
     model.logit_bias_init = None  # the sigmoid loss starts from -10
     model.image_mean = (0.48145466, 0.4578275, 0.40821073)
     model.image_std = (0.26862954, 0.26130258, 0.27577711)
-    model.implementation = "xla"
+    model.implementation = "auto"
     model.scan = False
     model.remat = "none"
     model.dtype = "bfloat16"

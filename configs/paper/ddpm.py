@@ -57,6 +57,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.norm_epsilon = 1e-6
     config.models.denoiser.downsample_padding = (0, 1)
     config.models.denoiser.kernel_init = "fan_avg"
+    config.models.denoiser.implementation = "auto"
     config.models.denoiser.dtype = "float32"
 
     config.process = ConfigDict()

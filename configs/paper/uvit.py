@@ -83,6 +83,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.positions = "learned"
     config.models.denoiser.scan = True
     config.models.denoiser.remat = "full" if classes else "none"
+    config.models.denoiser.implementation = "auto"
     config.models.denoiser.dtype = "bfloat16"
 
     config.process = ConfigDict()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,12 +13,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from models.layers.attention_choice import choose_attention, device_in_context
 from models.layers.dense import DenseGeneral
 from models.layers.partitioning import device_platform, map_rows_and_heads
 
 Initializer = nn.initializers.Initializer
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash", "splash_interpreted")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "splash_interpreted")
 _HIDDEN = -1e30  # finite, so that a gradient through a hidden score is 0 and not NaN
 _SPLASH_BLOCKS = (512, 384, 256, 128)  # the kernel's lanes come in 128
 
@@ -35,7 +37,22 @@ class MaskChoice:
     index: Int[Array, ""]
 
 
-Mask = Bool[Array, "..."] | Bool[np.ndarray, "..."] | MaskChoice
+@struct.dataclass
+class KeyLengths:
+    """The mask of keys that are padded behind: of each example, all queries see the first so many.
+
+    Attributes:
+      lengths: [B].
+    """
+
+    lengths: Int[Array, "b"]
+
+    def dense(self, keys: int) -> Bool[Array, "b 1 1 {keys}"]:
+        """The same as an array, True = attend."""
+        return jnp.arange(keys) < self.lengths[:, None, None, None]
+
+
+Mask = Bool[Array, "..."] | Bool[np.ndarray, "..."] | MaskChoice | KeyLengths
 
 
 def attend(
@@ -47,10 +64,14 @@ def attend(
 ) -> Float[Array, "b l n k"]:
     """Softmax attention, softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, equation 1); scores and softmax in float32.
 
+    * "auto" is "cudnn" where it can run and gains, else "xla"; see `models.layers.attention_choice`. A program has the
+      name of what was chosen in its operations' names, `attention_xla` for example (see `cost.hlo.read_attention`).
     * "xla" puts the heads next to the batch before two batched matrix products: at B 32, L 80, N 2 to 4 and K 64 to 80
       forward and backward take about 0.85 of the time of `jax.nn.dot_product_attention` on a CPU.
     * "cudnn" is that function's fused kernel on NVIDIA GPUs: bfloat16 or float16, K a multiple of 8, at most 128 (256
-      from Hopper on).
+      from Hopper on). It has no forward-mode derivative. A mask that hides nothing, that is causal, or that is
+      `KeyLengths` costs it nothing; any other becomes a bias as large as the mask, and its backward pass writes the
+      gradient of that, too.
     * "splash" is JAX's block-sparse kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`): scores never
       reach memory, and blocks that the mask hides entirely are not computed. The mask must be known while tracing.
     * "splash_interpreted" is the same program step by step on any device: slow, for tests.
@@ -61,28 +82,45 @@ def attend(
       q: queries.
       k: keys.
       v: values.
-      mask: True = attend, broadcastable to [b n l m]. A row without any True gives the mean of `v` in "xla", and is
-        undefined in the others.
+      mask: True = attend, broadcastable to [b n l m]; what a numpy array [l m] says is known while tracing. A row
+        without any True gives the mean of `v` in "xla", and is undefined in the others.
       implementation: one of `IMPLEMENTATIONS`.
 
     Raises:
       ValueError: on an unknown implementation, or on one that cannot run on this device or with these arguments.
     """
-    if implementation == "xla":
-        return _attend_xla(q, k, v, mask)
-    if implementation == "cudnn":
-        return _attend_cudnn(q, k, v, mask)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
-    return _attend_splash(q, k, v, mask, implementation == "splash_interpreted")
+    if implementation == "auto":
+        lengths = q.shape[1], k.shape[1]
+        kind = mask_kind(mask, *lengths)
+        implementation = choose_attention(device_in_context(), q.dtype, q.shape[-1], lengths, kind)
+    with jax.named_scope(f"attention_{implementation}"):
+        if implementation == "xla":
+            return _attend_xla(q, k, v, mask)
+        if implementation == "cudnn":
+            return _attend_cudnn(q, k, v, mask)
+        return _attend_splash(q, k, v, mask, implementation == "splash_interpreted")
+
+
+def mask_kind(mask: Mask | None, queries: int, keys: int) -> str:
+    """Which of `models.layers.attention_choice.MASK_KINDS` a mask of so many queries and keys is."""
+    if isinstance(mask, KeyLengths):
+        return "lengths"
+    if isinstance(mask, np.ndarray) and mask.shape == (queries, keys):
+        if mask.all():
+            return "none"
+        return "causal" if queries == keys and np.array_equal(mask, np.tri(queries, dtype=bool)) else "dense"
+    return "none" if mask is None else "dense"
 
 
 def _attend_xla(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
     """Attention that the compiler fuses as it can."""
+    keys = k.shape[1]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
     scores = jnp.einsum("bnlk,bnmk->bnlm", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores += jnp.where(_array(mask), 0.0, _HIDDEN)
+        scores += jnp.where(_array(mask, keys), 0.0, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnlm,bnmk->bnlk", weights, v).transpose(0, 2, 1, 3)
 
@@ -97,23 +135,43 @@ def _attend_cudnn(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
             f"attention 'cudnn' needs heads whose width is a multiple of 8, at most 256, not {q.shape[-1]}; "
             "set implementation='xla'"
         )
-    length = q.shape[1]
-    if mask is not None:
-        mask = jnp.asarray(_array(mask))
-        mask = mask[(None,) * (4 - mask.ndim)]
-        # Its backward pass takes a mask of even sides only. A padded query sees what the last one does; its output is
-        # cut off, so it has no gradient.
-        rows, columns = length % 2, k.shape[1] % 2
-        mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, k.shape[1]))
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, rows), (0, 0)), mode="edge")
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, columns)))
-        q = _pad_length(q, length + rows)
-        k, v = (_pad_length(x, x.shape[1] + columns) for x in (k, v))
+    batch, length, keys = q.shape[0], q.shape[1], k.shape[1]
+    kind = mask_kind(mask, length, keys)
+    # JAX 0.10 differentiates even lengths only. A key that is added is hidden by the mask; a query that is added has an
+    # output that is cut off, and so no gradient.
+    rows, columns = length % 2, keys % 2
+    lengths = None
+    if isinstance(mask, KeyLengths):
+        lengths = jnp.maximum(mask.lengths, 1).astype(jnp.int32)  # the kernel divides by zero where there is no key
+    elif kind == "none" and columns:
+        lengths = jnp.full(batch, keys, jnp.int32)
+    q = _pad_length(q, length + rows)
+    k, v = (_pad_length(x, keys + columns) for x in (k, v))
     try:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :length]
+        if kind == "dense":
+            dense = jnp.asarray(_array(mask, keys))
+            dense = dense[(None,) * (4 - dense.ndim)]
+            dense = jnp.broadcast_to(dense, (*dense.shape[:2], length, keys))
+            dense = jnp.pad(dense, ((0, 0), (0, 0), (0, rows), (0, 0)), mode="edge")
+            dense = jnp.pad(dense, ((0, 0), (0, 0), (0, 0), (0, columns)))
+            out = _cudnn(q, k, v, mask=dense)
+        elif lengths is not None:
+            out = map_rows_and_heads(_cudnn_with_lengths, q, k, v, lengths[:, None, None, None])
+        else:
+            out = map_rows_and_heads(functools.partial(_cudnn, is_causal=kind == "causal"), q, k, v)
     except (NotImplementedError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"attention 'cudnn' cannot run here ({reason}); set implementation='xla'") from error
+    return out[:, :length]
+
+
+def _cudnn_with_lengths(q: Array, k: Array, v: Array, lengths: Array) -> Array:
+    """The kernel, of lengths [b 1 1 1]."""
+    return _cudnn(q, k, v, key_value_seq_lengths=lengths[:, 0, 0, 0])
+
+
+def _cudnn(q: Array, k: Array, v: Array, **mask: Any) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **mask)
 
 
 def _attend_splash(q: Array, k: Array, v: Array, mask: Mask | None, interpret: bool) -> Array:
@@ -130,9 +188,10 @@ def _attend_splash(q: Array, k: Array, v: Array, mask: Mask | None, interpret: b
         # The kernel's list of blocks differs in length between masks, so each has a kernel of its own.
         return jax.lax.switch(mask.index, [functools.partial(attend_under, m) for m in mask.masks], q, k, v)
     if not isinstance(mask, np.ndarray) or mask.shape != (q.shape[1], k.shape[1]):
+        given = f"{type(mask).__name__} {list(getattr(mask, 'shape', []))}".removesuffix(" []")
         raise ValueError(
             f"attention 'splash' needs a numpy mask [{q.shape[1]}, {k.shape[1]}], the same for all examples and heads, "
-            f"not {type(mask).__name__} {list(mask.shape)}; set implementation='xla'"
+            f"not {given}; set implementation='xla'"
         )
     return attend_under(mask, q, k, v)
 
@@ -205,8 +264,10 @@ def _pad_length(x: Array, length: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
 
 
-def _array(mask: Mask) -> Array | np.ndarray:
+def _array(mask: Mask, keys: int) -> Array | np.ndarray:
     """The mask itself, of a choice the chosen one."""
+    if isinstance(mask, KeyLengths):
+        return mask.dense(keys)
     if isinstance(mask, MaskChoice):
         return jnp.asarray(np.stack(mask.masks))[mask.index]
     return mask
@@ -255,7 +316,7 @@ class SelfAttention(nn.Module):
     kernel_init: Initializer = nn.initializers.normal(0.02)
     out_init: Initializer = nn.initializers.normal(0.02)
     use_bias: bool = True
-    implementation: str = "xla"
+    implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 

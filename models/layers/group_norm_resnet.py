@@ -139,7 +139,7 @@ class AttentionBlock(nn.Module):
     groups: int = 32
     norm_epsilon: float = 1e-5
     kernel_init: str = "fan_in"
-    implementation: str = "xla"
+    implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 

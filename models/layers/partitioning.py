@@ -50,22 +50,25 @@ def join_rows(x: Shaped[Array, "parts b *rest"]) -> Shaped[Array, "b2 *rest"]:
     return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def map_rows_and_heads(function: Callable[..., Array], *arrays: Float[Array, "b _ n _"]) -> Float[Array, "b _ n _"]:
+def map_rows_and_heads(function: Callable[..., Array], *arrays: Shaped[Array, "b _ _ _"]) -> Float[Array, "b _ n _"]:
     """Calls `function` on each device's own rows and heads, for what the compiler cannot split: a Pallas kernel.
 
     A dimension that does not divide over its axes is whole on every device, which then all do the same work.
 
     Args:
       function: from arrays [b l n k] to one such array; rows and heads do not depend on each other.
-      *arrays: its arguments, of one batch and one number of heads.
+      *arrays: its arguments, of one batch, and of one number of heads or 1, which is for all heads. The result is
+        split as the first one.
     """
     mesh = _mesh_in_context(ROW_AXES + HEAD_AXES)
     if mesh is None:
         return function(*arrays)
-    batch, _, heads, _ = arrays[0].shape
-    spec = PartitionSpec(_dividing(mesh, ROW_AXES, batch), None, _dividing(mesh, HEAD_AXES, heads), None)
+    specs = tuple(
+        PartitionSpec(_dividing(mesh, ROW_AXES, x.shape[0]), None, _dividing(mesh, HEAD_AXES, x.shape[2]), None)
+        for x in arrays
+    )
     # A Pallas call does not say over which axes its results vary, so that cannot be checked.
-    return jax.shard_map(function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def device_platform() -> str:

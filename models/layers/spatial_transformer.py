@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from models.layers.attention import attend
+from models.layers.attention import KeyLengths, attend
 from models.layers.convolution import Conv
 from models.layers.dense import Dense, DenseGeneral
 from models.layers.group_norm_resnet import KERNEL_INITS, group_norm
@@ -17,6 +17,7 @@ from models.layers.mlp import GatedMLP
 from models.layers.partitioning import shard_rows
 
 MLP_RATIO = 4
+ContextMask = Bool[Array, "b m"] | KeyLengths
 
 
 class ContextAttention(nn.Module):
@@ -32,20 +33,21 @@ class ContextAttention(nn.Module):
 
     heads: int
     kernel_init: str = "fan_in"
-    implementation: str = "xla"
+    implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], context: Float[Array, "b m e"], mask: Bool[Array, "b m"] | None = None
+        self, x: Float[Array, "b l d"], context: Float[Array, "b m e"], mask: ContextMask | None = None
     ) -> Float[Array, "b l d"]:
         """Attends from `x` to `context`.
 
         Args:
           x: asks.
           context: answers; `x` itself for self-attention.
-          mask: True where the context is to be seen; where an example has none of it, it reads zeros.
+          mask: True where the context is to be seen, or how much of it is; where an example has none of it, it reads
+            zeros.
         """
         width = x.shape[-1]
         init = KERNEL_INITS[self.kernel_init]
@@ -55,10 +57,12 @@ class ContextAttention(nn.Module):
         key_value = DenseGeneral((2, *head), use_bias=False, name="key_value", **dense)(context)
         # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
         implementation = "xla" if self.is_initializing() else self.implementation
-        seen = None if mask is None else mask[:, None, None]
+        lengths = isinstance(mask, KeyLengths)
+        seen = mask if mask is None or lengths else mask[:, None, None]
         y = attend(query, key_value[..., 0, :, :], key_value[..., 1, :, :], seen, implementation)
         if mask is not None:
-            y = jnp.where(mask.any(axis=1)[:, None, None, None], y, jnp.zeros((), y.dtype))
+            sees = mask.lengths > 0 if lengths else mask.any(axis=1)
+            y = jnp.where(sees[:, None, None, None], y, jnp.zeros((), y.dtype))
         return DenseGeneral(width, axis=(-2, -1), name="out", **dense)(y)
 
 
@@ -72,13 +76,13 @@ class ContextBlock(nn.Module):
 
     heads: int
     kernel_init: str = "fan_in"
-    implementation: str = "xla"
+    implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], context: Float[Array, "b m e"] | None, mask: Bool[Array, "b m"] | None = None
+        self, x: Float[Array, "b l d"], context: Float[Array, "b m e"] | None, mask: ContextMask | None = None
     ) -> Float[Array, "b l d"]:
         """Applies the layer; without a context the second attention is to `x` too."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -115,13 +119,13 @@ class SpatialTransformer(nn.Module):
     linear_projection: bool = False
     groups: int = 32
     kernel_init: str = "fan_in"
-    implementation: str = "xla"
+    implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"] | None, mask: Bool[Array, "b m"] | None = None
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"] | None, mask: ContextMask | None = None
     ) -> Float[Array, "b h w c"]:
         """Applies the block; `context` and `mask` as in `ContextBlock`."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}

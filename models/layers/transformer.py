@@ -80,7 +80,7 @@ class Block(nn.Module):
     initializers: BlockInitializers
     attention_bias: bool = True
     adaptive: bool = False
-    implementation: str = "xla"
+    implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 

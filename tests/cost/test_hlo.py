@@ -1,15 +1,20 @@
-"""Collectives read from HLO text that is written by hand, and from programs for eight CPU devices."""
+"""Collectives and attention, read from HLO text that is written by hand and from compiled programs."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from cost.hlo import group_size, read_collectives, sent_bytes, shape_bytes
+from cost.hlo import group_size, read_attention, read_collectives, sent_bytes, shape_bytes
+from models.layers.attention import attend
 
 ROOT = Path(__file__).resolve().parents[2]
+CAUSAL = np.tri(4, dtype=bool)
 GROUPS = "replica_groups={{0,1,2,3},{4,5,6,7}}"
 
 
@@ -218,6 +223,17 @@ def test_shapes():
 
 def test_a_group_of_one_sends_nothing():
     assert sent_bytes("all-reduce", 512, 1) == sent_bytes("all-gather", 512, 1) == 0
+
+
+@pytest.mark.parametrize("implementations", [(), ("xla",), ("splash_interpreted", "xla")])
+def test_a_compiled_program_says_which_attention_it_has(implementations):
+    def loss(q):
+        for implementation in implementations:
+            q = attend(q, q, q, CAUSAL, implementation)
+        return jnp.sum(q)
+
+    text = jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float32)).compile().as_text()
+    assert read_attention(text) == implementations
 
 
 PROGRAM = """

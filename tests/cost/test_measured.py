@@ -12,6 +12,7 @@ from cli.errors import UserError
 from cost import measured
 from cost.chips import Peak
 from cost.timing import Spread
+from models.layers import attention
 from train.distributed.mesh import make_mesh
 from train.program import create_program
 
@@ -52,6 +53,15 @@ def test_no_other_run_is_needed_and_the_config_stays():
     config = config_of("scenes/dalle.py", **{"frozen.dvae.source": "runs/nowhere"})
     assert measured.without_sources(config).frozen.dvae.source == "random"
     assert config.frozen.dvae.source == "runs/nowhere"
+
+
+def test_flops_of_a_kernel_that_is_chosen_are_counted(monkeypatch):
+    """As on a GPU, where products are out of sight in it."""
+    configs = [config_of("scenes/dalle.py"), config_of("scenes/ddpm_uvit.py")]
+    flops = [measured.model_flops(config) for config in configs]
+    monkeypatch.setattr(attention, "choose_attention", lambda *facts: "cudnn")
+    monkeypatch.setattr(attention, "_attend_cudnn", lambda q, k, v, mask: q)
+    assert [measured.model_flops(config) for config in configs] == flops
 
 
 def test_flops_are_those_of_the_mathematics():

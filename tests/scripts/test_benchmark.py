@@ -51,6 +51,7 @@ def test_a_report_holds_every_figure_and_its_environment(scenes_dir, capsys, mon
     assert step["mfu"]["low"] == pytest.approx(step["matrix_flops_per_step"] / seconds["high"] / 1e9)
     assert step["peak_source"] == "a float32 guess" and "tokens_per_second" not in step
     assert step["compile_seconds"] > 0 and step["trace_seconds"] > 0
+    assert step["attention"] == []  # a dVAE has none
     assert step["memory"]["device_peak_bytes"] is None  # the CPU keeps no count
     assert 0 < step["memory"]["program_peak_bytes"] < step["memory"]["resident_peak_bytes"]
 
@@ -83,11 +84,14 @@ def test_tokens_are_shown_where_there_are_some():
         **{name: spread for name in ("seconds", "examples_per_second", "tokens_per_second", "flops_per_second", "mfu")},
         **{"windows": 3, "steps_per_window": 7, "trace_seconds": 1.0, "compile_seconds": 2.0},
         **{"matrix_flops_per_step": 5, "peak_flops_per_second": 2e9, "peak_source": "a table"},
+        "attention": ["cudnn", "xla"],
         "memory": {"device_peak_bytes": 2**30, "program_peak_bytes": None, "resident_peak_bytes": 2**20},
     }
     lines = benchmark._step_lines(step)
     assert "step            1 (0.5 to 2) ms (3 windows of 7)" in lines
     assert any(line.startswith("tokens ") for line in lines)
+    assert "attention       cudnn, xla" in lines
+    assert not any(line.startswith("attention") for line in benchmark._step_lines({**step, "attention": []}))
     assert "MFU             0.1 (0.05 to 0.2) % of 2 GFLOP/s (a table)" in lines
     assert lines[-1] == "peak memory     1,024 MiB on a device; 1 MiB resident in the process"
 

@@ -119,6 +119,9 @@ def test_a_row_that_still_holds_is_not_compiled_again(page, capsys, changes, cod
     assert page.read_text() == before
 
 
+KERNELS = ("auto", "xla", "splash")
+
+
 def test_a_hash_follows_what_the_compiled_step_depends_on():
     hashes = fit.row_hashes(config_of())
     apart = ("log.every=7", "seed=3", "data.data_dir=/d", "frozen.dvae.source=runs/x", "checkpoint.keep=9")
@@ -126,6 +129,8 @@ def test_a_hash_follows_what_the_compiled_step_depends_on():
     for each in ("batch_size=8", "models.dalle.width=64", "mesh.fsdp=2", "data.image_size=64", "optimizer.b1=0.5"):
         of_config, of_all = fit.row_hashes(config_of(f"--config.{each}")).split()
         assert of_config not in hashes and of_all not in hashes
+    kernels = {name: fit.row_hashes(config_of(f"--config.models.dalle.implementation={name}")) for name in KERNELS}
+    assert kernels["auto"] == kernels["xla"] == hashes != kernels["splash"]  # the choice on a TPU is the plain one
     topology = fit.row_hashes(config_of("--config.mesh.topology=v6e:2x2"))
     assert topology != hashes
 

@@ -1,10 +1,10 @@
-"""What a run folder keeps of the tokenizer."""
+"""What a run folder keeps of the tokenizer, and of its config."""
 
 import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
-from train.workdir import copy_tokenizer
+from train.workdir import copy_tokenizer, open_workdir
 from weights.run import TOKENIZER, Run
 
 
@@ -38,3 +38,12 @@ def test_a_run_that_goes_on_keeps_its_own(scenes_dir, tmp_path):
     assert (tmp_path / TOKENIZER).read_bytes() == before
     with pytest.raises(UserError, match="no CLIP vocabulary at .*gone"):
         copy_tokenizer(config, tmp_path, resuming=False)
+
+
+def test_a_run_goes_on_with_another_kernel_of_attention(scenes_dir, tmp_path):
+    kernels = ("xla", "auto", "splash")
+    for kernel in kernels:
+        open_workdir(tmp_path, config_of(scenes_dir, f"--config.models.dalle.implementation={kernel}"), resuming=True)
+        assert Run.open(tmp_path).config.models.dalle.implementation == kernel
+    with pytest.raises(UserError, match="another config .models.dalle.conv_kernel: 5 -> 3"):
+        open_workdir(tmp_path, config_of(scenes_dir, "--config.models.dalle.conv_kernel=3"), resuming=True)

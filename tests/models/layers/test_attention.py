@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from models.layers.attention import MaskChoice, SelfAttention, attend, attend_from_one
+from models.layers.attention import KeyLengths, MaskChoice, SelfAttention, attend, attend_from_one
 from models.layers.attention_masks import attention_mask
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY = jax.random.key(0)
 CAUSAL = np.tri(6, dtype=bool)
+LENGTHS = "key_value_seq_lengths"  # an argument of JAX
 
 
 def inputs(dtype=jnp.float32, scale=1.0, length=6, width=8):
@@ -107,7 +108,7 @@ def test_a_layer_read_at_one_position_gives_its_output_there(use_bias):
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="choose one of xla, cudnn, splash"):
+    with pytest.raises(ValueError, match="choose one of auto, xla, cudnn, splash"):
         attend(*inputs(), None, "flash")
 
 
@@ -173,36 +174,81 @@ def test_the_tpu_kernel_is_refused_elsewhere_in_one_line():
 
 
 def test_a_mask_that_is_not_known_while_tracing_is_refused_by_the_tpu_kernel():
-    for mask in (jnp.asarray(CAUSAL), CAUSAL[None], CAUSAL[:, :5]):
+    for mask in (jnp.asarray(CAUSAL), CAUSAL[None], CAUSAL[:, :5], KeyLengths(jnp.array([2, 6]))):
         with pytest.raises(ValueError, match=r"needs a numpy mask \[6, 6\]"):
             attend(*inputs(), mask, "splash_interpreted")
 
 
-@pytest.mark.parametrize("length", [6, 7])
-@pytest.mark.parametrize("masked", [True, False])
-def test_what_is_given_to_cudnn_means_plain_attention(monkeypatch, length, masked):
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX's plain attention in place of its kernel; the masks that each call was given."""
     given = []
 
-    def record(q, k, v, mask, implementation):
+    def record(q, k, v, *, implementation, **masks):
         assert implementation == "cudnn"
-        given.append((q, k, v, mask))
-        return reference(q, k, v, mask=mask, implementation="xla")
+        # JAX 0.10 differentiates even lengths only.
+        assert q.shape[1] % 2 == k.shape[1] % 2 == v.shape[1] % 2 == 0
+        given.append({name: value for name, value in masks.items() if value is not False})
+        return reference(q, k, v, implementation="xla", **masks)
 
     reference = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
-    mask = np.tri(length, dtype=bool) if masked else None
-    arguments = inputs(jnp.bfloat16, length=length)
+    return given
+
+
+@pytest.mark.parametrize("queries", [6, 7])
+@pytest.mark.parametrize("keys", [6, 7])
+@pytest.mark.parametrize("kind", ["none", "causal", "lengths", "dense"])
+def test_what_is_given_to_cudnn_means_plain_attention(cudnn, queries, keys, kind):
+    q, k, v = inputs(jnp.bfloat16, length=7)
+    q, k, v = q[:, :queries], k[:, :keys], v[:, :keys]
+    dense = np.tri(queries, keys, k=1, dtype=bool)
+    mask = {"none": None, "causal": np.tri(queries, keys, dtype=bool), "lengths": KeyLengths(jnp.array([3, keys]))}
+    mask = mask.get(kind, dense)
+
+    def run(implementation, *inputs):
+        def loss(*inputs):
+            return jnp.sum(jnp.sin(attend(*inputs, mask, implementation).astype(jnp.float32)))
+
+        return attend(*inputs, mask, implementation), *jax.grad(loss, (0, 1, 2))(*inputs)
+
     with on("gpu"):
-        out = attend(*arguments, mask, "cudnn")
-    assert out.shape == arguments[0].shape
-    exact = attend(*(x.astype(jnp.float32) for x in arguments), mask)
-    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
-    (q, k, v, seen), *_ = given
-    if masked:  # cuDNN's backward pass wants even sides of a mask
-        even = length + length % 2
-        assert q.shape[1] == k.shape[1] == v.shape[1] == even
-        assert seen.shape == (1, 1, even, even)
-        assert np.all(np.any(seen, axis=-1))  # no query without a key
+        outputs = jax.jit(functools.partial(run, "cudnn"))(q, k, v)
+    assert [x.shape for x in outputs] == [q.shape, q.shape, k.shape, v.shape]
+    for mine, exact in zip(outputs, run("xla", *(x.astype(jnp.float32) for x in (q, k, v))), strict=True):
+        np.testing.assert_allclose(mine.astype(jnp.float32), exact, atol=0.05)
+    names = {name for masks in cudnn for name in masks}
+    if kind == "causal" and queries != keys:
+        kind = "dense"
+    if kind == "none" and keys % 2:
+        kind = "lengths"  # they hide the key that makes it even
+    assert names == {"none": set(), "causal": {"is_causal"}, "lengths": {LENGTHS}, "dense": {"mask"}}[kind]
+
+
+def test_an_example_without_keys_harms_nobody_in_cudnn(cudnn):
+    arguments = inputs(jnp.bfloat16)
+    with on("gpu"):
+        out = jax.jit(lambda *x: attend(*x, KeyLengths(jnp.array([0, 6])), "cudnn"))(*arguments)
+        assert cudnn
+    np.testing.assert_array_equal(out[0], jnp.broadcast_to(arguments[2][0, :1], out[0].shape))  # as if it had one
+    np.testing.assert_allclose(out[1].astype(float), attend(*arguments)[1].astype(float), atol=0.03)
+
+
+def test_lengths_are_the_mask_that_they_say():
+    """To the bit, values and gradients."""
+    lengths, dense = KeyLengths(jnp.array([2, 6])), jnp.array([[[[True] * 2 + [False] * 4]], [[[True] * 6]]])
+
+    def run(mask):
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend(*x, mask))), (0, 1, 2)))(*inputs())
+
+    for ours, theirs in zip(*map(jax.tree.leaves, (run(lengths), run(dense))), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_on_a_cpu_the_choice_is_the_plain_attention_to_the_bit():
+    for mask in (None, CAUSAL, KeyLengths(jnp.array([2, 6]))):
+        for arguments in (inputs(), inputs(jnp.bfloat16)):
+            np.testing.assert_array_equal(attend(*arguments, mask, "auto"), attend(*arguments, mask, "xla"))
 
 
 def test_cudnn_says_in_one_line_why_it_cannot_run():
@@ -216,7 +262,7 @@ def test_cudnn_says_in_one_line_why_it_cannot_run():
         with pytest.raises(ValueError, match="multiple of 8, at most 256, not 12"):
             attend(*inputs(jnp.bfloat16, width=12), CAUSAL, "cudnn")
         with pytest.raises(ValueError, match="cannot run here .*cuDNN is not detected"):
-            attend(*low, CAUSAL, "cudnn")
+            jax.eval_shape(lambda *x: attend(*x, CAUSAL, "cudnn"), *low)
 
 
 FOR_TPU = """
