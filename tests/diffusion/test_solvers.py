@@ -210,7 +210,7 @@ def test_learned_variances_lie_between_small_and_large():
 
         ends[name] = _run(solvers.ddpm(grid, "learned"), denoise, x, keys)
         fixed = _run(solvers.ddpm(grid, name), lambda x, t: 0.5 * x, x, keys)
-        np.testing.assert_allclose(ends[name], fixed, rtol=1e-5)
+        np.testing.assert_allclose(ends[name], fixed, rtol=1e-5, atol=1e-7)  # what ends near 0 is a sum of 0.1s
     assert not np.allclose(ends["small"], ends["large"])
 
 
