@@ -151,9 +151,7 @@ def load_part(entry: ConfigDict, seed: int = 0, abstract: Tree = None) -> Part:
     if entry.source == RANDOM:
         logging.getLogger(__name__).warning("part %r has random weights, as its source says", entry.part)
         model = model_of(entry)
-        if abstract is None:
-            return random_part(model, seed)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        shardings = None if abstract is None else jax.tree.map(lambda leaf: leaf.sharding, abstract)
         trees = jax.jit(lambda: random_part(model, seed).trees(), out_shardings=shardings)()
         return Part(model, **trees)
     source = Run.open(find_source(entry.source))

@@ -13,7 +13,7 @@ from sample.trained import TrainedSampler
 from train.loop import train
 from weights.pretrained import write_pretrained
 from weights.run import Run
-from weights.sources import random_part
+from weights.sources import Part, random_part
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def config(scenes_dir, name, *overrides):
 
 def write_stage(folder, model, seed: int):
     """A pretrained folder of random weights; returns them."""
-    part = random_part(model, seed)
+    part = Part(model, **jax.jit(lambda: random_part(model, seed).trees())())
     variables = {"dvae": part.variables} if part.variables else {}
     config = {"objective": "dvae", "models": {"dvae": model}}
     write_pretrained(folder, config, {"dvae": part.params}, variables, provenance={"format": "made up"})
@@ -65,7 +65,8 @@ def test_fine_tuning_starts_from_a_pretrained_folder(scenes_dir, tmp_path):
 @pytest.mark.slow
 def test_a_clip_goes_on_at_another_resolution_and_nothing_else_may_differ(scenes_dir, tmp_path):
     wanted = config(scenes_dir, "clip.py").models.clip.to_dict()
-    part = random_part({**wanted, "image_size": 16}, 0)
+    model = {**wanted, "image_size": 16}
+    part = Part(model, **jax.jit(lambda: random_part(model, 0).trees())())
     converted = {"objective": "clip", "models": {"clip": part.model}}
     write_pretrained(tmp_path / "clip", converted, {"clip": part.params}, {}, provenance={"format": "made up"})
     settings = (f"--config.initialize.clip.source={tmp_path}/clip", "--config.steps=2")
