@@ -93,6 +93,7 @@ def get_config(argument: str = "") -> ConfigDict:
         make_debug(config, steps=4, batch_size=8)
         config.data.validation_split = "validation"
         config.models.denoiser.width = 8
+        config.models.denoiser.multipliers = (1, 2)
         config.models.denoiser.groups = 4
         config.models.denoiser.blocks = 1
         config.sample.steps = 3
