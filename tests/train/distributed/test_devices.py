@@ -43,7 +43,10 @@ CONFIGS = {
     ),
     "clip, text tower": ("--config=configs/scenes/clip.py:debug", "--config.trainable=('^clip/text/', 'logit_scale')"),
     "clip, resnet": ("--config=configs/scenes/clip.py:pair32", "--config.batch_size=8"),
-    "clip, sigmoid": ("--config=configs/scenes/clip.py:sigmoid", "--config.batch_size=8"),
+    "clip, sigmoid": (
+        *("--config=configs/scenes/clip.py:debug", "--config.loss.kind=sigmoid"),
+        "--config.models.clip.logit_bias_init=-10.0",
+    ),
     "dalle": ("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=8"),
     "dalle, scanned": (
         *("--config=configs/scenes/dalle.py:debug", *FROZEN, "--config.batch_size=8"),
