@@ -17,6 +17,10 @@ from weights.run import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# jaxlib 0.12 makes a type as it reads a trace, of which Python 3.13 warns; as an error that would abort the process.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+
+
 @pytest.fixture
 def config(scenes_dir: Path) -> ConfigDict:
     """A run of four updates without an evaluation or a checkpoint between them."""

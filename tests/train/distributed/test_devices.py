@@ -62,12 +62,14 @@ CONFIGS = {
 }
 
 
-# Every config on a mesh of all three axes, and one of each loss in microbatches too; each axis alone is further below.
+# Every config on a mesh of all three axes, and one of each loss in microbatches too. Each axis alone for CLIP and for
+# diffusion; for the others further below.
 # A VQ-VAE's codebook takes microbatches in turn, and a ResNet's statistics are of the whole batch: these differ.
 MESHES = {name: ["all"] for name in CONFIGS}
 for name in ("dvae", "clip, sigmoid", "dalle", "diffusion, uvit"):
     MESHES[name].append("microbatches")
-MESHES["clip"] += ["microbatches", "data"]
+MESHES["clip"] += ["microbatches", "data", "fsdp", "tensor"]
+MESHES["diffusion, uvit"] += ["fsdp", "tensor"]
 
 
 @pytest.mark.slow
