@@ -15,6 +15,7 @@ import ftfy
 import tokenizers
 
 from cli.errors import UserError
+from cli.text_files import read_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"  # of the last piece of every word
@@ -110,7 +111,7 @@ def _read_merges_file(file: Path) -> ClipVocabulary:
     merges = [_pair(line) for line in lines[:_MERGES] if line.strip()]
     beside = file.with_name("vocab.json")
     if file.name == "merges.txt" and beside.is_file():
-        return ClipVocabulary(json.loads(beside.read_text(encoding="utf-8")), merges)
+        return ClipVocabulary(json.loads(read_text(beside)), merges)
     alphabet = byte_pieces()
     words = [piece + END_OF_WORD for piece in alphabet]
     pieces = [*alphabet, *words, *("".join(pair) for pair in merges), START, END]
@@ -119,7 +120,7 @@ def _read_merges_file(file: Path) -> ClipVocabulary:
 
 def _read_tokenizer_file(file: Path) -> ClipVocabulary:
     """Reads the one file that transformers, and a run of this project, keep a tokenizer in."""
-    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    stored: dict[str, Any] = json.loads(read_text(file))
     model = stored["model"]
     if model.get("end_of_word_suffix") != END_OF_WORD:
         raise ValueError(f"its words do not end in {END_OF_WORD}")

@@ -11,6 +11,7 @@ import tokenizers
 from jaxtyping import Int
 
 from cli.errors import UserError
+from cli.text_files import read_text
 from data.clip_vocabulary import END, END_OF_WORD, START, clean_caption, clip_model, read_clip_vocabulary
 
 PAD_ID = 0
@@ -96,8 +97,9 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"there is no tokenizer at {path}; run `python -m scripts.prepare` for its dataset first")
+        text = read_text(path)
         try:
-            model = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            model = tokenizers.Tokenizer.from_str(text)
             if getattr(model.model, "end_of_word_suffix", None) == END_OF_WORD:
                 # Another project's file of CLIP's vocabulary has its own ways of cleaning: only the ids are taken.
                 return cls.from_clip_vocabulary(path)

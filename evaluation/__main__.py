@@ -9,6 +9,7 @@ from typing import Any
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
+from cli.text_files import read_lines
 from sample.arguments import add_sampling_arguments, sampling_settings
 
 _DESCRIPTION = """\
@@ -130,10 +131,9 @@ def _scorer(options: argparse.Namespace) -> Any:
 def _clip_settings(options: argparse.Namespace) -> Any:
     """The `ClipSettings` that were asked for."""
     from evaluation.clip.metrics import ClipSettings
-    from evaluation.clip.zero_shot import read_lines
 
     lists = {name: getattr(options, name) for name in ("classes", "templates")}
-    given = {name: read_lines(path, name) for name, path in lists.items() if path}
+    given = {name: read_lines(path, f"file of {name}") for name, path in lists.items() if path}
     return ClipSettings(label=options.label, num_train=options.num_train, **given)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from cli import entry_point
 from cli.config import flatten, load_config
 from cli.errors import EXIT_OK, UserError
+from cli.text_files import read_text
 from configs.common import get_defaults
 from cost.chips import GIB, chip_of
 
@@ -264,10 +265,7 @@ def write_row(page: Path, row: Mapping[str, str]) -> None:
 
 
 def _lines(page: Path) -> list[str]:
-    try:
-        return page.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {page} ({error.strerror}); --table names a page that has the table") from error
+    return read_text(page, "page of --table").removesuffix("\n").split("\n")
 
 
 def _header(page: Path, lines: list[str]) -> int:

@@ -25,11 +25,13 @@ from ml_collections import ConfigDict
 
 from cli.config import from_json
 from cli.errors import UserError
+from cli.text_files import read_text
 from configs.common import get_defaults
 from data.tokenizer import Tokenizer
 from models import create_model
 from weights.checkpoint import CheckpointStore
 from weights.files.layout import check_tensors, model_shapes
+from weights.files.origin import read_json
 from weights.files.tensors import read_tensors
 
 Tree = Any
@@ -102,7 +104,7 @@ class Run:
         "" if it has none.
         """
         if self.converted:
-            return json.loads((self.folder / PROVENANCE).read_text(encoding="utf-8")).get("sha256", "")
+            return read_json(self.folder / PROVENANCE).get("sha256", "")
         path = self.folder / IDENTITY
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
@@ -210,7 +212,7 @@ def read_config(folder: str | Path) -> ConfigDict:
         what = "is not a run folder (it has no config.json)" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}; train one with `python -m train --config=... --workdir={folder}`")
     try:
-        config = from_json(path.read_text(encoding="utf-8"))
+        config = from_json(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or train again") from error
     _add_missing(config, get_defaults())
@@ -231,9 +233,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / METRICS
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    break
     return rows

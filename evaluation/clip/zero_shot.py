@@ -1,7 +1,6 @@
 """Zero-shot classification: the class whose description lies nearest (Radford et al. 2021, section 3.1)."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,21 +10,6 @@ from cli.errors import UserError
 Embed = Callable[[Sequence[str]], Float[np.ndarray, "n e"]]
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # section 3.1.4; a user's own usually do better
-
-
-def read_lines(path: str, what: str) -> tuple[str, ...]:
-    """Reads a file of one entry a line; blank lines are left out.
-
-    Raises:
-      UserError: if it is missing or empty.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"there is no file of {what} at {path}")
-    lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not lines:
-        raise UserError(f"the file of {what} {path} is empty; write one a line")
-    return lines
 
 
 def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:

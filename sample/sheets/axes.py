@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
+from cli.text_files import read_lines
 from sample.arguments import SETTINGS
 
 # What conditions hold that is written as text: its values may come from a file, and are numbered in file names.
@@ -91,16 +92,12 @@ def read_texts(values: Sequence[str], flag: str) -> list[str]:
         if not value.startswith("@"):
             texts.append(value)
             continue
-        path = Path(value[1:])
-        if not path.is_file():
-            raise UserError(f"there is no prompt file {path}")
+        texts += read_lines(value[1:], "prompt file")
+    for text in () if flag.endswith("image") else texts:
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the prompt file {path}: {error}") from error
-        if not any(lines):
-            raise UserError(f"the prompt file {path} is empty; write one caption a line")
-        texts += [line for line in lines if line]
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # bytes of the command line that are no text in the terminal's encoding
+            raise UserError(f"{flag}={text!r} is not UTF-8 text; write it in a file, {flag}=@FILE") from None
     if any(not text.strip() for text in texts):
         if flag.endswith("image"):
             raise UserError(f"{flag} is empty; name a picture file")

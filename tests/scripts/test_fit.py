@@ -147,7 +147,7 @@ def test_mistakes_are_one_line(page, monkeypatch):
         fit.main([f"--config={CONFIG}", "--topology=v5litepod:2x2"])
     with pytest.raises(UserError, match="config.mesh.topology names no slice"):
         fit.main(["--config=configs/scenes/dvae.py"])
-    with pytest.raises(UserError, match="cannot read .*none.md"):
+    with pytest.raises(UserError, match="no page of --table .*none.md"):
         fit.main([f"--config={CONFIG}", f"--table={page.parent / 'none.md'}"])
     page.write_text("no table")
     with pytest.raises(UserError, match="has no table with the columns config, topology"):

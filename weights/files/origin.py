@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
+from cli.text_files import read_text
 from weights.files.tensors import Tensors, read_tensors
 
 HUB = "hf:"
@@ -180,8 +181,8 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: if it is none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; fetch it again")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from evaluation.clip.zero_shot import class_embeddings, fill_templates, read_lines, top_accuracy
+from evaluation.clip.zero_shot import class_embeddings, fill_templates, top_accuracy
 
 
 def test_a_class_is_the_mean_of_its_prompts():
@@ -23,16 +23,10 @@ def test_features_that_are_no_numbers_are_never_right():
     assert top_accuracy(np.full((4, 3), np.nan), np.eye(3), np.array([0, 1, 2, 0]), top=(1, 2))["top_2"] == 0
 
 
-def test_templates_and_files(tmp_path):
+def test_templates_are_filled():
     assert fill_templates(["cat", "dog"], ["a {}.", "the {} {}"]) == [
         ["a cat.", "the cat cat"],
         ["a dog.", "the dog dog"],
     ]
     with pytest.raises(UserError, match="has no {}"):
         fill_templates(["cat"], ["a photo"])
-    (tmp_path / "classes").write_text("cat\n\n dog \n")
-    assert read_lines(str(tmp_path / "classes"), "classes") == ("cat", "dog")
-    (tmp_path / "empty").write_text("\n")
-    for name, message in (("empty", "is empty"), ("none", "there is no file of classes")):
-        with pytest.raises(UserError, match=message):
-            read_lines(str(tmp_path / name), "classes")

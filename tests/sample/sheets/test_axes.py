@@ -44,6 +44,7 @@ def test_headers_say_what_and_file_names_are_safe():
         (["eta=0,1"], "--sweep eta and --eta are both given"),
         (["prompt=a,,b"], "--sweep prompt is empty"),
         (["prompt=@nowhere.txt"], "no prompt file nowhere.txt"),
+        (["prompt=a\udcff"], "is not UTF-8 text"),
     ],
 )
 def test_mistakes_get_a_line(texts, message):
