@@ -7,6 +7,10 @@ and the next state is a linear combination
 
 where y_i is the state that the step starts from (x_i, or an earlier one within a step of several stages) and z_i is
 noise. `diffusion.solvers` makes the plans of the samplers; `solve` runs any of them.
+
+Solvers of the noise estimates e_i = (x_i - alpha_i m_i) / sigma_i add multiples of their changes d_i = e_i - e_{i-1},
+each of which is a combination of m_{i-1} - m_i and earlier changes. States and noise estimates themselves would be
+multiplied by up to 1 / alpha_i, which may be 1e4, and cancel only in part in float32.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ from jaxtyping import Array, Float
 
 State = Any  # an array or a pytree of arrays
 Denoise = Callable[[State, Array], Any]  # (x_t, t []) -> estimate of x_0; with learned variances, (x_0, fraction)
+Past = tuple[State, ...]
 Noise = Callable[[Array], State]  # step -> standard normal, of the state's shapes
 
 
@@ -35,7 +40,8 @@ class Plan:
       model: [S, J], b_ij: of this estimate, the one before, and so on.
       noise: [S], c_i.
       starts: [S], whether x_i is what later steps start from; else they start from y_{i-1}.
-      of_noise: the m_ij that are combined are estimates of the noise, (x_i - alpha_i m_i) / sigma_i.
+      change: None, or [S, K + 1]: d_i is its products with m_{i-1} - m_i, d_{i-1}, d_{i-2}, ...
+      of_change: None, or [S, K]: factors of d_i, d_{i-1}, ... in x_{i+1}.
       corrector: None, or [S, J + 3]: before x_i is used it becomes its products with x_i, y_{i-1}, m_i, m_{i-1}, ...
       log_variance: None, or [S, 2]: c_i is learned, between the square roots of these two variances.
       first_noise: added to what the sampler starts from.
@@ -48,10 +54,21 @@ class Plan:
     model: Float[np.ndarray, "s j"]
     noise: Float[np.ndarray, " s"]
     starts: np.ndarray
-    of_noise: bool = False
+    change: np.ndarray | None = None
+    of_change: np.ndarray | None = None
     corrector: np.ndarray | None = None
     log_variance: np.ndarray | None = None
     first_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        with np.errstate(over="ignore"):
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                if value is not None and not np.all(np.isfinite(np.asarray(value, np.float32))):
+                    raise ValueError(
+                        f"the sampler's {field.name} is not finite in float32; check the numbers of the schedule, or "
+                        "choose other times"
+                    )
 
     @property
     def evaluations(self) -> int:
@@ -108,7 +125,7 @@ def solve(plan: Plan, denoise: Denoise, x: State, noise: Noise | None = None, *,
         **{name: getattr(plan, name) for name in ("t", "alpha", "sigma", "state", "model", "noise")},
         "starts": plan.starts,
     }
-    optional = {"corrector": plan.corrector, "log_variance": plan.log_variance}
+    optional = {name: getattr(plan, name) for name in ("corrector", "log_variance", "change", "of_change")}
     columns |= {name: value for name, value in optional.items() if value is not None}
     rows = {
         name: jnp.asarray(value, jnp.float32 if value.dtype == np.float64 else value.dtype)
@@ -118,20 +135,22 @@ def solve(plan: Plan, denoise: Denoise, x: State, noise: Noise | None = None, *,
         x = _combine([(1.0, x), (plan.first_noise, noise(jnp.asarray(-1)))])
     depth = plan.model.shape[1]
 
-    def body(carry: tuple[State, State, tuple[State, ...]], row: dict[str, Array]) -> tuple[Any, Any]:
-        x, y, past = carry
-        estimate, fraction = denoise(x, row["t"]), None
+    def body(carry: tuple[State, State, Past, Past], row: dict[str, Array]) -> tuple[Any, Any]:
+        x, y, past, changes = carry
+        m, fraction = denoise(x, row["t"]), None
         if plan.log_variance is not None:
-            estimate, fraction = estimate
-        shown = (x, estimate) if trajectory else None
-        m = estimate
-        if plan.of_noise:
-            m = _combine([(1 / row["sigma"], x), (-row["alpha"] / row["sigma"], estimate)])
+            m, fraction = m
+        shown = (x, m) if trajectory else None
+        if plan.change is not None:
+            less = jax.tree.map(jnp.subtract, past[0], m)
+            changes = (_combine(list(zip(row["change"], (less, *changes), strict=True))), *changes[:-1])
         if plan.corrector is not None:
             x = _combine(list(zip(row["corrector"], (x, y, m, *past), strict=True)))
         past = (m, *past)
         y = jax.tree.map(lambda new, old: jnp.where(row["starts"], new, old), x, y)
         terms = [(row["state"], y), *((row["model"][j], past[j]) for j in range(depth))]
+        if plan.of_change is not None:
+            terms += list(zip(row["of_change"], changes, strict=True))
         if plan.stochastic and noise is not None:
             drawn = noise(row["step"])
             if fraction is not None:
@@ -139,11 +158,12 @@ def solve(plan: Plan, denoise: Denoise, x: State, noise: Noise | None = None, *,
                 scale = jax.tree.map(lambda part: jnp.exp((part * high + (1 - part) * low) / 2), fraction)
                 drawn = jax.tree.map(jnp.multiply, scale, drawn)
             terms.append((row["noise"], drawn))
-        return (_combine(terms), y, past[: len(carry[2])]), shown
+        return (_combine(terms), y, past[: len(carry[2])], changes), shown
 
     zeros = jax.tree.map(jnp.zeros_like, x)
     kept = depth if plan.corrector is not None else depth - 1
-    (x, _, _), shown = jax.lax.scan(body, (x, x, (zeros,) * kept), rows)
+    known = 0 if plan.of_change is None else plan.of_change.shape[1]
+    (x, *_), shown = jax.lax.scan(body, (x, x, (zeros,) * kept, (zeros,) * known), rows)
     return Solution(x, *shown) if trajectory else Solution(x)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffusion.schedule import DiscreteSchedule, FlowSchedule, Schedule, VPSchedule
+from diffusion.schedule import DiscreteSchedule, FlowSchedule, Schedule, VPSchedule, require
 from diffusion.solvers import VARIANCES
 
 PREDICTIONS = ("eps", "x0", "v", "flow")
@@ -75,8 +75,8 @@ class Process:
             raise ValueError(f"times {self.times!r} needs a schedule in continuous time")
         if not discrete and self.time_shift:
             raise ValueError("time_shift belongs to the steps of a chain; set it to 0")
-        if not self.gamma > 0:
-            raise ValueError(f"gamma={self.gamma} is impossible; min-SNR weights stop to grow at a positive ratio")
+        require("time_shift", self.time_shift, lambda n: n >= 0 and isinstance(n, int), "a whole number of at least 0")
+        require("gamma", self.gamma, lambda ratio: ratio > 0, "above 0, the ratio where the weights stop to grow")
         if self.weighting == "clipped_snr" and not (self.gamma >= 1 and self.prediction != "eps"):
             raise ValueError(
                 f"weighting 'clipped_snr' with prediction {self.prediction!r} and gamma={self.gamma} is impossible: it "

@@ -7,6 +7,8 @@ float64 in numpy; functions of a time that is a JAX array return float32 in JAX.
 import dataclasses
 import functools
 import math
+import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +19,15 @@ from jaxtyping import Float
 Times = Any  # float, float64 [n] in numpy, or a JAX array of any shape
 
 BETAS = ("linear", "scaled_linear", "cosine", "sohl_dickstein")
+
+_LEAST_SIGNAL = 1e-18  # of alpha: less is lost in float32, whose products the networks and solvers compute with
+
+
+def require(name: str, value: Any, possible: Callable[[Any], bool], allowed: str) -> None:
+    """Raises ValueError unless a number is finite and possible; names it and says what is allowed."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and possible(value)):
+        raise ValueError(f"{name}={value} is impossible; it must be {allowed}")
 
 
 def betas(kind: str, steps: int, start: float, end: float) -> Float[np.ndarray, " t"]:
@@ -65,6 +76,9 @@ class DiscreteSchedule:
       start: beta_1, where the kind has one.
       end: beta_T, where the kind has one.
       zero_terminal_snr: see `rescale_to_zero_snr`.
+
+    Raises:
+      ValueError: on an unknown kind, or a number that makes no such chain.
     """
 
     kind: str = "linear"
@@ -74,11 +88,17 @@ class DiscreteSchedule:
     zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
-        values = betas(self.kind, self.steps, self.start, self.end)
-        if self.steps < 1 or not np.all((values > 0) & (values < 1)):
+        least = 2 if self.zero_terminal_snr else 1  # the first step keeps its noise
+        require("steps", self.steps, lambda n: n >= least and isinstance(n, int), f"a whole number of at least {least}")
+        for name in ("start", "end"):
+            require(name, getattr(self, name), lambda beta: 0 < beta < 1, "a beta above 0 and below 1")
+        alpha_bar = np.append(1.0, self.alpha_bar)
+        if not np.all(np.diff(alpha_bar) < 0):
+            raise ValueError(f"start={self.start} is impossible; it must be large enough for a step to add noise")
+        if not self.zero_terminal_snr and alpha_bar[-1] < _LEAST_SIGNAL**2:
             raise ValueError(
-                f"a schedule needs at least one step and betas between 0 and 1, not steps={self.steps}, "
-                f"start={self.start}, end={self.end}"
+                f"end={self.end} with {self.steps} steps is impossible; the last step must keep alpha above "
+                f"{_LEAST_SIGNAL}, or be noise alone by zero_terminal_snr"
             )
 
     @functools.cached_property
@@ -134,11 +154,25 @@ class VPSchedule:
       beta_min: beta(0).
       beta_max: beta(1).
       time_min: where training and sampling end, as the score has no limit at 0.
+
+    Raises:
+      ValueError: on a number that makes no such process.
     """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
     time_min: float = 1e-5
+
+    def __post_init__(self) -> None:
+        most = -4 * math.log(_LEAST_SIGNAL)
+        require("beta_min", self.beta_min, lambda beta: beta >= 0, "at least 0")
+        require(
+            "beta_max",
+            self.beta_max,
+            lambda beta: 0 < beta >= self.beta_min and self.beta_min + beta <= most,
+            f"above 0, at least beta_min, and with it at most {most:.4g}, so that some signal is left at time 1",
+        )
+        require("time_min", self.time_min, lambda t: 0 < t < 1, "above 0 and below 1")
 
     @property
     def time_range(self) -> tuple[float, float]:
@@ -202,11 +236,22 @@ class VESchedule:
       sigma_min: sigma(0).
       sigma_max: sigma(1), about the largest distance between two examples.
       time_min: where training and sampling end.
+
+    Raises:
+      ValueError: on a number that makes no such process.
     """
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     time_min: float = 1e-5
+
+    def __post_init__(self) -> None:
+        most = 1 / _LEAST_SIGNAL
+        require("sigma_min", self.sigma_min, lambda sigma: sigma >= _LEAST_SIGNAL, f"at least {_LEAST_SIGNAL}")
+        require(
+            "sigma_max", self.sigma_max, lambda sigma: self.sigma_min < sigma <= most, f"above sigma_min, to {most:.0e}"
+        )
+        require("time_min", self.time_min, lambda t: 0 <= t < 1, "at least 0 and below 1")
 
     @property
     def time_range(self) -> tuple[float, float]:
@@ -241,10 +286,17 @@ class FlowSchedule:
     Attributes:
       time_min: where training and sampling end.
       time_max: where sampling begins; a little below 1, as alpha = 0 has no logarithm.
+
+    Raises:
+      ValueError: on a number that makes no such process.
     """
 
     time_min: float = 0.0
     time_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        require("time_min", self.time_min, lambda t: 0 <= t < 1, "at least 0 and below 1")
+        require("time_max", self.time_max, lambda t: self.time_min < t <= 1, "above time_min and at most 1")
 
     @property
     def time_range(self) -> tuple[float, float]:

@@ -54,6 +54,8 @@ def make_plan(
     """
     if sampler not in SOLVERS:
         raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SOLVERS)}")
+    if eta != 0 and sampler != "ddim":
+        raise ValueError(f"eta={eta} belongs to the sampler ddim, not to {sampler}")
     if isinstance(schedule, DiscreteSchedule):
         if sampler == "reverse_sde":
             raise ValueError("sampler 'reverse_sde' needs a schedule in continuous time; ddpm is that of a chain")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.plan import Plan
-from diffusion.schedule import ContinuousSchedule
+from diffusion.schedule import ContinuousSchedule, require
 from diffusion.times import TimeGrid
 
 VARIANCES = ("small", "large", "learned")
@@ -43,7 +43,12 @@ def ddpm(grid: TimeGrid, variance: str = "small") -> Plan:
 
 
 def ddim(grid: TimeGrid, eta: float = 0.0) -> Plan:
-    """DDIM (Song et al. 2021, eq. 12); eta = 0 draws no noise, eta = 1 as much as ancestral sampling."""
+    """DDIM (Song et al. 2021, eq. 12); eta = 0 draws no noise, eta = 1 as much as ancestral sampling.
+
+    Raises:
+      ValueError: if eta is not between 0 and 1: a step would draw more noise than its state may have.
+    """
+    require("eta", eta, lambda share: 0 <= share <= 1, "between 0, which draws no noise, and 1, as much as ddpm")
     alpha, sigma, _, beta = _chain(grid)
     noise = eta * sigma[1:] / sigma[:-1] * np.sqrt(beta)
     along = np.sqrt(np.maximum(np.square(sigma[1:]) - np.square(noise), 0)) / sigma[:-1]
@@ -137,29 +142,41 @@ def plms(grid: TimeGrid) -> Plan:
         raise ValueError("plms needs some signal at its first time, which is noise alone; choose ddim or unipc")
     if len(grid) == 1:
         return ddim(grid)
-    alpha, sigma = grid.alpha, grid.sigma
-    ratio = alpha[1:] / alpha[:-1]
-    move = sigma[1:] - ratio * sigma[:-1]  # of the noise estimate
+    alpha, sigma, level = grid.alpha, grid.sigma, grid.noise
     weights = [[1.0], [0.5, 0.5], [1.5, 0.0, -0.5], [23 / 12, -16 / 12, 0.0, 5 / 12]]
     weights += [[55 / 24, -59 / 24, 37 / 24, 0.0, -9 / 24]]  # the second estimate is not one of the past
     weights += [[55 / 24, -59 / 24, 37 / 24, -9 / 24]] * (len(grid) - 4)
     weights = weights[: len(grid) + 1]
-    steps = np.array([0, 0, *range(1, len(grid))])
+    steps = np.array([0, 0, *range(1, len(grid))])  # the step that a row makes
     asked = np.array([0, 1, *range(1, len(grid))])
-    model = np.zeros((len(weights), min(5, len(weights))))
-    for row, (place, weight) in enumerate(zip(steps, weights, strict=True)):
-        model[row, : len(weight)] = np.array(weight) * move[place]
-    starts = np.ones(len(weights), bool)
-    starts[1] = False
+    # The estimates' weighted mean is the newest one and a sum over its changes: of d_{i-k}, by what is older.
+    older = np.zeros((len(weights), min(4, len(weights) - 1)))
+    for row, weight in enumerate(weights):
+        for k in range(len(weight) - 1):
+            older[row, k] = -sum(weight[k + 1 :])
+    # With y = x / alpha the noise estimate is (y - m) / level, and a step moves y by its mean times the level's change.
+    along = np.diff(level)
+    change = np.zeros((len(weights), 1 + older.shape[1]))
+    change[1:, 0] = 1 / level[asked[1:]]
+    change[2:, 1:] = (along[steps[1:-1]] / level[asked[2:]])[:, None] * older[1:-1]
+    # The first step is done twice from where it starts: as DDIM's with the first estimate, and half of the change.
+    share = sigma[steps + 1] / sigma[steps]
+    model = np.zeros((len(weights), 2))
+    first = np.arange(len(weights)) == 1
+    model[np.arange(len(weights)), first.astype(int)] = alpha[steps + 1] - share * alpha[steps]
+    of_change = (alpha[steps + 1] * along[steps])[:, None] * older
+    of_change[1, 0] *= -1
+    change[2:3, 1] *= -1
     return Plan(
         t=grid.t[asked],
         alpha=alpha[asked],
         sigma=sigma[asked],
-        state=ratio[steps],
+        state=share,
         model=model,
         noise=np.zeros(len(weights)),
-        starts=starts,
-        of_noise=True,
+        starts=~first,
+        change=change,
+        of_change=of_change,
     )
 
 

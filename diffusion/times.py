@@ -33,8 +33,10 @@ class TimeGrid:
     sigma: Float[np.ndarray, " s"]
 
     def __post_init__(self) -> None:
+        if not all(np.all(np.isfinite(values)) for values in (self.t, self.alpha, self.sigma)):
+            raise ValueError("times or noise levels are not finite; check the numbers of the schedule")
         noise = self.noise
-        if len(self.t) < 2 or not np.all(np.diff(noise[np.isfinite(noise)]) < 0):
+        if len(self.t) < 2 or np.any(self.sigma < 0) or not np.all(noise[1:] < noise[:-1]):
             raise ValueError("a sampler needs at least one step, and less noise after each of them")
 
     def __len__(self) -> int:
@@ -60,8 +62,11 @@ def timesteps(
     """Times of a chain, falling (Lin et al. 2023, table 2).
 
     Args:
-      spacing: "leading", multiples of total // num from 0, or of total // (num + 1) from the first one above 0 for
-        intervals; "linspace", from total - 1 to 0; "trailing", from total - 1 in steps of total / num.
+      spacing: "leading", multiples of total / num from 0, or of total / (num + 1) from the first one above 0 for
+        intervals, rounded down; "linspace", from total - 1 to 0; "trailing", from total - 1 in steps of total / num.
+        Published code takes multiples of total // num, so that where num does not divide total the chain begins too
+        late for the noise that it is given, at 501 steps of 1000 in the middle. Where it divides both are the same.
+        One step begins at total - 1 whatever the spacing, as there it would hand the noise back elsewhere.
       num: S, the number of them.
       total: T of the chain.
       intervals: see the module; "trailing" is the same for both.
@@ -75,11 +80,14 @@ def timesteps(
     Raises:
       ValueError: if there is no such spacing, or not as many times.
     """
-    if not 1 <= num <= total - (intervals and spacing != "trailing"):
-        raise ValueError(f"{num} steps are not between 1 and those of the schedule, {total}; choose fewer")
+    most = total - (intervals and spacing != "trailing")
+    if most < 1:
+        raise ValueError("a chain of one step has no interval; choose spacing 'trailing' or a sampler such as ddim")
+    if not 1 <= num <= most:
+        raise ValueError(f"{num} steps are not between 1 and {most}, all that a chain of {total} has for this sampler")
     if spacing == "leading":
         points = num + intervals
-        times = np.arange(int(intervals), points) * (total // points) + offset
+        times = np.arange(int(intervals), points) * total // points + offset
     elif spacing == "linspace":
         # numpy rounds halves to even, as the reference implementations do.
         times = np.linspace(0, total - 1, num + intervals)[int(intervals) :]
@@ -88,6 +96,7 @@ def timesteps(
         times = np.round(total - np.arange(num)[::-1] * (total / num)) - 1
     else:
         raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
+    times = times if num > 1 else np.array([total - 1])
     return np.unique(np.minimum(times, total - 1))[::-1].astype(np.float64)
 
 

@@ -300,8 +300,6 @@ class DiffusionSampler:
             self.plan(steps)
         except (TypeError, ValueError) as error:
             raise UserError(f"sampler {steps.sampler!r} with {steps.steps} steps: {error}") from error
-        if steps.eta and steps.sampler != "ddim":
-            raise UserError(f"eta={steps.eta} belongs to the sampler ddim, not to {steps.sampler}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

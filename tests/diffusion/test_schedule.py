@@ -90,7 +90,25 @@ def test_schedules_can_be_static_arguments():
         ("linear", {}, "no schedule is called 'linear'; choose one of discrete, vp"),
         ("vp", {"steps": 10}, "schedule 'vp' has no field steps; it has beta_min"),
         ("discrete", {"kind": "sqrt"}, "unknown betas 'sqrt'; choose one of linear"),
-        ("discrete", {"end": 1.5}, "betas between 0 and 1"),
+        ("discrete", {"end": 1.5}, "end=1.5 is impossible; it must be a beta above 0 and below 1"),
+        ("discrete", {"start": -0.1, "kind": "scaled_linear"}, "start=-0.1 is impossible"),
+        ("discrete", {"start": float("nan")}, "start=nan is impossible"),
+        ("discrete", {"start": 1e-20}, "start=1e-20 is impossible; it must be large enough"),
+        ("discrete", {"end": 0.9}, "end=0.9 with 1000 steps is impossible"),
+        ("discrete", {"steps": 0}, "steps=0 is impossible; it must be a whole number of at least 1"),
+        ("discrete", {"steps": -1}, "steps=-1 is impossible"),
+        ("discrete", {"steps": 1, "zero_terminal_snr": True}, "steps=1 is impossible; .* at least 2"),
+        *(("vp", {"beta_min": value}, "beta_min=.* is impossible") for value in (-1.0, float("nan"))),
+        *(
+            ("sub_vp", {"beta_max": value}, "beta_max=.* is impossible")
+            for value in (-5.0, 0.0, 0.05, float("inf"), 1e6)
+        ),
+        *(("vp", {"time_min": value}, "time_min=.* above 0 and below 1") for value in (0.0, -0.5, 1.0, float("nan"))),
+        *(("ve", {"sigma_min": value}, "sigma_min=.* is impossible") for value in (0.0, -1.0, float("nan"))),
+        *(("ve", {"sigma_max": value}, "sigma_max=.* above sigma_min") for value in (0.0, -1.0, 0.01, float("inf"))),
+        ("ve", {"time_min": -1.0}, "time_min=-1.0 is impossible"),
+        *(("flow", {"time_min": value}, "time_min=.* is impossible") for value in (-0.5, 1.0, float("nan"))),
+        *(("flow", {"time_max": value}, "time_max=.* above time_min") for value in (0.0, 2.0, float("nan"))),
     ],
 )
 def test_an_impossible_schedule_is_refused(name, fields, message):

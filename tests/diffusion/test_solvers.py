@@ -1,5 +1,6 @@
 """Samplers on data whose exact denoiser is known: orders of convergence, distributions, network calls."""
 
+import dataclasses
 import functools
 
 import jax
@@ -36,16 +37,20 @@ def _run(plan, denoise, x, keys=None):
 
 def _end_in_float64(plan, denoise, x):
     """What `solve` computes, in numpy: float32 would hide the order of a good solver."""
-    y, past = x, []
+    y, past, changes = x, [], []
     for i in range(plan.evaluations):
-        estimate = denoise(x, plan.t[i])
-        m = (x - plan.alpha[i] * estimate) / plan.sigma[i] if plan.of_noise else estimate
+        m = denoise(x, plan.t[i])
+        if plan.change is not None:
+            known = [past[0] - m if past else 0 * m, *changes]
+            changes = [sum(factor * value for factor, value in zip(plan.change[i], known, strict=False)), *changes]
         if plan.corrector is not None:
             known = [x, y, m, *past]
             x = sum(factor * value for factor, value in zip(plan.corrector[i], known, strict=False))
         past = [m, *past]
         y = x if plan.starts[i] else y
         x = plan.state[i] * y + sum(factor * value for factor, value in zip(plan.model[i], past, strict=False))
+        if plan.of_change is not None:
+            x = x + sum(factor * value for factor, value in zip(plan.of_change[i], changes, strict=False))
     return x
 
 
@@ -96,6 +101,31 @@ def test_a_straight_flow_needs_one_step():
     grid = continuous_grid(FlowSchedule(), 1)
     end = _run(solvers.euler(grid), lambda x, t: jnp.full_like(x, 0.3), np.linspace(-2, 2, 5))
     np.testing.assert_allclose(end, 0.3, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "karras"])
+@pytest.mark.parametrize(("sampler", "steps"), [("plms", 2), ("plms", 3), ("plms", 10), ("heun", 2), ("unipc", 3)])
+def test_data_at_one_point_are_found_from_almost_noise_alone(sampler, steps, spacing):
+    # The first alpha is down to 5e-5 here, and what is divided by it must not cancel.
+    plan = make_plan(DiscreteSchedule("cosine"), sampler, steps, spacing=spacing)
+    end = _run(plan, lambda x, t: jnp.full_like(x, 0.3), np.linspace(-3, 3, 13))
+    np.testing.assert_allclose(end, 0.3, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "euler", "dpm_solver_multistep", "unipc"])
+def test_a_chain_of_any_number_of_steps_begins_where_its_noise_belongs(sampler, gaussian):
+    schedule, x = DiscreteSchedule(), np.random.default_rng(0).standard_normal(2000)
+    for steps in (1, 334, 501):
+        plan = make_plan(schedule, sampler, steps, spacing="leading")
+        end = _run(plan, gaussian.denoiser(schedule), plan.first_scale * x)
+        assert abs(end.mean() - gaussian.mean) < 0.05
+        assert end.std() < 0.02 if steps == 1 else abs(end.std() - gaussian.std) < 0.05
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_no_eta_draws_more_noise_than_a_state_may_have(eta):
+    plan, grid = make_plan(DiscreteSchedule(), "ddim", 20, eta=eta), discrete_grid(DiscreteSchedule(), 20)
+    assert np.all(np.square(plan.noise) <= np.square(grid.sigma[1:]) + 1e-12)
 
 
 @pytest.mark.parametrize("sampler", [name for name in SOLVERS if name != "ddpm"])
@@ -271,6 +301,10 @@ GRID = discrete_grid(DiscreteSchedule(), 6)
         (lambda: solvers.dpm_solver_singlestep(GRID, (3, 2)), "must add up to the 6 steps"),
         (lambda: solvers.dpm_solver_singlestep(GRID, (3, 3)), "its order must be 1"),
         (lambda: solvers.unipc(GRID, 0), "order=0 is impossible"),
+        *((lambda eta=eta: solvers.ddim(GRID, eta), "eta=.* is impossible") for eta in (1.5, -0.5, np.inf, np.nan)),
+        (lambda: make_plan(DiscreteSchedule(), "ddpm", 5, eta=np.nan), "eta=nan belongs to the sampler ddim"),
+        (lambda: dataclasses.replace(solvers.ddim(GRID), noise=np.full(6, np.nan)), "noise is not finite"),
+        (lambda: dataclasses.replace(solvers.ddim(GRID), state=np.full(6, 1e39)), "state is not finite in float32"),
         (lambda: solvers.heun(GRID, churn=1.0), "needs alpha = 1 and t = sigma"),
         (lambda: solve(solvers.ddpm(GRID), lambda x, t: x, jnp.zeros(2)), "draws noise; give it noise="),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion.schedule import DiscreteSchedule, FlowSchedule, VPSchedule
-from diffusion.times import continuous_grid, discrete_grid, karras_noise, timesteps
+from diffusion.times import TimeGrid, continuous_grid, discrete_grid, karras_noise, timesteps
 
 STABLE_DIFFUSION = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
 
@@ -15,6 +15,27 @@ def test_times_of_stable_diffusion():
     assert timesteps("linspace", 10, 1000)[:2].tolist() == [999, 888]
     assert timesteps("trailing", 10, 1000)[[0, 1, -1]].tolist() == [999, 899, 99]
     assert timesteps("linspace", 20, 1000, intervals=True)[[0, 1, -2, -1]].tolist() == [999, 949, 100, 50]
+
+
+@pytest.mark.parametrize("total", [40, 1000])
+@pytest.mark.parametrize("intervals", [False, True])
+def test_leading_times_begin_later_with_every_step_and_are_published_where_they_divide(total, intervals):
+    firsts = []
+    for num in range(2, total - intervals + 1):
+        points = num + intervals
+        times = timesteps("leading", num, total, intervals=intervals)
+        if total % points == 0:
+            expected = np.arange(int(intervals), points)[::-1] * (total // points)
+            assert times.tolist() == expected.tolist()
+        assert len(times) == num and times[0] >= total - 1 - total / points
+        firsts.append(times[0])
+    assert np.all(np.diff(firsts) >= 0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "karras"])
+@pytest.mark.parametrize("intervals", [False, True])
+def test_one_step_begins_where_the_chain_ends(spacing, intervals):
+    assert discrete_grid(STABLE_DIFFUSION, 1, spacing, intervals=intervals).t.tolist() == [999, 0]
 
 
 def test_noise_of_stable_diffusion_at_ten_karras_steps():
@@ -72,8 +93,16 @@ def test_flow_reaches_the_data_by_itself():
     ("make", "message"),
     [
         (lambda: timesteps("even", 5, 10), "unknown spacing 'even'; choose one of leading"),
-        (lambda: timesteps("leading", 11, 10), "11 steps are not between 1 and those of the schedule, 10"),
+        (lambda: timesteps("leading", 11, 10), "11 steps are not between 1 and 10"),
         (lambda: timesteps("leading", 0, 10), "0 steps are not between 1"),
+        (lambda: timesteps("linspace", 40, 40, intervals=True), "40 steps are not between 1 and 39"),
+        (lambda: timesteps("linspace", 1, 1, intervals=True), "a chain of one step has no interval"),
+        (lambda: TimeGrid(np.full(3, np.nan), np.full(3, np.nan), np.full(3, np.nan)), "are not finite"),
+        (lambda: TimeGrid(np.array([2.0, 1, 0]), np.ones(3), np.array([2.0, np.inf, 0])), "are not finite"),
+        (
+            lambda: TimeGrid(np.array([2.0, 1, 0]), np.array([0.0, 0, 1]), np.array([1.0, 1, 0])),
+            "less noise after each",
+        ),
         (lambda: discrete_grid(STABLE_DIFFUSION, 5, end="zero"), "unknown end 'zero'; choose clean or first"),
         (
             lambda: discrete_grid(DiscreteSchedule(zero_terminal_snr=True), 5, "karras"),
