@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data import points, scenes
+from data.pictures import PictureError, read_picture
 from data.preprocess import choose_caption, transform_pair
 from data.tokenizer import Tokenizer
 
@@ -107,7 +108,7 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 class RecordSource:
-    """Random access to one split's records: pictures as uint8, captions as str.
+    """Random access to one split's records: pictures as `read_picture` reads them, captions as str.
 
     A record that cannot be decoded, or read in a few attempts, is replaced by the next one and counted in `damaged`, so
     that one bad file does not end a run of days, and a storage that fails for a moment does not change the stream.
@@ -129,7 +130,7 @@ class RecordSource:
           split: TFDS split expression, such as `train` or `train[:90%]`.
           data_dir: see `dataset_folder`.
           cache: keep decoded records in memory once read; for datasets that fit there.
-          pictures: decode them; otherwise `image` is left as the bytes of its file.
+          pictures: decode `image`; otherwise it is left as the bytes of its file, as any other field of pictures is.
           fields: names of the stored fields to decode, where the dataset has them; None for all. The others then cost
             neither time nor memory.
 
@@ -155,11 +156,15 @@ class RecordSource:
         self._features = tfds.features.FeaturesDict(
             {name: stored[name] for name in stored if fields is None or name in fields}
         )
-        skips = not pictures and "image" in self._features
-        self._decoders = {"image": tfds.decode.SkipDecoding()} if skips else None
+        # TFDS' own decoder takes a file's numbers for colors, whatever they stand for.
+        images = [name for name, feature in self._features.items() if isinstance(feature, tfds.features.Image)]
+        self._decoders = {name: tfds.decode.SkipDecoding() for name in images} or None
+        self._pictures = pictures and "image" in images
+        if self._pictures and self._features["image"].np_dtype == np.float32:  # stored as if they were four channels
+            raise UserError(f"the pictures of {dataset} are floats, without an agreed white; prepare them as 8 bits")
         self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
         self._lock = threading.Lock()
-        self._split = split
+        self._dataset, self._split = dataset, split
         self.damaged: set[int] = set()
 
     def require(self, num: int, option: str = "--num") -> None:
@@ -185,7 +190,7 @@ class RecordSource:
         return any(name in self._features for name in CAPTION_FIELDS)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns record `index` as {"image": uint8 [h w c], "captions": tuple of str, ...}."""
+        """Returns record `index` as {"image": uint8 [h w 3], "captions": tuple of str, ...}."""
         if self._cache is None:
             return self._read(index)
         record = self._cache.get(index)
@@ -199,16 +204,19 @@ class RecordSource:
             try:
                 raw = self._fetch(place)
                 record: Any = self._features.deserialize_example_np(raw, decoders=self._decoders)
-            except (OSError, ValueError, SyntaxError) as error:  # what Pillow and the reader raise for broken bytes
+                if self._pictures:
+                    record["image"] = read_picture(record["image"])
+            except (OSError, ValueError, PictureError) as error:  # of the reader of records and of pictures
                 with self._lock:
                     first = not self.damaged
                     self.damaged.add(place)
                 if first:
-                    print(f"warning: record {place} cannot be read ({error}); the next one takes its place", flush=True)
+                    where = f"record {place} of {self._dataset} ({self._split})"
+                    print(f"warning: {where} cannot be read ({error}); the next one takes its place", flush=True)
                 continue
             record["captions"] = _captions(record)
             return record
-        raise UserError("no record of this split can be read; prepare the dataset again")
+        raise UserError(f"no record of {self._dataset} ({self._split}) can be read; prepare the dataset again")
 
     def _fetch(self, place: int) -> Any:
         """The bytes of a record, asked for more than once unless it is known to be damaged."""

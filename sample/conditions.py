@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from cli.errors import UserError
 from data.preprocess import transform_pair
-from sample.files import read_picture
+from sample.files import read_square
 from sample.sheets.grid import to_uint8
 from sample.trained import Rows, TrainedSampler
 
@@ -134,7 +134,7 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
         data = trained.config.data
         transform = transform_pair(data.transform).evaluation
         files = {str(condition.image) for condition in order.conditions}
-        pictures = {name: read_picture(name, data.image_size, transform) for name in sorted(files)}
+        pictures = {name: read_square(name, data.image_size, transform) for name in sorted(files)}
         rows["image"] = np.stack([pictures[str(condition.image)] for condition in order.conditions])
     if order.negative_prompt is not None:
         rows["negative"] = np.repeat(trained.encode([order.negative_prompt])["text"], len(order.conditions), axis=0)

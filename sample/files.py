@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
+from data.pictures import read_picture
 from data.preprocess import PictureTransform, center_square
 
 
@@ -35,10 +36,10 @@ class Samples:
         return f"{len(self.records)} {' with '.join(name for name, value in made.items() if value is not None)}"
 
 
-def read_picture(
+def read_square(
     name: str, size: int, transform: PictureTransform = center_square
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Reads a picture file as RGB, and makes it a square as evaluation does.
+    """Reads a picture file, and makes it a square as evaluation does.
 
     Args:
       name: of the file.
@@ -48,12 +49,7 @@ def read_picture(
     Raises:
       UserError: if it is missing or not a picture.
     """
-    try:
-        with Image.open(name) as picture:
-            array = np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"cannot read the picture {name}: {error}") from error
-    return transform(array, size, None)
+    return transform(read_picture(name), size, None)
 
 
 def prepare_out(out: Path) -> None:

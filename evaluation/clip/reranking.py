@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cli.errors import UserError
+from data.pictures import open_picture
 from data.pipeline import RecordSource
 from data.preprocess import choose_caption
 from data.scenes.grader import SceneGrader
@@ -163,4 +164,4 @@ def draw_curve(
         axes.legend()
         stream = io.BytesIO()
         figure.savefig(stream, format="png")
-    return Image.open(stream).convert("RGB")
+    return open_picture(stream.getvalue())

@@ -9,6 +9,8 @@ from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
+from data.pictures import open_picture
+
 
 def draw_similarity(
     images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], cosines: Float[np.ndarray, "m n"]
@@ -31,4 +33,4 @@ def draw_similarity(
             inset.axis("off")
         stream = io.BytesIO()
         figure.savefig(stream, format="png")
-    return Image.open(stream).convert("RGB")
+    return open_picture(stream.getvalue())

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from data.pictures import read_picture
 from data.points import PointStream
 from sample.samplers.diffusion import DiffusionSampler
 from sample.trained import TrainedSampler
@@ -98,4 +99,4 @@ def _frame(axes: matplotlib.axes.Axes) -> None:
 def _pixels(figure: matplotlib.figure.Figure) -> np.ndarray:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return np.asarray(Image.open(buffer).convert("RGB"))
+    return read_picture(buffer.getvalue())

@@ -20,7 +20,7 @@ def prepare_made_up(
     Args:
       folder: where datasets are kept.
       features: of the fields but `image`.
-      splits: name -> records; an `image` is an array, or a color of a picture of 50 x 40 pixels.
+      splits: name -> records; an `image` is the bytes of a file, an array, or a color of a picture of 50 x 40 pixels.
     """
 
     class MadeUp(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -45,6 +45,8 @@ def prepare_made_up(
 def with_file(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with its picture as a file's bytes."""
     image = record.get("image", "black")
+    if isinstance(image, bytes):
+        return dict(record)
     picture = Image.new("RGB", (50, 40), image) if isinstance(image, str) else Image.fromarray(image)
     picture.save(file := io.BytesIO(), "PNG")
     return {**record, "image": file.getvalue()}
