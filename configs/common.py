@@ -20,6 +20,8 @@ def get_defaults() -> ConfigDict:
     config.data.data_dir = ""  # where datasets are kept; "" for TFDS's default
     config.data.split = "train"
     config.data.validation_split = "validation"
+    config.data.image_field = ""  # of pictures; "" for a usual name, see data.fields
+    config.data.text_field = ""  # of captions; "" for a usual name
     config.data.image_size = 0  # pixels
     config.data.transform = "center_square"  # a key of data.preprocess.TRANSFORMS
     config.data.text_length = 0  # tokens of a caption, ends included; 0 for no text

@@ -101,6 +101,18 @@ def open_picture(source: bytes | str | Path, size: int = 0) -> Image.Image:
         raise PictureError(f"cannot read the picture {source}: {error}") from error
 
 
+def as_rgb(pixels: UInt8[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels that are stored as such, [h w] or [h w c] with one channel, two with alpha, three or four, as RGB.
+
+    Raises:
+      PictureError: if they have another shape, or there are none.
+    """
+    if pixels.ndim not in (2, 3) or not pixels.size or (pixels.ndim == 3 and pixels.shape[-1] not in (1, 2, 3, 4)):
+        raise PictureError(f"an array of {' x '.join(map(str, pixels.shape))} numbers is no picture")
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
+    return np.asarray(_to_rgb(Image.fromarray(pixels)))
+
+
 def _read_file(name: str | Path) -> bytes:
     """The bytes of a regular file; a device or a pipe might never end."""
     try:

@@ -59,6 +59,7 @@ class PointStream:
     epoch_size = 2**31 - 1
     truncated = 0
     damaged = 0
+    incomplete = 0
     classes = 0
 
     def __init__(self, dataset: str, split: str, seed: int):

@@ -12,10 +12,17 @@ from jaxtyping import Int
 
 from cli.errors import UserError
 from cli.text_files import read_text
+from data.bounded_cache import BoundedCache
 from data.clip_vocabulary import END, END_OF_WORD, START, clean_caption, clip_model, read_clip_vocabulary
 
 PAD_ID = 0
 _PAD = "<pad>"
+
+_CACHE_BYTES = 2**25  # of encodings, and as much of words
+_LONGEST_KEPT = 1024  # letters of a caption whose encoding is kept
+_PER_ITEM = 64  # bytes of an id or a letter in a list, about
+
+_MERGED_AT_ONCE = 64  # letters of a word under BPE dropout, whose cost grows with their square; few words are longer
 
 
 class Encoded(NamedTuple):
@@ -53,6 +60,10 @@ class Tokenizer:
         # Otherwise a caption that spells such a token would become it.
         model.encode_special_tokens = True
         self._model = model
+        self._known_ids = BoundedCache[list[int]](_CACHE_BYTES, _LONGEST_KEPT, lambda ids: _PER_ITEM * len(ids))
+        self._known_words = BoundedCache[list[tuple[str, ...]]](
+            _CACHE_BYTES, _LONGEST_KEPT, lambda words: _PER_ITEM * sum(1 + len(word) for word in words)
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -154,7 +165,7 @@ class Tokenizer:
         if dropout > 0:
             if rng is None:
                 raise ValueError("BPE dropout needs a random generator")
-            ids = self._encode_with_dropout(text, dropout, rng)
+            ids = self._encode_with_dropout(text, length, dropout, rng)
         else:
             ids = self._encode(text)
         if self.end_id is not None:
@@ -182,19 +193,36 @@ class Tokenizer:
             kept = [i for i in kept if i != PAD_ID]
         return self._model.decode([i for i in kept if i != self.start_id]).strip()
 
-    @functools.lru_cache(maxsize=2**16)  # noqa: B019  (a process has one or two tokenizers, and they live as long)
     def _encode(self, text: str) -> list[int]:
-        return self._model.encode(clean_caption(text) if self._clip else text, add_special_tokens=False).ids
-
-    def _encode_with_dropout(self, text: str, dropout: float, rng: np.random.Generator) -> list[int]:
-        ids: list[int] = []
-        for word in self._words(text):
-            ids.extend(self._model.token_to_id(piece) or PAD_ID for piece in self._merge(word, dropout, rng))
+        ids = self._known_ids.get(text)
+        if ids is None:
+            ids = self._model.encode(clean_caption(text) if self._clip else text, add_special_tokens=False).ids
+            self._known_ids.put(text, ids)
         return ids
 
-    @functools.lru_cache(maxsize=2**16)  # noqa: B019
+    def _encode_with_dropout(self, text: str, length: int, dropout: float, rng: np.random.Generator) -> list[int]:
+        """The first ids of a caption, one more than `length` at least if there are so many: the rest would be cut.
+
+        A word longer than `_MERGED_AT_ONCE` is merged in parts of that many letters, so that time grows as its length.
+        """
+        ids: list[int] = []
+        for word in self._words(text):
+            for start in range(0, len(word), _MERGED_AT_ONCE):
+                if len(ids) > length:
+                    return ids
+                pieces = self._merge(word[start : start + _MERGED_AT_ONCE], dropout, rng)
+                ids.extend(self._model.token_to_id(piece) or PAD_ID for piece in pieces)
+        return ids
+
     def _words(self, text: str) -> list[tuple[str, ...]]:
         """Returns the words of a caption, each as pieces of one byte."""
+        words = self._known_words.get(text)
+        if words is None:
+            words = self._split(text)
+            self._known_words.put(text, words)
+        return words
+
+    def _split(self, text: str) -> list[tuple[str, ...]]:
         normalizer, splitter = self._model.normalizer, self._model.pre_tokenizer
         assert splitter is not None  # `train` and `clip_model` set it
         if self._clip:

@@ -50,6 +50,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--metrics", default="", help="comma-separated (default: all that apply)")
     parser.add_argument("--dataset", default="", help="a prepared one, name[/config] (default: the run's)")
     parser.add_argument("--data_dir", default="", help="where datasets are kept (default: the run's)")
+    parser.add_argument("--image_field", default="", help="the dataset's field of pictures (default: the run's)")
+    parser.add_argument("--text_field", default="", help="the dataset's field of captions (default: the run's)")
     parser.add_argument("--splits", default="", help="comma-separated (default: validation, and held_out of scenes)")
     parser.add_argument("--num", type=int, default=1000, help="pictures of each split (default 1000)")
     features = parser.add_argument_group("metrics that compare features")
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
-    trained = on_dataset(trained, options.dataset, options.data_dir)
+    trained = on_dataset(trained, options.dataset, options.data_dir, options.image_field, options.text_field)
     if not os.access(trained.run.folder, os.W_OK):
         raise UserError(f"{trained.run.folder} cannot be written, where results go; copy it and evaluate the copy")
     settings = sampling_settings(options)

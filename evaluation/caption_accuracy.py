@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data import scenes
-from data.pipeline import RecordSource
+from data.records import open_records
 from data.scenes.grader import SceneGrader, summarize
 
 
@@ -45,7 +45,7 @@ def captioned_pictures(config: ConfigDict, split: str, num: int) -> CaptionedPic
       UserError: if the split has fewer records.
     """
     world = world_of(config)
-    source = RecordSource(config.data.dataset, split, config.data.data_dir)
+    source = open_records(config.data, split)
     source.require(num)
     captions, images = [], []
     for index in range(num):

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cli.errors import UserError
-from data.pipeline import RecordSource
-from data.preprocess import center_square, choose_caption
+from data.preprocess import center_square
+from data.records import CAPTIONS, first_captions, open_records
 from evaluation.records import Record
 from sample.samplers.diffusion import DiffusionSampler
 from sample.samplers.dvae import from_uint8
@@ -40,10 +40,10 @@ def caption_loss(trained: TrainedSampler, split: str, num: int, seed: int) -> Re
     if num < 2:
         raise UserError(f"{CAPTION_LOSS} gives each picture another one's caption; --num must be at least 2, not {num}")
     config = trained.config
-    source = RecordSource(config.data.dataset, split, config.data.data_dir)
-    source.require(num)
+    first_captions(config.data, split, num)  # a record without one is named before pictures are read
+    source = open_records(config.data, split, fields=(), needs=(CAPTIONS,))
     records = [source[index] for index in range(num)]
-    text = trained.encode([choose_caption(record["captions"], None) for record in records])["text"]
+    text = trained.encode([record[CAPTIONS][0] for record in records])["text"]
     images = np.stack([center_square(record["image"], config.data.image_size) for record in records])
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), np.arange(num, dtype=np.int32))
     shares = (np.random.default_rng(seed).permutation(num) + 0.5) / num

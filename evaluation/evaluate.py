@@ -9,11 +9,11 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data.pipeline import RecordSource, dataset_folder
 from data.points import is_points
+from data.records import dataset_folder, first_captions, first_classes, open_records
 from data.scenes import find_world
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
-from evaluation.clip.metrics import CLIP_METRICS, ClipSettings, clip_records, default_metrics
+from evaluation.clip.metrics import CLIP_METRICS, SHOWN, ClipSettings, clip_records, default_metrics
 from evaluation.clip.reranking import SCORED, ClipScorer, scorer_record
 from evaluation.denoising import CAPTION_LOSS, caption_loss
 from evaluation.features.metrics import (
@@ -51,13 +51,17 @@ def default_splits(config: ConfigDict) -> list[str]:
     return [config.data.validation_split, *(["held_out"] if find_world(config.data.dataset) else [])]
 
 
-def on_dataset(trained: TrainedSampler, dataset: str, data_dir: str) -> TrainedSampler:
+def on_dataset(
+    trained: TrainedSampler, dataset: str, data_dir: str, image_field: str = "", text_field: str = ""
+) -> TrainedSampler:
     """The run, evaluated on another dataset than its own.
 
     Args:
       trained: the run, or a converted CLIP, which has none of its own.
       dataset: its name; "" for the run's.
       data_dir: where it is; "" for where the run's is.
+      image_field: its field of pictures; "" for the run's, and of another dataset for a usual name.
+      text_field: its field of captions; "" likewise.
 
     Raises:
       UserError: if there is no dataset, or it has points where the run draws pictures (or the other way round), or the
@@ -65,6 +69,8 @@ def on_dataset(trained: TrainedSampler, dataset: str, data_dir: str) -> TrainedS
     """
     own, config = trained.config.data, trained.config.copy_and_resolve_references()
     config.data.dataset, config.data.data_dir = dataset or own.dataset, data_dir or own.data_dir
+    for name, given in (("image_field", image_field), ("text_field", text_field)):
+        config.data[name] = given or (own[name] if config.data.dataset == own.dataset else "")
     if not config.data.dataset:
         raise UserError(f"{trained.run.folder} was converted, and knows no dataset; give --dataset, and --splits of it")
     if is_points(config.data.dataset) != ("point" in trained.sampler.makes):
@@ -153,7 +159,7 @@ def evaluate_run(
 
     trained.check_settings(settings)
     for split in () if "point" in sampler.makes else splits:
-        RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)  # a mistake is found before work
+        _check_records(trained, names, split, num)
     records = []
     for split in splits:
         if "features" in sampler.makes:
@@ -177,6 +183,20 @@ def evaluate_run(
             records += feature_records(trained, compared, split, num, seed, settings, tools.features)
     provenance = _provenance(trained, num, seed, settings)
     return [{"metric": record["metric"], "split": record["split"], **provenance, **record} for record in records]
+
+
+def _check_records(trained: TrainedSampler, names: Sequence[str], split: str, num: int) -> None:
+    """Finds mistakes in a split before work that they would cost: each record has what the metrics need of it."""
+    data, sampler = trained.config.data, trained.sampler
+    open_records(data, split).require(num)
+    if "features" in sampler.makes:
+        captioned = num if "retrieval" in names else min(num, SHOWN) if "similarity" in names else 0
+    else:
+        captioned = num if "text" in sampler.reads and set(names) != {"reconstruction"} else 0
+        if "label" in sampler.reads:
+            first_classes(data, split, num)
+    if captioned:
+        first_captions(data, split, captioned)
 
 
 def _caption_accuracy(trained: TrainedSampler, split: str, num: int, seed: int, settings: Mapping[str, Any]) -> Record:

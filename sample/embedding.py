@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from cli.errors import UserError
+from data.bounded_cache import BoundedCache
 from data.preprocess import transform_pair
 from sample.trained import TrainedSampler
 
@@ -23,7 +24,9 @@ class ClipEmbedder:
     """
 
     trained: TrainedSampler
-    _known: dict[str, Float[np.ndarray, " e"]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _known: BoundedCache[Float[np.ndarray, " e"]] = dataclasses.field(
+        default_factory=lambda: BoundedCache(2**26, 2**12, lambda feature: feature.nbytes), init=False, repr=False
+    )
 
     @classmethod
     def open(cls, folder: str | Path) -> "ClipEmbedder":
@@ -53,12 +56,16 @@ class ClipEmbedder:
         return self.trained({"image": seen}, seed=0, indices=range(len(seen)))["image_features"]
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
-        """Features of texts, in their order; each is embedded once, however often it is asked for."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        """Features of texts, in their order; each is embedded once, and again only after many others."""
+        known = ((text, self._known.get(text)) for text in dict.fromkeys(texts))
+        features = {text: feature for text, feature in known if feature is not None}
+        new = [text for text in dict.fromkeys(texts) if text not in features]
         if new:
-            features = self.trained(self.trained.encode(new), seed=0, indices=range(len(new)))["text_features"]
-            self._known.update(zip(new, features, strict=True))
-        return np.stack([self._known[text] for text in texts])
+            made = self.trained(self.trained.encode(new), seed=0, indices=range(len(new)))["text_features"]
+            for text, feature in zip(new, made, strict=True):
+                features[text] = feature.copy()  # a view would keep all of them
+                self._known.put(text, features[text])
+        return np.stack([features[text] for text in texts])
 
     def cosines(self, images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str]) -> Float[np.ndarray, " n"]:
         """Cosine of each picture with its own caption."""

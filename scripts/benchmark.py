@@ -66,7 +66,7 @@ def benchmark(config: Any, parts: Sequence[str], *, windows: int, steps: int, wa
       was not prepared.
     """
     from cost.measured import describe_devices, dtype_of, measure_data, measure_sample, measure_step
-    from data.pipeline import dataset_folder
+    from data.records import dataset_folder
 
     report: dict[str, Any] = {
         "objective": config.objective,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cli import entry_point
 from cli.errors import UserError
 from data import scenes
-from data.pipeline import DEFAULT_DATA_DIR, RecordSource, dataset_folder, known_datasets
+from data.records import DEFAULT_DATA_DIR, RecordSource, dataset_folder, known_datasets
 from data.tokenizer import Tokenizer
 
 _DESCRIPTION = """\

@@ -272,8 +272,12 @@ def _run(
 
         log.exit_code = EXIT_OK if step == config.steps else EXIT_PREEMPTED
 
-    if training.stream.truncated or training.stream.damaged:
-        print(f"captions truncated: {training.stream.truncated}; records damaged: {training.stream.damaged}")
+    stream = training.stream
+    if stream.truncated or stream.damaged or stream.incomplete:
+        print(
+            f"captions truncated: {stream.truncated}; records damaged: {stream.damaged}; "
+            f"without a caption or class: {stream.incomplete}"
+        )
     if step < config.steps:
         saved = f"saved step {step}" if step else "nothing to save yet"
         if is_first():

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cli.errors import UserError
-from data.pipeline import RecordSource
 from data.preprocess import transform_pair
+from data.records import CAPTIONS, open_records
 from data.scenes import Scene, World, find_world, parse_caption
 from evaluation.clip.linear_probe import choose_probe
 from evaluation.clip.retrieval import retrieval_metrics
@@ -32,7 +32,7 @@ from sample.embedding import BLOCK, ClipEmbedder
 from sample.trained import TrainedSampler
 
 CLIP_METRICS = ("zero_shot", "retrieval", "linear_probe", "similarity")
-_SHOWN = 12  # pairs in the matrix
+SHOWN = 12  # pairs in the matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Pictures:
 def default_metrics(trained: TrainedSampler, split: str, settings: ClipSettings) -> tuple[str, ...]:
     """What is computed unless a user names metrics: of a split without classes or captions, nothing that needs them."""
     data = trained.config.data
-    source = RecordSource(data.dataset, split, data.data_dir)
+    source = open_records(data, split)
     classes = find_world(data.dataset) is not None or settings.label in source.class_names
     return (("zero_shot",) if classes else ()) + (("retrieval", "similarity") if source.has_captions else ())
 
@@ -91,7 +91,7 @@ def read_pictures(clip: ClipEmbedder, split: str, num: int) -> Pictures:
       UserError: if it has fewer.
     """
     data = clip.trained.config.data
-    source = RecordSource(data.dataset, split, data.data_dir)
+    source = open_records(data, split)
     source.require(num)
     transform = transform_pair(data.transform).evaluation
     records: list[dict[str, Any]] = []
@@ -101,9 +101,9 @@ def read_pictures(clip: ClipEmbedder, split: str, num: int) -> Pictures:
         block = [source[index] for index in range(start, min(start + BLOCK, num))]
         images = [transform(record.pop("image"), data.image_size, None) for record in block]
         features.append(clip.images(images))
-        shown += images[: _SHOWN - len(shown)]
+        shown += images[: SHOWN - len(shown)]
         records += block
-    captions = tuple(tuple(text for text in record["captions"] if text.strip()) for record in records)
+    captions = tuple(record.get(CAPTIONS, ()) for record in records)
     pictures = np.concatenate(features), np.stack(shown), captions
     world = find_world(data.dataset)
     if world is None:
@@ -214,7 +214,7 @@ def _retrieval(trained: TrainedSampler, pictures: Pictures, embed: Embed) -> Rec
 def _linear_probe(clip: ClipEmbedder, pictures: Pictures, settings: ClipSettings) -> Record:
     """Fits a probe for each label on the training split, and counts what it gets right on this one."""
     data = clip.trained.config.data
-    records = len(RecordSource(data.dataset, data.split, data.data_dir))
+    records = len(open_records(data, data.split))
     train = read_pictures(clip, data.split, min(settings.num_train, records))
     values, counted, strengths = {}, {}, {}
     for name in (settings.label,) if pictures.world is None else pictures.names:
@@ -231,9 +231,9 @@ def _linear_probe(clip: ClipEmbedder, pictures: Pictures, settings: ClipSettings
 
 def _similarity(trained: TrainedSampler, pictures: Pictures, embed: Embed, split: str) -> Record:
     """Draws the cosines of the first pictures and captions; the values are means of own pairs and of others."""
-    _require_captions(trained, pictures.captions[:_SHOWN])
-    captions = [texts[0] for texts in pictures.captions[:_SHOWN]]
-    cosines = embed(captions) @ pictures.features[:_SHOWN].T
+    _require_captions(trained, pictures.captions[:SHOWN])
+    captions = [texts[0] for texts in pictures.captions[:SHOWN]]
+    cosines = embed(captions) @ pictures.features[:SHOWN].T
     draw_similarity(pictures.shown, captions, cosines).save(picture_path(trained, f"similarity_{split}"))
     own = np.eye(len(cosines), dtype=bool)
     values = {"own_cosine": float(cosines[own].mean())}

@@ -13,8 +13,7 @@ from PIL import Image
 
 from cli.errors import UserError
 from data.pictures import open_picture
-from data.pipeline import RecordSource
-from data.preprocess import choose_caption
+from data.records import first_captions
 from data.scenes.grader import SceneGrader
 from evaluation.caption_accuracy import captioned_pictures, world_of
 from evaluation.clip.score import CONVENTIONS, PREFIX, clip_score
@@ -76,9 +75,7 @@ def _score(
     trained: TrainedSampler, scorer: ClipScorer, split: str, num: int, seed: int, settings: Mapping[str, Any]
 ) -> Record:
     """CLIP score of the pictures of a split's first captions; of any dataset, as nothing is graded."""
-    source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir, pictures=False)
-    source.require(num)
-    captions = [choose_caption(source[index]["captions"], None) for index in range(num)]
+    captions = first_captions(trained.config.data, split, num)
     rows, cosines = trained.encode(captions), np.empty(num)
     prefix = PREFIX if scorer.convention == "hessel" else ""
     for start in range(0, num, BLOCK):

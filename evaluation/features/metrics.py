@@ -15,8 +15,8 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data.pipeline import RecordSource, class_number
-from data.preprocess import choose_caption, transform_pair
+from data.preprocess import transform_pair
+from data.records import RecordSource, first_captions, first_classes, open_records
 from evaluation.features import distances
 from evaluation.features.extractors import Classifier, FeatureExtractor
 from evaluation.features.reference import FeatureStore, dataset_provenance
@@ -110,11 +110,11 @@ def feature_records(
       UserError: if the split is missing or has fewer records, or a record has no caption or class.
     """
     num_real = settings.num_real or num
-    source = RecordSource(trained.config.data.dataset, split, trained.config.data.data_dir)
+    source = open_records(trained.config.data, split, captions=False, fields=())
     source.require(num)
     source.require(num_real, "--num_real")
 
-    pictures = draw_pictures(trained, source, num, seed, sampling)
+    pictures = draw_pictures(trained, split, num, seed, sampling)
     features, logits = _measure(settings.extractor, pictures, "inception_score" in names)
     compared = [name for name in names if name != "inception_score"]
     real = _real_features(trained, split, source, num_real, settings) if compared else features[:0]
@@ -128,16 +128,28 @@ def feature_records(
 
 
 def draw_pictures(
-    trained: TrainedSampler, source: RecordSource, num: int, seed: int, sampling: Mapping[str, Any]
+    trained: TrainedSampler, split: str, num: int, seed: int, sampling: Mapping[str, Any]
 ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
-    """The run's pictures for the first `num` records: of their captions or classes, whatever it takes, or pictures."""
-    for start in range(0, num, trained.chunk):
-        indices = range(start, min(start + trained.chunk, num))
-        if reconstructs(trained.sampler):
-            rows, overrides = {"image": _stored_pictures(source, indices, trained.config.data)}, {}
-        else:
-            rows, overrides = _conditions(trained, [source[index] for index in indices]), sampling
-        yield to_uint8(trained(rows, seed=seed, indices=indices, **overrides)["image"])
+    """The run's pictures for the first `num` records: of their captions or classes, whatever it takes, or pictures.
+
+    Raises:
+      UserError: before any is drawn, if a record has no caption or class that the run takes.
+    """
+    data = trained.config.data
+    if reconstructs(trained.sampler):
+        source = open_records(data, split, captions=False, fields=())
+        for indices in _chunks(num, trained.chunk):
+            rows = {"image": _stored_pictures(source, indices, data)}
+            yield to_uint8(trained(rows, seed=seed, indices=indices)["image"])
+        return
+    conditions = _conditions(trained, split, num)
+    for indices in _chunks(num, trained.chunk):
+        rows = {name: values[indices.start : indices.stop] for name, values in conditions.items()}
+        yield to_uint8(trained(rows, seed=seed, indices=indices, **sampling)["image"])
+
+
+def _chunks(num: int, size: int) -> Iterator[range]:
+    return (range(start, min(start + size, num)) for start in range(0, num, size))
 
 
 def reconstructs(sampler: Any) -> bool:
@@ -145,14 +157,13 @@ def reconstructs(sampler: Any) -> bool:
     return sampler.reads == ("image",) and "image" in sampler.makes
 
 
-def _conditions(trained: TrainedSampler, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """What records say of what a run is told: their first captions, their classes, or nothing."""
-    rows = {}
+def _conditions(trained: TrainedSampler, split: str, num: int) -> dict[str, np.ndarray]:
+    """What the first records say of what a run is told: their first captions, their classes, or nothing."""
+    rows, data = {}, trained.config.data
     if "text" in trained.sampler.reads:
-        rows |= trained.encode([choose_caption(record["captions"], None) for record in records])
+        rows |= trained.encode(first_captions(data, split, num))
     if "label" in trained.sampler.reads:
-        field = trained.config.data.label_field
-        rows["label"] = np.stack([class_number(record, field) for record in records])
+        rows["label"] = first_classes(data, split, num)
     return rows
 
 
@@ -162,8 +173,7 @@ def _real_features(
     data = trained.config.data
 
     def compute() -> tuple[Float[np.ndarray, "n d"], bool]:
-        starts = range(0, num, _DRAWN_AT_ONCE)
-        pictures = (_stored_pictures(source, range(start, min(start + _DRAWN_AT_ONCE, num)), data) for start in starts)
+        pictures = (_stored_pictures(source, indices, data) for indices in _chunks(num, _DRAWN_AT_ONCE))
         # A record that could not be read was replaced by another one; the next evaluation may be able to read it.
         return _measure(settings.extractor, pictures, False)[0], not source.damaged
 

@@ -20,9 +20,9 @@ from jaxtyping import Float
 
 from cli.compilation_cache import cache_home
 from cli.errors import UserError
-from data.pipeline import dataset_folder
+from data.records import dataset_folder
 
-FORMAT = 1  # of the files, and of what happens to a picture before the extractor; a change makes all of them recomputed
+FORMAT = 2  # of the files, and of what happens to a picture before the extractor; a change makes all of them recomputed
 
 Provenance = Mapping[str, str | int]
 

@@ -13,29 +13,35 @@ NAME = "made_up"
 
 
 def prepare_made_up(
-    folder: Path, features: Mapping[str, tfds.features.FeatureConnector], splits: Mapping[str, Iterable[Mapping]]
+    folder: Path,
+    features: Mapping[str, tfds.features.FeatureConnector],
+    splits: Mapping[str, Iterable[Mapping]],
+    image: tuple[str, tfds.features.FeatureConnector] | None = None,
 ) -> None:
     """Writes the dataset `made_up` of pictures of any size and other fields.
 
     Args:
       folder: where datasets are kept.
       features: of the fields but `image`.
+      image: the name and feature of the pictures' field; None for `image`, of RGB files.
       splits: name -> records; an `image` is the bytes of a file, an array, or a color of a picture of 50 x 40 pixels.
     """
+    name, feature = image or ("image", tfds.features.Image(shape=(None, None, 3), encoding_format="png"))
 
     class MadeUp(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
-            fields = tfds.features.FeaturesDict({"image": image, **features})
+            fields = tfds.features.FeaturesDict({name: feature, **features})
             return tfds.core.DatasetInfo(builder=self, features=fields)
 
         def _split_generators(self, dl_manager):
             return {name: self._generate_examples(records) for name, records in splits.items()}
 
         def _generate_examples(self, records):
-            return enumerate(map(with_file, records))
+            for place, record in enumerate(records):
+                whole = dict(record) if type(feature) is tfds.features.Tensor else with_file(record)
+                yield place, {name: whole.pop("image"), **whole}
 
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):

@@ -10,16 +10,9 @@ import tensorflow_datasets as tfds
 
 from cli.errors import UserError
 from configs.scenes.dalle import get_config
-from data.pipeline import (
-    BatchReader,
-    ExampleStream,
-    RecordSource,
-    batch_spec,
-    class_number,
-    dataset_folder,
-    load_tokenizer,
-)
+from data.pipeline import BatchReader, ExampleStream, batch_spec, load_tokenizer
 from data.preprocess import choose_caption, transform_pair
+from data.records import RecordSource
 
 from .made_up import NAME, prepare_made_up
 
@@ -213,21 +206,13 @@ def test_labels_are_the_records_classes(data_config):
     assert len(set(batch["label"].tolist())) == stream.classes == 3
     assert batch_spec(config)["label"] == ((), np.dtype(np.int32))
     for field, message in (
-        ("breed", "no field 'breed' of class numbers .it has: background, relation."),
+        ("breed", "no class number in its field 'breed' .fields of class numbers: background, relation."),
         ("id", "'id'"),
     ):
         with config.unlocked():
             config.label_field = field
         with pytest.raises(UserError, match=message):
             make_stream(config, None)
-
-
-def test_a_record_without_a_class_is_a_clear_error():
-    """As TFDS stores test splits whose classes are not public."""
-    assert class_number({"label": np.int64(7)}, "label") == 7
-    for record in ({"label": -1}, {}, {"label": np.array([1, 2])}):
-        with pytest.raises(UserError, match="no class number in its field 'label'"):
-            class_number(record, "label")
 
 
 def test_captions_take_turns(data_config, tokenizer):
@@ -275,83 +260,3 @@ def test_long_captions_are_cut_and_counted(data_config, tokenizer, capsys):
     finally:
         with data_config.unlocked():
             data_config.text_length = length
-
-
-@pytest.mark.parametrize(("damage", "message"), [("reader", "broken file"), ("picture", "no picture of a kind")])
-def test_a_damaged_record_is_replaced_and_counted(scenes_dir, capsys, monkeypatch, damage, message):
-    monkeypatch.setattr("data.pipeline.READ_AGAIN", (0.0, 0.0))
-    source = RecordSource("scenes/single32", "train", str(scenes_dir))
-    healthy = source[4]
-
-    class Damaged:
-        def __len__(self):
-            return len(inner)
-
-        def __getitem__(self, index):
-            if index == 3 and damage == "reader":
-                raise OSError("broken file")
-            return inner[index].replace(b"PNG", b"GNP") if index == 3 else inner[index]
-
-    inner, source._source = source._source, Damaged()
-    assert (source[3]["image"] == healthy["image"]).all()
-    assert source.damaged == {3}
-    said = capsys.readouterr().out
-    assert said.startswith("warning: record 3 of scenes/single32 (train) cannot be read (") and message in said
-
-
-def test_a_reader_that_fails_for_a_moment_changes_nothing(scenes_dir, monkeypatch):
-    monkeypatch.setattr("data.pipeline.READ_AGAIN", (0.0, 0.0))
-    source = RecordSource("scenes/single32", "train", str(scenes_dir))
-    healthy, failures = source[3], iter([OSError("timed out"), ValueError("short read")])
-
-    class Failing:
-        def __len__(self):
-            return len(inner)
-
-        def __getitem__(self, index):
-            for error in failures:
-                raise error
-            return inner[index]
-
-    inner, source._source = source._source, Failing()
-    assert (source[3]["image"] == healthy["image"]).all()
-    assert not source.damaged
-
-
-def test_cached_records_are_the_same(scenes_dir):
-    plain, cached = (RecordSource("scenes/single32", "train", str(scenes_dir), cache=cache) for cache in (False, True))
-    assert (plain[7]["image"] == cached[7]["image"]).all()
-    assert cached[7] is cached[7]
-
-
-def test_only_the_fields_asked_for_are_decoded(scenes_dir, data_config, tokenizer):
-    whole = RecordSource("scenes/single32", "train", str(scenes_dir))[7]
-    assert whole["id"] and whole["objects"]["color"]
-    part = RecordSource("scenes/single32", "train", str(scenes_dir), fields=("captions", "caption"))[7]
-    assert part == {"captions": whole["captions"]}
-    stored = make_stream(data_config, tokenizer).source[7]  # what a cache keeps
-    assert stored.keys() == {"image", "captions"}
-    assert (stored["image"] == whole["image"]).all() and stored["captions"] == whole["captions"]
-
-
-def test_a_dataset_that_is_read_from_start_to_end_alone_is_refused(tmp_path):
-    prepare_made_up(tmp_path, {"text": tfds.features.Text()}, {"train": [{"text": "one"}]})
-    path = tmp_path / NAME / "1.0.0" / "dataset_info.json"
-    path.write_text(path.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(
-        UserError, match="in a format without random access; move it away and prepare it in Python with"
-    ):
-        RecordSource(NAME, "train", str(tmp_path))
-
-
-def test_mistakes(scenes_dir, tmp_path):
-    with pytest.raises(UserError, match="scripts.prepare"):
-        dataset_folder("scenes/single32", str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"tensorflow_datasets.builder\('cifar10', data_dir=.*, file_format='array_record"
-    ):
-        dataset_folder("cifar10", str(tmp_path))
-    with pytest.raises(UserError, match="choose one of scenes/single32, scenes/pair32"):
-        dataset_folder("scenes/typo", str(tmp_path))
-    with pytest.raises(UserError, match="it has .*held_out"):
-        RecordSource("scenes/single32", "test", str(scenes_dir))

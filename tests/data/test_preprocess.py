@@ -140,5 +140,3 @@ def test_captions_are_chosen_among_all_and_the_first_without_chance():
 def test_mistakes():
     with pytest.raises(UserError, match="center_square"):
         transform_pair("nope")
-    with pytest.raises(UserError, match="no caption"):
-        choose_caption((), None)

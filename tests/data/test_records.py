@@ -4,13 +4,17 @@ import io
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from cli.errors import UserError
 from configs.scenes.dvae import get_config
-from data.pipeline import ExampleStream, RecordSource
+from data.fields import find_image_field
+from data.pipeline import ExampleStream
+from data.records import RecordSource, dataset_folder, first_captions, first_classes
+from data.tokenizer import Tokenizer
 
-from .made_up import NAME, prepare_made_up
+from .made_up import NAME, prepare_made_up, with_file
 
 
 def file(picture: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -49,7 +53,227 @@ def test_a_batch_holds_pictures_of_every_kind(tmp_path, capsys):
         assert batch["image"].shape == (8, 32, 32, 3)
 
 
+@pytest.mark.parametrize(("damage", "message"), [("reader", "broken file"), ("picture", "no picture of a kind")])
+def test_a_damaged_record_is_replaced_and_counted(scenes_dir, capsys, monkeypatch, damage, message):
+    monkeypatch.setattr("data.records.READ_AGAIN", (0.0, 0.0))
+    source = RecordSource("scenes/single32", "train", str(scenes_dir))
+    healthy = source[4]
+
+    class Damaged:
+        def __len__(self):
+            return len(inner)
+
+        def __getitem__(self, index):
+            if index == 3 and damage == "reader":
+                raise OSError("broken file")
+            return inner[index].replace(b"PNG", b"GNP") if index == 3 else inner[index]
+
+    inner, source._source = source._source, Damaged()
+    assert (source[3]["image"] == healthy["image"]).all()
+    assert source.damaged == {3}
+    said = capsys.readouterr().out
+    assert said.startswith("warning: record 3 of scenes/single32 (train) cannot be read (") and message in said
+
+
+def test_a_reader_that_fails_for_a_moment_changes_nothing(scenes_dir, monkeypatch):
+    monkeypatch.setattr("data.records.READ_AGAIN", (0.0, 0.0))
+    source = RecordSource("scenes/single32", "train", str(scenes_dir))
+    healthy, failures = source[3], iter([OSError("timed out"), ValueError("short read")])
+
+    class Failing:
+        def __len__(self):
+            return len(inner)
+
+        def __getitem__(self, index):
+            for error in failures:
+                raise error
+            return inner[index]
+
+    inner, source._source = source._source, Failing()
+    assert (source[3]["image"] == healthy["image"]).all()
+    assert not source.damaged
+
+
+def test_cached_records_are_the_same(scenes_dir):
+    plain, cached = (RecordSource("scenes/single32", "train", str(scenes_dir), cache=cache) for cache in (False, True))
+    assert (plain[7]["image"] == cached[7]["image"]).all()
+    assert cached[7] is cached[7]
+
+
+def test_only_the_fields_asked_for_are_decoded(scenes_dir):
+    whole = RecordSource("scenes/single32", "train", str(scenes_dir))[7]
+    assert whole["id"] and whole["objects"]["color"]
+    part = RecordSource("scenes/single32", "train", str(scenes_dir), pictures=False, fields=())[7]
+    assert part == {"captions": whole["captions"]}
+    stored = RecordSource("scenes/single32", "train", str(scenes_dir), captions=False, fields=("background",))[7]
+    assert stored.keys() == {"image", "background"} and (stored["image"] == whole["image"]).all()
+
+
+def test_a_dataset_that_is_read_from_start_to_end_alone_is_refused(tmp_path):
+    prepare_made_up(tmp_path, {"text": tfds.features.Text()}, {"train": [{"text": "one"}]})
+    path = tmp_path / NAME / "1.0.0" / "dataset_info.json"
+    path.write_text(path.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(
+        UserError, match="in a format without random access; move it away and prepare it in Python with"
+    ):
+        RecordSource(NAME, "train", str(tmp_path))
+
+
+def test_mistakes(scenes_dir, tmp_path):
+    with pytest.raises(UserError, match="scripts.prepare"):
+        dataset_folder("scenes/single32", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"tensorflow_datasets.builder\('cifar10', data_dir=.*, file_format='array_record"
+    ):
+        dataset_folder("cifar10", str(tmp_path))
+    with pytest.raises(UserError, match="choose one of scenes/single32, scenes/pair32"):
+        dataset_folder("scenes/typo", str(tmp_path))
+    with pytest.raises(UserError, match="it has .*held_out"):
+        RecordSource("scenes/single32", "test", str(scenes_dir))
+
+
 def test_a_split_without_any_picture_is_refused(tmp_path):
     prepare_made_up(tmp_path, {}, {"train": [{"image": b"no picture"}] * 2})
-    with pytest.raises(UserError, match=r"no record of made_up \(train\) can be read"):
+    with pytest.raises(UserError, match=r"no record of made_up \(train\) can be used: .*no picture of a kind"):
         RecordSource(NAME, "train", str(tmp_path))[0]
+
+
+TEXT, TEXTS = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
+
+
+def data_config(folder, **keys):
+    config = get_config("debug").data
+    with config.unlocked():
+        config.update({"dataset": NAME, "data_dir": str(folder), **keys})
+    return config
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["a small red circle", "a blue star"], 300)
+
+
+def read(folder, tokenizer=None, num=16, **keys):
+    config = data_config(folder, **keys)
+    stream = ExampleStream(config, tokenizer, split="train", seed=0, train=True)
+    return stream, stream.batch(range(num))
+
+
+def test_fields_of_usual_names_are_found_and_said(tmp_path, tokenizer, capsys):
+    jpg = tfds.features.Image(shape=(None, None, 3))
+    prepare_made_up(
+        tmp_path,
+        {"txt": TEXT, "url": TEXT},
+        {"train": [{"image": "red", "txt": "a blue star", "url": "x"}] * 4},
+        image=("jpg", jpg),
+    )
+    _, batch = read(tmp_path, tokenizer, text_length=12)
+    assert (batch["image"] == (255, 0, 0)).all()
+    assert {tokenizer.decode(ids) for ids in batch["text"]} == {"a blue star"}
+    said = capsys.readouterr().out
+    assert "pictures are read from its field 'jpg'" in said and "captions are read from its field 'txt'" in said
+
+
+def test_fields_that_a_config_names_are_read(tmp_path, tokenizer):
+    other = tfds.features.Image(shape=(None, None, 3))
+    records = [{"image": "red", "seen": with_file({"image": "blue"})["image"], "text": "a", "told": "a blue star"}] * 4
+    prepare_made_up(tmp_path, {"seen": other, "text": TEXT, "told": TEXT}, {"train": records})
+    _, batch = read(tmp_path, tokenizer, text_length=12, image_field="seen", text_field="told")
+    assert (batch["image"] == (0, 0, 255)).all()
+    assert {tokenizer.decode(ids) for ids in batch["text"]} == {"a blue star"}
+
+
+def test_fields_that_are_missing_are_named_with_those_there_are(tmp_path, tokenizer):
+    numbers = {"text": tfds.features.ClassLabel(num_classes=3), "caption": tfds.features.Scalar(np.int64), "name": TEXT}
+    prepare_made_up(tmp_path, numbers, {"train": [{"text": 1, "caption": 2, "name": "x"}] * 2})
+    for keys, message in [
+        (
+            {},
+            "no field of captions of a usual name .it has: caption, image, name, text.; name one with",
+        ),
+        ({"text_field": "text"}, "field 'text' of made_up holds no captions .name can.; set config.data.text_field"),
+        ({"text_field": "txt"}, "no field 'txt' .it has: caption, image, name, text.; set config.data.text_field"),
+        ({"image_field": "jpg"}, "no field 'jpg' .it has: caption, image, name, text.; set config.data.image_field"),
+        ({"image_field": "name"}, "field 'name' of made_up holds no pictures .image can.; set config.data.image_field"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, tokenizer, text_length=12, **keys)
+    assert (read(tmp_path, tokenizer, text_length=4, text_field="name")[1]["text"] > 0).any()
+
+
+def test_pixels_that_are_stored_as_numbers_are_pictures(tmp_path):
+    for shape in ((28, 28), (28, 28, 1), (28, 28, 3)):
+        pixels = tfds.features.Tensor(shape=shape, dtype=np.uint8)
+        prepare_made_up(
+            tmp_path / str(shape), {}, {"train": [{"image": np.full(shape, 7, np.uint8)}] * 2}, image=("image", pixels)
+        )
+        _, batch = read(tmp_path / str(shape))
+        assert (batch["image"] == 7).all() and batch["image"].shape == (16, 32, 32, 3)
+
+
+def test_gray_pictures_have_three_channels(tmp_path):
+    gray = tfds.features.Image(shape=(28, 28, 1))
+    prepare_made_up(tmp_path, {}, {"train": [{"image": np.full((28, 28), 7, np.uint8)}] * 2}, image=("image", gray))
+    _, batch = read(tmp_path)
+    assert (batch["image"] == 7).all() and batch["image"].shape == (16, 32, 32, 3)
+
+
+def test_floats_and_classes_of_pixels_are_no_pictures(tmp_path):
+    for feature, message in [
+        (tfds.features.Image(shape=(4, 4, 1), dtype=np.float32), "holds floats, without an agreed white"),
+        (tfds.features.LabeledImage(labels=2, shape=(4, 4, 1)), "no field of pictures of a usual name .it has: image."),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find_image_field({"image": feature}, "", NAME)
+
+
+def test_blank_captions_are_none_in_training(tmp_path, tokenizer, capsys):
+    """The record's next caption is taken; a record without any is passed over, named once and counted."""
+    records = [
+        {"captions": [" ", "a blue star"]},
+        {"captions": ["\n"]},
+        {"captions": []},
+        {"captions": ["a blue star"]},
+    ]
+    prepare_made_up(tmp_path, {"captions": TEXTS}, {"train": records})
+    for train in (True, False):
+        config = data_config(tmp_path, text_length=12)
+        stream = ExampleStream(config, tokenizer, split="train", seed=0, train=train)
+        assert {tokenizer.decode(ids) for ids in stream.batch(range(16))["text"]} == {"a blue star"}
+        assert stream.incomplete == 2 and not stream.damaged
+        said = capsys.readouterr().out
+        assert said.count("has no caption; the next one takes its place") == 1 and "of made_up (train)" in said
+    assert read(tmp_path)[0].incomplete == 0  # nothing is missing where no text is read
+
+
+def test_records_without_a_class_are_passed_over(tmp_path):
+    prepare_made_up(
+        tmp_path,
+        {"label": tfds.features.ClassLabel(num_classes=3)},
+        {"train": [{"label": -1}, {"label": 2}], "test": [{"label": -1}] * 3},
+    )
+    stream, batch = read(tmp_path, label_field="label")
+    assert set(batch["label"].tolist()) == {2} and stream.incomplete == 1
+    hidden = ExampleStream(data_config(tmp_path, label_field="label"), None, split="test", seed=0, train=True)
+    with pytest.raises(
+        UserError, match=r"no record of made_up \(test\) can be used: .*no class number in its field 'label'"
+    ):
+        hidden[0]
+
+
+def test_a_metric_names_the_first_record_that_lacks_something(tmp_path):
+    records = [{"captions": ["one"], "label": 0}] * 9
+    prepare_made_up(
+        tmp_path,
+        {"captions": TEXTS, "label": tfds.features.ClassLabel(num_classes=1)},
+        {"train": records, "odd": [{"captions": [" "], "label": -1}] * 2},
+    )
+    config = data_config(tmp_path, label_field="label")
+    assert first_captions(config, "train", 9) == ("one",) * 9
+    assert first_classes(config, "train", 9).tolist() == [0] * 9
+    with pytest.raises(UserError, match="record 0 of made_up has no caption .2 have none.; choose another split"):
+        first_captions(config, "odd", 2)
+    with pytest.raises(UserError, match="record 0 of made_up has no class number in its field 'label' .2 have none."):
+        first_classes(config, "odd", 2)
+    with pytest.raises(UserError, match="train has 9 records, fewer than --num=10"):
+        first_captions(config, "train", 10)

@@ -194,3 +194,45 @@ def test_mistakes(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "other.json"))
     with pytest.raises(UserError, match="not made by Tessera"):
         Tokenizer.load(tmp_path / "other.json")
+
+
+class Counting(np.random.Generator):
+    """A generator that counts its draws."""
+
+    draws = 0
+
+    def random(self, *args, **kwargs):
+        self.draws += 1
+        return super().random(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("name", "word"), [("tokenizer", "circle"), ("clip", "cat")])
+def test_dropout_costs_what_is_asked_for_and_at_most_the_length(name, word, request):
+    tokenizer = request.getfixturevalue(name)
+
+    def cost(letters: int, length: int) -> int:
+        tokenizer.encode(word * (letters // len(word)), length, 0.1, rng := Counting(np.random.PCG64(0)))
+        return rng.draws
+
+    assert cost(12_000, 20_000) < 2.5 * cost(6_000, 20_000)
+    assert cost(12_000, 16) == cost(6_000, 16) > 0
+
+
+def test_a_long_word_under_dropout_keeps_its_text_and_is_cut_as_usual(tokenizer):
+    word = "largebluesquare" * 20
+    encoded = tokenizer.encode(word, 400, 0.3, np.random.default_rng(0))
+    assert tokenizer.decode(encoded.ids) == word and not encoded.truncated
+    cut = tokenizer.encode(word, 40, 0.3, np.random.default_rng(0))
+    assert cut.truncated and (cut.ids == encoded.ids[:40]).all()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_long_captions_are_not_kept(tokenizer, dropout):
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcdefgh "), 5_000)) for _ in range(20)]
+    tokenizer.encode("a blue star", 8, dropout, rng)
+    before = tokenizer._known_ids.num_bytes, tokenizer._known_words.num_bytes
+    for text in texts:
+        tokenizer.encode(text, 8, dropout, rng)
+    assert (tokenizer._known_ids.num_bytes, tokenizer._known_words.num_bytes) == before
+    assert before[dropout > 0] > 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from data.pipeline import RecordSource
+from data.records import RecordSource
 from evaluation.denoising import caption_loss
 from sample.trained import TrainedSampler
 

@@ -4,13 +4,19 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from cli.errors import UserError
 from data import scenes
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
-from evaluation.evaluate import evaluate_run
+from evaluation.clip.reranking import ClipScorer
+from evaluation.evaluate import Tools, evaluate_run, on_dataset
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import format_table, write_records
+from sample.embedding import ClipEmbedder
+from sample.trained import TrainedSampler
+
+from ..data.made_up import NAME, prepare_made_up
 
 
 def test_the_graded_captions_name_every_attribute_and_vary(stage1):
@@ -67,3 +73,31 @@ def test_errors_and_usage_match_their_definitions():
     assert errors["mse"] == pytest.approx(0.04) and errors["psnr_db"] == pytest.approx(13.979, abs=1e-3)
     usage = code_usage(np.array([[0, 0], [3, 3]]), 8)
     assert usage["codes_used"] == 2 and usage["code_perplexity"] == pytest.approx(2.0)
+
+
+def test_a_record_without_a_caption_is_named_before_anything_is_drawn(stage2, clip_run, tmp_path, monkeypatch):
+    """Every metric alike; a blank caption beside another one is left out."""
+    texts = tfds.features.Sequence(tfds.features.Text())
+    whole = [{"captions": [" ", "a small red circle"]}] * 20
+    prepare_made_up(tmp_path, {"captions": texts}, {"whole": whole, "odd": [*whole[:10], *[{"captions": [" "]}] * 10]})
+    scorer = Tools(scorer=ClipScorer(ClipEmbedder(clip_run)), features=None)
+    drawn = []
+    monkeypatch.setattr(TrainedSampler, "__call__", lambda *_, **__: drawn.append(1))
+    for trained, names in ((stage2, ["clip_score"]), (clip_run, ["retrieval"]), (clip_run, ["similarity"])):
+        elsewhere = on_dataset(trained, NAME, str(tmp_path))
+        with pytest.raises(UserError, match="record .* of made_up has no caption .* have none"):
+            evaluate_run(elsewhere, names, ["whole", "odd"], 20, 0, {}, scorer)
+        assert not drawn
+    monkeypatch.undo()
+    evaluate_run(on_dataset(clip_run, NAME, str(tmp_path)), ["retrieval"], ["whole"], 20, 0, {})
+
+
+def test_fields_are_the_run_s_on_its_own_dataset_and_named_or_usual_elsewhere(stage2):
+    with stage2.config.unlocked():
+        stage2.config.data.text_field = "captions"
+    own, other = on_dataset(stage2, "", ""), on_dataset(stage2, "scenes/pair32", "")
+    named = on_dataset(stage2, "scenes/pair32", "", image_field="image", text_field="told")
+    with stage2.config.unlocked():
+        stage2.config.data.text_field = ""
+    assert [run.config.data.text_field for run in (own, other, named)] == ["captions", "", "told"]
+    assert named.config.data.image_field == "image"

@@ -11,7 +11,7 @@ import pytest
 
 from cli.config import to_json
 from configs.scenes import ddpm_uvit
-from data.pipeline import dataset_folder
+from data.records import dataset_folder
 from sample.samplers import create_sampler
 from weights.checkpoint import CheckpointStore
 from weights.run import CHECKPOINTS, CONFIG, TOKENIZER

@@ -10,7 +10,7 @@ import pytest
 
 from cli.errors import UserError
 from configs.paper import ddpm, uvit
-from data.pipeline import RecordSource
+from data.records import RecordSource
 from evaluation.evaluate import Tools, evaluate_run
 from evaluation.features.distances import feature_statistics, frechet_distance
 from evaluation.features.extractors import Classifier, FeatureExtractor
@@ -79,7 +79,7 @@ def test_values_are_those_of_the_run_s_pictures_and_the_split_s(stage2, scenes_d
     captions = [source[index]["captions"][0] for index in range(20)]
     drawn = stage2(stage2.encode(captions), seed=5, indices=range(20))["image"]
     drawn = np.clip(np.rint((drawn + 1) * 127.5), 0, 255).astype(np.uint8)
-    pictures = np.concatenate(list(draw_pictures(stage2, source, 20, 5, {})))
+    pictures = np.concatenate(list(draw_pictures(stage2, "validation", 20, 5, {})))
     np.testing.assert_array_equal(pictures, drawn)
     expected = frechet_distance(*(feature_statistics(Colors().features(images)) for images in (drawn, real)))
     assert fid == pytest.approx(expected, rel=1e-9) and fid > 0
@@ -140,7 +140,7 @@ def painting_run(stage1, module, **data):
 def test_a_run_that_is_told_classes_draws_those_of_the_records(stage1, scenes_dir, tmp_path):
     run = painting_run(stage1, uvit)
     source = RecordSource("scenes/single32", "validation", str(scenes_dir))
-    pictures = np.concatenate(list(draw_pictures(run, source, 20, 5, {"steps": 2})))
+    pictures = np.concatenate(list(draw_pictures(run, "validation", 20, 5, {"steps": 2})))
     backgrounds = np.array([source[index]["background"] for index in range(20)])
     assert len(set(backgrounds.tolist())) == 3
     np.testing.assert_array_equal(pictures[:, 0, 0, 0], np.array([0, 128, 255])[backgrounds])
@@ -152,9 +152,8 @@ def test_a_run_that_is_told_classes_draws_those_of_the_records(stage1, scenes_di
         )
 
 
-def test_a_run_that_is_told_nothing_draws_pictures(stage1, scenes_dir):
-    source = RecordSource("scenes/single32", "validation", str(scenes_dir))
-    pictures = np.concatenate(list(draw_pictures(painting_run(stage1, ddpm), source, 20, 5, {})))
+def test_a_run_that_is_told_nothing_draws_pictures(stage1):
+    pictures = np.concatenate(list(draw_pictures(painting_run(stage1, ddpm), "validation", 20, 5, {})))
     assert pictures.shape == (20, 32, 32, 3) and (pictures == 128).all()
 
 

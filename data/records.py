@@ -1,0 +1,289 @@
+"""Records of stored datasets: where they lie, and what of a record is used.
+
+One rule holds for training and for every metric. A blank caption is no caption: the record's next one takes its place.
+Training passes over a record that cannot be read, or has no caption or class where one is needed, and counts it; the
+next record takes its place. Evaluation is of the records that a user asked for, and names the first that has none
+before anything is computed.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Int32, UInt8
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from data import scenes
+from data.fields import captions_of, find_image_field, find_text_field, no_captions
+from data.pictures import PictureError, as_rgb, read_picture
+
+CAPTIONS = "captions"  # the key of a record, whatever field they come from
+
+READ_AGAIN = (0.1, 1.0)  # seconds to wait before a record that could not be read is read again
+
+DEFAULT_DATA_DIR: str = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS itself has it
+
+# TFDS suggests OpenCV for every source it opens; Pillow is enough.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def dataset_folder(dataset: str, data_dir: str | None) -> Path:
+    """Returns the folder of a prepared dataset, such as `scenes/single32`, in its newest version.
+
+    Args:
+      dataset: a TFDS name, `dataset[/config]`.
+      data_dir: where datasets are kept; None or "" for TFDS's own default.
+
+    Raises:
+      UserError: if it was not prepared.
+    """
+    root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
+    versions = [path.parent for path in (root / dataset).glob("*/dataset_info.json")]
+    if not versions:
+        raise UserError(f"dataset {dataset} is not in {root}; {_how_to_prepare(dataset, data_dir)}")
+    return max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
+
+
+def known_datasets() -> tuple[str, ...]:
+    """Names of the datasets that `scripts.prepare` can make without the internet."""
+    return tuple(f"scenes/{name}" for name in scenes.WORLDS)
+
+
+def _how_to_prepare(dataset: str, data_dir: str | None) -> str:
+    """What prepares a dataset: the project's command for its own, TFDS for all others."""
+    if dataset in known_datasets():
+        return f"run `python -m scripts.prepare --dataset={dataset}{f' --data_dir={data_dir}' if data_dir else ''}`"
+    if dataset.split("/")[0] == "scenes":
+        return f"choose one of {', '.join(known_datasets())}"
+    arguments = [repr(dataset), *([f"data_dir={data_dir!r}"] if data_dir else []), "file_format='array_record'"]
+    command = f"tensorflow_datasets.builder({', '.join(arguments)}).download_and_prepare()"
+    return f"prepare it in Python with `{command}` (most datasets need TensorFlow for that)"
+
+
+class RecordSource:
+    """Random access to one split's records: pictures as `read_picture` reads them, captions as str.
+
+    A record that cannot be decoded, or read in a few attempts, is replaced by the next one and counted in `damaged`, so
+    that one bad file does not end a run of days, and a storage that fails for a moment does not change the stream. One
+    that lacks what is needed is replaced too, and counted in `incomplete`.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        split: str,
+        data_dir: str | None = None,
+        *,
+        cache: bool = False,
+        pictures: bool = True,
+        captions: bool = True,
+        fields: Collection[str] | None = None,
+        needs: Collection[str] = (),
+        image_field: str = "",
+        text_field: str = "",
+    ):
+        """Opens a split.
+
+        Args:
+          dataset: TFDS name.
+          split: TFDS split expression, such as `train` or `train[:90%]`.
+          data_dir: see `dataset_folder`.
+          cache: keep decoded records in memory once read; for datasets that fit there.
+          pictures: read them as `image`.
+          captions: read them as `captions`.
+          fields: names of other stored fields to decode, where the dataset has them; None for all. What is not decoded
+            costs neither time nor memory. Other fields of pictures stay the bytes of their files.
+          needs: what a record must have to be used: "captions", names of fields of class numbers.
+          image_field: which stored field is `image`; see `data.fields`.
+          text_field: which stored field is `captions`.
+
+        Raises:
+          UserError: if the dataset is not prepared, or has no such split, pictures, captions or class numbers.
+        """
+        builder = tfds.builder_from_directory(dataset_folder(dataset, data_dir))
+        try:
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            self._source = builder.as_data_source(split=split, deserialize_method=raw)  # pyright: ignore[reportCallIssue]
+        except ValueError as error:
+            raise UserError(
+                f"dataset {dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}"
+            ) from error
+        except NotImplementedError as error:  # what TFDS raises of its default, TFRecord, and of nothing else here
+            raise UserError(
+                f"dataset {dataset} in {builder.data_path} was prepared in a format without random access; move it "
+                f"away and {_how_to_prepare(dataset, data_dir)}"
+            ) from error
+        if not len(self._source):
+            raise UserError(f"split {split!r} of {dataset} is empty; prepare the dataset again")
+        stored: Any = builder.info.features
+        self._dataset, self._split, self._stored = dataset, split, dict(stored.items())
+        self._image = find_image_field(self._stored, image_field, dataset) if pictures else None
+        self._text = find_text_field(self._stored, text_field, dataset) if captions else None
+        self._needs = tuple(needs)
+        self.require_fields(needs)
+        chosen = {self._image, self._text, *needs, *(self._stored if fields is None else fields)}
+        kept = {name: feature for name, feature in self._stored.items() if name in chosen}
+        self._features = tfds.features.FeaturesDict(kept)
+        # TFDS' own decoder takes a file's numbers for colors, whatever they stand for.
+        files = [name for name, feature in kept.items() if isinstance(feature, tfds.features.Image)]
+        self._decoders = {name: tfds.decode.SkipDecoding() for name in files} or None
+        self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
+        self._lock = threading.Lock()
+        self.damaged: set[int] = set()
+        self.incomplete: set[int] = set()
+
+    def require(self, num: int, option: str = "--num") -> None:
+        """Raises UserError if the split has fewer records than a command was asked for by an option."""
+        if num > len(self):
+            raise UserError(f"{self._split} has {len(self)} records, fewer than {option}={num}")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """The names of the classes of each field that holds the number of one."""
+        return {
+            name: tuple(feature.names)
+            for name, feature in self._stored.items()
+            if isinstance(feature, tfds.features.ClassLabel)
+        }
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether there is a field of captions; a record may still have none."""
+        return self._text is not None
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns record `index` as {"image": uint8 [h w 3], "captions": tuple of str, none blank, ...}."""
+        if self._cache is None:
+            return self._read(index)
+        record = self._cache.get(index)
+        if record is None:
+            record = self._cache[index] = self._read(index)
+        return record
+
+    def require_fields(self, needs: Collection[str]) -> None:
+        """Raises UserError unless there are the fields that hold what is needed; see `needs` of the class."""
+        for field in needs:
+            if field == CAPTIONS and self._text is None:
+                raise no_captions(self._stored, self._dataset)
+            if field != CAPTIONS and field not in self.class_names:
+                known = ", ".join(sorted(self.class_names)) or "none"
+                raise UserError(
+                    f"dataset {self._dataset} has no class number in its field {field!r} (fields of class numbers: "
+                    f"{known}); set config.data.label_field"
+                )
+
+    def _read(self, index: int) -> dict[str, Any]:
+        why = ""
+        for attempt in range(len(self)):
+            place = (index + attempt) % len(self)
+            try:
+                record = self._decode(self._fetch(place))
+                why = lacks(record, self._needs)
+                if not why:
+                    return record
+            except (OSError, ValueError, PictureError) as error:  # of the reader of records and of pictures
+                why = f"cannot be read ({error})"
+                self._pass_over(place, self.damaged, why)
+            else:
+                self._pass_over(place, self.incomplete, why)
+        raise UserError(
+            f"no record of {self._dataset} ({self._split}) can be used: the last of them {why}; choose another split, "
+            "or prepare the dataset again"
+        )
+
+    def _decode(self, raw: Any) -> dict[str, Any]:
+        stored: Any = self._features.deserialize_example_np(raw, decoders=self._decoders)
+        record = {name: value for name, value in stored.items() if name not in (self._image, self._text)}
+        if self._text is not None:
+            record[CAPTIONS] = captions_of(stored[self._text])
+        if self._image is not None and not lacks(record, self._needs):  # what is passed over need not be decoded
+            record["image"] = _picture(stored[self._image])
+        return record
+
+    def _pass_over(self, place: int, counted: set[int], why: str) -> None:
+        """Counts a record that is not used, and names the first of them."""
+        with self._lock:
+            first = not counted
+            counted.add(place)
+        if first:
+            where = f"record {place} of {self._dataset} ({self._split})"
+            print(f"warning: {where} {why}; the next one takes its place", flush=True)
+
+    def _fetch(self, place: int) -> Any:
+        """The bytes of a record, asked for more than once unless it is known to be damaged."""
+        for seconds in () if place in self.damaged else READ_AGAIN:
+            try:
+                return self._source[place]
+            except (OSError, ValueError):
+                time.sleep(seconds)
+        return self._source[place]
+
+
+def lacks(record: Mapping[str, Any], needs: Collection[str]) -> str:
+    """What a record has not that is needed, such as "has no caption"; "" if nothing is missing."""
+    for need in needs:
+        if need == CAPTIONS and not record[CAPTIONS]:
+            return "has no caption"
+        if need != CAPTIONS and int(record[need]) < 0:  # TFDS writes -1 where the class is not public
+            return f"has no class number in its field {need!r}"
+    return ""
+
+
+def open_records(data: ConfigDict, split: str, **options: Any) -> RecordSource:
+    """The records of a split of `config.data`, in the fields that it names. Options as of `RecordSource`."""
+    names = {"image_field": data.image_field, "text_field": data.text_field}
+    return RecordSource(data.dataset, split, data.data_dir, **names, **options)
+
+
+def first_records(data: ConfigDict, split: str, num: int, needs: Collection[str]) -> list[dict[str, Any]]:
+    """The first `num` records of a split without their pictures, for a metric that needs something of each.
+
+    Args:
+      data: `config.data`.
+      split: of its dataset.
+      num: of records.
+      needs: as of `RecordSource`.
+
+    Returns:
+      What was needed of each: `captions`, class numbers as int32 [].
+
+    Raises:
+      UserError: if there are fewer records, or one lacks what is needed: the first is named, and how many do.
+    """
+    source = open_records(data, split, pictures=False, captions=CAPTIONS in needs, fields=needs)
+    source.require_fields(needs)
+    source.require(num)
+    records = [source[index] for index in range(num)]
+    without = [(place, why) for place, record in enumerate(records) if (why := lacks(record, needs))]
+    if without:
+        place, why = without[0]
+        raise UserError(
+            f"record {place} of {data.dataset} {why} ({len(without)} have none); choose another split, or a metric "
+            "that needs none"
+        )
+    return records
+
+
+def first_captions(data: ConfigDict, split: str, num: int) -> tuple[str, ...]:
+    """The first caption of each of the first `num` records. Raises as `first_records`."""
+    return tuple(record[CAPTIONS][0] for record in first_records(data, split, num, (CAPTIONS,)))
+
+
+def first_classes(data: ConfigDict, split: str, num: int) -> Int32[np.ndarray, " n"]:
+    """The class number of each of the first `num` records, of `data.label_field`. Raises as `first_records`."""
+    field = data.label_field
+    return np.array([record[field] for record in first_records(data, split, num, (field,))], np.int32)
+
+
+def _picture(value: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+    return read_picture(value) if isinstance(value, bytes) else as_rgb(value)
