@@ -27,14 +27,14 @@ def find_image_field(features: Mapping[str, Any], named: str, dataset: str) -> s
     Raises:
       UserError: if there is none, or its numbers have no agreed white.
     """
-    able = [name for name, feature in features.items() if _holds_pictures(feature)]
+    able = [name for name, feature in sorted(features.items()) if _holds_pictures(feature)]
     found = _named(features, able, named, IMAGE_FIELDS, ("image", "pictures"), dataset)
     files = [name for name in able if isinstance(features[name], tfds.features.Image)]
     if found is None and len(files) == 1:
         found = files[0]
     if found is None:
         raise UserError(
-            f"dataset {dataset} has no field of pictures of a usual name (it has: {', '.join(features)}); "
+            f"dataset {dataset} has no field of pictures of a usual name (it has: {', '.join(sorted(features))}); "
             "name one with config.data.image_field"
         )
     if isinstance(features[found], tfds.features.Image) and features[found].np_dtype == np.float32:
@@ -53,7 +53,7 @@ def find_text_field(features: Mapping[str, Any], named: str, dataset: str) -> st
     Raises:
       UserError: if a user's field is missing, or holds numbers, classes or something else that is no text.
     """
-    able = [name for name, feature in features.items() if _holds_text(feature)]
+    able = [name for name, feature in sorted(features.items()) if _holds_text(feature)]
     found = _named(features, able, named, TEXT_FIELDS, ("text", "captions"), dataset)
     others = [name for name in TEXT_FIELDS if name in able and name != found]
     if found is not None and not named and (others or found not in TEXT_FIELDS[:3]):
@@ -65,7 +65,7 @@ def find_text_field(features: Mapping[str, Any], named: str, dataset: str) -> st
 def no_captions(features: Mapping[str, Any], dataset: str) -> UserError:
     """What to raise where captions are needed and `find_text_field` found none."""
     return UserError(
-        f"dataset {dataset} has no field of captions of a usual name (it has: {', '.join(features)}); name one with "
+        f"dataset {dataset} has no field of captions of a usual name (it has: {', '.join(sorted(features))}); name one with "
         "config.data.text_field, or choose what needs no captions"
     )
 
@@ -92,7 +92,7 @@ def _named(
         return next((name for name in usual if name in able), None)
     if named not in features:
         raise UserError(
-            f"dataset {dataset} has no field {named!r} (it has: {', '.join(features)}); set "
+            f"dataset {dataset} has no field {named!r} (it has: {', '.join(sorted(features))}); set "
             f"config.data.{words[0]}_field, or leave it empty for a usual name"
         )
     if named not in able:
