@@ -65,8 +65,8 @@ def find_text_field(features: Mapping[str, Any], named: str, dataset: str) -> st
 def no_captions(features: Mapping[str, Any], dataset: str) -> UserError:
     """What to raise where captions are needed and `find_text_field` found none."""
     return UserError(
-        f"dataset {dataset} has no field of captions of a usual name (it has: {', '.join(sorted(features))}); name one with "
-        "config.data.text_field, or choose what needs no captions"
+        f"dataset {dataset} has no field of captions of a usual name (it has: {', '.join(sorted(features))}); "
+        "name one with config.data.text_field, or choose what needs no captions"
     )
 
 
