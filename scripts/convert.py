@@ -51,6 +51,12 @@ def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
     parser.add_argument("--input", default="", help="folder, file, or hf:ORGANIZATION/NAME[@REVISION]")
     for name, (text, *names) in helps.items():
         parser.add_argument(f"--{name}", default="", help=f"with {', '.join(names)}: {text}")
+    parser.add_argument(
+        "--ignore_keys", default="", help="keys of INPUT's documents, with commas, to read as if they were not there"
+    )
+    parser.add_argument(
+        "--allow_nonfinite", action="store_true", help="go on, with a warning, where weights are NaN or infinite"
+    )
     parser.add_argument("--to", choices=formats, help="the format to write")
     parser.add_argument("--run", default="", help="with --to: a run folder")
     parser.add_argument("--part", default="", help="with --to: which of its networks (default: the one that fits)")
@@ -58,7 +64,7 @@ def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="a new folder")
     options = parser.parse_args(arguments)
 
-    inward, outward = ("source", "input", *helps), ("to", "run", "part", "step")
+    inward, outward = ("source", "input", "ignore_keys", "allow_nonfinite", *helps), ("to", "run", "part", "step")
     wrong = [f"--{name}" for name in (inward if options.to else outward) if getattr(options, name)]
     if wrong:
         raise UserError(f"{', '.join(wrong)} cannot be given {'with' if options.to else 'without'} --to; see --help")
@@ -70,15 +76,20 @@ def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
 
 def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     """Writes a run folder."""
-    from weights.files.origin import open_origin
+    from weights.files.origin import Leniency, open_origin
     from weights.pretrained import new_folder, write_pretrained
+    from weights.run import NONFINITE
 
-    output, origin = new_folder(options.output), open_origin(options.input)
+    ignored = tuple(key.strip() for key in options.ignore_keys.split(",") if key.strip())
+    origin = open_origin(options.input, Leniency(frozenset(ignored), options.allow_nonfinite))
+    output = new_folder(options.output)
     form = formats[options.source or _recognize(origin, formats)]
     if wrong := [f"--{name}" for name in options.given if name not in form.options]:
         raise UserError(f"{', '.join(wrong)} says nothing of {form.name}; leave it out")
     read = form.read(origin, **options.given)
     provenance = {"format": form.name, "input": origin.describe(), **options.given}
+    provenance |= {"ignore_keys": ignored} if ignored else {}
+    provenance |= {NONFINITE: True} if options.allow_nonfinite else {}
     write_pretrained(output, read.config, read.params, read.variables, provenance=provenance, tokenizer=read.tokenizer)
     parts = "; ".join(f"part {part!r}, {_count(params):,} parameters" for part, params in read.params.items())
     print(f"{output}: {form.name}; {parts}")

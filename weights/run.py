@@ -32,7 +32,7 @@ from models import create_model
 from weights.checkpoint import CheckpointStore
 from weights.files.layout import check_tensors, model_shapes
 from weights.files.origin import read_json
-from weights.files.tensors import read_tensors
+from weights.files.tensors import check_finite, read_tensors
 
 Tree = Any
 
@@ -49,6 +49,8 @@ DONE = "DONE"
 
 WEIGHTS = "weights.safetensors"
 PROVENANCE = "provenance.json"
+
+NONFINITE = "allow_nonfinite"  # a key of PROVENANCE: values that are no numbers were let pass
 
 OWN = "."  # the source of a frozen part that lies in the same folder
 
@@ -104,7 +106,7 @@ class Run:
         "" if it has none.
         """
         if self.converted:
-            return read_json(self.folder / PROVENANCE).get("sha256", "")
+            return str(read_json(self.folder / PROVENANCE).get("sha256", ""))
         path = self.folder / IDENTITY
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
@@ -162,7 +164,8 @@ class Run:
 
     def _read_weights(self, parts: Collection[str]) -> tuple[dict[str, Tree], dict[str, Tree]]:
         """Reads (params, variables) of some parts from `WEIGHTS`, after comparing all of it with the config."""
-        tensors = read_tensors(self.folder / WEIGHTS)
+        file = self.folder / WEIGHTS
+        tensors = read_tensors(file)
         wanted = {}
         for part, fields in self.models().items():
             for path, leaf in model_shapes(create_model(**fields)).items():
@@ -170,6 +173,7 @@ class Run:
                 wanted[tensor_name(part, collection, rest)] = leaf
         shapes = {name: leaf.shape for name, leaf in wanted.items()}
         check_tensors(f"{self.folder / CONFIG}", shapes, {name: array.shape for name, array in tensors.items()})
+        check_finite(str(file), tensors, allowed=read_json(self.folder / PROVENANCE).get(NONFINITE) is True)
         trees: dict[str, dict[str, Tree]] = unflatten_dict(
             {
                 tuple(name.split("/")): jnp.asarray(array, wanted[name].dtype)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -21,7 +22,7 @@ from cli.errors import UserError
 from models import create_model
 from models.inception import Inception
 from sample.embedding import ClipEmbedder
-from weights.files.tensors import read_tensors
+from weights.files.origin import WeightsFile, read_weights
 from weights.formats.inception import from_torch
 from weights.sources import RANDOM
 
@@ -115,7 +116,11 @@ class InceptionExtractor:
         if resize not in cls.RESIZES:
             raise UserError(f"--resize={resize} is unknown to inception; choose {' or '.join(cls.RESIZES)}")
         model = create_model("inception")
-        variables = random_variables(model) if source == RANDOM else from_torch(model, read_tensors(source))
+        variables = (
+            random_variables(model)
+            if source == RANDOM
+            else from_torch(model, read_weights(WeightsFile(Path(source)), ()))
+        )
         kind = "inception-random" if source == RANDOM else "inception"
         return cls(model, variables, resize, f"{kind}/{resize}/{hash_tree(variables)}")
 

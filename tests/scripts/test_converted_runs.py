@@ -113,8 +113,8 @@ def test_a_run_is_described_by_its_folder_alone(unet):
     ("changes", "message"),
     [
         ({"_class_name": "LCMScheduler"}, "the scheduler is a LCMScheduler; those that are converted are DDPMSch"),
-        ({"thresholding": True, "gamma": 1}, "gamma is 1, which is unknown; thresholding is True, ours False"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid', ours are linear, scaled_linear"),
+        ({"thresholding": True, "gamma": 1}, "thresholding is True; it must be False; gamma: not known here"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; it must be one of linear, scaled_linear"),
     ],
 )
 def test_a_scheduler_that_would_be_computed_otherwise_is_refused(changes, message):

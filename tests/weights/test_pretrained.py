@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -217,3 +218,21 @@ def test_a_tokenizer_comes_along(tmp_path):
     back = Run.open(tmp_path / "clip").tokenizer()
     assert back is not None and back.end_id == tokenizer.end_id
     assert back.encode("a red star", 12).ids.tolist() == tokenizer.encode("a red star", 12).ids.tolist()
+
+
+def test_values_that_are_no_numbers_are_not_trained_on_unless_they_were_let_pass(folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    name = "params/clip/text/projection/kernel"
+    tensors = {key: np.array(array) for key, array in read_tensors(copy / WEIGHTS).items()}
+    tensors[name][1, 2] = np.nan
+    write_tensors(copy / WEIGHTS, tensors)
+    config = frozen_config(copy)
+    resolve_frozen(config)
+    for use in (lambda: load_frozen(config), lambda: initialize(copy, RESNET), lambda: Run.open(copy).load()):
+        with pytest.raises(UserError, match=f"{WEIGHTS}: {name} has 1 of .* NaN or infinite"):
+            use()
+    provenance = json.loads((copy / "provenance.json").read_text())
+    (copy / "provenance.json").write_text(json.dumps({**provenance, "allow_nonfinite": True}))
+    assert initialize(copy, RESNET)
+    assert f"warning: {copy / WEIGHTS}: {name}" in capsys.readouterr().out

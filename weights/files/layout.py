@@ -19,6 +19,10 @@ from weights.files.tensors import Tensors
 
 Tree = Any
 
+# What a network makes of fields that it cannot be built with.
+_UNFIT = (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError, MemoryError)
+_SHOWN = 8  # names of a kind in an error
+
 # Our names of a module's leaves -> PyTorch's.
 TORCH_LEAVES = {
     "kernel": "weight",
@@ -167,7 +171,7 @@ def check_tensors(what: str, wanted: Mapping[str, tuple[int, ...]], given: Mappi
       given: name -> shape.
 
     Raises:
-      UserError: if any differ; lists all that are missing, unexpected or of another shape.
+      UserError: if any differ; lists what is missing, unexpected or of another shape.
     """
     shapes = [
         f"{name} is {given[name]}, expected {wanted[name]}"
@@ -179,9 +183,20 @@ def check_tensors(what: str, wanted: Mapping[str, tuple[int, ...]], given: Mappi
         "unexpected": sorted(given.keys() - wanted.keys()),
         "of another shape": shapes,
     }
-    problems = [f"{kind}: {', '.join(lines)}" for kind, lines in kinds.items() if lines]
+    problems = [f"{kind}: {_some(lines)}" for kind, lines in kinds.items() if lines]
     if problems:
+        wrapped = (
+            {name.removesuffix(kinds["missing"][0]) for name in kinds["unexpected"]} if kinds["missing"] else set()
+        )
+        for prefix in sorted(prefix for prefix in wrapped if prefix.endswith(".")):
+            if all(f"{prefix}{name}" in given for name in kinds["missing"]):
+                problems.append(f"they are there under {prefix!r}: save those alone, without that prefix")
         raise UserError(f"these are not the weights of {what}; {'; '.join(problems)}")
+
+
+def _some(lines: list[str]) -> str:
+    """What fits a line: another network has hundreds of other names."""
+    return ", ".join(lines[:_SHOWN]) + (f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
 
 
 def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -192,8 +207,9 @@ def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """
     try:
         return _by_path(jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1)))
-    except ValueError as error:
-        raise UserError(f"this network cannot be built: {str(error).splitlines()[0]}") from error
+    except _UNFIT as error:
+        said = str(error).strip() or type(error).__name__
+        raise UserError(f"this network cannot be built: {said.splitlines()[0]}") from error
 
 
 def _by_path(tree: Mapping[str, Tree]) -> dict[str, Any]:

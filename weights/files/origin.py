@@ -3,19 +3,38 @@
 import abc
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
 from cli.text_files import read_text
-from weights.files.tensors import Tensors, read_tensors
+from weights.files.tensors import Tensors, check_finite, read_tensors, unwrapped
 
 HUB = "hf:"
 
 
+@dataclasses.dataclass(frozen=True)
+class Leniency:
+    """What a user lets pass.
+
+    Attributes:
+      keys: of JSON documents, at any depth, that are read as if they were not there.
+      nonfinite: weights that are NaN or infinite are said, not refused.
+    """
+
+    keys: frozenset[str] = frozenset()
+    nonfinite: bool = False
+
+
+STRICT = Leniency()
+
+
 class Origin(abc.ABC):
     """Files by name."""
+
+    leniency: Leniency = STRICT
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -39,6 +58,31 @@ class Origin(abc.ABC):
             )
         return path
 
+    def json(self, *names: str) -> dict[str, Any]:
+        """The JSON object in the first of these files that there is, without the keys that a user lets pass.
+
+        Raises:
+          UserError: if there is no such file, or it is no JSON object.
+        """
+        return _without_keys(read_json(self.require(*names)), self.leniency.keys)
+
+    def shard(self, name: str, index: str) -> Path:
+        """The file of weights that an index names, which must lie beside it.
+
+        Raises:
+          UserError: if there is none, or the name leads to another folder.
+        """
+        if name in ("", ".", "..") or re.search(r"[/\\\x00]", name):
+            raise UserError(f"{index} names the file {name!r}; an index names files of its own folder, without a path")
+        path = self.require(name)
+        if not self._owns(path):
+            raise UserError(f"{path}, which {index} names, is a link out of its folder; put the file itself there")
+        return path
+
+    def _owns(self, path: Path) -> bool:
+        """Whether a file lies where the origin is, links followed."""
+        return True
+
     def _limits(self) -> str:
         """Why a file may not have been found though there is one; continues a sentence."""
         return ""
@@ -49,6 +93,7 @@ class Folder(Origin):
     """A folder of this machine."""
 
     path: Path
+    leniency: Leniency = STRICT
 
     def describe(self) -> str:
         """The folder."""
@@ -58,12 +103,19 @@ class Folder(Origin):
         """The first of these files that the folder has."""
         return next((self.path / name for name in names if (self.path / name).is_file()), None)
 
+    def _owns(self, path: Path) -> bool:
+        folder, target = path.parent.resolve(), path.resolve()
+        # In the hub's cache, which may be given as a folder, files are links from snapshots/<commit>/ to blobs/.
+        stores = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+        return any(target.is_relative_to(place) for place in (folder, *stores))
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFile(Origin):
     """One file of weights with nothing around it."""
 
     path: Path
+    leniency: Leniency = STRICT
 
     def describe(self) -> str:
         """The file."""
@@ -83,6 +135,7 @@ class HubRepository(Origin):
 
     repository: str
     revision: str | None = None
+    leniency: Leniency = STRICT
     _commit: str | None = dataclasses.field(default=None, init=False)
 
     def describe(self) -> str:
@@ -153,11 +206,19 @@ class Subfolder(Origin):
         """The first of these files that the folder has."""
         return self.origin.find(*(f"{self.folder}/{name}" for name in names))
 
+    @property
+    def leniency(self) -> Leniency:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of the outer origin."""
+        return self.origin.leniency
+
+    def _owns(self, path: Path) -> bool:
+        return self.origin._owns(path)
+
     def _limits(self) -> str:
         return self.origin._limits()
 
 
-def open_origin(text: str) -> Origin:
+def open_origin(text: str, leniency: Leniency = STRICT) -> Origin:
     """Returns what `--input` names: "hf:organization/name[@revision]", a folder, or a file.
 
     Raises:
@@ -165,12 +226,12 @@ def open_origin(text: str) -> Origin:
     """
     if text.startswith(HUB):
         repository, _, revision = text.removeprefix(HUB).partition("@")
-        return HubRepository(repository, revision or None)
+        return HubRepository(repository, revision or None, leniency)
     path = Path(text)
     if path.is_dir():
-        return Folder(path)
+        return Folder(path, leniency)
     if path.is_file():
-        return WeightsFile(path)
+        return WeightsFile(path, leniency)
     raise UserError(f"there is no folder or file {text}; give one, or {HUB}ORGANIZATION/NAME of the Hugging Face hub")
 
 
@@ -178,11 +239,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      UserError: if it is none.
+      UserError: if it is none, or says a key twice.
     """
     try:
-        value = json.loads(read_text(path))
-    except ValueError as error:
+        value = json.loads(read_text(path), object_pairs_hook=_object)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; fetch it again")
@@ -197,19 +258,76 @@ def peek_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_weights(origin: Origin, names: Sequence[str]) -> Tensors:
+def read_weights(origin: Origin, names: Sequence[str], ignored: str = "(?!)") -> Tensors:
     """Reads the tensors of the first file of `names` that there is, or of the one file that the origin is.
 
-    A name that ends in ".index.json" lists the files that tensors are spread over.
+    A name that ends in ".index.json" (or ".index.fp16.json") says which file each tensor is in. Names lose the prefix
+    that a training program wrapped all of them in.
+
+    Args:
+      origin: where the files are.
+      names: of files.
+      ignored: a regular expression of whole names of tensors that hold nothing learned, which are left out.
 
     Raises:
-      UserError: if there is none of them, or it cannot be read.
+      UserError: if there is none of the files, one cannot be read, an index does not agree with its files, or a value
+        is NaN or infinite (unless the origin's leniency lets that pass).
     """
     path = origin.path if isinstance(origin, WeightsFile) else origin.require(*names)
-    if not path.name.endswith(".index.json"):
-        return read_tensors(path)
-    shards = read_json(path).get("weight_map", {})
-    tensors: Tensors = {}
-    for name in sorted(set(shards.values())):
-        tensors |= read_tensors(origin.require(name))
+    read = _read_shards(origin, path) if re.search(r"\.index(\.\w+)?\.json$", path.name) else read_tensors(path)
+    tensors = {name: array for name, array in unwrapped(read).items() if not re.fullmatch(ignored, name)}
+    check_finite(str(path), tensors, allowed=origin.leniency.nonfinite)
     return tensors
+
+
+def _read_shards(origin: Origin, path: Path) -> Tensors:
+    """Reads each tensor from the file that the index at `path` assigns it to."""
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        what = "has no weight_map" if places is None else f"has a weight_map that is {_kind(places)}"
+        raise UserError(f"{path} {what}; it must be an object that says of each tensor which file it is in")
+    for name, shard in places.items():
+        if not isinstance(shard, str):
+            raise UserError(f"{path} says of {name} that its file is {_kind(shard)}, not a file's name; fetch it again")
+    shards = {shard: origin.shard(shard, str(path)) for shard in sorted(set(places.values()))}
+    tensors: Tensors = {}
+    unnamed: list[str] = []
+    for shard, file in shards.items():
+        found = read_tensors(file)
+        wanted = [name for name, place in places.items() if place == shard]
+        if absent := [name for name in wanted if name not in found]:
+            raise UserError(
+                f"{path} says that {_few(absent)} is in {shard}, which has no such tensor; fetch both again"
+            )
+        tensors |= {name: found[name] for name in wanted}
+        unnamed += [name for name in found if name not in places]
+    if unnamed:
+        print(f"warning: {path} does not name {_few(unnamed)}, which its files hold and which are left out")
+    return {name: tensors[name] for name in places}
+
+
+def _few(names: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if isinstance(value, dict):
+        return "an empty object" if not value else "an object"
+    names = {"NoneType": "null", "list": "a list", "str": "a string", "bool": "true or false"}
+    return names.get(type(value).__name__, "a number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"the key {twice!r} is there twice")
+    return value
+
+
+def _without_keys(value: Any, keys: frozenset[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_keys(entry, keys) for key, entry in value.items() if key not in keys}
+    return value

@@ -1,18 +1,18 @@
 """Files of named tensors as numpy arrays: safetensors, npz, and what PyTorch saves, which is read without PyTorch.
 
-A PyTorch file (.pt, .pth, .bin, .ckpt) is a pickle, and unpickling runs whatever code the file names. The reader here
-knows the few names that a tensor is made of, gives them harmless stand-ins, and refuses every other one. It reads zip
-archives (PyTorch 1.6 and later), the stream of pickles of earlier versions, and TorchScript archives, of which it takes
-the parameters and buffers and leaves the code.
+A PyTorch file (.pt, .pth, .bin, .ckpt, .pkl) is a pickle, and unpickling runs whatever code the file names. The reader
+here knows the few names that a tensor is made of, gives them harmless stand-ins, and refuses every other one. It reads
+zip archives (PyTorch 1.6 and later), the stream of pickles of earlier versions, and pickled modules and TorchScript
+archives, of which it takes the parameters and buffers and leaves the code.
 """
 
 import os
 import pickle
 import uuid
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +20,15 @@ import safetensors
 from safetensors.numpy import save_file
 
 from cli.errors import UserError
-from weights.files.torch_pickle import Refused, read_stream, read_zip
+from weights.files.torch_pickle import Refused, read_pickle, tensors_of
 
 Tensors = dict[str, np.ndarray]
+Result = TypeVar("Result")
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
+# What training programs put before all names of a network that they wrap.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "ema.", "ema_model.", "state_dict.", "_fsdp_wrapped_module.")
 
 # The names of the safetensors format; its own numpy reader lacks bfloat16 in the oldest version that works here.
 _SAFETENSORS_DTYPES = {
@@ -45,7 +49,8 @@ def read_tensors(path: str | Path) -> Tensors:
     """Reads a file of named tensors.
 
     Args:
-      path: .safetensors, .npz, or a PyTorch file: a state dict, one under the key "state_dict", or TorchScript.
+      path: .safetensors, .npz, or a PyTorch file: a state dict or a module, also as one entry of a checkpoint, or
+        TorchScript.
 
     Returns:
       name -> array of the stored dtype (bfloat16 and float8 as ml_dtypes has them) and shape, in the file's order. Some
@@ -57,13 +62,23 @@ def read_tensors(path: str | Path) -> Tensors:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file of weights {path}; give the path of a .safetensors, .npz or .pth file")
+    readers: dict[str, Callable[[Path], Tensors]] = {
+        **{".safetensors": _read_safetensors, ".npz": _read_npz},
+        **dict.fromkeys(TORCH_SUFFIXES, lambda path: tensors_of(read_pickle(path))),
+    }
+    if path.suffix not in readers:
+        raise UserError(f"{path}: weights are read from files named {', '.join(readers)}; save them as .safetensors")
+    return read_with(readers[path.suffix], path)
+
+
+def read_with(reader: Callable[[Path], Result], path: Path) -> Result:
+    """Returns what a reader makes of a file.
+
+    Raises:
+      UserError: if the file cannot be read, is damaged, or holds what the reader refuses.
+    """
     try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        if path.suffix == ".npz":
-            return _read_npz(path)
-        if path.suffix in TORCH_SUFFIXES:
-            return read_zip(path) if zipfile.is_zipfile(path) else read_stream(path)
+        return reader(path)
     except Refused as error:
         raise UserError(f"{path} {error}; save its state dict as .safetensors and give that file") from error
     except OSError as error:
@@ -71,8 +86,36 @@ def read_tensors(path: str | Path) -> Tensors:
     except _DAMAGE as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} is damaged, or not a {path.suffix} file ({what}); fetch or save it again") from error
-    known = ", ".join((".safetensors", ".npz", *TORCH_SUFFIXES))
-    raise UserError(f"{path}: weights are read from files named {known}; save them as .safetensors")
+
+
+def unwrapped(tensors: Tensors) -> Tensors:
+    """Names as of the network, where a training program wrapped all of it (`WRAPPERS`), once or several times."""
+    while tensors and (found := [each for each in WRAPPERS if all(name.startswith(each) for name in tensors)]):
+        tensors = {name.removeprefix(found[0]): array for name, array in tensors.items()}
+    return tensors
+
+
+def check_finite(what: str, tensors: Mapping[str, np.ndarray], allowed: bool = False) -> None:
+    """Looks for values that are no numbers.
+
+    Args:
+      what: the file, for the error.
+      tensors: name -> array.
+      allowed: print a warning in place of the error.
+
+    Raises:
+      UserError: if a value is NaN or infinite; names the first such tensor by name.
+    """
+    for name, array in sorted(tensors.items()):  # a library gives them in an order that differs from run to run
+        if array.dtype.kind in "biu" or not array.size:
+            continue
+        once = array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]  # of repeated ones
+        if bad := int(np.count_nonzero(~np.isfinite(once))):
+            said = f"{what}: {name} has {bad:,} of {array.size:,} values that are NaN or infinite"
+            if not allowed:
+                raise UserError(f"{said}; fetch or save it again, or convert with --allow_nonfinite to go on")
+            print(f"warning: {said}")
+            return
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:

@@ -4,13 +4,17 @@ Formats: `torch.save` (a zip archive with `data.pkl` and one file for each stora
 pickles followed by the storages) and `torch.jit.save` (the same archive, whose objects are modules of compiled code).
 
 A pickle is a program for a small machine that calls functions by name. Only names in the tables below are known, and
-each stands for a function of this file that records or rearranges data.
+each stands for a function of this file that records or rearranges data. What a file says of its own sizes is compared
+with the file before memory is taken for it.
 """
 
 import collections
 import dataclasses
 import io
+import math
+import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -79,12 +83,15 @@ class _View:
             raise ValueError(f"a tensor of shape {self.shape}, strides {self.strides} and offset {self.offset}")
         if 0 in self.shape:
             return np.zeros(self.shape, dtype)
+        spread = [size for size, stride in zip(self.shape, self.strides, strict=True) if stride]
+        if math.prod(spread) > self.storage.size:
+            raise ValueError(f"a tensor of shape {self.shape} in a storage of {self.storage.size} elements")
         strides = [stride * dtype.itemsize for stride in self.strides]
         return np.ndarray(self.shape, dtype, self.storage.data or b"", self.offset * dtype.itemsize, strides)
 
 
-class _Module:
-    """A TorchScript object: its attributes, without its code."""
+class Module:
+    """An object of PyTorch or of TorchScript that holds tensors: its attributes, without its code."""
 
     def __init__(self, *arguments: Any):
         self.attributes: dict[str, Any] = {}
@@ -93,64 +100,87 @@ class _Module:
         self.attributes = state if isinstance(state, dict) else {}
 
 
-def read_zip(path: Path) -> Tensors:
-    """Reads what `torch.save` (1.6 and later) or `torch.jit.save` wrote.
+def read_pickle(path: Path) -> Any:
+    """Reads what `torch.save` or `torch.jit.save` wrote: dicts, lists, tuples, strings, numbers, `Module`s and tensors.
+
+    Tensors are views that `tensors_of` makes arrays of.
 
     Raises:
-      Refused: if it holds anything but tensors.
+      Refused: if it is another file, or names anything that is no part of these.
       ValueError, KeyError and other errors of a reader: if it is damaged.
     """
+    return _read_zip(path) if zipfile.is_zipfile(path) else _read_stream(path)
+
+
+def _read_zip(path: Path) -> Any:
+    """What `torch.save` of version 1.6 and later, or `torch.jit.save`, wrote."""
+    room = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise Refused("is a zip archive, but not one that PyTorch saved")
         folder = pickles[0].removesuffix("data.pkl")
-        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
-            raise Refused("was saved by a big-endian machine")
         storages: dict[str, _Storage] = {}
+
+        def read(name: str) -> bytes:
+            info = archive.getinfo(name)
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > room:
+                raise ValueError(f"{name} has {info.file_size} bytes in a file of {room}, or is compressed")
+            return archive.read(info)
 
         def load_storage(dtype: str, key: str, size: int) -> _Storage:
             if key not in storages:
-                data = archive.read(f"{folder}data/{key}")
+                data = read(f"{folder}data/{key}")
+                if len(data) != size * np.dtype(_DTYPES[dtype]).itemsize:
+                    raise ValueError(f"storage {key} has {len(data)} bytes, announced were {size} elements of {dtype}")
                 storages[key] = _Storage(dtype, size, data)
             return storages[key]
 
-        return _tensors(_Unpickler(io.BytesIO(archive.read(pickles[0])), load_storage).load())
+        if f"{folder}byteorder" in archive.namelist() and read(f"{folder}byteorder") != b"little":
+            raise Refused("was saved by a big-endian machine")
+        return _run(io.BytesIO(read(pickles[0])), load_storage)
 
 
-def read_stream(path: Path) -> Tensors:
-    """Reads what `torch.save` wrote before version 1.6, and writes since when asked to.
-
-    Raises:
-      Refused: if it is another file, or holds anything but tensors.
-      ValueError, KeyError and other errors of a reader: if it is damaged.
-    """
+def _read_stream(path: Path) -> Any:
+    """What `torch.save` wrote before version 1.6, and writes since when asked to."""
     storages: dict[str, _Storage] = {}
 
     def load_storage(dtype: str, key: str, size: int) -> _Storage:
         return storages.setdefault(key, _Storage(dtype, size))
 
-    with path.open("rb") as file:
-        if _first_pickle(file) != _MAGIC or _Unpickler(file, load_storage).load() != _STREAM_VERSION:
+    # Mapped, so that a length that the file announces and has not takes no memory.
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+        if _first_pickle(file) != _MAGIC or _run(file, load_storage) != _STREAM_VERSION:
             raise Refused("is not a file that PyTorch saved")
-        _Unpickler(file, load_storage).load()  # sizes of C's integers
-        content = _Unpickler(file, load_storage).load()
-        for key in _Unpickler(file, load_storage).load():
+        _run(file, load_storage)  # sizes of C's integers
+        content = _run(file, load_storage)
+        for key in _run(file, load_storage):
             storage = storages[key]
             (size,) = struct.unpack("<q", _read_exactly(file, 8))
             if size != storage.size:
                 raise ValueError(f"storage {key} has {size} elements, announced were {storage.size}")
             storage.data = _read_exactly(file, size * np.dtype(_DTYPES[storage.dtype]).itemsize)
-    return _tensors(content)
+    return content
+
+
+def _run(file: Any, load_storage: Any) -> Any:
+    """Runs the next pickle of a file."""
+    start = file.tell()
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        # The machine takes memory for all places up to the one that is put to.
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > count:
+            raise ValueError(f"a pickle that puts to place {argument} after {count} operations")
+    file.seek(start)
+    return _Unpickler(file, load_storage).load()
 
 
 class _Unpickler(pickle.Unpickler):
     """Runs a pickle that may name nothing but the parts of a tensor."""
 
-    def __init__(self, file: io.BufferedIOBase, load_storage: Any):
+    def __init__(self, file: Any, load_storage: Any):
         super().__init__(file)
         self._load_storage = load_storage
-        self._module = type("Module", (_Module,), {})  # a pickle may change its attributes: not those of the next file
+        self._module = type("Module", (Module,), {})  # a pickle may change its attributes: not those of the next file
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns the stand-in for a name.
@@ -162,7 +192,7 @@ class _Unpickler(pickle.Unpickler):
             return _STORAGES[name]
         if module == "torch" and name in _DTYPES:
             return name
-        if module.split(".")[0] == "__torch__":
+        if module.split(".")[0] in ("__torch__", "dall_e") or module.startswith("torch.nn.modules."):
             return self._module
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[module, name]
@@ -207,6 +237,7 @@ def _nothing(*arguments: Any) -> None:
 
 _FUNCTIONS = {
     ("collections", "OrderedDict"): collections.OrderedDict,
+    **dict.fromkeys((("builtins", "set"), ("__builtin__", "set")), _nothing),
     ("torch", "Size"): tuple,
     ("torch", "device"): _nothing,
     ("torch._utils", "_rebuild_tensor"): _view,
@@ -221,17 +252,25 @@ _FUNCTIONS = {
 }
 
 
-def _tensors(content: Any) -> Tensors:
-    """Takes the arrays out of what a pickle built, by dotted name.
+def tensors_of(content: Any) -> Tensors:
+    """Takes the arrays out of what `read_pickle` read, by dotted name.
+
+    Args:
+      content: a state dict, a module, or a training program's dict with one of them in it; of several that under
+        "state_dict" is taken.
 
     Raises:
-      Refused: if it is anything but a mapping of names to tensors, or a TorchScript module.
+      Refused: if it is anything else.
     """
-    if isinstance(content, _Module):
-        views = dict(_attributes(content, ""))
-        return {name: view.array() for name, view in views.items()}
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    if isinstance(content, Mapping):
+        inside = [key for key, value in content.items() if _holds_tensors(value)]
+        if "state_dict" in inside or len(inside) == 1:
+            content = content["state_dict" if "state_dict" in inside else inside[0]]
+        elif inside:
+            names = ", ".join(map(repr, inside))
+            raise Refused(f"holds several sets of tensors ({names}), which of them is meant it does not say")
+    if isinstance(content, Module):
+        return {name: view.array() for name, view in _attributes(content, "")}
     if not isinstance(content, Mapping):
         raise Refused(f"holds a {type(content).__name__.strip('_').lower()}, not a state dict")
     for name, value in content.items():
@@ -240,25 +279,36 @@ def _tensors(content: Any) -> Tensors:
     return {name: view.array() for name, view in content.items()}
 
 
-def _attributes(module: _Module, prefix: str) -> Iterator[tuple[str, _View]]:
-    """The tensors of a TorchScript module and of those in it, by dotted name."""
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a module, or a state dict with something in it."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(n, str) and isinstance(v, _View) for n, v in value.items())
+    return isinstance(value, Module)
+
+
+def _attributes(module: Module, prefix: str) -> Iterator[tuple[str, _View]]:
+    """The tensors of a module and of those in it, by dotted name."""
     for name, value in module.attributes.items():
-        if isinstance(value, _View):
+        if name in ("_parameters", "_buffers", "_modules") and isinstance(value, Mapping):  # of a class of PyTorch's
+            held = Module()
+            held.attributes = dict(value)
+            yield from _attributes(held, prefix)
+        elif isinstance(value, _View):
             yield f"{prefix}{name}", value
-        elif isinstance(value, _Module):
+        elif isinstance(value, Module):
             yield from _attributes(value, f"{prefix}{name}.")
 
 
-def _first_pickle(file: io.BufferedIOBase) -> Any:
+def _first_pickle(file: Any) -> Any:
     """The first pickle, or None if the file starts with something else."""
     try:
-        return _Unpickler(file, None).load()
+        return _run(file, None)
     except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
         return None
 
 
-def _read_exactly(file: io.BufferedIOBase, count: int) -> bytes:
-    data = file.read(count)
+def _read_exactly(file: Any, count: int) -> bytes:
+    data = file.read(count)  # of a mapped file no more than there is
     if len(data) != count:
         raise EOFError(f"{count} bytes expected, {len(data)} left")
     return data

@@ -14,8 +14,9 @@ from typing import Any
 from cli.errors import UserError
 from models import create_model
 from models.unet import UNet
+from weights.files.fields import IDLE, Field, fixed, flag, read_fields, real, several, whole, word
 from weights.files.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensors, Tree, linear
-from weights.files.origin import Origin, Subfolder, peek_json, read_json, read_weights
+from weights.files.origin import Origin, Subfolder, peek_json, read_weights
 from weights.formats.contract import Converted, Files, Format
 from weights.formats.diffusers_scheduler import read_scheduler
 from weights.formats.runs import denoiser_run
@@ -26,35 +27,14 @@ PIPELINE_FOLDER = "unet"
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.bin",
+    *("diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"),
     "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
 )
 
 PLAIN, CONDITION = "UNet2DModel", "UNet2DConditionModel"
 _ATTENTION = {PLAIN: "plain", CONDITION: "transformer"}
 
-# What the library assumes of keys that a file leaves out, of those that ours has too.
-_SHARED_DEFAULTS: dict[str, Any] = {
-    **{"sample_size": None, "flip_sin_to_cos": True, "freq_shift": 0, "time_embedding_dim": None},
-    **{"layers_per_block": 2, "downsample_padding": 1, "dropout": 0.0, "norm_num_groups": 32, "norm_eps": 1e-5},
-    **{"resnet_time_scale_shift": "default", "num_class_embeds": None, "attention_head_dim": 8},
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    PLAIN: {
-        **_SHARED_DEFAULTS,
-        **{"in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896)},
-        **{"down_block_types": ("DownBlock2D", *3 * ("AttnDownBlock2D",))},
-        **{"up_block_types": (*3 * ("AttnUpBlock2D",), "UpBlock2D")},
-        **{"downsample_type": "conv", "upsample_type": "conv", "attn_norm_num_groups": None},
-    },
-    CONDITION: {
-        **_SHARED_DEFAULTS,
-        **{"in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280)},
-        **{"down_block_types": (*3 * ("CrossAttnDownBlock2D",), "DownBlock2D")},
-        **{"up_block_types": ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",))},
-        **{"cross_attention_dim": 1280, "transformer_layers_per_block": 1, "use_linear_projection": False},
-    },
-}
 # Keys of which ours computes one value, which is the library's default.
 _SHARED_FIXED: dict[str, Any] = {
     **{"center_input_sample": False, "time_embedding_type": "positional", "mid_block_scale_factor": 1},
@@ -73,6 +53,7 @@ _FIXED: dict[str, dict[str, Any]] = {
         **{"reverse_transformer_layers_per_block": None},
     },
 }
+_ALIKE: dict[str, tuple[Any, ...]] = {"act_fn": ("swish",)}
 # Types of levels -> (has attention, how it resamples); None where another key says.
 _LEVELS: dict[str, dict[str, tuple[bool, str | None]]] = {
     PLAIN: {
@@ -86,6 +67,74 @@ _LEVELS: dict[str, dict[str, tuple[bool, str | None]]] = {
     },
 }
 _RESAMPLERS = {"conv": "convolution", "resnet": "residual"}
+
+_WIDTHS = "block_out_channels"
+# Of each level one number, or one for all.
+_DEPTH = whole(high=64)
+
+
+def _tables() -> dict[str, dict[str, Field]]:
+    """What each class's config.json may hold, with the library's defaults."""
+    shared = {
+        "sample_size": several(whole(), length=2, single=True),
+        "flip_sin_to_cos": flag(True),
+        "freq_shift": whole(0, low=0, high=1),
+        "time_embedding_dim": whole().or_null(),
+        "layers_per_block": several(_DEPTH, 2, length=_WIDTHS, single=True),
+        "downsample_padding": whole(1, low=0, high=1),
+        "dropout": real(0.0, low=0, high=1),
+        "norm_num_groups": whole(32),
+        "norm_eps": real(1e-5, low=0, above=True),
+        "resnet_time_scale_shift": word("default", ("default", "scale_shift")),
+        "num_class_embeds": whole().or_null(),
+    }
+    # Of how it was trained and averaged, and what other keys make idle.
+    idle = {
+        *("num_train_timesteps", "upcast_attention", "addition_time_embed_dim", "addition_embed_type_num_heads"),
+        *("projection_class_embeddings_input_dim", "decay", "min_decay", "inv_gamma", "power", "optimization_step"),
+        *("update_after_step", "use_ema_warmup"),
+    }
+    own: dict[str, dict[str, Field]] = {
+        PLAIN: {
+            "in_channels": whole(3),
+            "out_channels": whole(3),
+            _WIDTHS: several(whole(), (224, 448, 672, 896)),
+            "down_block_types": _types(PLAIN, "Down", ("DownBlock2D", *3 * ("AttnDownBlock2D",))),
+            "up_block_types": _types(PLAIN, "Up", (*3 * ("AttnUpBlock2D",), "UpBlock2D")),
+            "downsample_type": word("conv", tuple(_RESAMPLERS)),
+            "upsample_type": word("conv", tuple(_RESAMPLERS)),
+            "attn_norm_num_groups": whole().or_null(),
+            "attention_head_dim": whole().or_null(default=8),
+        },
+        CONDITION: {
+            "in_channels": whole(4),
+            "out_channels": whole(4),
+            _WIDTHS: several(whole(), (320, 640, 1280, 1280)),
+            "down_block_types": _types(CONDITION, "Down", (*3 * ("CrossAttnDownBlock2D",), "DownBlock2D")),
+            "up_block_types": _types(CONDITION, "Up", ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",))),
+            "cross_attention_dim": several(whole(), 1280, length=_WIDTHS, single=True),
+            "transformer_layers_per_block": several(_DEPTH, 1, length=_WIDTHS, single=True),
+            "use_linear_projection": flag(False),
+            "attention_head_dim": several(whole(), 8, length=_WIDTHS, single=True),
+        },
+    }
+    return {
+        kind: {
+            **shared,
+            **own[kind],
+            **{key: fixed(value, *_ALIKE.get(key, ())) for key, value in _FIXED[kind].items()},
+            **dict.fromkeys(idle, IDLE),
+        }
+        for kind in own
+    }
+
+
+def _types(kind: str, way: str, default: tuple[str, ...]) -> Field:
+    names = tuple(name for name in _LEVELS[kind] if way in name)
+    return several(word(choices=names), default, length=_WIDTHS)
+
+
+_TABLES = _tables()
 
 # The 1x1 convolution or the dense layer that a spatial transformer begins and ends with.
 _PROJECTION = Form(
@@ -192,12 +241,8 @@ def unet_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = config.get("_class_name")
     if kind not in _ATTENTION:
         raise UserError(f"config.json is of class {kind!r}; {PLAIN} and {CONDITION} are converted")
-    given = {**_DEFAULTS[kind], **_FIXED[kind], **config}
-    problems = [
-        f"{key} is {given[key]!r}, ours {value!r}"
-        for key, value in _FIXED[kind].items()
-        if not _computes(given[key], value)
-    ]
+    given = read_fields("this UNet", config, _TABLES[kind])
+    problems: list[str] = []
     widths = tuple(given["block_out_channels"])
     attention_levels, resampler = _read_levels(kind, given, problems)
     fields = {
@@ -221,13 +266,6 @@ def unet_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "groups": given["norm_num_groups"],
         "norm_epsilon": given["norm_eps"],
     }
-    for key, values in (
-        ("resnet_time_scale_shift", ("default", "scale_shift")),
-        ("freq_shift", (0, 1)),
-        ("downsample_padding", (0, 1)),
-    ):
-        if given[key] not in values:
-            problems.append(f"{key} is {given[key]!r}, ours are {', '.join(map(str, values))}")
     if kind == CONDITION:
         fields |= {
             "context_width": _one("cross_attention_dim", given["cross_attention_dim"], problems),
@@ -322,7 +360,7 @@ def read_unet(origin: Origin) -> tuple[dict[str, Any], Tensors]:
     part = Subfolder(origin, PIPELINE_FOLDER)
     if part.find(CONFIG) is not None:
         origin = part
-    return unet_fields(read_json(origin.require(CONFIG))), read_weights(origin, WEIGHTS)
+    return unet_fields(origin.json(CONFIG)), read_weights(origin, WEIGHTS)
 
 
 def unet_files(model: UNet, params: Tree) -> Files:
@@ -337,9 +375,6 @@ def unet_files(model: UNet, params: Tree) -> Files:
 def _read_levels(kind: str, given: Mapping[str, Any], problems: list[str]) -> tuple[tuple[int, ...], str]:
     """(levels with attention, how they resample)."""
     down, up = list(given["down_block_types"]), list(given["up_block_types"])[::-1]
-    if unknown := sorted({*down, *up} - _LEVELS[kind].keys()):
-        problems.append(f"it has levels of type {', '.join(unknown)}, ours are {', '.join(_LEVELS[kind])}")
-        return (), "convolution"
     attending = [[_LEVELS[kind][name][0] for name in names] for names in (down, up)]
     if attending[0] != attending[1]:
         problems.append("the ways down and up have attention at different levels")
@@ -347,8 +382,8 @@ def _read_levels(kind: str, given: Mapping[str, Any], problems: list[str]) -> tu
     # Of the way down all levels but the coarsest resample, of the way up all but the finest.
     for names, key in ((down[:-1], "downsample_type"), (up[1:], "upsample_type")):
         for name in names:
-            resamplers.add(_LEVELS[kind][name][1] or _RESAMPLERS.get(given[key], given[key]))
-    if len(resamplers) > 1 or resamplers - {"convolution", "residual"}:
+            resamplers.add(_LEVELS[kind][name][1] or _RESAMPLERS[given[key]])
+    if len(resamplers) > 1:
         problems.append(f"levels resample by {' and by '.join(sorted(map(str, resamplers)))}, ours all by one of two")
     return tuple(i for i, attends in enumerate(attending[0]) if attends), min(resamplers, default="convolution")
 
@@ -375,17 +410,10 @@ def _head_width(model: UNet, problems: list[str]) -> int | None:
     return attending.pop() // model.heads
 
 
-def _computes(given: Any, value: Any) -> bool:
-    """Whether a key's value means ours: SiLU has two names, and a list may say the same of all levels."""
-    if isinstance(given, list | tuple):
-        return all(_computes(entry, value) for entry in given)
-    return given == value or (value is None and not given) or (given, value) == ("swish", "silu")
-
-
 def _one(key: str, value: Any, problems: list[str]) -> Any:
     """What stands for all levels or sides, as one number or as equal ones."""
     values = set(value) if isinstance(value, list | tuple) else {value}
-    if len(values) != 1 or None in values:
+    if len(values) != 1:
         problems.append(f"{key} is {value}, ours one number")
     return values.pop()
 
@@ -403,8 +431,7 @@ def _recognizes(origin: Origin) -> bool:
 def _read(origin: Origin) -> Converted:
     fields, tensors = read_unet(origin)
     params, _ = unet_from_diffusers(create_model(**fields), tensors)
-    scheduler = origin.find(SCHEDULER)
-    process, sample = (None, {}) if scheduler is None else read_scheduler(read_json(scheduler))
+    process, sample = (None, {}) if origin.find(SCHEDULER) is None else read_scheduler(origin.json(SCHEDULER))
     return denoiser_run(fields, params, process, sample)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cli.errors import UserError
+from weights.files.fields import IDLE, Field, fixed, flag, read_fields, real, whole, word
 
 # Class -> (our sampler, steps that its pipelines take unless told otherwise; 0 for all of the chain).
 SAMPLERS = {
@@ -40,10 +41,24 @@ _OF_SAMPLING = {
     *("dynamic_thresholding_ratio", "sample_max_value", "lambda_min_clipped", "disable_corrector", "solver_p", "rho"),
     *("timestep_type", "final_sigmas_type", "rescale_sigmas", "flow_shift", "time_shift_type"),
 }
-_READ = {
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "variance_type"),
-    *("clip_sample", "rescale_betas_zero_snr"),
-}
+
+
+def _table(kind: str) -> dict[str, Field]:
+    """What the config of a class may hold, with the library's defaults."""
+    first, last = (0.00085, 0.012) if kind == "HeunDiscreteScheduler" else (1e-4, 0.02)
+    solver_type = "bh2" if kind == "UniPCMultistepScheduler" else "midpoint"
+    return {
+        "num_train_timesteps": whole(1000, high=10**6),
+        "beta_start": real(first, low=0, high=1, above=True),
+        "beta_end": real(last, low=0, high=1, above=True),
+        "beta_schedule": word("linear", tuple(_BETAS)),
+        "prediction_type": word("epsilon", tuple(_PREDICTIONS)),
+        "variance_type": word(choices=tuple(_VARIANCES)).or_null(),
+        "clip_sample": flag(kind in ("DDPMScheduler", "DDIMScheduler")),
+        "rescale_betas_zero_snr": flag(False),
+        **{key: fixed(value) for key, value in {**_FIXED, "solver_type": solver_type}.items()},
+        **dict.fromkeys(_OF_SAMPLING, IDLE),
+    }
 
 
 def read_scheduler(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -56,39 +71,23 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
       UserError: if the class or a key is one that ours has nothing for; names all of them.
     """
     kind = config.get("_class_name")
-    if kind not in SAMPLERS:
+    if not isinstance(kind, str) or kind not in SAMPLERS:
         raise UserError(f"the scheduler is a {kind}; those that are converted are {', '.join(SAMPLERS)}")
-    given = {key: value for key, value in config.items() if not key.startswith("_")}
-    fixed = {**_FIXED, "solver_type": "bh2" if kind == "UniPCMultistepScheduler" else "midpoint"}
-    known = _READ | fixed.keys() | _OF_SAMPLING
-    problems = [f"{key} is {value!r}, which is unknown" for key, value in given.items() if key not in known]
-    problems += [
-        f"{key} is {given[key]!r}, ours {value!r}" for key, value in fixed.items() if given.get(key, value) != value
-    ]
-
-    def choose(key: str, default: str, choices: Mapping[str, str]) -> str:
-        value = given.get(key, default) or default
-        if value not in choices:
-            problems.append(f"{key} is {value!r}, ours are {', '.join(choices)}")
-        return choices.get(value, "")
-
-    steps = given.get("num_train_timesteps", 1000)
+    given = read_fields(f"the scheduler {kind}", config, _table(kind))
     schedule = {
         "name": "discrete",
-        "kind": choose("beta_schedule", "linear", _BETAS),
-        "steps": steps,
-        "start": given.get("beta_start", 1e-4),
-        "end": given.get("beta_end", 0.02),
+        "kind": _BETAS[given["beta_schedule"]],
+        "steps": given["num_train_timesteps"],
+        "start": given["beta_start"],
+        "end": given["beta_end"],
     }
-    if given.get("rescale_betas_zero_snr"):
+    if given["rescale_betas_zero_snr"]:
         schedule["zero_terminal_snr"] = True
     process = {
         "schedule": schedule,
-        "prediction": choose("prediction_type", "epsilon", _PREDICTIONS),
-        "variance": choose("variance_type", "fixed_small", _VARIANCES),
-        "clip": bool(given.get("clip_sample", kind in ("DDPMScheduler", "DDIMScheduler"))),
+        "prediction": _PREDICTIONS[given["prediction_type"]],
+        "variance": _VARIANCES[given["variance_type"] or "fixed_small"],
+        "clip": given["clip_sample"],
     }
-    if problems:
-        raise UserError(f"the scheduler {kind} cannot be converted: {'; '.join(problems)}")
     sampler, usual = SAMPLERS[kind]
-    return process, {"sampler": sampler, "steps": usual or steps}
+    return process, {"sampler": sampler, "steps": usual or given["num_train_timesteps"]}

@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cli.errors import UserError
 from models.inception import Inception
-
-Tensors = dict[str, np.ndarray]
+from weights.files.layout import check_tensors
+from weights.files.tensors import Tensors
 
 _COUNTER = "num_batches_tracked"
-_SHOWN = 8  # names in an error; another network has hundreds of other ones
 _LEAVES = {
     ("params", "kernel"): "weight",
     ("params", "scale"): "weight",
@@ -44,20 +42,9 @@ def from_torch(model: Inception, tensors: Mapping[str, np.ndarray]) -> dict[str,
     names = {_torch_name(path): path for path in expected}
     given = {name: array for name, array in tensors.items() if name.rpartition(".")[2] != _COUNTER}
 
-    problems = []
-    if missing := sorted(names.keys() - given.keys()):
-        problems.append(f"missing: {_list(missing)}")
-    if unexpected := sorted(given.keys() - names.keys()):
-        problems.append(f"unexpected: {_list(unexpected)}")
-    shapes = [
-        f"{name} is {tuple(given[name].shape)}, expected {_torch_shape(expected[names[name]])}"
-        for name in sorted(names.keys() & given.keys())
-        if tuple(given[name].shape) != _torch_shape(expected[names[name]])
-    ]
-    if shapes:
-        problems.append(f"of another shape: {_list(shapes)}")
-    if problems:
-        raise UserError(f"these are not the weights of the Inception network of the distance; {'; '.join(problems)}")
+    wanted = {name: _torch_shape(expected[path]) for name, path in names.items()}
+    what = "the Inception network of the distance"
+    check_tensors(what, wanted, {name: tuple(array.shape) for name, array in given.items()})
 
     arrays = {}
     for name, path in names.items():
@@ -96,8 +83,3 @@ def _torch_name(path: tuple[str, ...]) -> str:
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """[height, width, in, out] -> [out, in, height, width], [in, out] -> [out, in]."""
     return (shape[-1], shape[-2], *shape[:-2]) if len(shape) > 1 else shape
-
-
-def _list(entries: list[str]) -> str:
-    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return ", ".join(entries[:_SHOWN]) + more

@@ -5,6 +5,7 @@ trained with: `ViT-B-32` has GELU, and OpenAI's weights, which come without a co
 (mlfoundations/open_clip issue 771).
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +15,12 @@ import numpy as np
 from cli.errors import UserError
 from models import create_model
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
+from weights.files.fields import IDLE, Field, fixed, flag, group, read_fields, real, several, whole, word
 from weights.files.layout import CONVOLUTION, SAME, Layout, Rule, Tensors, Tree, linear
-from weights.files.origin import Origin, WeightsFile, read_json, read_weights
+from weights.files.origin import Origin, WeightsFile, read_weights
 from weights.formats.contract import Converted, Files, Format
 from weights.formats.runs import CLIP_OPTIONS, clip_run
-from weights.formats.transformers import mlp_ratio, say_other_preparation, undivided_heads
+from weights.formats.transformers import mlp_ratio, say_other_preparation, square, undivided_heads
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = (
@@ -42,18 +44,64 @@ _FIXED: dict[str, dict[str, Any]] = {
     },
     "text_cfg": {
         **_PLAIN_BLOCK,
-        **{"mlp_ratio": 4, "embed_cls": False, "no_causal_mask": False, "proj_bias": False, "proj_type": "linear"},
+        **{"mlp_ratio": 4.0, "embed_cls": False, "no_causal_mask": False, "proj_bias": False, "proj_type": "linear"},
         **{"hf_model_name": None},
     },
 }
-# Sizes, and what only training or the tokenizer uses.
-_READ = {
-    "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"},
-    "vision_cfg": {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"},
-    "text_cfg": {
-        *("context_length", "vocab_size", "width", "heads", "layers", "pool_type", "eos_id", "pad_id"),
-        *("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
-    },
+_LAYERS = whole(high=1024)
+_RATIO = real(4.0, low=0, high=1024, above=True)
+
+
+def _fixed(part: str) -> dict[str, Field]:
+    return {key: fixed(value) for key, value in _FIXED[part].items()}
+
+
+# What open_clip_config.json may hold, with the library's defaults.
+_TABLE: dict[str, Field] = {
+    "model_cfg": group(
+        {
+            **_fixed(""),
+            "embed_dim": whole(),
+            "quick_gelu": flag(False),
+            "init_logit_scale": real(LOGIT_SCALE),
+            "init_logit_bias": real().or_null(),
+            "vision_cfg": group(
+                {
+                    **_fixed("vision_cfg"),
+                    "layers": several(_LAYERS, 12, single=True),
+                    "width": whole(768),
+                    "head_width": whole(64),
+                    "mlp_ratio": _RATIO,
+                    "patch_size": whole(16).or_null(16),  # of a ResNet it is null
+                    "image_size": several(whole(), 224, length=2, single=True),
+                    "patch_dropout": IDLE,
+                },
+                {},
+            ),
+            "text_cfg": group(
+                {
+                    **_fixed("text_cfg"),
+                    "context_length": whole(77),
+                    "vocab_size": whole(49408),
+                    "width": whole(512),
+                    "heads": whole(8),
+                    "layers": dataclasses.replace(_LAYERS, default=12),
+                    "pool_type": word("argmax", ("argmax", "eos")),
+                    "eos_id": whole(2, low=0),
+                    **dict.fromkeys(("pad_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"), IDLE),
+                },
+                {},
+            ),
+        }
+    ),
+    "preprocess_cfg": group(
+        {
+            "mean": several(real(), IMAGE_MEAN, length=3),
+            "std": several(real(low=0, above=True), IMAGE_STD, length=3),
+            **dict.fromkeys(("size", "mode", "interpolation", "resize_mode", "fill_color"), IDLE),
+        },
+        {},
+    ).or_null({}),
 }
 # Width of a head of the image tower where it is not 64, by the size in a network's name.
 _HEAD_WIDTHS = {"H": 80, "g": 88, "bigG": 104, "e": 112}
@@ -128,7 +176,7 @@ def clip_to_open_clip(params: Tree, variables: Tree) -> Tensors:
     return tensors | {name: np.zeros((), np.int64) for name in counts}
 
 
-def clip_fields(config: Mapping[str, Any], preprocess: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def clip_fields(config: Any, preprocess: Any = None) -> dict[str, Any]:
     """Reads OpenCLIP's `model_cfg` as {"name": "clip", fields of `models.clip.Clip`}. Dropout is left out.
 
     Args:
@@ -138,50 +186,37 @@ def clip_fields(config: Mapping[str, Any], preprocess: Mapping[str, Any] | None 
     Raises:
       UserError: if it is a network that ours cannot compute.
     """
-    vision, text = dict(config.get("vision_cfg", {})), dict(config.get("text_cfg", {}))
-    problems = [
-        f"{key} is {value!r}"
-        for group, entry in (("", config), ("vision_cfg", vision), ("text_cfg", text))
-        for key, value in entry.items()
-        if key not in _READ[group] and (key not in _FIXED[group] or value != _FIXED[group][key])
-    ]
-    pool, vocab_size = text.get("pool_type", "argmax"), text.get("vocab_size", 49408)
-    if pool not in ("argmax", "eos"):
-        problems.append(f"pool_type is {pool!r}")
-    if problems or "embed_dim" not in config:
-        raise UserError(f"this CLIP cannot be converted: {'; '.join(problems) or 'the config has no embed_dim'}")
-    width, layers, head_width = vision.get("width", 768), vision.get("layers", 12), vision.get("head_width", 64)
+    given = read_fields("this CLIP", {"model_cfg": config, "preprocess_cfg": preprocess}, _TABLE)
+    config, preparation = given["model_cfg"], given["preprocess_cfg"] or {}
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    say_other_preparation(preprocess or {}, {"interpolation": "bicubic", "resize_mode": "shortest"})
+    layers, width = vision["layers"], vision["width"]
     resnet = not isinstance(layers, int)
-    preprocess = preprocess or {}
-    say_other_preparation(preprocess, {"interpolation": "bicubic", "resize_mode": "shortest"})
-    size = vision.get("image_size", 224)
-    if not isinstance(size, int):
-        if len(set(size)) != 1:
-            raise UserError(f"image_size is {size}; only squares are converted")
-        size = size[0]
-    hidden = int(width * vision.get("mlp_ratio", 4.0))
+    if not resnet and vision["patch_size"] is None:
+        raise UserError("this CLIP cannot be converted: its vision_cfg.patch_size is None; give the patches of its ViT")
+    sizes = {"image_mlp_ratio": mlp_ratio(int(width * vision["mlp_ratio"]), width), "patch_size": vision["patch_size"]}
     fields = {
         "name": "clip",
         "embed_dim": config["embed_dim"],
         "image_tower": "resnet" if resnet else "vit",
-        "image_size": size,
+        "image_size": square("image_size", vision["image_size"]),
         "image_width": width,
         "image_layers": tuple(layers) if resnet else layers,
-        "image_heads": width * (32 if resnet else 1) // head_width,
-        **({} if resnet else {"image_mlp_ratio": mlp_ratio(hidden, width), "patch_size": vision.get("patch_size", 16)}),
-        "text_vocab_size": vocab_size,
-        "text_length": text.get("context_length", 77),
+        "image_heads": width * (32 if resnet else 1) // vision["head_width"],
+        **({} if resnet else sizes),
+        "text_vocab_size": text["vocab_size"],
+        "text_length": text["context_length"],
         # "argmax" pools where the id is highest, which is where the end is: the last one of the vocabulary.
-        "text_end_id": vocab_size - 1 if pool == "argmax" else text.get("eos_id", 2),
-        "text_width": text.get("width", 512),
-        "text_layers": text.get("layers", 12),
-        "text_heads": text.get("heads", 8),
-        "activation": "quick_gelu" if config.get("quick_gelu", False) else "gelu",
-        "logit_scale_init": config.get("init_logit_scale", LOGIT_SCALE),
-        "image_mean": tuple(preprocess.get("mean", IMAGE_MEAN)),
-        "image_std": tuple(preprocess.get("std", IMAGE_STD)),
+        "text_end_id": text["vocab_size"] - 1 if text["pool_type"] == "argmax" else text["eos_id"],
+        "text_width": text["width"],
+        "text_layers": text["layers"],
+        "text_heads": text["heads"],
+        "activation": "quick_gelu" if config["quick_gelu"] else "gelu",
+        "logit_scale_init": config["init_logit_scale"],
+        "image_mean": tuple(preparation.get("mean", IMAGE_MEAN)),
+        "image_std": tuple(preparation.get("std", IMAGE_STD)),
     }
-    bias = config.get("init_logit_bias")
+    bias = config["init_logit_bias"]
     return fields if bias is None else {**fields, "logit_bias_init": bias}
 
 
@@ -310,18 +345,17 @@ def read_clip(origin: Origin, name: str = "") -> tuple[dict[str, Any], Tensors]:
     if config is not None and name:
         raise UserError(f"{origin.describe()} has a {CONFIG}, which says what the network is; leave --name out")
     if config is not None:
-        entry = read_json(config)
+        entry = origin.json(CONFIG)
         if "model_cfg" not in entry:
             raise UserError(f"{config} has no model_cfg; fetch it again")
-        return clip_fields(entry["model_cfg"], entry.get("preprocess_cfg")), _without_prefix(
-            read_weights(origin, WEIGHTS)
-        )
+        fields = clip_fields(entry["model_cfg"], entry.get("preprocess_cfg"))
+        return fields, read_weights(origin, WEIGHTS, CLIP.ignored)
     if not name:
         raise UserError(
             f"{origin.describe()} has no {CONFIG}, and weights do not tell their activation; give OpenCLIP's name of "
             "the network, such as --name=ViT-B-32 or --name=ViT-B-32-quickgelu"
         )
-    tensors = _without_prefix(read_weights(origin, WEIGHTS))
+    tensors = read_weights(origin, WEIGHTS, CLIP.ignored)
     size = re.match(r"ViT-([A-Za-z]+)-", name)
     if size is None and not name.startswith("RN"):
         raise UserError(
@@ -339,7 +373,7 @@ def read_openai_clip(origin: Origin) -> tuple[dict[str, Any], Tensors]:
     """
     if not isinstance(origin, WeightsFile):
         raise UserError(f"{origin.describe()} is not a file; OpenAI's weights are one, such as --input=ViT-B-32.pt")
-    tensors = read_weights(origin, ())
+    tensors = read_weights(origin, (), CLIP.ignored)
     return clip_fields_of_tensors(tensors, "quick_gelu"), tensors
 
 
@@ -372,12 +406,6 @@ def openai_clip_files(model: Clip, params: Tree, variables: Tree) -> Files:
     if problems:
         raise UserError(f"this CLIP cannot be written for OpenAI's package: {'; '.join(problems)}")
     return {"clip.safetensors": tensors}
-
-
-def _without_prefix(tensors: Tensors) -> Tensors:
-    """Names as of the network, where a training run of several devices wrapped it."""
-    wrapped = all(name.startswith("module.") for name in tensors)
-    return {name.removeprefix("module."): array for name, array in tensors.items()} if wrapped else tensors
 
 
 def _read(origin: Origin, name: str = "", tokenizer: str = "") -> Converted:

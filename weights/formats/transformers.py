@@ -10,27 +10,13 @@ from typing import Any
 from cli.errors import UserError
 from models import create_model
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
+from weights.files.fields import IDLE, Field, fixed, read_fields, real, several, whole, word
 from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors, Tree, linear
-from weights.files.origin import Origin, peek_json, read_json, read_weights
+from weights.files.origin import Origin, peek_json, read_weights
 from weights.formats.contract import Converted, Files, Format
 from weights.formats.runs import CLIP_OPTIONS, clip_run
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-# What the library assumes of keys that a file leaves out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "text": {
-        **{"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12},
-        **{"num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu"},
-        **{"layer_norm_eps": 1e-5, "eos_token_id": 49407},
-    },
-    "vision": {
-        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-        **{"num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    },
-}
-_LOGIT_SCALE = 2.6592
-_CLIP_VOCABULARY = 49408
 
 # The library's names of activations -> ours; the first of two is the one that is written.
 _ACTIVATIONS = {
@@ -42,6 +28,77 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+
+# Of every config of the library: of training, generation, labels, and how it computes.
+_IDLE = {
+    *("add_cross_attention", "architectures", "attention_dropout", "attn_implementation", "bad_words_ids"),
+    *("begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size"),
+    *("decoder_start_token_id", "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task"),
+    *("forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_factor"),
+    *("initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length"),
+    *("min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
+    *("output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type"),
+    *("pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate"),
+    *("sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss"),
+    *("tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype"),
+    *("torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache", "use_return_dict"),
+    *("text_config_dict", "vision_config_dict", "projection_dim"),
+}
+_LAYERS = whole(12, high=1024)
+_TOWER: dict[str, Field] = {
+    **dict.fromkeys(_IDLE, IDLE),
+    "num_hidden_layers": _LAYERS,
+    "hidden_act": word("quick_gelu", tuple(_ACTIVATIONS)),
+    "layer_norm_eps": fixed(1e-5),
+}
+# What config.json may hold, with the library's defaults.
+_TOWERS: dict[str, dict[str, Field]] = {
+    "text": {
+        **_TOWER,
+        "vocab_size": whole(49408),
+        "hidden_size": whole(512),
+        "intermediate_size": whole(2048),
+        "num_attention_heads": whole(8),
+        "max_position_embeddings": whole(77),
+        "eos_token_id": whole(49407, low=0),
+    },
+    "vision": {
+        **_TOWER,
+        "hidden_size": whole(768),
+        "intermediate_size": whole(3072),
+        "num_attention_heads": whole(12),
+        "num_channels": fixed(3),
+        "image_size": several(whole(), 224, length=2, single=True),
+        "patch_size": several(whole(), 32, length=2, single=True),
+    },
+}
+_ANY_GROUP = Field("an object", lambda value: isinstance(value, Mapping)).or_null({})
+_CONFIG: dict[str, Field] = {
+    **dict.fromkeys(_IDLE, IDLE),
+    **{f"{tower}_config{suffix}": _ANY_GROUP for tower in _TOWERS for suffix in ("", "_dict")},
+    "projection_dim": whole(512),
+    "logit_scale_init_value": real(2.6592),
+}
+# What preprocessor_config.json may hold; how pictures are resized and cut is said where it differs.
+_PREPARATION = {
+    **{"resample": 3, "do_resize": True, "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255},
+    **{"do_normalize": True},
+}
+_PREPROCESSOR: dict[str, Field] = {
+    "image_mean": several(real(), IMAGE_MEAN, length=3),
+    "image_std": several(real(low=0, above=True), IMAGE_STD, length=3),
+    **dict.fromkeys(_PREPARATION, IDLE),
+    **dict.fromkeys(
+        (
+            *("crop_size", "data_format", "default_to_square", "device", "disable_grouping", "do_convert_rgb"),
+            *("do_pad", "feature_extractor_type", "image_processor_type", "image_seq_length", "input_data_format"),
+            *("pad_size", "processor_class", "return_tensors", "size", "size_divisor"),
+        ),
+        IDLE,
+    ),
+}
+_CLIP_VOCABULARY = 49408
 
 
 def _tower(ours: str, theirs: str) -> tuple[Rule, ...]:
@@ -111,40 +168,36 @@ def clip_fields(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | Non
     """
     if config.get("model_type") != "clip":
         raise UserError(f"config.json is of model_type {config.get('model_type')!r}; only 'clip' is converted")
+    given = read_fields("this CLIP", config, _CONFIG)
     towers = {}
-    for tower, defaults in _DEFAULTS.items():
+    for tower, table in _TOWERS.items():
         # The library merges its defaults into the older of the two keys, and that over the newer one.
-        given = config.get(f"{tower}_config_dict")
-        towers[tower] = {**defaults, **(given if given is not None else config.get(f"{tower}_config") or {})}
+        older, newer = (config.get(f"{tower}_config{suffix}") for suffix in ("_dict", ""))
+        document = older if older is not None else newer or {}
+        towers[tower] = read_fields(f"the {tower}_config of this CLIP", document, table)
     text, vision = towers["text"], towers["vision"]
     problems = [
-        f"the {tower} tower has {key} {entry[key]!r}, ours {value!r}"
+        f"the {tower} tower has {key} {towers[tower][key]!r}, ours {value!r}"
         for tower, key, value in (
-            ("text", "layer_norm_eps", 1e-5),
-            ("vision", "layer_norm_eps", 1e-5),
-            ("vision", "num_channels", 3),
             ("text", "intermediate_size", 4 * text["hidden_size"]),
             ("vision", "hidden_act", text["hidden_act"]),
         )
-        if (entry := towers[tower])[key] != value
+        if towers[tower][key] != value
     ]
-    if text["hidden_act"] not in _ACTIVATIONS:
-        problems.append(f"hidden_act is {text['hidden_act']!r}, ours are {', '.join(_ACTIVATIONS)}")
     if problems:
         raise UserError(f"this CLIP cannot be converted: {'; '.join(problems)}")
-    preprocessor = preprocessor or {}
-    say_other_preparation(preprocessor, {"resample": 3, "do_center_crop": True})
-    hidden = vision["intermediate_size"]
+    prepared = read_fields("the preparation of pictures for this CLIP", preprocessor or {}, _PREPROCESSOR)
+    say_other_preparation(preprocessor or {}, _PREPARATION)
     fields = {
         "name": "clip",
-        "embed_dim": config.get("projection_dim", 512),
+        "embed_dim": given["projection_dim"],
         "image_tower": "vit",
-        "image_size": _side("image_size", vision["image_size"]),
+        "image_size": square("image_size", vision["image_size"]),
         "image_width": vision["hidden_size"],
         "image_layers": vision["num_hidden_layers"],
         "image_heads": vision["num_attention_heads"],
-        "image_mlp_ratio": mlp_ratio(hidden, vision["hidden_size"]),
-        "patch_size": _side("patch_size", vision["patch_size"]),
+        "image_mlp_ratio": mlp_ratio(vision["intermediate_size"], vision["hidden_size"]),
+        "patch_size": square("patch_size", vision["patch_size"]),
         "text_vocab_size": text["vocab_size"],
         "text_length": text["max_position_embeddings"],
         "text_end_id": _end_id(text["eos_token_id"], text["vocab_size"]),
@@ -152,9 +205,9 @@ def clip_fields(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | Non
         "text_layers": text["num_hidden_layers"],
         "text_heads": text["num_attention_heads"],
         "activation": _ACTIVATIONS[text["hidden_act"]],
-        "logit_scale_init": config.get("logit_scale_init_value", _LOGIT_SCALE),
-        "image_mean": tuple(preprocessor.get("image_mean", IMAGE_MEAN)),
-        "image_std": tuple(preprocessor.get("image_std", IMAGE_STD)),
+        "logit_scale_init": given["logit_scale_init_value"],
+        "image_mean": tuple(prepared["image_mean"]),
+        "image_std": tuple(prepared["image_std"]),
     }
     return fields
 
@@ -233,11 +286,9 @@ def read_clip(origin: Origin) -> tuple[dict[str, Any], Tensors]:
     Raises:
       UserError: if files are missing or say something else.
     """
-    preprocessor = origin.find("preprocessor_config.json")
-    fields = clip_fields(
-        read_json(origin.require("config.json")), None if preprocessor is None else read_json(preprocessor)
-    )
-    return fields, read_weights(origin, WEIGHTS)
+    prepared = "preprocessor_config.json"
+    preprocessor = None if origin.find(prepared) is None else origin.json(prepared)
+    return clip_fields(origin.json("config.json"), preprocessor), read_weights(origin, WEIGHTS, CLIP.ignored)
 
 
 def clip_files(model: Clip, params: Tree) -> Files:
@@ -281,7 +332,7 @@ def mlp_ratio(hidden: int, width: int) -> int | float:
     return int(ratio) if ratio == int(ratio) else ratio
 
 
-def _end_id(eos: Any, vocab_size: int) -> int:
+def _end_id(eos: int, vocab_size: int) -> int:
     """The id whose first position is pooled.
 
     2 is what configs said before the library used the value; it still reads the row's highest id there, which is the
@@ -289,14 +340,14 @@ def _end_id(eos: Any, vocab_size: int) -> int:
     """
     if eos == 2:
         return min(vocab_size, _CLIP_VOCABULARY) - 1
-    if isinstance(eos, int) and 0 <= eos < vocab_size:
+    if eos < vocab_size:
         return eos
     raise UserError(
         f"eos_token_id is {eos!r}, which is not one of the {vocab_size} ids of this CLIP; correct config.json"
     )
 
 
-def _side(key: str, value: Any) -> int:
+def square(key: str, value: Any) -> int:
     """A side of a square from a number or a pair."""
     sides = {value} if isinstance(value, int) else set(value)
     if len(sides) != 1:

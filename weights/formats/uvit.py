@@ -15,8 +15,9 @@ import numpy as np
 from cli.errors import UserError
 from models import create_model
 from models.uvit import UViT
+from weights.files.fields import IDLE, Field, fixed, flag, read_fields, real, whole, word
 from weights.files.layout import CONVOLUTION, Form, Layout, Rule, Tensors, Tree, linear
-from weights.files.origin import Origin, WeightsFile, read_json, read_weights
+from weights.files.origin import Origin, WeightsFile, read_weights
 from weights.formats.contract import Converted, Files, Format
 from weights.formats.runs import denoiser_run
 from weights.formats.transformers import mlp_ratio
@@ -30,21 +31,25 @@ _HEAD_WIDTHS = {1152: 72}  # by the network's width; all others have 64
 # Positions of all tokens [L, D] <-> [1, L, D].
 _WITH_BATCH = Form(outward=lambda array: array[None], inward=lambda array, shape: array.reshape(shape))
 
-# Of the published classes: (argument, our field, what it is if left out).
-_ARGUMENTS: tuple[tuple[str, str, Any], ...] = (
-    ("img_size", "image_size", 224),
-    ("patch_size", "patch_size", 16),
-    ("in_chans", "in_channels", 3),
-    ("embed_dim", "width", 768),
-    ("depth", "depth", 12),
-    ("num_heads", "heads", 12),
-    ("mlp_ratio", "mlp_ratio", 4.0),
-    ("mlp_time_embed", "mlp_time_embed", False),
+# Of the published classes: (argument, our field, what it may be).
+_ARGUMENTS: tuple[tuple[str, str, Field], ...] = (
+    ("img_size", "image_size", whole(224)),
+    ("patch_size", "patch_size", whole(16)),
+    ("in_chans", "in_channels", whole(3)),
+    ("embed_dim", "width", whole(768)),
+    ("depth", "depth", whole(12, high=1024)),
+    ("num_heads", "heads", whole(12)),
+    ("mlp_ratio", "mlp_ratio", real(4.0, low=0, high=1024, above=True)),
+    ("mlp_time_embed", "mlp_time_embed", flag(False)),
 )
-_CONTEXT_ARGUMENTS = (("clip_dim", "context_width", 768), ("num_clip_token", "context_length", CONTEXT_LENGTH))
-# Arguments that change no value, and those of which ours computes one value only.
-_IDLE = {"name", "use_checkpoint"}
-_FIXED = {"qkv_bias": False, "qk_scale": None}
+_CONTEXT_ARGUMENTS = (
+    ("clip_dim", "context_width", whole(768)),
+    ("num_clip_token", "context_length", whole(CONTEXT_LENGTH)),
+)
+_OTHER_ARGUMENTS: dict[str, Field] = {
+    **{"name": word(), "use_checkpoint": IDLE, "qkv_bias": fixed(False), "qk_scale": fixed(None)},
+    **{"conv": flag(True), "skip": flag(True)},
+}
 
 LAYOUT = Layout(
     what="this U-ViT in its authors' layout",
@@ -107,22 +112,20 @@ def uvit_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if name not in ("uvit", "uvit_t2i"):
         raise UserError(f"{ARGUMENTS} is of a network {name!r}; only 'uvit' and 'uvit_t2i' are converted")
     table = _ARGUMENTS + (_CONTEXT_ARGUMENTS if name == "uvit_t2i" else ())
-    known = {argument for argument, _, _ in table} | _IDLE | set(_FIXED) | {"conv", "skip"}
-    known |= {"num_classes"} if name == "uvit" else set()
-    problems = [f"{key} is {arguments[key]!r}" for key in sorted(arguments) if key not in known]
-    problems += [f"{key} is {arguments[key]!r}" for key, value in _FIXED.items() if arguments.get(key, value) != value]
-    if problems:
-        raise UserError(f"this U-ViT cannot be converted: {'; '.join(problems)}")
-    fields = {field: arguments.get(argument, default) for argument, field, default in table}
+    may_hold = {argument: field for argument, _, field in table} | _OTHER_ARGUMENTS
+    given = read_fields(
+        "this U-ViT", arguments, may_hold | ({"num_classes": whole(-1, low=-1)} if name == "uvit" else {})
+    )
+    fields = {ours: given[argument] for argument, ours, _ in table}
     ratio = mlp_ratio(int(fields["width"] * fields["mlp_ratio"]), fields["width"])
     return {
         "name": "uvit",
         **fields,
         "mlp_ratio": ratio,
         "activation": "gelu",
-        "num_classes": max(arguments.get("num_classes", -1), 0),
-        "convolution": "image" if arguments.get("conv", True) else "none",
-        "long_skip": "concat" if arguments.get("skip", True) else "none",
+        "num_classes": max(given.get("num_classes", -1), 0),
+        "convolution": "image" if given["conv"] else "none",
+        "long_skip": "concat" if given["skip"] else "none",
     }
 
 
@@ -210,8 +213,9 @@ def read_uvit(origin: Origin) -> tuple[dict[str, Any], Tensors]:
     Raises:
       UserError: if files are missing, or say nothing of a U-ViT that ours can compute.
     """
-    arguments, tensors = origin.find(ARGUMENTS), read_weights(origin, WEIGHTS)
-    return uvit_fields_of_tensors(tensors) if arguments is None else uvit_fields(read_json(arguments)), tensors
+    tensors = read_weights(origin, WEIGHTS)
+    described = origin.find(ARGUMENTS) is not None
+    return uvit_fields(origin.json(ARGUMENTS)) if described else uvit_fields_of_tensors(tensors), tensors
 
 
 def uvit_files(model: UViT, params: Tree) -> Files:

@@ -8,7 +8,15 @@ import pytest
 from huggingface_hub import constants
 
 from cli.errors import UserError
-from weights.files.origin import Folder, HubRepository, WeightsFile, open_origin, read_json, read_weights
+from weights.files.origin import (
+    Folder,
+    HubRepository,
+    Leniency,
+    WeightsFile,
+    open_origin,
+    read_json,
+    read_weights,
+)
 from weights.files.tensors import write_tensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -105,3 +113,93 @@ def test_a_file_is_itself_and_nothing_beside_it(tmp_path):
         read_json(open_origin(str(tmp_path)).require("config.json"))
     with pytest.raises(UserError, match="there is no folder or file .*none; give one, or hf:"):
         open_origin(str(tmp_path / "none"))
+
+
+def sharded(folder, weight_map) -> Folder:
+    """Two files, of which the second has a stale copy of what the index assigns to the first."""
+    one = np.full(1, 1, np.float32)
+    write_tensors(folder / "1.safetensors", {"a": one})
+    write_tensors(folder / "2.safetensors", {"b": 2 * one, "a": 7 * one})
+    (folder / "w.index.json").write_text(json.dumps({} if weight_map is ... else {"weight_map": weight_map}))
+    return Folder(folder)
+
+
+def test_each_tensor_is_read_from_the_file_that_the_index_assigns(tmp_path, capsys):
+    for first, second, a in (("1", "2", 1), ("2", "2", 7)):
+        origin = sharded(tmp_path, {"a": f"{first}.safetensors", "b": f"{second}.safetensors"})
+        read = read_weights(origin, ("w.index.json",))
+        assert {name: array.tolist() for name, array in read.items()} == {"a": [a], "b": [2]}
+    assert read_weights(sharded(tmp_path, {"b": "2.safetensors"}), ("w.index.json",)).keys() == {"b"}
+    assert "does not name a, which its files hold and which are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (..., "has no weight_map; it must be an object"),
+        (None, "has no weight_map; it must be an object"),
+        ([], "has a weight_map that is a list"),
+        ("a", "has a weight_map that is a string"),
+        ({}, "has a weight_map that is an empty object"),
+        ({"a": None, "b": "2.safetensors"}, "says of a that its file is null, not a file's name"),
+        ({"a": 5}, "says of a that its file is a number"),
+        ({"a": ["1.safetensors"]}, "says of a that its file is a list"),
+        ({"a": "../1.safetensors"}, "names the file '../1.safetensors'; an index names files of its own folder"),
+        ({"a": "/1.safetensors"}, "an index names files of its own folder"),
+        ({"a": ".."}, "an index names files of its own folder"),
+        ({"a": "x\\1.safetensors"}, "an index names files of its own folder"),
+        ({"a": ""}, "an index names files of its own folder"),
+        ({"a": "3.safetensors"}, "has no 3.safetensors"),
+        ({"a": "link.safetensors"}, "is a link out of its folder"),
+        ({"b": "1.safetensors"}, "says that b is in 1.safetensors, which has no such tensor"),
+    ],
+)
+def test_an_index_that_is_none_is_a_line_that_names_it(weight_map, message, tmp_path):
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    write_tensors(tmp_path / "1.safetensors", {"a": np.zeros(1, np.float32)})
+    (folder / "link.safetensors").symlink_to("../1.safetensors")
+    with pytest.raises(UserError) as error:
+        read_weights(sharded(folder, weight_map), ("w.index.json",))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "w.index.json" in str(error.value) or "3.safetensors" in str(error.value)
+
+
+def test_the_hub_s_own_links_are_followed(cached):
+    """A snapshot is links to blobs, also where its folder is given as one."""
+    blobs = cached.parents[1] / "blobs"
+    write_tensors(blobs / "w.safetensors", {"a": np.ones(1, np.float32)})
+    (cached / "1.safetensors").symlink_to("../../blobs/w.safetensors")
+    (cached / "w.index.json").write_text(json.dumps({"weight_map": {"a": "1.safetensors"}}))
+    assert read_weights(Folder(cached), ("w.index.json",))["a"] == 1
+    assert read_weights(open_origin("hf:tiny/clip"), ("w.index.json",))["a"] == 1
+
+
+def test_names_lose_what_training_wrapped_them_in(tmp_path):
+    for wrapper in ("module.", "_orig_mod.", "model.", "ema.", "module._orig_mod."):
+        write_tensors(tmp_path / "w.safetensors", {f"{wrapper}{name}": np.ones(1) for name in ("a.b", "model.c")})
+        assert read_weights(WeightsFile(tmp_path / "w.safetensors"), ()).keys() == {"a.b", "model.c"}
+    write_tensors(tmp_path / "w.safetensors", {"module.a": np.ones(1), "b": np.ones(1)})  # not all of them
+    assert read_weights(WeightsFile(tmp_path / "w.safetensors"), ()).keys() == {"module.a", "b"}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_number_is_refused_by_its_tensor_s_name(bad, tmp_path, capsys):
+    tensors = {"count": np.ones(2, np.int64), "mask": np.full(2, bad), "visual.proj": np.array([1, bad, bad])}
+    write_tensors(tmp_path / "w.safetensors", {**tensors, "z": np.full(1, bad)})
+    with pytest.raises(UserError, match="w.safetensors: visual.proj has 2 of 3 values .* --allow_nonfinite to go on"):
+        read_weights(WeightsFile(tmp_path / "w.safetensors"), (), ignored="mask")
+    lenient = WeightsFile(tmp_path / "w.safetensors", Leniency(nonfinite=True))
+    assert read_weights(lenient, (), ignored="mask").keys() == {"count", "visual.proj", "z"}
+    assert "warning: " in capsys.readouterr().out
+
+
+def test_json_that_says_a_key_twice_and_keys_that_a_user_lets_pass(tmp_path):
+    (tmp_path / "c.json").write_text('{"a": {"b": 1, "b": 2}}')
+    with pytest.raises(UserError, match="the key 'b' is there twice"):
+        read_json(tmp_path / "c.json")
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not valid JSON"):
+        read_json(tmp_path / "c.json")
+    (tmp_path / "c.json").write_text('{"a": {"b": 1, "c": 2}, "b": 3}')
+    assert Folder(tmp_path, Leniency(frozenset({"b"}))).json("c.json") == {"a": {"c": 2}}

@@ -5,6 +5,7 @@ PyTorch's files are written here by its own rules without PyTorch; tests/parity/
 
 import collections
 import io
+import json
 import os
 import pickle
 import struct
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
+from weights.files.layout import check_tensors
 from weights.files.tensors import read_tensors, write_tensors
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -285,3 +287,87 @@ def test_mistakes(tmp_path):
         read_tensors(tmp_path / "o.npz")
     with pytest.raises(UserError, match="written as .safetensors"):
         write_tensors(tmp_path / "w.pth", {})
+
+
+HEADER = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {**HEADER["a"], "data_offsets": [0, 32]}},
+        {"a": {**HEADER["a"], "data_offsets": [8, 16]}},
+        {"a": {**HEADER["a"], "data_offsets": [16, 0]}},
+        {"a": {**HEADER["a"], "data_offsets": [0, 2**63]}},
+        {"a": {**HEADER["a"], "shape": [2, 3]}},
+        {"a": {**HEADER["a"], "shape": [2**40, 2**40]}},
+        {"a": {**HEADER["a"], "shape": [-2, -2]}},
+        {"a": {**HEADER["a"], "dtype": "F64"}},
+        {"a": {**HEADER["a"], "dtype": "O"}},
+        {"a": HEADER["a"], "b": HEADER["a"]},
+        {"a": None},
+        [],
+    ],
+)
+def test_a_safetensors_header_that_lies_is_refused_in_a_line(header, tmp_path):
+    text = json.dumps(header).encode()
+    for length in (len(text), 2**60):
+        (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", length) + text + bytes(16))
+        with pytest.raises(UserError, match="is damaged, or not a .safetensors file") as error:
+            read_tensors(tmp_path / "w.safetensors")
+        assert "\n" not in str(error.value)
+
+
+def test_sizes_that_a_pickle_announces_and_has_not_take_no_memory(torch, tmp_path):
+    path, far = tmp_path / "w.pth", 2**34
+    place = b"\x80\x02}r" + struct.pack("<I", 2**31) + b"."  # puts a dict to a far place of the machine's memory
+    bytes_of_none = b"\x80\x04\x8e" + struct.pack("<Q", far) + b"."
+
+    def refused(message):
+        with pytest.raises(UserError, match=message) as error:
+            read_tensors(path)
+        assert "\n" not in str(error.value)
+
+    save_zip(torch, path, {"w": Tensor(Storage(np.zeros(3, np.float32)), 0, (10**9, 10**9), (0, 1))})
+    refused("a tensor of shape .* in a storage of 3 elements")
+    for program in (place, bytes_of_none):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("weights/data.pkl", program)
+        refused("damaged")
+        path.write_bytes(pickle.dumps(MAGIC, protocol=2) + program)
+        refused("damaged")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("weights/data.pkl", bytes(10**6))
+    refused("is compressed")
+
+
+def test_a_storage_is_as_long_as_the_pickle_says(torch, tmp_path):
+    tensor = Tensor.of(np.zeros(3, np.float32))
+    save_zip(torch, tmp_path / "w.pth", {"w": tensor})
+    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "v.pth", "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data + bytes(4) if name.endswith("data/0") else data)
+    with pytest.raises(UserError, match="storage 0 has 16 bytes, announced were 3 elements of float32"):
+        read_tensors(tmp_path / "v.pth")
+
+
+def test_of_several_sets_of_tensors_the_state_dict_is_meant(save, tmp_path):
+    one, two = ({"w": Tensor.of(np.full(1, value, np.float32))} for value in (1, 2))
+    save(tmp_path / "w.pth", {"epoch": 3, "weights": one, "hparams": {"dim": 4}, "opt": {"state": {0: two}}})
+    assert read_tensors(tmp_path / "w.pth")["w"] == 1
+    save(tmp_path / "w.pth", {"ema": one, "state_dict": two})
+    assert read_tensors(tmp_path / "w.pth")["w"] == 2
+    save(tmp_path / "w.pth", {"ema": one, "model": two})
+    with pytest.raises(UserError, match="holds several sets of tensors .'ema', 'model'."):
+        read_tensors(tmp_path / "w.pth")
+
+
+def test_a_wrong_prefix_is_said():
+    wanted = {"a.b": (1,), "c": (2,)}
+    given = {"net.a.b": (1,), "net.c": (2,), "epoch": ()}
+    with pytest.raises(UserError, match="unexpected: epoch, net.a.b, net.c; they are there under 'net.'"):
+        check_tensors("it", wanted, given)
+    with pytest.raises(UserError, match="unexpected: x0, x1, .* and 32 more$"):
+        check_tensors("it", {}, {f"x{i}": () for i in range(40)})

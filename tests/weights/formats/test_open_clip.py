@@ -50,12 +50,15 @@ def test_sizes_are_read_from_shapes(fields):
     ("change", "message"),
     [
         ({"vision_cfg": {"timm_model_name": "vit_base"}}, "timm_model_name is 'vit_base'"),
-        ({"vision_cfg": {"pool_type": "avg", "no_ln_pre": True}}, "pool_type is 'avg'; no_ln_pre is True"),
+        (
+            {"vision_cfg": {"pool_type": "avg", "no_ln_pre": True}},
+            "no_ln_pre is True; it must be False; model_cfg.vision_cfg.pool_type is 'avg'",
+        ),
         ({"text_cfg": {"hf_model_name": "bert"}}, "hf_model_name is 'bert'"),
         ({"text_cfg": {"pool_type": "last"}}, "pool_type is 'last'"),
         ({"text_cfg": {"norm_kwargs": {"eps": 1e-6}}}, "norm_kwargs is"),
         ({"custom_text": True}, "custom_text is True"),
-        ({"multimodal_cfg": {}}, "multimodal_cfg is"),
+        ({"multimodal_cfg": {}}, "model_cfg.multimodal_cfg: not known here"),
         ({"vision_cfg": {"image_size": [224, 112]}}, "only squares"),
     ],
 )

@@ -107,7 +107,10 @@ def test_what_theirs_cannot_compute_is_refused(change, message):
     ("arguments", "message"),
     [
         ({"name": "dit"}, "is of a network 'dit'; only"),
-        ({"name": "uvit", "qkv_bias": True, "clip_dim": 5}, "clip_dim is 5; qkv_bias is True"),
+        (
+            {"name": "uvit", "qkv_bias": True, "clip_dim": 5},
+            "qkv_bias is True; it must be False; clip_dim: not known here",
+        ),
     ],
 )
 def test_what_ours_cannot_compute_is_refused(arguments, message):
