@@ -16,10 +16,11 @@ import dataclasses
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
+from beartype.door import is_bearable
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -28,7 +29,7 @@ from cli.errors import UserError
 from cli.text_files import read_text
 from configs.common import get_defaults
 from data.tokenizer import Tokenizer
-from models import create_model
+from models import MODELS, create_model
 from weights.checkpoint import CheckpointStore
 from weights.files.layout import check_tensors, model_shapes
 from weights.files.origin import read_json
@@ -208,7 +209,7 @@ def read_config(folder: str | Path) -> ConfigDict:
     """Reads the config of a run folder. Keys that the folder lacks, as later versions added them, have their defaults.
 
     Raises:
-      UserError: if there is none, or it cannot be read.
+      UserError: if there is none, it cannot be read, or a key has a value of another type than it may.
     """
     folder = Path(folder)
     path = folder / CONFIG
@@ -216,20 +217,65 @@ def read_config(folder: str | Path) -> ConfigDict:
         what = "is not a run folder (it has no config.json)" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}; train one with `python -m train --config=... --workdir={folder}`")
     try:
-        config = from_json(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore it or train again") from error
-    _add_missing(config, get_defaults())
+        text = read_text(path)
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("it is no object")
+        config = from_json(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not the JSON of a config ({error}); restore it or train again") from error
+    problems: list[str] = []
+    _add_missing(config, get_defaults(), "", problems)
+    if not problems:
+        for group in ("models", "frozen"):
+            for part, entry in config[group].items():
+                problems += _network_problems(f"{group}.{part}", entry)
+    if problems:
+        raise UserError(f"{path} is not a config of a run: {'; '.join(problems)}; restore it or train again")
     return config
 
 
-def _add_missing(config: ConfigDict, defaults: ConfigDict) -> None:
-    """Adds the keys of `defaults` that `config` has not."""
-    for key, value in defaults.items():
-        if key not in config:
-            config[key] = value
-        elif isinstance(value, ConfigDict):
-            _add_missing(config[key], value)
+def _add_missing(config: ConfigDict, defaults: ConfigDict, prefix: str, problems: list[str]) -> None:
+    """Adds the keys of `defaults` that `config` has not, and says which others are of another type than there."""
+    with config.ignore_type():
+        for key, default in defaults.items():
+            value = config.get(key, default)
+            kinds = (int, float) if type(default) is float else (type(default),)
+            if type(value) not in kinds:
+                wanted = "an object" if isinstance(default, ConfigDict) else f"such as {default!r}"
+                shown = "an object" if isinstance(value, ConfigDict) else repr(value)
+                problems.append(f"{prefix}{key} is {shown}; it must be {wanted}")
+            elif key not in config:
+                config[key] = value
+            elif isinstance(default, ConfigDict):
+                _add_missing(value, default, f"{prefix}{key}.", problems)
+
+
+def _network_problems(where: str, entry: Any) -> list[str]:
+    """What `models.create_model` would not take of a part's entry."""
+    if not isinstance(entry, ConfigDict):
+        return [f"{where} is {entry!r}; it must be an object"]
+    name = entry.get("name")
+    if not isinstance(name, str) or name not in MODELS:
+        shown = "an object" if isinstance(name, ConfigDict) else repr(name)
+        return [f"{where}.name is {shown}; it must be one of {', '.join(MODELS)}"]
+    hints = get_type_hints(MODELS[name])
+    problems = []
+    for key, value in model_of(entry).items():
+        if key == "name":
+            continue
+        if key not in hints or key == "parent":
+            problems.append(f"{where}.{key} is no field of {name}")
+        elif not _is_of(value, hint := hints[key]):
+            shown = "an object" if isinstance(value, ConfigDict) else repr(value)
+            problems.append(f"{where}.{key} is {shown}; it must be {getattr(hint, '__name__', None) or hint}")
+    return problems
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a config's value is of an annotated type: a whole number is a number, true is none."""
+    if type(value) is bool:
+        return "bool" in str(hint) or hint is Any
+    return is_bearable(value, hint) or (type(value) is int and is_bearable(float(value), hint))
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """A run that was trained elsewhere: written, opened, and used as the source of initialized and of frozen parts."""
 
+import copy
+import functools
 import json
 import shutil
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cli.config import from_json, load_config, to_json
+from cli.config import flatten, from_json, load_config, to_json
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from train.state import create_state
@@ -236,3 +238,30 @@ def test_values_that_are_no_numbers_are_not_trained_on_unless_they_were_let_pass
     (copy / "provenance.json").write_text(json.dumps({**provenance, "allow_nonfinite": True}))
     assert initialize(copy, RESNET)
     assert f"warning: {copy / WEIGHTS}: {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [None, "x", {"a": 1}, True, [None]])
+def test_a_key_of_another_type_is_a_line_that_names_it(value, folder, tmp_path):
+    """Of every key of a run's config.json; a few of a network may be null."""
+    document = json.loads(to_json(Run.open(folder).config))
+    read = set()
+    for path, before in flatten(document).items():
+        *groups, key = path.split(".")
+        changed = copy.deepcopy(document)
+        functools.reduce(dict.__getitem__, groups, changed)[key] = value
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        try:
+            Run.open(tmp_path)
+            read.add(path)
+        except UserError as error:
+            said = str(error)
+            assert f"{tmp_path}/config.json is not a config of a run: {path} is " in said and "\n" not in said
+        assert path not in read or value is None or type(value) is type(before)
+    assert value is not None or read == {"models.clip.image_heads", "models.clip.text_heads"}
+    for text in ("[]", "null", '"x"', "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="is not the JSON of a config"):
+            Run.open(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"models": {"clip": {**FIELDS, "more": 1}}}))
+    with pytest.raises(UserError, match="models.clip.more is no field of clip"):
+        Run.open(tmp_path)
