@@ -30,7 +30,7 @@ _ACTIVATIONS = {
 }
 
 # Of every config of the library: of training, generation, labels, and how it computes.
-_IDLE = {
+_IDLE = (
     *("add_cross_attention", "architectures", "attention_dropout", "attn_implementation", "bad_words_ids"),
     *("begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size"),
     *("decoder_start_token_id", "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping"),
@@ -44,7 +44,7 @@ _IDLE = {
     *("tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype"),
     *("torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache", "use_return_dict"),
     *("text_config_dict", "vision_config_dict", "projection_dim"),
-}
+)
 _LAYERS = whole(12, high=1024)
 _TOWER: dict[str, Field] = {
     **dict.fromkeys(_IDLE, IDLE),
