@@ -4,11 +4,12 @@ Every function takes a `numpy.random.Generator` keyed by the example's place in 
 function of that place alone.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, Shaped, UInt8
 from PIL import Image
 
 from cli.errors import UserError
@@ -43,28 +44,31 @@ def center_square(
 
 
 def dvae_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
-    """Augmentation of the discrete VAE (Ramesh et al. 2021, App. A).
+    """Augmentation of the discrete VAE (Ramesh et al. 2021, listing 1).
 
-    A random square, resized to between 9/8 and 12/8 of `size`, a random crop of `size`, and a horizontal flip in half
-    of the cases.
+    A random square as large as the picture holds, resized to between 9/8 and 12/8 of `size`, a random crop of `size`,
+    and a horizontal flip in half of the cases. No picture is enlarged for that: a small one is resized less.
     """
-    image = _random_crop(image, min(image.shape[:2]), rng)
-    image = _resize(image, int(rng.integers(size * 9 // 8, size * 12 // 8 + 1)))
+    side = min(image.shape[:2])
+    image = _random_crop(image, side, rng)
+    image = _resize(image, _random_side(side, size, (9 / 8, 12 / 8), rng))
     return _flip(_random_crop(image, size, rng), rng)
 
 
 def dalle_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
-    """Augmentation of the transformer (Ramesh et al. 2021, App. B).
+    """Augmentation of the transformer (Ramesh et al. 2021, listing 2).
 
-    A square near the center (its offset between 3/8 and 5/8 of the slack), resized to between 1 and 9/8 of `size`, and
-    a random crop of `size`. No flip: pictures hold text, and captions say left and right.
+    A square near the center (its offset from 3/8 to below 5/8 of the slack), resized to between 1 and 9/8 of `size`,
+    and a random crop of `size`. No flip: pictures hold text, and captions say left and right. No picture is enlarged
+    for that: a small one is resized less.
     """
     height, width = image.shape[:2]
     side = min(height, width)
     slack = max(height, width) - side
-    offset = int(rng.integers(slack * 3 // 8, max(slack * 5 // 8, slack * 3 // 8) + 1))
+    low = slack * 3 // 8
+    offset = int(rng.integers(low, max(low + 1, slack * 5 // 8)))
     top, left = (offset, 0) if height > width else (0, offset)
-    image = _resize(image[top : top + side, left : left + side], int(rng.integers(size, size * 9 // 8 + 1)))
+    image = _resize(image[top : top + side, left : left + side], _random_side(side, size, (1.0, 9 / 8), rng))
     return _random_crop(image, size, rng)
 
 
@@ -181,14 +185,39 @@ def _random_crop(image: Picture, side: int, rng: np.random.Generator) -> Picture
     return image[top : top + side, left : left + side]
 
 
+def _random_side(side: int, size: int, between: tuple[float, float], rng: np.random.Generator) -> int:
+    """The side that a square of `side` is resized to: in a range of multiples of `size`, where it is that large."""
+    low, high = (max(size, min(side, round(factor * size))) for factor in between)
+    return int(rng.integers(low, high + 1))
+
+
 def _resize(image: Picture, side: int) -> Picture:
-    """Resizes by area averaging (as the paper does), which is exact when nothing has to change."""
-    if image.shape[:2] == (side, side):
-        return image
-    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    shrinks = side <= min(image.shape[:2])
-    resized = np.asarray(picture.resize((side, side), Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC))
-    return resized.reshape(side, side, image.shape[-1])
+    """Resizes a square: to a smaller one by averages over areas, to a larger one by a bicubic filter.
+
+    An output pixel is the mean over its own area, to which the pixels at its edge count by the part of them in it;
+    rounded to the nearest. The listings of the DALL-E paper move the areas a little apart beside (corners aligned).
+    """
+    if len(image) <= side:
+        if len(image) == side:
+            return image
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        resized = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+        return resized.reshape(side, side, image.shape[-1])
+    rows = _average_areas(image, side)
+    return np.rint(_average_areas(rows.swapaxes(0, 1), side).swapaxes(0, 1)).astype(np.uint8)
+
+
+def _average_areas(values: Shaped[np.ndarray, "n *m"], side: int) -> Float32[np.ndarray, "{side} *m"]:
+    """Means over `side` equal parts of the first axis, n of which each covers n / side."""
+    count = len(values)
+    borders = np.arange(side + 1) * (count / side)
+    first = borders[:-1].astype(int)
+    total = np.zeros((side, *values.shape[1:]), np.float32)
+    for place in range(math.ceil(count / side) + 1):
+        covered = np.minimum(borders[1:], first + place + 1) - np.maximum(borders[:-1], first + place)
+        weight = (np.maximum(covered, 0) * (side / count)).astype(np.float32)
+        total += weight.reshape(-1, *[1] * (values.ndim - 1)) * values[np.minimum(first + place, count - 1)]
+    return total
 
 
 def _resize_short_side(image: Picture, size: int) -> UInt8[np.ndarray, "_ _ 3"]:

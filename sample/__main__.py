@@ -15,8 +15,9 @@ _DESCRIPTION = """\
 Gives a trained run what it reads (captions, classes, pictures, or several of them) and writes what it makes of them
 (pictures, text, or both) as a labelled grid, text under the pictures. Of several options it takes all combinations:
 each picture with each prompt and each class. A run that is told nothing draws --num pictures; an image tokenizer shows
-each picture beside its reconstruction; of a diffusion of points there is a figure: data noised, samples denoised, and
-where the network pulls. What a run does not read is an error that names what it reads.
+each picture beside its reconstruction; a DALL-E that is given --image with --prompt keeps the top of the picture and
+draws the rest; of a diffusion of points there is a figure: data noised, samples denoised, and where the network pulls.
+What a run does not read is an error that names what it reads.
 Sample i of a seed is the same whatever else is drawn. Guidance is uncond + w * (cond - uncond); 1 means none.
 
 A sweep draws a table of cells, --num samples of each condition in a cell, with the same seed in each:
@@ -63,7 +64,11 @@ def main(arguments: Sequence[str]) -> None:
     trained.check_settings(settings)
     order = Order(make_conditions(prompts, options.label, options.image), seed, settings, options.negative_prompt)
     prepare_out(out)
-    one = 1 if "image" in given or "image" in (axis.name for axis in axes) else None
+    # Of one picture there is one reconstruction, or one text to look at first; but several ways to go on from its top.
+    pictured = "image" in given or "image" in (axis.name for axis in axes)
+    one = 1 if pictured and "image" in trained.sampler.reads else None
+    if options.keep > (num := options.num or one or 8):
+        raise UserError(f"--keep={options.keep} must lie between 1 and --num={num}")
     if axes:
         clip = ClipEmbedder.open(options.clip) if options.clip else None
         drawn = run_sweep(trained, order, axes, options.num or one or 4, out, clip)
@@ -101,7 +106,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--num",
         type=int,
-        help="samples of each condition (default 8; in a cell or trajectory 4; of a picture 1), or points (2000)",
+        help="samples of each condition (default 8; in a cell or trajectory 4; of a run that reads pictures 1), or "
+        "points (2000)",
     )
     parser.add_argument(
         "--rerank", metavar="RUN", help="a CLIP, trained or converted, which sorts the pictures of each prompt"
@@ -135,9 +141,8 @@ def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:
         raise UserError(f"--num must be at least 1, not {options.num}")
     if options.keep and not options.rerank:
         raise UserError("--keep needs --rerank=RUN, a CLIP that chooses")
-    num = options.num or (1 if options.image else 8)
-    if not 0 <= options.keep <= num:
-        raise UserError(f"--keep={options.keep} must lie between 1 and --num={num}")
+    if options.keep < 0:
+        raise UserError(f"--keep={options.keep} must be at least 1")
     if options.clip and not swept:
         raise UserError("--clip scores the cells of a --sweep; to choose among pictures, give --rerank=RUN")
     if options.rerank and (swept or options.trajectory is not None):

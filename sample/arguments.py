@@ -29,6 +29,7 @@ SETTINGS: Mapping[str, Setting] = {
     "temperature": Setting(float, "0 is greedy; default: the run's config"),
     "top_k": Setting(int, "0 for all; default: the run's config"),
     "top_p": Setting(float, "1 for all; default: the run's config"),
+    "keep_rows": Setting(int, "rows of tokens that are kept of an --image to complete; default: half of them"),
     "sampler": Setting(str, "such as ddpm, ddim, dpm_solver_multistep; a wrong one lists them all", _DIFFUSION),
     "steps": Setting(int, "of the sampler", _DIFFUSION),
     "spacing": Setting(str, "of its times, such as leading, trailing, karras; '' for its own", _DIFFUSION),

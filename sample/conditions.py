@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from cli.errors import UserError
 from data.preprocess import transform_pair
 from sample.files import read_square
+from sample.samplers.contract import besides
 from sample.sheets.grid import to_uint8
 from sample.trained import Rows, TrainedSampler
 
@@ -86,7 +87,14 @@ class Order:
     def describe(self, trained: TrainedSampler) -> dict[str, Any]:
         """Run, step, seed and the settings of the sampler, those of the run's config included."""
         negative = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
-        return trained.describe(self.seed, {**self.settings, **negative})
+        may_read = besides(trained.sampler)
+        brought = {name: value for row in self.rows for name, value in may_read.get(row, {}).items()}
+        return trained.describe(self.seed, {**brought, **self.settings, **negative})
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The rows of a request that it fills."""
+        return (*self.conditions[0].rows, *(("negative",) if self.negative_prompt is not None else ()))
 
     def records(self, num: int) -> list[dict[str, Any]]:
         """Condition, seed and index of each of `num` samples of each condition."""
@@ -167,11 +175,13 @@ def draw(trained: TrainedSampler, order: Order, rows: Rows, num: int) -> Made:
 def _check_kind(trained: TrainedSampler, order: Order) -> None:
     """Raises UserError unless the conditions are of the kind that the run's sampler reads."""
     sampler, folder = trained.sampler, trained.run.folder
-    told = (*order.conditions[0].rows, *(("negative",) if order.negative_prompt is not None else ()))
-    takes = " or ".join(_how_to_give(sampler, row) for row in sampler.reads if row in _GIVEN and row != "negative")
+    told, may_read = order.rows, besides(sampler)
+    takes = " or ".join(_how_to_give(sampler, row) for row in sampler.reads if row in _GIVEN)
     takes = takes or "no condition at all; leave it out"
+    if may_read:
+        takes += f" (and besides {', '.join(_GIVEN[row][1] for row in may_read)})"
     for row in told:
-        if row not in sampler.reads:
+        if row not in (*sampler.reads, *may_read):
             raise UserError(f"{folder} takes no {_GIVEN[row][0]}; it takes {takes}")
     if sampler.reads and not order.conditions[0].rows:
         raise UserError(f"{folder} takes {takes}")

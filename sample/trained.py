@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from sample.samplers import create_sampler
+from sample.samplers.contract import besides
 from weights.run import TOKENIZER, Run, RunWeights
 from weights.sources import load_frozen, resolve_frozen
 
@@ -61,11 +62,17 @@ class TrainedSampler:
         weights = run.load(step, ema)
         return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk)
 
+    @property
+    def setting_names(self) -> tuple[str, ...]:
+        """What may be set: the keys of `config.sample`, and what comes with rows that the sampler may read besides."""
+        return (*self.config.sample, *(name for brought in besides(self.sampler).values() for name in brought))
+
     def check_settings(self, names: Iterable[str]) -> None:
-        """Raises UserError if an override of `config.sample` is of what the run's sampler does not have."""
-        unknown = [f"--{name}" for name in names if name not in self.config.sample]
+        """Raises UserError if a setting is one that the run's sampler does not have."""
+        known = self.setting_names
+        unknown = [f"--{name}" for name in names if name not in known]
         if unknown:
-            has = f"it has {', '.join(self.config.sample)}" if self.config.sample else "it has no settings"
+            has = f"it has {', '.join(known)}" if known else "it has no settings"
             raise UserError(
                 f"{self.run.folder} is a run of {self.config.objective}; leave out {', '.join(unknown)} ({has})"
             )

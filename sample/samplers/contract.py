@@ -18,6 +18,8 @@ What may be made, under the same names in a sampler's outputs:
 
 The run's `tokenizer.json` reads the text that is made, too. A sampler that reads with one tokenizer and writes with
 another has an attribute `writes_with`: the name of the other one's file in the run folder.
+
+A sampler that may be told more than what makes its data has an attribute `may_read`: see `besides`.
 """
 
 from collections.abc import Mapping
@@ -34,7 +36,7 @@ class Sampler(Protocol):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The rows that a request may hold. Those without a default in `request` it must hold."""
+        """Rows that a request may hold and records may have. Those without a default in `request` it must hold."""
         ...
 
     @property
@@ -60,3 +62,12 @@ class Sampler(Protocol):
     ) -> dict[str, Array]:
         """Makes one output for each key; output i depends on its row and key alone."""
         ...
+
+
+def besides(sampler: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Rows that a sampler may be told beside those that it `reads`, each with the settings that it brings.
+
+    Only a user gives them: previews and evaluation, which tell it what records hold, leave them out. The settings have
+    their defaults and are none of `config.sample`, since without the row they mean nothing.
+    """
+    return getattr(sampler, "may_read", {})

@@ -1,24 +1,27 @@
 """Captions -> images with a trained DALL-E: one compiled loop with a key/value cache.
 
 Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", section 2.3, without the CLIP reranking. Guidance, top-k and
-top-p are later additions, of which `sample.decoding` tells.
+top-p are later additions, of which `sample.decoding` tells. The top of a picture may be given: its rows of tokens are
+kept, and the stream, which is in raster order, goes on from there.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models import create_model
 from models.dalle import Dalle
 from sample.decoding import Decoding, Given, check_numbers, decode, is_guided
+from sample.samplers.dvae import from_uint8
 from weights.run import model_of
 
 Tree = Any
@@ -68,6 +71,11 @@ class DalleSampler:
         return ("text",)
 
     @property
+    def may_read(self) -> dict[str, dict[str, Any]]:
+        """A picture whose first rows of tokens are kept: half of them unless told otherwise."""
+        return {"image": {"keep_rows": self.model.image_grid[0] // 2}}
+
+    @property
     def makes(self) -> tuple[str, ...]:
         """What outputs hold."""
         return ("image",)
@@ -77,13 +85,17 @@ class DalleSampler:
         """The keys of `config.sample`, with their values."""
         return {key: getattr(self, key) for key in _SETTINGS}
 
-    def request(self, text: Int[np.ndarray, "b t"], **overrides: Any) -> Request:
+    def request(
+        self, text: Int[np.ndarray, "b t"], image: UInt8[np.ndarray, "b H W c"] | None = None, **overrides: Any
+    ) -> Request:
         """A request for one picture per caption.
 
         Args:
           text: caption ids, 0 where there is no token.
-          **overrides: guidance, temperature, top_k, top_p, or image_prefix: int [b n], the first n image tokens of
-            each picture in raster order, which the sampler continues.
+          image: pictures to complete; None draws whole ones.
+          **overrides: guidance, temperature, top_k, top_p; keep_rows, how many rows of tokens of `image` are kept; or
+            image_prefix: int [b n], the first n image tokens of each picture in raster order, which the sampler
+            continues.
 
         Returns:
           What `__call__` takes as `request`: numpy values; none of them but the shapes leads to a new compilation.
@@ -93,32 +105,22 @@ class DalleSampler:
         """
         text = np.asarray(text)
         numbers = self.settings
-        unknown = sorted(set(overrides) - set(numbers) - {"image_prefix"})
+        known = (*numbers, "keep_rows", "image_prefix")
+        unknown = sorted(set(overrides) - set(known))
         if unknown:
-            raise UserError(
-                f"{', '.join(unknown)}: no such sampling option; choose from {', '.join((*numbers, 'image_prefix'))}"
-            )
+            raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {', '.join(known)}")
         numbers.update({key: value for key, value in overrides.items() if key in numbers})
         check_numbers(numbers)
         if text.ndim != 2 or text.shape[1] != self.model.text_length:
             raise UserError(f"captions are [batch, {self.model.text_length}] token ids, not {list(text.shape)}")
         _check_ids("caption", text, self.model.text_vocab_size)
-        prefix = np.asarray(overrides.get("image_prefix", np.zeros((len(text), 0), np.int32)))
-        tokens, length = np.zeros((len(text), self.model.image_length), np.int32), prefix.shape[-1]
-        if prefix.ndim != 2 or len(prefix) != len(text) or length > tokens.shape[1]:
-            raise UserError(
-                f"image_prefix is [{len(text)}, at most {tokens.shape[1]}] image tokens, not {list(prefix.shape)}"
-            )
-        _check_ids("image_prefix", prefix, self.model.image_vocab_size)
-        tokens[:, :length] = prefix
         return {
             "text": text.astype(np.int32),
             "guidance": np.float32(numbers["guidance"]),
             "temperature": np.float32(numbers["temperature"]),
             "top_k": np.int32(numbers["top_k"]),
             "top_p": np.float32(numbers["top_p"]),
-            "image_prefix": tokens,
-            "prefix_length": np.int32(length),
+            **self._given(len(text), image, overrides),
         }
 
     def __call__(
@@ -127,7 +129,8 @@ class DalleSampler:
         """Draws one picture per caption; picture i depends on its caption and key alone.
 
         There are two compiled programs for a batch size: without guidance, and with it at twice the work. Inside
-        another jit, where the value of the guidance is not known, it is always the second.
+        another jit, where the value of the guidance is not known, it is always the second. Pictures to complete make
+        two more.
 
         Args:
           params: {"dalle": tree}.
@@ -142,6 +145,42 @@ class DalleSampler:
         del variables
         guided = is_guided(request["guidance"])
         return _draw(self.model, self.decoder, guided, params["dalle"], frozen["dvae"], request, keys)
+
+    def _given(self, batch: int, image: np.ndarray | None, overrides: Mapping[str, Any]) -> Request:
+        """What a request knows of the pictures: pixels, whose tokens the program takes, or tokens; and how many.
+
+        Raises:
+          UserError: if that does not fit the network, or a setting has nothing that it is of.
+        """
+        height, width = self.model.image_grid
+        prefix = np.asarray(overrides.get("image_prefix", np.zeros((batch, 0), np.int32)))
+        if image is None:
+            if "keep_rows" in overrides:
+                raise UserError(
+                    f"keep_rows={overrides['keep_rows']} is of a picture that is given, and there is none; give "
+                    "--image=FILE, or leave it out"
+                )
+        else:
+            if "image_prefix" in overrides:
+                raise UserError("a picture and image_prefix both say how a picture begins; leave one of them out")
+            rows = overrides.get("keep_rows", self.may_read["image"]["keep_rows"])
+            if rows != int(rows) or not 0 <= rows < height:
+                raise UserError(
+                    f"keep_rows={rows} is impossible; a picture has {height} rows of tokens: keep 0 to {height - 1}"
+                )
+            expected = self.decoder.example_inputs(batch)[0].shape
+            if image.shape != expected:
+                raise UserError(f"pictures are {list(expected)}, not {list(image.shape)}")
+            if rows:  # none of it is the same as no picture, and the same program
+                return {"image": image, "prefix_length": np.int32(rows * width)}
+        tokens, length = np.zeros((batch, height * width), np.int32), prefix.shape[-1]
+        if prefix.ndim != 2 or len(prefix) != batch or length > tokens.shape[1]:
+            raise UserError(
+                f"image_prefix is [{batch}, at most {tokens.shape[1]}] image tokens, not {list(prefix.shape)}"
+            )
+        _check_ids("image_prefix", prefix, self.model.image_vocab_size)
+        tokens[:, :length] = prefix
+        return {"image_prefix": tokens, "prefix_length": np.int32(length)}
 
 
 def check_image_tokens(model: Dalle, tokenizer: nn.Module) -> None:
@@ -169,6 +208,12 @@ def _draw(
         text = jnp.stack([text, jnp.zeros_like(text)], axis=1).reshape(2 * batch, -1)
     logits, cache = model.apply({"params": params}, text, method="prefill")
     numbers = {key: request[key] for key in _SETTINGS}
+    tokenizer = {"params": dvae["params"], **dvae["variables"]}
+    if "image" in request:
+        grid: Any = decoder.apply(tokenizer, from_uint8(request["image"]), method="tokenize")
+        given = grid.reshape(batch, -1)
+    else:
+        given = request["image_prefix"]
     tokens = decode(
         lambda token, position, cache: model.apply({"params": params}, token, position, cache, method="decode_step"),
         logits,
@@ -176,9 +221,9 @@ def _draw(
         keys,
         model.image_length,
         Decoding(**numbers, guided=guided),
-        Given(request["image_prefix"], request["prefix_length"]),
+        Given(given, request["prefix_length"]),
     ).tokens.reshape(batch, *model.image_grid)
-    image = decoder.apply({"params": dvae["params"], **dvae["variables"]}, tokens, method="decode_tokens")
+    image = decoder.apply(tokenizer, tokens, method="decode_tokens")
     return {"image": image, "image_tokens": tokens}
 
 

@@ -161,9 +161,13 @@ class DiffusionSampler:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The rows that a request may hold."""
-        captions = ("text", "negative") if self.text is not None else ()
-        return (*captions, *(("label",) if self.classes else ()))
+        """The rows that a request may hold, of what records have."""
+        return (*(("text",) if self.text is not None else ()), *(("label",) if self.classes else ()))
+
+    @property
+    def may_read(self) -> dict[str, dict[str, Any]]:
+        """The rows that a user may give besides."""
+        return {"negative": {}} if self.text is not None else {}
 
     @property
     def makes(self) -> tuple[str, ...]:

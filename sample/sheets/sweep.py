@@ -61,7 +61,7 @@ def check_axes(trained: TrainedSampler, axes: Sequence[Axis]) -> None:
     if not {"image", "text"} & set(trained.sampler.makes):
         makes = " and ".join(trained.sampler.makes)
         raise UserError(f"{trained.run.folder} makes {makes}, and --sweep draws pictures and text; leave it out")
-    known = tuple(trained.config.sample)
+    known = trained.setting_names
     for axis in axes:
         if axis.name not in (*known, *TEXTS, "seed", "label"):
             has = f"it has {', '.join(known)}" if known else "it has no settings"
@@ -262,13 +262,17 @@ def _timed(trained: TrainedSampler, cell: Cell, num: int, warm: set[Hashable]) -
 
 
 def _draw_cell(cell: Cell, made: Made, num: int) -> Image.Image:
-    """The samples of a cell: a mosaic of pictures, or texts under the pictures that they came with."""
-    columns = mosaic_columns(len(cell.order.conditions), num)
-    if made.texts is None and made.images is not None:
-        return draw_mosaic(made.images, columns=columns)
+    """The samples of a cell: a mosaic of pictures, each picture that was given before its own, or texts under them."""
+    count, told = len(cell.order.conditions), cell.rows.get("image")
+    columns = mosaic_columns(count, num)
     images = made.images
-    if images is None and "image" in cell.rows:
-        images = np.repeat(cell.rows["image"], num, axis=0)
+    if made.texts is None and images is not None:
+        if told is None:
+            return draw_mosaic(images, columns=columns)
+        beside = [np.concatenate([told[i : i + 1], images[i * num : (i + 1) * num]]) for i in range(count)]
+        return draw_mosaic(np.concatenate(beside), columns=min(1 + num, 8))
+    if images is None and told is not None:
+        images = np.repeat(told, num, axis=0)
     pictures = [None] * len(made.texts or ()) if images is None else list(images)
     return draw_grid(pictures, columns=columns, texts=made.texts, min_side=64)
 

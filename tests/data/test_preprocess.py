@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
+from data import preprocess
 from data.preprocess import (
     TRANSFORMS,
     adm_evaluation,
@@ -124,11 +125,90 @@ def test_only_the_first_stage_flips():
     assert flips["dalle"] == {False}
 
 
-def test_the_second_stage_stays_near_the_center():
-    lows = [dalle_training(ramp(32, 96), 32, np.random.default_rng(seed))[0, :, 1].min() for seed in range(40)]
-    # The square's offset is between 3/8 and 5/8 of the 64 pixels of slack: columns 24 to 40 of 96.
-    assert min(lows) >= 255 * 23 / 95 and max(lows) <= 255 * 46 / 95
-    assert len(set(lows)) > 3
+def places(height: int, width: int) -> np.ndarray:
+    """A picture whose channels hold the row and the column of each pixel, twice; 0 to 255."""
+    rows, columns = np.indices((height, width), dtype=np.uint8)
+    return np.stack([2 * rows, 2 * columns, np.zeros_like(rows)], axis=-1)
+
+
+def uniform(drawn: list[int], low: int, high: int) -> bool:
+    """Whether numbers are spread evenly over low to high: chi-squared below its 99.9 % quantile, about."""
+    counts = np.bincount(np.array(drawn) - low, minlength=high - low + 1)
+    assert len(counts) == high - low + 1 and min(drawn) >= low
+    expected = len(drawn) / len(counts)
+    freedom = len(counts) - 1
+    return bool(np.sum((counts - expected) ** 2 / expected) < freedom + 3.3 * np.sqrt(2 * freedom) + 5)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Notes what a transform cuts and resizes: (shape before, side after), and the offsets of its squares."""
+    noted = []
+    resize = preprocess._resize
+
+    def note(image, side):
+        noted.append((int(image[0, 0, 0]) // 2, int(image[0, 0, 1]) // 2, len(image), side))
+        return resize(image, side)
+
+    monkeypatch.setattr(preprocess, "_resize", note)
+    return noted
+
+
+def test_the_first_stage_draws_squares_and_sizes_evenly(steps):
+    pictures = [dvae_training(places(48, 60), 32, np.random.default_rng((7, index))) for index in range(2000)]
+    tops, lefts, sides, sizes = (list(values) for values in zip(*steps, strict=True))
+    assert set(tops) == {0} and set(sides) == {48}
+    assert uniform(lefts, 0, 12)  # any full square of the picture
+    assert uniform(sizes, 36, 48)  # 9/8 to 12/8 of 32
+    # The crop of the resized square, where it was not resized and not mirrored: anywhere.
+    plain = [p for p, size in zip(pictures, sizes, strict=True) if size == 48 and p[0, 1, 1] > p[0, 0, 1]]
+    assert uniform([int(p[0, 0, 0]) // 2 for p in plain], 0, 16)
+    mirrored = sum(bool(p[0, 1, 1] < p[0, -1, 1]) for p in pictures)
+    assert 900 < mirrored < 1100
+
+
+def test_the_second_stage_draws_squares_near_the_center_and_sizes_evenly(steps):
+    for index in range(1000):
+        dalle_training(places(40, 104), 32, np.random.default_rng((7, index)))
+    tops, lefts, sides, sizes = (list(values) for values in zip(*steps, strict=True))
+    assert set(tops) == {0} and set(sides) == {40}
+    assert uniform(lefts, 24, 39)  # 3/8 to below 5/8 of 64 pixels of slack
+    assert uniform(sizes, 32, 36)  # 1 to 9/8 of 32
+    steps.clear()
+    for index in range(100):
+        dalle_training(places(45, 40), 32, np.random.default_rng((7, index)))
+    assert {top for top, *_ in steps} == {1, 2} and {left for _, left, *_ in steps} == {0}
+    steps.clear()
+    dalle_training(places(40, 40), 32, np.random.default_rng(0))  # without slack there is one square
+    assert steps[0][:3] == (0, 0, 40)
+
+
+def test_neither_stage_enlarges_more_than_it_must(steps):
+    for index in range(50):
+        dvae_training(places(40, 50), 32, np.random.default_rng(index))
+        dvae_training(places(34, 50), 32, np.random.default_rng(index))
+        dalle_training(places(33, 50), 32, np.random.default_rng(index))
+    sizes = {side: {size for *_, before, size in steps if before == side} for side in (40, 34, 33)}
+    assert sizes == {40: {36, 37, 38, 39, 40}, 34: {34}, 33: {32, 33}}
+    for transform in (dvae_training, dalle_training):
+        assert transform(places(20, 50), 32, np.random.default_rng(0)).shape == (32, 32, 3)
+
+
+def test_squares_shrink_by_averages_over_areas():
+    image = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+    halved = image.reshape(3, 2, 3, 2, 3).astype(float).mean((1, 3))
+    assert (center_square(image, 3) == np.rint(halved)).all()
+    line = np.repeat(np.array([0, 90, 240], np.uint8)[None, :, None], 3, axis=0)
+    # Of three pixels, each of two areas covers one and a half.
+    assert center_square(line, 2)[0, :, 0].tolist() == [(0 + 90 / 2) / 1.5, (90 / 2 + 240) / 1.5]
+    even = np.full((97, 97, 1), 201, np.uint8)
+    assert (center_square(even, 64) == 201).all()
+    large = np.random.default_rng(1).integers(0, 256, (97, 97, 3), np.uint8)
+    cover = np.array(
+        [[max(0.0, min((i + 1) * 97 / 64, j + 1) - max(i * 97 / 64, j)) for j in range(97)] for i in range(64)]
+    )
+    exact = np.einsum("ij,jkc,lk->ilc", cover, large.astype(float), cover) / (97 / 64) ** 2
+    assert np.abs(center_square(large, 64) - exact).max() <= 0.5 + 1e-4
 
 
 def test_captions_are_chosen_among_all_and_the_first_without_chance():

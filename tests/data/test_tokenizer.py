@@ -53,6 +53,15 @@ def test_dropout_is_seeded_and_keeps_the_text(tokenizer):
     assert np.count_nonzero(draws[0]) > np.count_nonzero(tokenizer.encode(text, 64).ids)
 
 
+def test_each_merge_is_passed_over_with_the_published_probability():
+    one = Tokenizer.train(["ab"] * 9, 300)
+    assert np.count_nonzero(one.encode("ab", 4).ids) == 1
+    lengths = [np.count_nonzero(one.encode("ab", 4, 0.1, np.random.default_rng((0, i))).ids) for i in range(3000)]
+    # Two merges make the word: the second is only possible after the first, and what is passed over ends it.
+    shares = np.bincount(lengths, minlength=4)[1:] / 3000
+    np.testing.assert_allclose(shares, [0.81, 0.09, 0.1], atol=0.02)
+
+
 def test_dropout_near_zero_gives_the_plain_encoding(tokenizer):
     for text in set(TEXTS):
         dropped = tokenizer.encode(text, 32, 1e-12, np.random.default_rng(0)).ids

@@ -1,13 +1,19 @@
-"""Captions with a negative prompt, classes, and nothing: what `python -m sample` draws of each, and what it refuses."""
+"""What `python -m sample` draws of captions (with a negative prompt, a picture to complete), classes and nothing."""
 
+import csv
 import json
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from cli.errors import UserError
+from data.preprocess import center_square
 from sample.__main__ import main
+from sample.sheets.grid import to_uint8
+from sample.trained import TrainedSampler
 
 
 @pytest.fixture
@@ -83,3 +89,80 @@ def test_mistakes_get_a_line(diffusion_run, tmp_path, reads, arguments, message)
 def test_a_dalle_takes_no_negative_prompt(debug_run, tmp_path):
     with pytest.raises(UserError, match="takes no negative prompt; it takes captions"):
         main([f"--run={debug_run('scenes/dalle.py')}", "--prompt=x", "--negative_prompt=y", f"--out={tmp_path}/x.png"])
+
+
+@pytest.fixture
+def halves(tmp_path):
+    """Names of two picture files, wider than high, and what evaluation makes of them."""
+    folder, pictures = tmp_path / "given", []
+    folder.mkdir()
+    for name, colors in (("a", ("red", "white")), ("b", ("black", "blue"))):
+        picture = Image.new("RGB", (96, 64), colors[0])
+        picture.paste(Image.new("RGB", (96, 20), colors[1]), (0, 44))
+        picture.save(folder / f"{name}.png")
+        pictures.append(center_square(np.asarray(picture), 32))
+    return [f"{folder}/a.png", f"{folder}/b.png"], np.stack(pictures)
+
+
+def test_a_dalle_completes_the_top_of_a_picture(debug_run, halves, draw, tmp_path):
+    run, (names, squares) = debug_run("scenes/dalle.py"), halves
+    trained = TrainedSampler.open(run)
+    tokens = draw_tokens(trained, squares)
+    options = ["--prompt=a red circle", "--prompt=a blue star", *(f"--image={name}" for name in names), "--num=2"]
+    images, records, settings = draw(f"--run={run}", *options, "--keep_rows=3")
+    assert settings["keep_rows"] == 3 and "keep_rows" not in trained.config.sample
+    told = [(Path(record["image"]).stem, record["prompt"], record["index"]) for record in records]
+    assert told == [(i, p, n) for i in "ab" for p in ("a red circle", "a blue star") for n in (0, 1)]
+    text = trained.encode(["a red circle", "a red circle"])["text"]
+    beginning = {"image_prefix": np.repeat(tokens[1:, :24], 2, axis=0)}
+    known = trained({"text": text, **beginning}, seed=0, indices=[0, 1])
+    np.testing.assert_array_equal(images[4:6], to_uint8(known["image"]))
+    grid = np.asarray(Image.open(next(tmp_path.glob("*/grid.png"))))
+    for row, square in enumerate(np.repeat(squares, 2, axis=0)):  # the picture, enlarged 4 times, then two completions
+        top = 8 + row * (len(grid) - 8) // 4
+        np.testing.assert_array_equal(grid[top : top + 128 : 4, 8 : 8 + 128 : 4], square)
+    _, records, settings = draw(f"--run={run}", "--prompt=a", f"--image={names[0]}")
+    assert settings["keep_rows"] == 4 and len(records) == 8  # half of the rows, several ways to go on
+    whole, _, settings = draw(f"--run={run}", "--prompt=a red circle", "--num=2")
+    assert "keep_rows" not in settings
+    none, _, _ = draw(f"--run={run}", "--prompt=a red circle", f"--image={names[0]}", "--keep_rows=0", "--num=2")
+    np.testing.assert_array_equal(none, whole)
+
+
+def draw_tokens(trained, squares):
+    """The frozen tokenizer's tokens [b n] of pictures."""
+    part, decoder = trained.frozen["dvae"], trained.sampler.decoder
+    tree = {"params": part["params"], **part["variables"]}
+    tokens = decoder.apply(tree, jnp.asarray(squares) / 127.5 - 1, method="tokenize")
+    return np.asarray(tokens).reshape(len(squares), -1)
+
+
+def test_kept_rows_and_pictures_can_be_swept(debug_run, halves, tmp_path):
+    run, (names, squares) = debug_run("scenes/dalle.py"), halves
+    options = ["--sweep=keep_rows=0,4", f"--sweep=image={names[0]},{names[1]}", "--num=2", f"--out={tmp_path}/s/g.png"]
+    main([f"--run={run}", "--prompt=a red circle", *options])
+    with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["keep_rows"], Path(row["image"]).stem) for row in rows] == [(k, i) for k in "04" for i in "ab"]
+    page = np.asarray(Image.open(tmp_path / "s" / "g.png"))
+    cell = page[-72:-8, -(3 * 66 - 2) - 8 : -8]  # the last one: 3 pictures of 64 pixels in a row
+    np.testing.assert_array_equal(cell[::2, :64:2], squares[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image={a}"], "also takes captions; give --prompt=TEXT"),
+        (["--prompt=x", "--keep_rows=2"], "keep_rows=2 is of a picture that is given, and there is none"),
+        (["--prompt=x", "--image={a}", "--keep_rows=8"], "keep_rows=8 is impossible; a picture has 8 rows of tokens"),
+        (["--prompt=x", "--image={a}", "--sweep=keep_rows=1,9"], "keep_rows=9 is impossible"),
+        (["--prompt=x", "--sweep=keep_rows=1,2"], "keep_rows=1 is of a picture"),
+        (["--prompt=x", "--image={a}.not"], "cannot read the picture"),
+        (["--label=1"], r"takes no classes; it takes captions; give --prompt=TEXT \(and besides --image=FILE\)"),
+    ],
+)
+def test_mistakes_of_a_completion_get_a_line(debug_run, halves, tmp_path, arguments, message):
+    arguments = [argument.format(a=halves[0][0]) for argument in arguments]
+    with pytest.raises(UserError, match=message) as raised:
+        main([f"--run={debug_run('scenes/dalle.py')}", *arguments, f"--out={tmp_path}/x.png"])
+    assert "\n" not in str(raised.value)

@@ -84,7 +84,7 @@ def test_picture_files_are_seen_as_evaluation_sees_pictures(tmp_path, transform)
     ("arguments", "message"),
     [
         (["--run={stage1}", "--prompt=a red circle"], "takes no captions"),
-        (["--run={folder}", "--image=x.png"], "takes no pictures; it takes captions; give --prompt=TEXT"),
+        (["--run={folder}", "--image=x.png"], "also takes captions; give --prompt=TEXT"),
         (["--run={folder}", "--prompt=x", "--top_p=0"], "top_p=0"),
         (["--run={folder}", "--prompt=x", "--out=/proc/nowhere/x.png"], "cannot write"),
         (["--run={folder}", "--prompt=x", "--out={tmp}/grid.txt"], "cannot write"),

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models.dvae import DiscreteVAE
+from sample.samplers.contract import besides
 from sample.samplers.dalle import DalleSampler
 
 T, N, TEXT_VOCAB, IMAGE_VOCAB = 4, 16, 11, 7
@@ -194,6 +195,58 @@ def test_a_given_beginning_is_kept_and_continued_as_before():
     np.testing.assert_array_equal(continued[:, :6], changed)
     assert np.any(continued[:, 6:] != tokens[:, 6:])
     np.testing.assert_array_equal(draw(2, image_prefix=tokens), tokens)
+
+
+def pixels(size, seed=0):
+    """Random pictures, and the tokens that the frozen tokenizer makes of them."""
+    sampler, _, _, frozen = system()
+    images = np.random.default_rng(seed).integers(0, 256, (size, 8, 8, 3)).astype(np.uint8)
+    tree = {"params": frozen["dvae"]["params"]}
+    tokens = sampler.decoder.apply(tree, jnp.asarray(images) / 127.5 - 1, method="tokenize")
+    return images, np.asarray(tokens).reshape(size, N)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_rows_that_are_kept_of_a_picture_are_its_tokens_and_the_rest_follows_the_caption(guidance):
+    sampler, sample, _, _ = system()
+    images, tokens = pixels(3)
+
+    def complete(text, **options):
+        request = sampler.request(text, images, guidance=guidance, **options)
+        return np.asarray(sample(request, keys(3))["image_tokens"]).reshape(3, N)
+
+    drawn, other = complete(captions(3), keep_rows=1), complete(captions(3, seed=1), keep_rows=1)
+    np.testing.assert_array_equal(drawn[:, :4], tokens[:, :4])
+    np.testing.assert_array_equal(other[:, :4], tokens[:, :4])
+    assert np.all(np.any(drawn[:, 4:] != other[:, 4:], axis=1))
+    np.testing.assert_array_equal(drawn, draw(3, guidance=guidance, image_prefix=tokens[:, :4]))
+    half = complete(captions(3))
+    np.testing.assert_array_equal(half, draw(3, guidance=guidance, image_prefix=tokens[:, :8]))
+    assert np.any(half[:, 8:] != tokens[:, 8:])
+    np.testing.assert_array_equal(complete(captions(3), keep_rows=0), draw(3, guidance=guidance))
+
+
+def test_a_picture_is_something_that_only_a_user_gives():
+    sampler, _, _, _ = system()
+    assert sampler.reads == ("text",) and besides(sampler) == {"image": {"keep_rows": 2}}
+    assert "keep_rows" not in sampler.settings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_rows": 4}, "keep_rows=4 is impossible; a picture has 4 rows of tokens: keep 0 to 3"),
+        ({"keep_rows": -1}, "keep_rows=-1 is impossible"),
+        ({"keep_rows": 1.5}, "keep_rows=1.5 is impossible"),
+        ({"image": None, "keep_rows": 2}, "keep_rows=2 is of a picture that is given, and there is none; give --image"),
+        ({"image": np.zeros((2, 4, 4, 3), np.uint8)}, r"pictures are \[2, 8, 8, 3\], not \[2, 4, 4, 3\]"),
+        ({"image_prefix": np.zeros((2, 4), np.int32)}, "both say how a picture begins"),
+    ],
+)
+def test_impossible_completions_are_refused_in_one_line(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        system()[0].request(captions(2), **{"image": pixels(2)[0], **options})
+    assert "\n" not in str(error.value)
 
 
 def test_pictures_are_the_decoded_tokens():
