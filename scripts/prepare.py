@@ -1,53 +1,162 @@
 """`python -m scripts.prepare --dataset=scenes/single32`: makes a dataset and its tokenizer."""
 
+import argparse
+import os
+import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from cli import entry_point
 from cli.errors import UserError
-from data import scenes
-from data.records import DEFAULT_DATA_DIR, RecordSource, dataset_folder, known_datasets
+from data import folder, scenes
+from data.pipeline import DEFAULT_DATA_DIR, RecordSource, dataset_folder, known_datasets
 from data.tokenizer import Tokenizer
 
 _DESCRIPTION = """\
 Prepares a dataset on this machine and trains its tokenizer; what is already there is left as it is.
+
+    --dataset=scenes/single32                      the embedded dataset, drawn here
+    --dataset=folder --source=DIR --name=pets      your own pictures: afterwards --config.data.dataset=folder/pets
+
+A run that was killed goes on where it was when the same command is started again. docs/own_data.md explains the rest.
 """
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_OF_FOLDERS = (
+    "source",
+    "name",
+    "image_field",
+    "text_field",
+    "label_field",
+    "validation",
+    "size",
+    "min_size",
+    "workers",
+)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and prepares."""
     parser = entry_point.parser("scripts.prepare", _DESCRIPTION)
-    parser.add_argument("--dataset", default="scenes", help=f"scenes (all of it), or {', '.join(known_datasets())}")
+    known = ", ".join(known_datasets())
+    parser.add_argument("--dataset", default="scenes", help=f"scenes (all of it), {known}, or folder")
     parser.add_argument("--data_dir", default="", help=f"where datasets are kept (default {DEFAULT_DATA_DIR})")
     parser.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer at most (default 512)")
+    own = parser.add_argument_group("of --dataset=folder")
+    own.add_argument("--source", default="", help="a folder of pictures, or a table of captions beside them")
+    own.add_argument("--name", default="", help="of the dataset, folder/NAME (default: that of the source)")
+    own.add_argument("--image_field", default="", help="of a table: where names of pictures are (default: guessed)")
+    own.add_argument("--text_field", default="", help="of a table: where captions are (default: guessed)")
+    own.add_argument("--label_field", default="", help="of a table: where classes are (default: guessed)")
+    own.add_argument(
+        "--validation", type=float, default=0.05, help="share of the pictures, or number, for validation (default 0.05)"
+    )
+    own.add_argument("--size", type=int, default=0, help="make larger pictures this small, once (default: never)")
+    resizes = "; ".join(f"{name}: {what}" for name, what in folder.RESIZES.items())
+    own.add_argument("--resize", choices=folder.RESIZES, default="short", help=f"what --size is of. {resizes}")
+    own.add_argument(
+        "--encoding",
+        choices=("jpeg", "png"),
+        default="jpeg",
+        help=f"of pictures that --size makes smaller (default jpeg, of quality {folder.JPEG_QUALITY})",
+    )
+    own.add_argument("--min_size", type=int, default=0, help="leave out pictures with a shorter side than this")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own.add_argument("--workers", type=int, default=min(cores, 16), help="processes (default: one a core, 16 at most)")
     options = parser.parse_args(arguments)
+    if options.dataset == folder.DATASET or options.dataset.startswith(f"{folder.DATASET}/"):
+        prepare_folder(options)
+        return
+    if given := [name for name in _OF_FOLDERS if getattr(options, name) != parser.get_default(name)]:
+        raise UserError(f"--{given[0]} is of --dataset=folder, not of {options.dataset}; leave it out")
     names = [name for name in known_datasets() if name == options.dataset or name.startswith(f"{options.dataset}/")]
     if not names:
-        raise UserError(f"unknown dataset {options.dataset!r}; choose scenes, {', '.join(known_datasets())}")
+        raise UserError(f"unknown dataset {options.dataset!r}; choose scenes, {known}, or folder with a --source")
     for name in names:
         prepare(name, options.data_dir, options.vocab_size)
 
 
 def prepare(dataset: str, data_dir: str, vocab_size: int) -> None:
-    """Writes one dataset and the tokenizer of its training captions."""
+    """Writes one dataset of the embedded ones and the tokenizer of its training captions."""
     start = time.monotonic()
     print(f"preparing {dataset} (nothing is downloaded)", flush=True)
     try:
         scenes.prepare(dataset.removeprefix("scenes/"), data_dir or DEFAULT_DATA_DIR)
     except OSError as error:
-        raise UserError(
-            f"cannot write the dataset to {data_dir or DEFAULT_DATA_DIR}: {error.strerror}; choose another --data_dir"
-        ) from error
-    folder = dataset_folder(dataset, data_dir)
-    path = folder / "tokenizer.json"
+        raise _cannot_write(data_dir, error) from error
+    _finish(dataset, data_dir, vocab_size, start)
+
+
+def prepare_folder(options: argparse.Namespace) -> None:
+    """Writes a dataset of a user's own pictures, says what was left out of it and why, and writes the tokenizer."""
+    start = time.monotonic()
+    request = _request(options)
+    if options.vocab_size < 257 or options.workers < 1:
+        raise UserError("--vocab_size must be at least 257 (padding and 256 bytes), and --workers at least 1")
+    listing = folder.list_source(request.source, request.fields)
+    dataset = f"{folder.DATASET}/{request.name}"
+    print(f"preparing {dataset} of {listing.kind}: {'; '.join(listing.notes) or 'no captions'}", flush=True)
+    root = Path(options.data_dir or DEFAULT_DATA_DIR).expanduser()
+    try:
+        report = folder.prepare(request, listing, root, options.workers)
+    except OSError as error:
+        raise _cannot_write(options.data_dir, error) from error
+    _print_report(report, dataset_folder(dataset, options.data_dir))
+    _finish(dataset, options.data_dir, options.vocab_size, start)
+
+
+def _request(options: argparse.Namespace) -> folder.Request:
+    """What is asked for, once it makes sense."""
+    name = options.dataset.partition("/")[2] or options.name or folder.name_of_source(options.source)
+    if not options.source:
+        raise UserError("--dataset=folder needs a --source: a folder of pictures; docs/own_data.md has all kinds")
+    if options.name and name != options.name:
+        raise UserError(f"--dataset={options.dataset} and --name={options.name} disagree; give --dataset=folder")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--name={name!r} must be of letters, digits, _, - and ., and not begin with - or .")
+    validation = options.validation
+    if not 0 <= validation < float("inf") or (validation >= 1 and validation != int(validation)):
+        raise UserError(f"--validation must be a share below 1, or a whole number of pictures, not {validation}")
+    if options.size < 0 or options.min_size < 0:
+        raise UserError("--size and --min_size must not be negative")
+    return folder.Request(
+        name,
+        options.source,
+        folder.Fields(options.image_field, options.text_field, options.label_field),
+        validation,
+        folder.PictureSettings(options.size, options.resize, options.encoding, options.min_size),
+    )
+
+
+def _print_report(report: dict[str, Any], path: Path) -> None:
+    """A table of what was left out, with the first files of each reason."""
+    total = sum(report["skipped"].values())
+    if report["encoded_again"]:
+        print(f"{report['encoded_again']:,} pictures were made smaller and encoded again")
+    print(f"left out: {total:,}" + (f", all of them in {path / folder.REPORT}" if total else ""))
+    for reason, count in report["skipped"].items():
+        print(f"  {count:>9,}  {reason}: {folder.REASONS[reason]}")
+        for each in [each for each in report["left_out"] if each["reason"] == reason][:2]:
+            print(f"             {each['name']}" + (f" ({each['detail']})" if each["detail"] else ""))
+
+
+def _finish(dataset: str, data_dir: str, vocab_size: int, start: float) -> None:
+    """Trains the tokenizer of a dataset that has captions and none yet, and says what is there."""
+    path = dataset_folder(dataset, data_dir)
+    tokenizer_file = path / "tokenizer.json"
     source = RecordSource(dataset, "train", data_dir, pictures=False)
-    if not path.is_file():
+    if source.has_captions and not tokenizer_file.is_file():
         captions = {caption for index in range(len(source)) for caption in source[index]["captions"]}
-        Tokenizer.train(sorted(captions), vocab_size).save(path)
-    tokenizer = Tokenizer.load(path)
-    print(
-        f"{dataset}: {len(source)} training pictures, {tokenizer.vocab_size} text ids, in {folder} "
-        f"({time.monotonic() - start:.0f} s)"
+        Tokenizer.train(sorted(captions), vocab_size).save(tokenizer_file)
+    ids = f"{Tokenizer.load(tokenizer_file).vocab_size} text ids" if source.has_captions else "no captions"
+    classes = "".join(f", {len(names)} classes ({name})" for name, names in source.class_names.items())
+    print(f"{dataset}: {len(source)} training pictures, {ids}{classes}, in {path} ({time.monotonic() - start:.0f} s)")
+
+
+def _cannot_write(data_dir: str, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the dataset to {data_dir or DEFAULT_DATA_DIR}: {error.strerror}; choose another --data_dir"
     )
 
 

@@ -1,0 +1,139 @@
+"""Captions and classes out of what stands beside a picture: text files, JSON files, values of a table."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cli.errors import UserError
+from data.folder.items import MAX_TEXT, Rejected
+
+# What people call these fields; the first that is there is taken, in any case of letters.
+IMAGE_FIELDS = (
+    *("file_name", "filename", "file", "filepath", "file_path", "image", "image_file", "image_name", "image_path"),
+    *("img", "picture", "path", "name", "jpg", "jpeg", "png", "webp", "bytes"),
+)
+TEXT_FIELDS = (
+    *("caption", "captions", "text", "texts", "prompt", "description", "sentence", "sentences", "comment"),
+    *("alt_text", "title", "txt"),
+)
+LABEL_FIELDS = ("label", "labels", "class", "cls", "category", "fine_label")
+
+
+def choose_field(asked: str, known: Sequence[str], guesses: Sequence[str], option: str, where: str) -> str | None:
+    """The field of `known` that a user asked for, or the first of those that are guessed; None if there is none.
+
+    Raises:
+      UserError: if the field that was asked for is not there.
+    """
+    if asked:
+        if asked not in known:
+            raise UserError(f"{where} has no field {asked!r}; choose --{option} of {', '.join(known) or 'none'}")
+        return asked
+    lower = {name.lower().strip(): name for name in reversed(known)}
+    return next((lower[guess] for guess in guesses if guess in lower), None)
+
+
+def decode_text(data: bytes) -> str:
+    """Text of UTF-8, with or without a mark.
+
+    Raises:
+      Rejected: if it is something else, or longer than a caption can be.
+    """
+    if len(data) > MAX_TEXT:
+        raise Rejected("bad caption", f"{len(data):,} bytes of text")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise Rejected("bad caption", "UTF-16; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Rejected("bad caption", f"not UTF-8 at byte {error.start}") from error
+
+
+def captions_of_text(text: str) -> tuple[str, ...]:
+    """A caption for each line that is not empty; line feeds alone end lines."""
+    return clean_captions(text.split("\n"))
+
+
+def captions_of_sidecars(
+    texts: Mapping[str, bytes | Rejected], text_field: str = "", label_field: str = ""
+) -> tuple[tuple[str, ...], str | int | None]:
+    """The captions and the class that files beside a picture give it.
+
+    Args:
+      texts: ".txt", ".json" -> what the file holds, or why it cannot be read. Without `text_field` text is preferred.
+      text_field: of the JSON object; "" for the first of `TEXT_FIELDS` that it has.
+      label_field: of the JSON object; "" for none.
+
+    Raises:
+      Rejected: if a file that is asked for cannot be read.
+    """
+    captions: tuple[str, ...] = ()
+    label: str | int | None = None
+    if ".txt" in texts and not text_field:
+        captions = captions_of_text(decode_text(_readable(texts[".txt"])))
+    if ".json" in texts and (not captions or label_field):
+        value = parse_json(decode_text(_readable(texts[".json"])))
+        if not isinstance(value, dict):
+            raise Rejected("bad caption", "no JSON object")
+        name = text_field or choose_field("", list(value), TEXT_FIELDS, "", "")
+        captions = captions or captions_of_value(value.get(name))
+        label = class_of_value(value.get(label_field)) if label_field else None
+    return captions, label
+
+
+def _readable(text: bytes | Rejected) -> bytes:
+    if isinstance(text, Rejected):
+        raise text
+    return text
+
+
+def captions_of_value(value: Any) -> tuple[str, ...]:
+    """A text, a list of texts, or (COCO) a list of objects or an object that have such a field, as captions."""
+    if isinstance(value, Mapping):
+        name = choose_field("", [str(key) for key in value], (*TEXT_FIELDS, "raw"), "", "")
+        return captions_of_value(value[name]) if name in value else ()
+    if isinstance(value, str):
+        return clean_captions([value])
+    if isinstance(value, list | tuple):
+        return tuple(caption for each in value[:1000] for caption in captions_of_value(each))
+    return ()
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      Rejected: if it is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Rejected("bad caption", f"not JSON: {' '.join(str(error).split())}") from error
+
+
+def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
+    """The texts without space around them, each once, and none that is empty.
+
+    Raises:
+      Rejected: if one cannot be written as UTF-8: half of a surrogate pair, which JSON can spell.
+    """
+    captions = tuple(dict.fromkeys(text for text in (text.strip() for text in texts) if text))
+    try:
+        size = sum(len(caption.encode()) for caption in captions)
+    except UnicodeEncodeError as error:
+        raise Rejected("bad caption", "half of a surrogate pair") from error
+    if size > MAX_TEXT:
+        raise Rejected("bad caption", f"{size:,} bytes of text")
+    return captions
+
+
+def class_of_value(value: Any) -> str | int | None:
+    """The class that a field's value names, by number or by name."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return value if 0 <= value < 2**20 else None
+    if isinstance(value, str) and value.strip():
+        text = " ".join(value.split())[:1000]
+        return class_of_value(int(text)) if text.isascii() and text.isdigit() and len(text) < 8 else text
+    return None

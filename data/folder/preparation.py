@@ -1,0 +1,307 @@
+"""From a source of pictures to a dataset: examine all portions, decide what is kept and where, write all portions.
+
+A portion is read by one process and written to shards of its own, so the same bytes come out for any number of
+processes. What is finished lies in a folder beside the dataset, each file whole or absent, and is not done again after
+a kill; the dataset gets its name when all of it is there.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import tensorflow_datasets as tfds
+
+from cli.errors import UserError
+from data.folder.examination import (
+    ExaminePortion,
+    PictureSettings,
+    RecordFields,
+    WritePortion,
+    read_journal,
+    whole_file,
+)
+from data.folder.items import Listing
+from data.folder.tables import Fields
+from data.folder.workers import Workers
+
+DATASET = "folder"
+VERSION = "1.0.0"
+REPORT = "report.json"
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a user asks for; it decides every byte of the dataset, together with the source.
+
+    Attributes:
+      name: of the dataset, `folder/<name>`.
+      source: as it was written.
+      fields: where pictures, captions and classes are.
+      validation: share of pictures below 1, or number of pictures, that make the validation split.
+      pictures: what is done to them.
+    """
+
+    name: str
+    source: str
+    fields: Fields = Fields()
+    validation: int | float = 0.05
+    pictures: PictureSettings = PictureSettings()
+
+
+def prepare(request: Request, listing: Listing, data_dir: Path, workers: int = 1) -> dict[str, Any]:
+    """Prepares `folder/<name>` under `data_dir`, or leaves it as it is where the same was prepared before.
+
+    Args:
+      request: what is asked for.
+      listing: of its source.
+      data_dir: where datasets are kept.
+      workers: processes; 1 for this one alone.
+
+    Returns:
+      The report, as it is stored beside the records.
+
+    Raises:
+      UserError: if there is another dataset of that name, another process makes it, or no picture is left to be kept.
+    """
+    final = data_dir / DATASET / request.name / VERSION
+    work = data_dir / DATASET / f".{request.name}"
+    if final.exists():
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed after its last step but one
+        return _prepared_before(final, request, listing)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(work / "lock", timeout=0):
+            plan = json.dumps([VERSION, dataclasses.asdict(request), listing.fingerprint, len(listing.portions)])
+            if not final.exists():  # another process may just have finished
+                _begin(work, plan)
+                with Workers(workers) as pool:
+                    _prepare_in(work, final, request, listing, pool)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"another process prepares {DATASET}/{request.name}; wait for it, or give another --name"
+        ) from error
+    shutil.rmtree(work, ignore_errors=True)
+    return read_report(final)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a dataset's folder; {} for one that was not prepared here."""
+    path = folder / REPORT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _prepared_before(final: Path, request: Request, listing: Listing) -> dict[str, Any]:
+    report = read_report(final)
+    asked = json.loads(json.dumps(dataclasses.asdict(request)))
+    before = report.get("request", {})
+    differing = sorted(key for key in asked if asked[key] != before.get(key))
+    if not differing and report.get("fingerprint") != listing.fingerprint:
+        differing = ["content of the source"]
+    if differing:
+        raise UserError(
+            f"{DATASET}/{request.name} was prepared from another {', '.join(differing)}; give another --name, or "
+            f"remove {final.parent} to prepare it anew"
+        )
+    return report
+
+
+def _begin(work: Path, plan: str) -> None:
+    """Makes the folder of unfinished work fit the plan: what another plan left is removed."""
+    path = work / "plan.json"
+    if not path.is_file() or path.read_text(encoding="utf-8") != plan:
+        for name in ("examined", "written", VERSION):
+            shutil.rmtree(work / name, ignore_errors=True)
+        with whole_file(path) as draft:
+            draft.write_text(plan, encoding="utf-8")
+    for name in ("examined", "written", VERSION):
+        (work / name).mkdir(exist_ok=True)
+        for draft in (work / name).glob("*.draft"):
+            draft.unlink()
+
+
+def _prepare_in(work: Path, final: Path, request: Request, listing: Listing, workers: Workers) -> None:
+    journals = [work / "examined" / f"{index:06d}.jsonl" for index in range(len(listing.portions))]
+    examine = [
+        ExaminePortion(portion, request.pictures, journal)
+        for portion, journal in zip(listing.portions, journals, strict=True)
+        if not journal.exists()
+    ]
+    workers.run(examine, len(journals), "examined")
+    decision = decide(journals, request, listing)
+    write, folder = [], work / VERSION
+    for index, (portion, journal, splits) in enumerate(zip(listing.portions, journals, decision.splits, strict=True)):
+        done = work / "written" / f"{index:06d}.json"
+        if any(splits) and not done.exists():
+            shards = {split: folder / decision.shards[index, split] for split in SPLITS if split in splits}
+            fields = decision.fields
+            write.append(WritePortion(portion, request.pictures, journal, splits, shards, fields, done))
+    workers.run(write, sum(map(any, decision.splits)), "written")
+    _describe(work, request, listing, decision)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder.replace(final)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What becomes of every item.
+
+    Attributes:
+      splits: of each portion, of each item: the name of its split; "" for what is left out.
+      shards: (portion, split) -> name of the file.
+      fields: of the records.
+      left_out: items with "name", "reason" and "detail".
+    """
+
+    splits: Sequence[tuple[str, ...]]
+    shards: Mapping[tuple[int, str], str]
+    fields: RecordFields
+    left_out: Sequence[Mapping[str, str]]
+
+
+def decide(journals: Sequence[Path], request: Request, listing: Listing) -> Decision:
+    """Decides of every item whether it is kept, and in which split.
+
+    Of pictures with the same pixels the first is kept, and pixels alone say which split a picture belongs to.
+
+    Raises:
+      UserError: if nothing is left to train on.
+    """
+    captioned, labels = _survey(journals)
+    numbers, names = _classes(labels, listing.class_names)
+    named = bool(names) and names != tuple(map(str, range(len(names))))
+    captions = "given" if captioned else "classes" if named else "none"
+    left_out = [_explain(item.name, *item.rejected.args) for item in listing.ignored if item.rejected is not None]
+    first: dict[bytes, str] = {}
+    kept: list[list[bytes]] = []
+    for journal in journals:
+        kept.append([])
+        for row in read_journal(journal):
+            reason, detail, pixels = row.get("reason", ""), row.get("detail", ""), bytes.fromhex(row.get("pixels", ""))
+            if not reason and (
+                captions == "given" and not row["captions"] or captions == "classes" and row["label"] is None
+            ):
+                reason = "no caption"
+            if not reason and pixels in first:
+                reason, detail = "duplicate", f"of {first[pixels]}"
+            if reason:
+                left_out.append(_explain(row["name"], reason, detail))
+            else:
+                first[pixels] = row["name"]
+            kept[-1].append(b"" if reason else pixels)
+    threshold = _threshold(sorted(first), request.validation)
+    splits = [tuple("" if not p else SPLITS[p < threshold] for p in portion) for portion in kept]
+    if not any("train" in portion for portion in splits):
+        reasons = ", ".join(
+            f"{count} {reason}" for reason, count in Counter(e["reason"] for e in left_out).most_common()
+        )
+        raise UserError(
+            f"no picture of {request.source} is left to train on: {reasons or 'it has none'}; look at the files, and "
+            "at --validation"
+        )
+    return Decision(splits, _shard_names(splits), RecordFields(captions, numbers, names), left_out)
+
+
+def _survey(journals: Iterable[Path]) -> tuple[bool, set[str | int]]:
+    """Whether any picture has a caption, and which classes there are."""
+    captioned, labels = False, set()
+    for journal in journals:
+        for row in read_journal(journal):
+            captioned |= bool(row.get("captions"))
+            if row.get("label") is not None:
+                labels.add(row["label"])
+    return captioned, labels
+
+
+def _explain(name: str, reason: str, detail: str) -> dict[str, str]:
+    return {"name": name, "reason": reason, "detail": detail}
+
+
+def _threshold(pixels: Sequence[bytes], validation: int | float) -> bytes:
+    """The digest below which pictures are of the validation split; of a share, it does not depend on other pictures.
+
+    A share that no picture falls into still gets one, where there are two.
+    """
+    if validation >= 1:
+        return pixels[int(validation)] if validation < len(pixels) else b"\xff" * 17
+    if not validation:
+        return b""
+    threshold = int(validation * 2**128).to_bytes(16, "big")
+    return threshold if len(pixels) < 2 or pixels[0] < threshold else pixels[1]
+
+
+def _shard_names(splits: Sequence[tuple[str, ...]]) -> dict[tuple[int, str], str]:
+    names = {}
+    for split in SPLITS:
+        holders = [index for index, portion in enumerate(splits) if split in portion]
+        for number, index in enumerate(holders):
+            names[index, split] = f"{DATASET}-{split}.array_record-{number:05d}-of-{len(holders):05d}"
+    return names
+
+
+def _classes(labels: set[str | int], known: tuple[str, ...]) -> tuple[dict[str | int, int], tuple[str, ...]]:
+    """The number that is stored for each class, and the names of all: in the order of the alphabet, or of numbers."""
+    if all(isinstance(label, int) for label in labels):
+        number = max(labels, default=-1) + 1
+        names = (*known, *map(str, range(len(known), number))) if labels else ()
+        return {label: label for label in labels}, names
+    names = tuple(sorted(map(str, labels)))
+    return {label: names.index(str(label)) for label in labels}, names
+
+
+def _describe(work: Path, request: Request, listing: Listing, decision: Decision) -> None:
+    """Writes what TFDS needs to read the shards, and the report."""
+    folder = work / VERSION
+    counts, sizes, encoded = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0), 0
+    for index in sorted({index for index, _ in decision.shards}):
+        written = json.loads((work / "written" / f"{index:06d}.json").read_text(encoding="utf-8"))
+        encoded += written["encoded"]
+        for split, number in written["records"].items():
+            counts[split].append(number)
+            sizes[split] += written["bytes"][split]
+    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=DATASET, filetype_suffix="array_record")
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=decision.fields.features(),
+        split_infos=[
+            tfds.core.SplitInfo(split, counts[split], sizes[split], template.replace(split=split))
+            for split in SPLITS
+            if counts[split]
+        ],
+        version=VERSION,
+        filename_template=template,
+        check_data=False,
+        description=f"Pictures of {request.source}.",
+    )
+    report = {
+        "dataset": f"{DATASET}/{request.name}",
+        "kind": listing.kind,
+        "request": dataclasses.asdict(request),
+        "fingerprint": listing.fingerprint,
+        "notes": list(listing.notes),
+        "captions": decision.fields.captions,
+        "classes": list(decision.fields.class_names),
+        "splits": {split: sum(counts[split]) for split in SPLITS if counts[split]},
+        "encoded_again": encoded,
+        "skipped": dict(Counter(each["reason"] for each in decision.left_out).most_common()),
+        "left_out": list(decision.left_out),
+    }
+    with whole_file(folder / REPORT) as draft:
+        draft.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def name_of_source(source: str) -> str:
+    """A name for the dataset: the last part of its source's that is no pattern, in letters that a name may have."""
+    for part in reversed(source.removeprefix("hf:").rstrip("/").split("/")):
+        stem = part.partition("@")[0]
+        if not re.search(r"[*?{[]", stem):
+            stem = stem.partition(".")[0] or stem
+            if name := re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-"):
+                return name
+    return "pictures"

@@ -1,0 +1,112 @@
+"""What `--source` names: a folder, a table, archives, parquet files, or a repository of the Hugging Face hub."""
+
+import glob
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from cli.errors import UserError
+from data.folder import tables
+from data.folder.hub import HUB, fetch_dataset
+from data.folder.items import PICTURES, Item, Listing, Rejected, shown
+from data.folder.parquet_files import SUFFIX, list_parquet
+from data.folder.tables import Fields
+from data.folder.tar_archives import is_archive, list_archives
+from data.folder.tree import list_folder, walk
+
+_MAX_NAMES = 100_000  # that braces may spell
+
+
+def list_source(source: str, fields: Fields) -> Listing:
+    """Looks through a source.
+
+    Args:
+      source: a folder; a table of captions beside pictures; tar archives or parquet files, where `*`, `{a,b}` and
+        `{000..010}` may stand for several; or hf:ORGANIZATION/NAME[@REVISION].
+      fields: that were asked for.
+
+    Raises:
+      UserError: if it is not there, or there is no picture in it.
+    """
+    if source.startswith(HUB):
+        folder, bounds = fetch_dataset(source)
+        return _list_folder(folder, bounds, fields)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _list_folder(path.resolve(), path.resolve(), fields)
+    if path.is_file() and path.suffix in tables.SUFFIXES:
+        root = path.parent.resolve()
+        return list_folder(root, fields, walk(root, root), table=root / path.name)
+    paths = _expand(source)
+    names = _short_names(paths)
+    if all(is_archive(path.name) for path in paths):
+        return list_archives(list(zip(names, paths, strict=True)), fields)
+    if all(path.suffix == SUFFIX for path in paths):
+        return list_parquet(list(zip(names, paths, strict=True)), fields)
+    raise UserError(
+        f"{source} is no folder and no kind of file that is read: tables ({', '.join(tables.SUFFIXES)}), tar archives "
+        f"(.tar, .tar.gz) or parquet files, all of one kind; give another --source"
+    )
+
+
+def _list_folder(root: Path, bounds: Path, fields: Fields) -> Listing:
+    """A folder of pictures, or one of archives or parquet files where it has no picture of its own."""
+    files, ignored = walk(root, bounds)
+    kinds: tuple[tuple[Callable[[str], bool], Callable[..., Listing]], ...] = (
+        (lambda name: name.endswith(SUFFIX), list_parquet),
+        (is_archive, list_archives),
+    )
+    if not any(Path(name).suffix.lower() in PICTURES for name in files):
+        for is_kind, listing_of in kinds:
+            if names := [name for name in files if is_kind(name)]:
+                listing = listing_of([(name, root / name) for name in names], fields)
+                others = [Item(shown(name), rejected=Rejected("other")) for name in files if not is_kind(name)]
+                ignored = [*listing.ignored, *ignored, *others]
+                return Listing(
+                    listing.kind, listing.portions, listing.fingerprint, ignored, listing.notes, listing.class_names
+                )
+    return list_folder(root, fields, (files, ignored))
+
+
+def _expand(source: str) -> list[Path]:
+    """The files that a pattern names, sorted, each once.
+
+    Raises:
+      UserError: if one is not there.
+    """
+    names = list(itertools.islice(expand_braces(str(Path(source).expanduser())), _MAX_NAMES + 1))
+    if len(names) > _MAX_NAMES:
+        raise UserError(f"{source} names more than {_MAX_NAMES:,} files; give a pattern with *")
+    found = [sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else [name] for name in names]
+    missing = [
+        name for name, paths in zip(names, found, strict=True) if not any(Path(path).is_file() for path in paths)
+    ]
+    if missing:
+        others = f" (and {len(missing) - 1:,} more are missing)" if len(missing) > 1 else ""
+        raise UserError(f"there is no file {missing[0]}{others}; give another --source: a folder, files or a pattern")
+    return [Path(path).resolve() for path in dict.fromkeys(itertools.chain(*found)) if Path(path).is_file()]
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Yields what a shell would make of `{a,b}` and of `{000..010}`, which keeps its zeros."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        yield pattern
+        return
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    numbers = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", match[1])
+    if numbers:
+        first, last = int(numbers[1]), int(numbers[2])
+        width = len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
+        parts: Iterator[str] = (f"{number:0{width}d}" for number in range(first, last + 1))
+    else:
+        parts = iter(match[1].split(","))
+    for part in parts:
+        yield from expand_braces(f"{before}{part}{after}")
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of names, or as much of them as tells them apart."""
+    last = [shown(path.name) for path in paths]
+    return last if len(set(last)) == len(last) else [shown(str(path)) for path in paths]

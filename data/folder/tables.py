@@ -1,0 +1,178 @@
+"""Tables of captions: rows of CSV and JSON lines, read one at a time and never further than a limit."""
+
+import csv
+import dataclasses
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cli.errors import UserError
+from data.folder.captions import (
+    IMAGE_FIELDS,
+    LABEL_FIELDS,
+    TEXT_FIELDS,
+    captions_of_value,
+    choose_field,
+    class_of_value,
+    decode_text,
+    parse_json,
+)
+from data.folder.items import MAX_TEXT, Item, Rejected, shown
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
+NAMES = frozenset(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in (".csv", ".tsv", ".jsonl"))
+
+MAX_ROWS = 20_000_000  # that are kept in memory, some 300 bytes each
+_MAX_COLUMNS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """The names of fields that a user asked for; "" where they are to be guessed."""
+
+    image: str = ""
+    text: str = ""
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a table says of a picture.
+
+    Attributes:
+      line: of the table, from 1.
+      file: the picture's name, as it is written there.
+      captions: of the picture.
+      label: its class, by name or number; None for none.
+    """
+
+    line: int
+    file: str
+    captions: tuple[str, ...]
+    label: str | int | None
+
+
+@dataclasses.dataclass
+class Table:
+    """The rows of a file, with what was found on the way.
+
+    Attributes:
+      path: of the file.
+      fields: that were asked for.
+      notes: which fields were taken; filled as rows are read.
+      ignored: rows that cannot be read.
+    """
+
+    path: Path
+    fields: Fields
+    notes: list[str] = dataclasses.field(default_factory=list)
+    ignored: list[Item] = dataclasses.field(default_factory=list)
+
+    def rows(self) -> Iterator[Row]:
+        """Yields rows in order.
+
+        Raises:
+          UserError: if the file cannot be opened, or no field has the names of pictures.
+        """
+        records = self._json_records() if self.path.suffix == ".jsonl" else self._csv_records()
+        chosen: tuple[str, str | None, str | None] | None = None
+        for count, (line, record) in enumerate(records):
+            if count == MAX_ROWS:
+                raise UserError(
+                    f"{self.path} has more than {MAX_ROWS:,} rows; split it, with its pictures, into several"
+                )
+            if chosen is None:
+                chosen = self._choose(list(record))
+            image, text, label = chosen
+            try:
+                if not isinstance(file := record.get(image), str) or not file:
+                    raise Rejected("unreadable", f"no name of a picture in field {image!r}")
+                captions = captions_of_value(record.get(text)) if text else ()
+                yield Row(line, file, captions, class_of_value(record.get(label)) if label else None)
+            except Rejected as rejected:
+                self._ignore(line, rejected)
+
+    def _choose(self, known: list[str]) -> tuple[str, str | None, str | None]:
+        where = str(self.path)
+        image = choose_field(self.fields.image, known, IMAGE_FIELDS, "image_field", where)
+        text = choose_field(self.fields.text, known, TEXT_FIELDS, "text_field", where)
+        label = choose_field(self.fields.label, known, LABEL_FIELDS, "label_field", where)
+        if image is None or text is label is None:
+            missing = "--text_field, that of captions" if image else "--image_field, that of the pictures' file names"
+            raise UserError(f"{where} has the fields {', '.join(map(repr, known))}; name by {missing}")
+        named = {"pictures": image, "captions": text, "classes": label}
+        found = ", ".join(f"{what} of field {name!r}" for what, name in named.items() if name is not None)
+        self.notes.append(f"{self.path.name}: {found}")
+        return image, text, label
+
+    def _ignore(self, line: int, rejected: Rejected) -> None:
+        reason = "unreadable" if rejected.reason == "bad caption" else rejected.reason
+        name = f"{shown(self.path.name)}, line {line}"
+        self.ignored.append(Item(name, rejected=Rejected(reason, rejected.detail)))
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """The lines of the file, numbered from 1, each with its line feed; a line that cannot be read is left out."""
+        try:
+            with open(self.path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise UserError(f"{self.path} is no file; give a table as CSV or JSON lines")
+                number = 0
+                while data := file.readline(MAX_TEXT + 1):
+                    number += 1
+                    try:
+                        if len(data) > MAX_TEXT:
+                            while data and not data.endswith(b"\n"):
+                                data = file.readline(MAX_TEXT)
+                            raise Rejected("unreadable", f"more than {MAX_TEXT:,} bytes in one line")
+                        yield number, decode_text(data) if number == 1 else decode_text(data).lstrip("\ufeff")
+                    except Rejected as rejected:
+                        self._ignore(number, rejected)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}; check it and its rights") from error
+
+    def _json_records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for number, line in self._lines():
+            if not line.strip():
+                continue
+            try:
+                value = parse_json(line)
+                if not isinstance(value, dict):
+                    raise Rejected("unreadable", "no JSON object")
+                yield number, value
+            except Rejected as rejected:
+                self._ignore(number, rejected)
+
+    def _csv_records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Rows by the names of the first line; a quoted field may go over several lines."""
+        start = 0  # line of the row that is being read; 0 until it is known
+
+        def lines() -> Iterator[str]:
+            nonlocal start
+            for number, line in self._lines():
+                start = start or number
+                yield line
+
+        source = lines()
+        first = next(source, "")
+        delimiter = "\t" if self.path.suffix == ".tsv" else max(",\t;|", key=first.count)
+        header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, strict=True), [])]
+        if len(set(header)) < len(header) or len(header) > _MAX_COLUMNS:
+            raise UserError(f"the first line of {self.path} must name its fields, each once; it has {header[:8]}")
+        reader = csv.reader(source, delimiter=delimiter, strict=True)
+        while True:
+            start = 0
+            try:
+                values = next(reader)
+                if not values:
+                    continue
+                if len(values) != len(header):
+                    raise Rejected("unreadable", f"{len(values)} fields, not {len(header)}; quote what holds commas")
+                yield start, dict(zip(header, values, strict=True))
+            except StopIteration:
+                return
+            except csv.Error as error:
+                self._ignore(start, Rejected("unreadable", str(error)))
+            except Rejected as rejected:
+                self._ignore(start, rejected)

@@ -1,0 +1,119 @@
+"""What `--source` may be: patterns, mixtures, and the cache of the Hugging Face hub."""
+
+from pathlib import Path
+
+import httpx
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+from cli.errors import UserError
+from data import folder
+from data.folder.sources import expand_braces
+
+from .damaged import FORMS, make
+from .test_tree import put
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{8..11}.tar", ["8.tar", "9.tar", "10.tar", "11.tar"]),
+        ("{008..010}.tar", ["008.tar", "009.tar", "010.tar"]),
+        ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
+        ("none.tar", ["none.tar"]),
+        ("{5..3}", []),
+    ],
+)
+def test_braces_mean_what_a_shell_means(pattern: str, names: list[str]):
+    assert list(expand_braces(pattern)) == names
+
+
+@pytest.mark.parametrize("pattern", ["{:03d}.tar", "*.tar", "{{000..001}}.tar", "{{000,001}}.tar", ""])
+def test_a_pattern_names_archives(pattern: str, tmp_path: Path, read_source):
+    FORMS["tar"](make(6, 0), tmp_path / "in")
+    source = tmp_path / "in" / pattern.format(0) if "{:" in pattern else tmp_path / "in" / pattern.format()
+    kept, left_out = read_source(source)
+    assert len(kept) == (3 if "{:" in pattern else 6) and not left_out
+
+
+def test_other_files_beside_archives_are_named(tmp_path: Path, read_source):
+    FORMS["parquet"](make(6, 0), tmp_path / "in" / "data")
+    put(tmp_path, "in/README.md", "# about")
+    kept, left_out = read_source(tmp_path / "in")
+    assert len(kept) == 6 and left_out == {"README.md": "other"}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("none", "there is no file .*none"),
+        ("{000..003}.tar", "there is no file .*/000.tar .and 3 more are missing"),
+        ("{0..99999999}.tar", "names more than 100,000 files"),
+        ("*.tar", "there is no file"),
+        ("a.zip", "is no folder and no kind of file that is read"),
+        ("{a.zip,b.csv}", "all of one kind"),
+    ],
+)
+def test_a_source_that_is_not_there_is_one_line(source: str, message: str, tmp_path: Path, read_source):
+    put(tmp_path, "a.zip")
+    put(tmp_path, "b.csv")
+    with pytest.raises(UserError, match=message):
+        read_source(tmp_path / source)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch) -> Path:
+    """A cache as the hub's library lays it out: links from a snapshot to blobs."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    repository = cache / "datasets--org--pets"
+    put(repository, "refs/main", "a" * 40)
+    FORMS["parquet"](make(6, 0), tmp_path / "made")
+    (repository / "blobs").mkdir(parents=True)
+    (tmp_path / "made" / "train-00000.parquet").rename(repository / "blobs" / "blob")
+    (repository / "snapshots" / ("a" * 40) / "data").mkdir(parents=True)
+    (repository / "snapshots" / ("a" * 40) / "data" / "train.parquet").symlink_to("../../../blobs/blob")
+    return cache
+
+
+def test_a_cached_dataset_of_the_hub_needs_no_network(hub_cache: Path, read_source, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    kept, left_out = read_source("hf:org/pets")
+    assert len(kept) == 6 and not left_out
+    assert next(iter(kept)) == "data/train.parquet, row 0 (00000.png)"
+    assert folder.name_of_source("hf:org/pets@v1") == "pets"
+    with pytest.raises(UserError, match="hf:org/none is not in the cache .* and the hub cannot be reached"):
+        read_source("hf:org/none")
+
+
+def _answer(status: int, code: str = "") -> httpx.Response:
+    return httpx.Response(status, request=httpx.Request("GET", "https://hub"), headers={"X-Error-Code": code})
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.LocalEntryNotFoundError("x"), "cannot be reached"),
+        (errors.RepositoryNotFoundError("x", response=_answer(404)), "there is no dataset 'org/none' on the hub"),
+        (errors.GatedRepoError("x", response=_answer(403)), "is gated"),
+        (errors.RevisionNotFoundError("x", response=_answer(404)), "has no revision 'v2'"),
+        (httpx.ConnectError("no route\nto host"), "cannot fetch hf:org/none@v2: no route to host"),
+        (OSError(28, "No space left on device"), "cannot fetch hf:org/none@v2: .*No space left"),
+    ],
+)
+def test_what_the_hub_answers_is_one_line(error: Exception, message: str, hub_cache: Path, read_source, monkeypatch):
+    def download(repo_id: str, *, local_files_only: bool = False, **_: object) -> str:
+        raise errors.LocalEntryNotFoundError("not cached") if local_files_only else error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match=message):
+        read_source("hf:org/none@v2")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("/data/My Pets/", "My_Pets"), ("shards/{000..010}.tar", "shards"), ("*.tar", "pictures"), ("a/b.parquet", "b")],
+)
+def test_a_dataset_is_named_after_its_source(source: str, name: str):
+    assert folder.name_of_source(source) == name

@@ -1,0 +1,131 @@
+"""Tables of captions: whose rows belong to which picture, and rows that cannot be read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli.errors import UserError
+
+from .test_tree import put
+
+NAMES = ("a.png", "sub/b.png", "c.png", "deep/er/d.png")
+
+
+@pytest.fixture
+def root(tmp_path: Path, png: bytes) -> Path:
+    for name in NAMES:
+        put(tmp_path, name, png)
+    return tmp_path
+
+
+def captions(kept) -> dict[str, tuple[str, ...]]:
+    return {name: item.captions for name, item in kept.items() if item.captions}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("captions.csv", 'file_name,caption\na.png,"a cat, asleep"\nsub/b.png,"two\nlines"\nc.png,x\nc.png,y\n'),
+        ("captions.csv", '\ufeffimage|caption\r\na.png|a cat, asleep\r\nsub/b.png|"two\nlines"\r\nc.png|x\r\nc.png|y'),
+        (
+            "metadata.tsv",
+            'n\tPath\tText\n1\ta.png\ta cat, asleep\n2\tsub\\b.png\t"two\nlines"\n3\tc.png\tx\n4\tc.png\ty',
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "a cat, asleep"}\n\n{"file_name": "sub/b.png", "text": "two\\nlines"}\n'
+            '{"file_name": "c.png", "text": ["x", "y"]}',
+        ),
+    ],
+)
+def test_rows_name_pictures_and_their_captions(name: str, text: str, root: Path, read_source):
+    put(root, name, text)
+    kept, left_out = read_source(root)
+    assert captions(kept) == {"a.png": ("a cat, asleep",), "sub/b.png": ("two\nlines",), "c.png": ("x", "y")}
+    assert set(kept) == set(NAMES) and not left_out
+
+
+def test_names_are_looked_up_below_the_table_and_never_opened(root: Path, read_source, tmp_path_factory, png: bytes):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    put(elsewhere, "e.png", png)
+    rows = [
+        "a.png",
+        f"{elsewhere}/e.png",
+        "../e.png",
+        "sub/../a.png",
+        "gone.png",
+        "d.png",
+        "",
+        "\\\\host\\share\\a.png",
+    ]
+    put(root, "captions.jsonl", "".join(json.dumps({"file": row, "caption": f"of {row}"}) + "\n" for row in rows))
+    kept, left_out = read_source(root)
+    assert captions(kept) == {"a.png": ("of a.png",), "deep/er/d.png": ("of d.png",)}
+    assert left_out == {
+        "captions.jsonl, line 2": "outside",
+        "captions.jsonl, line 3": "outside",
+        "captions.jsonl, line 4": "outside",
+        "captions.jsonl, line 5": "missing",
+        "captions.jsonl, line 7": "unreadable",
+        "captions.jsonl, line 8": "outside",
+    }
+
+
+def test_a_table_in_a_sub_folder_is_of_that_folder(root: Path, read_source):
+    put(root, "sub/metadata.csv", "file_name,text\nb.png,inner\na.png,not above\n")
+    kept, left_out = read_source(root)
+    assert captions(kept) == {"sub/b.png": ("inner",)}
+    assert left_out == {"sub/metadata.csv, line 3": "missing"}
+
+
+def test_rows_that_cannot_be_read_cost_themselves_alone(root: Path, read_source):
+    lines = [
+        b"file_name,caption",
+        b"a.png,good",
+        b"c.png,a dog, running",  # an unquoted comma
+        b"c.png," + b"x" * 3_000_000,  # a gigantic line
+        b"c.png,\xff\xfe",
+        b'c.png,"never' + b" closed" * 10,
+        b"x" * 200_000,  # which makes a field that is too long
+        b"sub/b.png,also good",
+    ]
+    put(root, "captions.csv", b"\n".join(lines) + b"\n")
+    kept, left_out = read_source(root)
+    assert captions(kept) == {"a.png": ("good",), "sub/b.png": ("also good",)}
+    assert left_out == {f"captions.csv, line {line}": "unreadable" for line in (3, 4, 5, 6)}
+
+
+def test_lines_of_json_that_cannot_be_read_cost_themselves_alone(root: Path, read_source):
+    lines = [
+        b'{"file_name": "a.png", "text": "good"}',
+        b"[1, 2]",
+        b"{" * 50_000,
+        b'{"file_name": "c.png", "text": "' + b"x" * 3_000_000 + b'"}',
+        b'{"file_name": "c.png", "text": "\\ud800"}',
+        b'{"file_name": 7, "text": "number"}',
+        b'{"file_name": "c.png", "text": "\xff"}',
+        b'{"file_name": "sub/b.png", "text": "also good"}',
+    ]
+    put(root, "metadata.jsonl", b"\n".join(lines))
+    kept, left_out = read_source(root)
+    assert captions(kept) == {"a.png": ("good",), "sub/b.png": ("also good",)}
+    assert left_out == {f"metadata.jsonl, line {line}": "unreadable" for line in range(2, 8)}
+
+
+def test_fields_are_guessed_and_may_be_named(root: Path, read_source):
+    put(root, "table.csv", "id,where,long,short,kind\n1,a.png,a long text,short,cat\n2,c.png,another,tiny,dog\n")
+    fields = {"image": "where", "text": "short", "label": "kind"}
+    kept, _ = read_source(root / "table.csv", **fields)
+    assert captions(kept) == {"a.png": ("short",), "c.png": ("tiny",)}
+    assert [kept[name].label for name in NAMES] == ["cat", None, "dog", None]
+    with pytest.raises(UserError, match="'id', 'where', 'long', 'short', 'kind'; name by --image_field"):
+        read_source(root / "table.csv")
+    with pytest.raises(UserError, match="no field 'nothing'; choose --text_field of id, where"):
+        read_source(root / "table.csv", image="where", text="nothing")
+
+
+def test_a_header_that_names_a_field_twice_is_an_error(root: Path, read_source):
+    put(root, "captions.csv", "file_name,text,text\na.png,x,y\n")
+    with pytest.raises(UserError, match="must name its fields, each once"):
+        read_source(root)

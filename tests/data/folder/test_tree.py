@@ -1,0 +1,125 @@
+"""Folders: captions beside pictures, tables, classes, and everything that is no plain file."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cli.errors import UserError
+from data import folder
+
+
+def put(root: Path, name: str, data: bytes | str = b"") -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def test_text_beside_a_picture_is_its_caption_a_line_each(tmp_path: Path, png: bytes, read_source):
+    put(tmp_path, "a/one.JPG", png)
+    put(tmp_path, "a/one.txt", "\ufeffa cat\r\n\r\n  two cats \na line\u2028that goes on\x85 here\n")
+    put(tmp_path, "two.png", png)
+    put(tmp_path, "two.json", '{"caption": "from a json", "width": 3}')
+    put(tmp_path, "three.png", png)
+    kept, left_out = read_source(tmp_path)
+    assert kept["a/one.JPG"].captions == ("a cat", "two cats", "a line\u2028that goes on\x85 here")
+    assert kept["two.png"].captions == ("from a json",)
+    assert kept["three.png"].captions == ()
+    assert kept["two.png"].data == png and not left_out
+
+
+def test_text_that_is_no_caption_is_named(tmp_path: Path, png: bytes, read_source):
+    for name, data in {
+        "latin": "Bär".encode("latin-1"),
+        "utf16": "a cat".encode("utf-16"),
+        "huge": b"x" * (2**20 + 1),
+    }.items():
+        put(tmp_path, f"{name}.png", png)
+        put(tmp_path, f"{name}.txt", data)
+    for name, data in {"list": "[1]", "broken": "{", "deep": "[" * 100_000, "half": '{"text": "\\ud800"}'}.items():
+        put(tmp_path, f"{name}.png", png)
+        put(tmp_path, f"{name}.json", data)
+    put(tmp_path, "alone.txt", "no picture")
+    put(tmp_path, "readme.md", "notes")
+    kept, left_out = read_source(tmp_path)
+    assert not kept
+    bad = dict.fromkeys(
+        (f"{n}.png" for n in ("latin", "utf16", "huge", "list", "broken", "deep", "half")), "bad caption"
+    )
+    assert left_out == {**bad, "alone.txt": "other", "readme.md": "other"}
+
+
+def test_a_sidecar_of_a_gigabyte_is_not_read(tmp_path: Path, png: bytes, read_source):
+    put(tmp_path, "a.png", png)
+    for name in ("a.txt", "b.png"):
+        put(tmp_path, name)
+        os.truncate(tmp_path / name, 2**30)  # without taking room on the disk
+    kept, left_out = read_source(tmp_path)
+    assert not kept and left_out == {"a.png": "bad caption", "b.png": "too large"}
+
+
+def test_nothing_but_plain_files_inside_the_folder_is_read(tmp_path: Path, png: bytes, read_source):
+    root = tmp_path / "in"
+    put(root, "real/a.png", png)
+    put(root, "real/a.txt", "a caption")
+    put(tmp_path, "out/b.png", png)
+    (root / "inside.png").symlink_to("real/a.png")
+    (root / "outside.png").symlink_to("../out/b.png")
+    (root / "absolute.txt").symlink_to("/etc/passwd")
+    (root / "nowhere.png").symlink_to("missing.png")
+    (root / "loop").symlink_to(".")
+    (root / "self.png").symlink_to("self.png")
+    (root / "away").symlink_to("../out")
+    os.mkfifo(root / "pipe.png")
+    os.mkfifo(root / "real" / "pipe.txt")
+    put(root, ".hidden/c.png", png)
+    put(root, "__MACOSX/._a.png", png)
+    kept, left_out = read_source(root)
+    assert set(kept) == {"real/a.png", "inside.png"}
+    links = dict.fromkeys(("outside.png", "absolute.txt", "nowhere.png", "loop", "self.png", "away"), "link")
+    special = {"pipe.png": "special", "real/pipe.txt": "special"}
+    assert left_out == {**links, **special, ".hidden": "other", "__MACOSX": "other"}
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_does_not_hold_up(tmp_path: Path, png: bytes):
+    put(tmp_path, "a.png", png)
+    put(tmp_path, "b.png", png)
+    put(tmp_path, "b.txt", "caption")
+    listing = folder.list_source(str(tmp_path), folder.Fields())
+    for name in ("a.png", "b.txt"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    reasons = [item.rejected.reason for item in listing.portions[0].read()]
+    assert reasons == ["special", "bad caption"]
+
+
+def test_sub_folders_are_classes_where_nothing_has_a_caption(tmp_path: Path, png: bytes, read_source):
+    put(tmp_path, "train/golden_retriever/1.png", png)
+    put(tmp_path, "test/cat\n of two lines/2.png", png)
+    put(tmp_path, "3.png", png)
+    kept, _ = read_source(tmp_path)
+    assert {name: item.label for name, item in kept.items()} == {
+        "train/golden_retriever/1.png": "golden_retriever",
+        "test/cat\N{REPLACEMENT CHARACTER} of two lines/2.png": "cat\N{REPLACEMENT CHARACTER} of two lines",
+        "3.png": None,
+    }
+    put(tmp_path, "3.txt", "with a caption, folders are no classes")
+    assert {item.label for item in read_source(tmp_path)[0].values()} == {None}
+
+
+def test_names_of_any_bytes_can_be_read_and_printed(tmp_path: Path, png: bytes, read_source):
+    name = os.fsdecode(b"b\xe4r\x1b[31m.png")
+    put(tmp_path, name, png)
+    put(tmp_path, name.replace("png", "txt"), "a bear")
+    kept, _ = read_source(tmp_path)
+    assert list(kept) == ["b\ufffdr\ufffd[31m.png"] and next(iter(kept.values())).captions == ("a bear",)
+
+
+@pytest.mark.parametrize("make", ["nothing", "no folder", "no picture"])
+def test_a_source_without_pictures_is_one_line(make: str, tmp_path: Path, read_source):
+    if make == "no picture":
+        put(tmp_path, "in/notes.txt", "")
+    elif make == "nothing":
+        (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="there is no (file|picture)"):
+        read_source(tmp_path / "in")
