@@ -178,6 +178,10 @@ class Tokenizer:
             padded[-1] = self.end_id
         return Encoded(padded, truncated)
 
+    def count(self, text: str) -> int:
+        """Returns how many ids a caption takes if nothing is cut, ends included."""
+        return len(self._encode(text)) + (0 if self.end_id is None else 2)
+
     def decode(self, ids: Int[np.ndarray, " l"]) -> str:
         """Returns the text of ids, without padding, ends, and what follows the first end.
 

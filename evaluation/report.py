@@ -1,32 +1,17 @@
 """Run folders as one self-contained HTML page: pictures, curves, scores."""
 
-import base64
 import dataclasses
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
+from evaluation.page import picture_tag, pyplot, svg_of, write_page
 from evaluation.records import is_share
 from weights.run import DONE, EVALUATION, SAMPLES, Run, read_metrics
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend is chosen first)
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-img { max-width: 100%; display: block; margin: .5rem 0; } .curves { display: flex; flex-wrap: wrap; gap: 1rem; }
-table { border-collapse: collapse; }
-td, th { padding: .25rem .9rem; border-bottom: 1px solid #e4e4e4; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } .note { color: #666; font-size: .9rem; }
-pre { background: #f5f5f2; padding: .8rem; overflow-x: auto; }
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +46,7 @@ def write_report(
       closing: HTML at the end.
       refresh: seconds after which a browser loads it again; 0 for a finished report.
     """
-    reload = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
-    body = "".join(_section(section) for section in sections)
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{reload}<title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(status)}</p>"
-        f"{body}{closing}</body></html>"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(path)
+    write_page(path, title, status, "".join(_section(section) for section in sections) + closing, refresh)
 
 
 def _section(section: Section) -> str:
@@ -86,9 +61,7 @@ def _section(section: Section) -> str:
     for title, pattern in section.pictures.items():
         found = sorted((section.folder / SAMPLES).glob(pattern))
         if found:
-            data = base64.b64encode(found[-1].read_bytes()).decode()
-            caption = html.escape(title)
-            parts.append(f'<h3>{caption}</h3><img alt="{caption}" src="data:image/png;base64,{data}">')
+            parts.append(f"<h3>{html.escape(title)}</h3>{picture_tag(found[-1].read_bytes(), title)}")
     curves = [_curve(rows, heading, metric) for heading, metric in section.curves.items()]
     parts.append(f'<div class="curves">{"".join(curves)}</div>')
     return "".join(parts)
@@ -159,9 +132,6 @@ def _curve(rows: Sequence[Mapping[str, float]], title: str, metric: str) -> str:
         values = np.concatenate([line.get_ydata() for line in axes.lines] or [np.ones(1)])
         if values.min() > 0 and values.max() > 20 * values.min():
             axes.set_yscale("log")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg")
+        return svg_of(figure)
     finally:
         pyplot.close(figure)
-    text = buffer.getvalue()
-    return f"<div>{text[text.index('<svg') :]}</div>"

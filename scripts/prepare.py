@@ -1,10 +1,11 @@
 """`python -m scripts.prepare --dataset=scenes/single32`: makes a dataset and its tokenizer."""
 
 import argparse
+import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ Prepares a dataset on this machine and trains its tokenizer; what is already the
 
     --dataset=scenes/single32                      the embedded dataset, drawn here
     --dataset=folder --source=DIR --name=pets      your own pictures: afterwards --config.data.dataset=folder/pets
+    --dataset=cifar10                              any of TensorFlow Datasets, which downloads it
 
 A run that was killed goes on where it was when the same command is started again. docs/own_data.md explains the rest.
 """
@@ -40,11 +42,23 @@ def main(arguments: Sequence[str]) -> None:
     """Parses the command line and prepares."""
     parser = entry_point.parser("scripts.prepare", _DESCRIPTION)
     known = ", ".join(known_datasets())
-    parser.add_argument("--dataset", default="scenes", help=f"scenes (all of it), {known}, or folder")
+    parser.add_argument("--dataset", default="scenes", help=f"scenes (all of it), {known}, folder, or a name of TFDS")
     parser.add_argument("--data_dir", default="", help=f"where datasets are kept (default {DEFAULT_DATA_DIR})")
     parser.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer at most (default 512)")
+    parser.add_argument(
+        "--inspect",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="also write a page of pictures, captions, sizes and what was left out (default: beside the records)",
+    )
     own = parser.add_argument_group("of --dataset=folder")
-    own.add_argument("--source", default="", help="a folder of pictures, or a table of captions beside them")
+    own.add_argument(
+        "--source",
+        default="",
+        help="a folder of pictures; a table of captions beside them; tar archives or parquet files, as '*.tar' or "
+        "'{000..010}.tar'; hf:ORGANIZATION/NAME",
+    )
     own.add_argument("--name", default="", help="of the dataset, folder/NAME (default: that of the source)")
     own.add_argument("--image_field", default="", help="of a table: where names of pictures are (default: guessed)")
     own.add_argument("--text_field", default="", help="of a table: where captions are (default: guessed)")
@@ -71,10 +85,14 @@ def main(arguments: Sequence[str]) -> None:
     if given := [name for name in _OF_FOLDERS if getattr(options, name) != parser.get_default(name)]:
         raise UserError(f"--{given[0]} is of --dataset=folder, not of {options.dataset}; leave it out")
     names = [name for name in known_datasets() if name == options.dataset or name.startswith(f"{options.dataset}/")]
-    if not names:
-        raise UserError(f"unknown dataset {options.dataset!r}; choose scenes, {known}, or folder with a --source")
+    if not names and options.dataset.split("/")[0] == "scenes":
+        raise UserError(f"unknown dataset {options.dataset!r}; choose scenes, or {known}")
     for name in names:
         prepare(name, options.data_dir, options.vocab_size)
+        _inspect(name, options)
+    if not names:
+        prepare_named(options.dataset, options.data_dir, options.vocab_size)
+        _inspect(options.dataset, options)
 
 
 def prepare(dataset: str, data_dir: str, vocab_size: int) -> None:
@@ -85,6 +103,29 @@ def prepare(dataset: str, data_dir: str, vocab_size: int) -> None:
         scenes.prepare(dataset.removeprefix("scenes/"), data_dir or DEFAULT_DATA_DIR)
     except OSError as error:
         raise _cannot_write(data_dir, error) from error
+    _finish(dataset, data_dir, vocab_size, start)
+
+
+def prepare_named(dataset: str, data_dir: str, vocab_size: int) -> None:
+    """Has TFDS download and write a dataset that it knows, and writes the tokenizer of its captions."""
+    start = time.monotonic()
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every attempt that it repeats
+    try:
+        builder = tfds.builder(dataset, data_dir=data_dir or DEFAULT_DATA_DIR, file_format="array_record")
+        if not builder.is_prepared():
+            print(f"preparing {dataset} with TensorFlow Datasets, which downloads it", flush=True)
+            builder.download_and_prepare()
+    except Exception as error:  # TFDS and its datasets raise of every kind, for a name as for a network
+        detail = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:200]
+        if isinstance(error, DatasetNotFoundError):
+            choices = f"scenes, {', '.join(known_datasets())}, folder with a --source, or a name of TensorFlow Datasets"
+            raise UserError(f"unknown dataset {dataset!r}; choose {choices}") from error
+        if isinstance(error, ImportError):
+            detail += "; for most datasets that means TensorFlow: pip install 'tensorflow-cpu>=2.21'"
+        raise UserError(f"TensorFlow Datasets cannot prepare {dataset}: {detail}") from error
     _finish(dataset, data_dir, vocab_size, start)
 
 
@@ -104,6 +145,7 @@ def prepare_folder(options: argparse.Namespace) -> None:
         raise _cannot_write(options.data_dir, error) from error
     _print_report(report, dataset_folder(dataset, options.data_dir))
     _finish(dataset, options.data_dir, options.vocab_size, start)
+    _inspect(dataset, options, report)
 
 
 def _request(options: argparse.Namespace) -> folder.Request:
@@ -152,6 +194,23 @@ def _finish(dataset: str, data_dir: str, vocab_size: int, start: float) -> None:
     ids = f"{Tokenizer.load(tokenizer_file).vocab_size} text ids" if source.has_captions else "no captions"
     classes = "".join(f", {len(names)} classes ({name})" for name, names in source.class_names.items())
     print(f"{dataset}: {len(source)} training pictures, {ids}{classes}, in {path} ({time.monotonic() - start:.0f} s)")
+
+
+def _inspect(dataset: str, options: argparse.Namespace, report: Mapping[str, Any] | None = None) -> None:
+    """Writes the page that shows a dataset, where it is asked for."""
+    if options.inspect is None:
+        return
+    from evaluation.dataset_page import write_dataset_page
+
+    where = dataset_folder(dataset, options.data_dir)
+    path = Path(options.inspect).expanduser() if options.inspect else where / "inspect.html"
+    source = RecordSource(dataset, "train", options.data_dir)
+    tokenizer = Tokenizer.load(where / "tokenizer.json") if source.has_captions else None
+    try:
+        write_dataset_page(path, source, dataset, tokenizer, report or {})
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --inspect") from error
+    print(f"look at it: {path}")
 
 
 def _cannot_write(data_dir: str, error: OSError) -> UserError:
