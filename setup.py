@@ -37,6 +37,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=11.0",
+        "pyarrow>=18.0",
         "safetensors>=0.5",
         "psutil>=6.0",
         "scipy>=1.14",

@@ -36,13 +36,13 @@ def write_dataset_page(
       tokenizer: that is stored with it; None where there are no captions.
       report: as `data.folder.prepare` returns it; {} for a dataset that was prepared otherwise.
     """
-    places = np.unique(np.linspace(0, len(source) - 1, MEASURED).astype(int)).tolist()
-    shown = set(places[:: max(1, len(places) // SHOWN)][:SHOWN])
+    places = _spread(len(source), MEASURED)
+    shown = {places[index] for index in _spread(len(places), SHOWN)}
     figures, sizes, captions = [], [], []
     for place in places:
         record = source[place]
         sizes.append(record["image"].shape[:2])
-        captions += record["captions"]
+        captions += record.get("captions", ())
         if place in shown:
             figures.append(_figure(record, source.class_names))
     num = f"{len(places):,} of {len(source):,} training pictures"
@@ -59,6 +59,11 @@ def write_dataset_page(
     write_page(path, f"Dataset {title}", f"{len(source):,} training pictures{damaged}", "".join(parts))
 
 
+def _spread(length: int, num: int) -> list[int]:
+    """At most `num` places below `length`, evenly spaced, with the first and the last."""
+    return np.unique(np.linspace(0, length - 1, num).astype(int)).tolist()
+
+
 def _figure(record: Mapping[str, Any], class_names: Mapping[str, Sequence[str]]) -> str:
     """One picture, small, over its captions."""
     picture = Image.fromarray(record["image"])
@@ -66,7 +71,7 @@ def _figure(record: Mapping[str, Any], class_names: Mapping[str, Sequence[str]])
     picture.save(file := io.BytesIO(), "JPEG", quality=85)
     height, width = record["image"].shape[:2]
     classes = [names[record[field]] for field, names in class_names.items() if record[field] >= 0]
-    lines = [_short(caption) for caption in record["captions"][:5]]
+    lines = [_short(caption) for caption in record.get("captions", ())[:5]]
     note = f'<span class="note">{width} x {height}{"".join(f", {html.escape(name)}" for name in classes)}</span>'
     text = "<br>".join([*lines, note])
     picture_html = picture_tag(file.getvalue(), "a picture of the dataset", "jpeg")

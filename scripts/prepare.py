@@ -191,9 +191,13 @@ def _finish(dataset: str, data_dir: str, vocab_size: int, start: float) -> None:
     if source.has_captions and not tokenizer_file.is_file():
         captions = {caption for index in range(len(source)) for caption in source[index]["captions"]}
         Tokenizer.train(sorted(captions), vocab_size).save(tokenizer_file)
-    ids = f"{Tokenizer.load(tokenizer_file).vocab_size} text ids" if source.has_captions else "no captions"
     classes = "".join(f", {len(names)} classes ({name})" for name, names in source.class_names.items())
-    print(f"{dataset}: {len(source)} training pictures, {ids}{classes}, in {path} ({time.monotonic() - start:.0f} s)")
+    ids = Tokenizer.load(tokenizer_file).vocab_size if source.has_captions else 0
+    text = f"{ids} text ids" if ids else "no captions"
+    print(f"{dataset}: {len(source)} training pictures, {text}{classes}, in {path} ({time.monotonic() - start:.0f} s)")
+    if ids and not dataset.startswith("scenes/"):
+        clip = f"--config.models.clip.text_vocab_size={ids + 2} --config.models.clip.text_end_id={ids + 1}"
+        print(f"train on it with --config.data.dataset={dataset}; a CLIP also takes {clip}")
 
 
 def _inspect(dataset: str, options: argparse.Namespace, report: Mapping[str, Any] | None = None) -> None:

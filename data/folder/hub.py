@@ -18,7 +18,6 @@ def fetch_dataset(source: str) -> tuple[Path, Path]:
     Raises:
       UserError: if it is neither cached nor can be fetched.
     """
-    import httpx
     import huggingface_hub as hub
     from huggingface_hub import errors
 
@@ -46,6 +45,6 @@ def fetch_dataset(source: str) -> tuple[Path, Path]:
             f"there is no dataset {name!r} on the hub (or it is private and you are not logged in); give "
             f"{HUB}ORGANIZATION/NAME[@REVISION]"
         ) from error
-    except (OSError, httpx.HTTPError) as error:  # of the disk, and of the network
+    except Exception as error:  # of the disk, and of whatever library the hub's own uses for the network
         raise UserError(f"cannot fetch {source}: {' '.join(str(error).split())[:200]}") from error
     return folder.resolve(), folder.resolve().parent.parent

@@ -78,7 +78,7 @@ def prepare(request: Request, listing: Listing, data_dir: Path, workers: int = 1
     work.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(work / "lock", timeout=0):
-            plan = json.dumps([VERSION, dataclasses.asdict(request), listing.fingerprint, len(listing.portions)])
+            plan = json.dumps([VERSION, _decisive(request), listing.fingerprint, len(listing.portions)])
             if not final.exists():  # another process may just have finished
                 _begin(work, plan)
                 with Workers(workers) as pool:
@@ -99,8 +99,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def _prepared_before(final: Path, request: Request, listing: Listing) -> dict[str, Any]:
     report = read_report(final)
-    asked = json.loads(json.dumps(dataclasses.asdict(request)))
-    before = report.get("request", {})
+    asked, before = _decisive(request), report.get("request", {})
     differing = sorted(key for key in asked if asked[key] != before.get(key))
     if not differing and report.get("fingerprint") != listing.fingerprint:
         differing = ["content of the source"]
@@ -110,6 +109,13 @@ def _prepared_before(final: Path, request: Request, listing: Listing) -> dict[st
             f"remove {final.parent} to prepare it anew"
         )
     return report
+
+
+def _decisive(request: Request) -> dict[str, Any]:
+    """What of a request decides the bytes; its source does so by the fingerprint, however it is written."""
+    asked = dataclasses.asdict(request)
+    del asked["source"]
+    return asked
 
 
 def _begin(work: Path, plan: str) -> None:

@@ -260,3 +260,82 @@ def test_long_captions_are_cut_and_counted(data_config, tokenizer, capsys):
     finally:
         with data_config.unlocked():
             data_config.text_length = length
+
+
+@pytest.mark.parametrize(("damage", "message"), [("reader", "broken file"), ("picture", "cannot identify image")])
+def test_a_damaged_record_is_replaced_and_counted(scenes_dir, capsys, monkeypatch, damage, message):
+    monkeypatch.setattr("data.pipeline.READ_AGAIN", (0.0, 0.0))
+    source = RecordSource("scenes/single32", "train", str(scenes_dir))
+    healthy = source[4]
+
+    class Damaged:
+        def __len__(self):
+            return len(inner)
+
+        def __getitem__(self, index):
+            if index == 3 and damage == "reader":
+                raise OSError("broken file")
+            return inner[index].replace(b"PNG", b"GNP") if index == 3 else inner[index]
+
+    inner, source._source = source._source, Damaged()
+    assert (source[3]["image"] == healthy["image"]).all()
+    assert source.damaged == {3}
+    assert message in capsys.readouterr().out
+
+
+def test_a_reader_that_fails_for_a_moment_changes_nothing(scenes_dir, monkeypatch):
+    monkeypatch.setattr("data.pipeline.READ_AGAIN", (0.0, 0.0))
+    source = RecordSource("scenes/single32", "train", str(scenes_dir))
+    healthy, failures = source[3], iter([OSError("timed out"), ValueError("short read")])
+
+    class Failing:
+        def __len__(self):
+            return len(inner)
+
+        def __getitem__(self, index):
+            for error in failures:
+                raise error
+            return inner[index]
+
+    inner, source._source = source._source, Failing()
+    assert (source[3]["image"] == healthy["image"]).all()
+    assert not source.damaged
+
+
+def test_cached_records_are_the_same(scenes_dir):
+    plain, cached = (RecordSource("scenes/single32", "train", str(scenes_dir), cache=cache) for cache in (False, True))
+    assert (plain[7]["image"] == cached[7]["image"]).all()
+    assert cached[7] is cached[7]
+
+
+def test_only_the_fields_asked_for_are_decoded(scenes_dir, data_config, tokenizer):
+    whole = RecordSource("scenes/single32", "train", str(scenes_dir))[7]
+    assert whole["id"] and whole["objects"]["color"]
+    part = RecordSource("scenes/single32", "train", str(scenes_dir), fields=("captions", "caption"))[7]
+    assert part == {"captions": whole["captions"]}
+    stored = make_stream(data_config, tokenizer).source[7]  # what a cache keeps
+    assert stored.keys() == {"image", "captions"}
+    assert (stored["image"] == whole["image"]).all() and stored["captions"] == whole["captions"]
+
+
+def test_a_dataset_that_is_read_from_start_to_end_alone_is_refused(tmp_path):
+    prepare_made_up(tmp_path, {"text": tfds.features.Text()}, {"train": [{"text": "one"}]})
+    path = tmp_path / NAME / "1.0.0" / "dataset_info.json"
+    path.write_text(path.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(
+        UserError, match="in a format without random access; move it away and run `python -m scripts.prepare"
+    ):
+        RecordSource(NAME, "train", str(tmp_path))
+
+
+def test_mistakes(scenes_dir, tmp_path):
+    with pytest.raises(UserError, match="scripts.prepare"):
+        dataset_folder("scenes/single32", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"tensorflow_datasets.builder\('cifar10', data_dir=.*, file_format='array_record"
+    ):
+        dataset_folder("cifar10", str(tmp_path))
+    with pytest.raises(UserError, match="choose one of scenes/single32, scenes/pair32"):
+        dataset_folder("scenes/typo", str(tmp_path))
+    with pytest.raises(UserError, match="it has .*held_out"):
+        RecordSource("scenes/single32", "test", str(scenes_dir))

@@ -153,7 +153,7 @@ def test_a_second_preparation_changes_nothing_or_says_what_differs(tmp_path: Pat
     source = write_folder(MADE[:20], tmp_path / "in")
     first = prepare(source, tmp_path / "data")
     before = contents(tmp_path / "data")
-    assert prepare(source, tmp_path / "data") == first
+    assert prepare(source, tmp_path / "data") == prepare(f"{source}/", tmp_path / "data") == first
     with pytest.raises(UserError, match="prepared from another validation"):
         prepare(source, tmp_path / "data", validation=3)
     (tmp_path / "in" / "new.png").write_bytes(encode(np.zeros((9, 9, 3), np.uint8)))

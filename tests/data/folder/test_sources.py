@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
@@ -87,18 +86,21 @@ def test_a_cached_dataset_of_the_hub_needs_no_network(hub_cache: Path, read_sour
         read_source("hf:org/none")
 
 
-def _answer(status: int, code: str = "") -> httpx.Response:
-    return httpx.Response(status, request=httpx.Request("GET", "https://hub"), headers={"X-Error-Code": code})
+def _answer(kind: type[Exception]) -> Exception:
+    """An error as the library raises it; what it is made with differs between versions."""
+    error = kind.__new__(kind)
+    error.args = ("x",)
+    return error
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (errors.LocalEntryNotFoundError("x"), "cannot be reached"),
-        (errors.RepositoryNotFoundError("x", response=_answer(404)), "there is no dataset 'org/none' on the hub"),
-        (errors.GatedRepoError("x", response=_answer(403)), "is gated"),
-        (errors.RevisionNotFoundError("x", response=_answer(404)), "has no revision 'v2'"),
-        (httpx.ConnectError("no route\nto host"), "cannot fetch hf:org/none@v2: no route to host"),
+        (_answer(errors.RepositoryNotFoundError), "there is no dataset 'org/none' on the hub"),
+        (_answer(errors.GatedRepoError), "is gated"),
+        (_answer(errors.RevisionNotFoundError), "has no revision 'v2'"),
+        (RuntimeError("no route\nto host"), "cannot fetch hf:org/none@v2: no route to host"),
         (OSError(28, "No space left on device"), "cannot fetch hf:org/none@v2: .*No space left"),
     ],
 )
