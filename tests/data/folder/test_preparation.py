@@ -120,32 +120,25 @@ def test_what_was_finished_before_a_kill_is_not_done_again(after: int, tmp_path:
     monkeypatch.setattr("data.folder.tree.PORTION", 50)
     prepare(source, tmp_path / "once")
     done: list[str] = []
+    limit = after
+    for task_type in (preparation.ExaminePortion, preparation.WritePortion):
 
-    def count(task_type, limit):
-        run = task_type.__call__
-
-        def call(self):
+        def call(self, run=task_type.__call__):
             if len(done) == limit:
                 raise Killed
-            done.append(f"{task_type.__name__} {self.portion.entries[0].name}")
+            done.append(f"{type(self).__name__} {self.portion.entries[0].name}")
             return run(self)
 
         monkeypatch.setattr(task_type, "__call__", call)
-        return run
-
-    runs = [(each, count(each, after)) for each in (preparation.ExaminePortion, preparation.WritePortion)]
-    if after == 10:
-        monkeypatch.setattr(preparation, "_describe", lambda *_: (_ for _ in ()).throw(Killed))
-    with pytest.raises(Killed):
-        prepare(source, tmp_path / "killed")
-    assert not list(tmp_path.glob("killed/folder/made"))
-    for each, run in runs:
-        monkeypatch.setattr(each, "__call__", run)
-        count(each, 1000)
-    monkeypatch.undo()
-    monkeypatch.setattr("data.folder.tree.PORTION", 50)
+    with monkeypatch.context() as patch:
+        if after == 10:  # all is written but what describes it
+            patch.setattr(preparation, "_describe", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(source, tmp_path / "killed")
+    assert len(done) == after and not list(tmp_path.glob("killed/folder/made"))
+    limit = 1000
     prepare(source, tmp_path / "killed")
-    assert len(done) == len(set(done)) == after
+    assert len(done) == len(set(done)) == 10
     assert contents(tmp_path / "killed") == contents(tmp_path / "once")
 
 
