@@ -36,13 +36,23 @@ def read_text(path: str | Path, what: str = "file", limit: int = LIMIT) -> str:
     if len(data) > limit:
         raise UserError(f"the {what} {path} is larger than {limit >> 20} MiB; split it")
     try:
+        return decode(data)
+    except ValueError as error:
+        raise UserError(f"the {what} {path} {error}; save it as UTF-8") from None
+
+
+def decode(data: bytes) -> str:
+    """The text of a file's bytes, as `read_text` returns it.
+
+    Raises:
+      ValueError: says what the bytes are in place of UTF-8.
+    """
+    try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"the {what} {path} is not UTF-8 text (byte {error.start} is {data[error.start]:#04x}); save it as UTF-8"
-        ) from None
+        raise ValueError(f"is not UTF-8 text (byte {error.start} is {data[error.start]:#04x})") from None
     if "\0" in text:
-        raise UserError(f"the {what} {path} holds a NUL byte, so it is not UTF-8 text; save it as UTF-8")
+        raise ValueError("holds a NUL byte, so it is not UTF-8 text")
     return text.removeprefix(MARK).replace("\r\n", "\n")
 
 

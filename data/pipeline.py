@@ -20,42 +20,6 @@ from data.tokenizer import Tokenizer
 
 Example = dict[str, np.ndarray]
 
-CAPTION_FIELDS = ("captions", "caption", "text")  # where datasets keep them; the first of these that is there
-
-READ_AGAIN = (0.1, 1.0)  # seconds to wait before a record that could not be read is read again
-
-DEFAULT_DATA_DIR: str = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS itself has it
-
-# TFDS suggests OpenCV for every source it opens; Pillow is enough.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-
-def dataset_folder(dataset: str, data_dir: str | None) -> Path:
-    """Returns the folder of a prepared dataset, such as `scenes/single32`, in its newest version.
-
-    Args:
-      dataset: a TFDS name, `dataset[/config]`.
-      data_dir: where datasets are kept; None or "" for TFDS's own default.
-
-    Raises:
-      UserError: if it was not prepared.
-    """
-    root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
-    versions = [path.parent for path in (root / dataset).glob("*/dataset_info.json")]
-    if not versions:
-        raise UserError(f"dataset {dataset} is not in {root}; {_how_to_prepare(dataset, data_dir)}")
-    return max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
-
-
-def _how_to_prepare(dataset: str, data_dir: str | None) -> str:
-    """What prepares a dataset."""
-    if dataset.split("/")[0] == "scenes" and dataset not in known_datasets():
-        return f"choose one of {', '.join(known_datasets())}"
-    folder = f" --data_dir={data_dir}" if data_dir else ""
-    group, _, name = dataset.partition("/")
-    source = " --source=... --name=" + (name or "...") if group == "folder" else ""
-    return f"run `python -m scripts.prepare --dataset={group if source else dataset}{source}{folder}`"
-
 
 def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """What a batch of RGB pictures (or points) holds, told from its config alone: no dataset is opened.

@@ -57,14 +57,13 @@ def known_datasets() -> tuple[str, ...]:
 
 
 def _how_to_prepare(dataset: str, data_dir: str | None) -> str:
-    """What prepares a dataset: the project's command for its own, TFDS for all others."""
-    if dataset in known_datasets():
-        return f"run `python -m scripts.prepare --dataset={dataset}{f' --data_dir={data_dir}' if data_dir else ''}`"
-    if dataset.split("/")[0] == "scenes":
+    """What prepares a dataset."""
+    group, _, name = dataset.partition("/")
+    if group == "scenes" and dataset not in known_datasets():
         return f"choose one of {', '.join(known_datasets())}"
-    arguments = [repr(dataset), *([f"data_dir={data_dir!r}"] if data_dir else []), "file_format='array_record'"]
-    command = f"tensorflow_datasets.builder({', '.join(arguments)}).download_and_prepare()"
-    return f"prepare it in Python with `{command}` (most datasets need TensorFlow for that)"
+    where = f" --data_dir={data_dir}" if data_dir else ""
+    own = f"folder --source=... --name={name or '...'}"
+    return f"run `python -m scripts.prepare --dataset={own if group == 'folder' else dataset}{where}`"
 
 
 class RecordSource:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.pipeline import RecordSource
+from data.records import RecordSource
 from data.tokenizer import Tokenizer
 from evaluation.page import picture_tag, pyplot, svg_of, write_page
 

@@ -12,7 +12,7 @@ from typing import Any
 from cli import entry_point
 from cli.errors import UserError
 from data import folder, scenes
-from data.pipeline import DEFAULT_DATA_DIR, RecordSource, dataset_folder, known_datasets
+from data.records import DEFAULT_DATA_DIR, RecordSource, dataset_folder, known_datasets
 from data.tokenizer import Tokenizer
 
 _DESCRIPTION = """\

@@ -54,7 +54,7 @@ MISTAKES = {
     "no pictures": (["sample", "--run={tmp}/no", "--prompt=x", "--num=0"], "--num must be at least 1"),
     "demo that cannot write": (["scripts.demo", "--workdir=/proc/nowhere"], "cannot write /proc/nowhere/report.html"),
     "demo with too many captions": (["scripts.demo", "--num=9999"], "--num must be between"),
-    "unknown dataset": (["scripts.prepare", "--dataset=mnist"], "unknown dataset 'mnist'"),
+    "unknown dataset": (["scripts.prepare", "--dataset=no_such_data"], "unknown dataset 'no_such_data'"),
     "nothing to convert": (
         ["scripts.convert", "--source=openai", "--input={tmp}/none.pt", "--output={tmp}/out"],
         "there is no folder or file",

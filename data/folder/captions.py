@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cli.errors import UserError
+from cli.text_files import decode
 from data.folder.items import MAX_TEXT, Rejected
 
 # What people call these fields; the first that is there is taken, in any case of letters.
@@ -41,12 +42,10 @@ def decode_text(data: bytes) -> str:
     """
     if len(data) > MAX_TEXT:
         raise Rejected("bad caption", f"{len(data):,} bytes of text")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise Rejected("bad caption", "UTF-16; save it as UTF-8")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Rejected("bad caption", f"not UTF-8 at byte {error.start}") from error
+        return decode(data)
+    except ValueError as error:
+        raise Rejected("bad caption", str(error)) from error
 
 
 def captions_of_text(text: str) -> tuple[str, ...]:

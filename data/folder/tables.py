@@ -126,7 +126,7 @@ class Table:
                             while data and not data.endswith(b"\n"):
                                 data = file.readline(MAX_TEXT)
                             raise Rejected("unreadable", f"more than {MAX_TEXT:,} bytes in one line")
-                        yield number, decode_text(data) if number == 1 else decode_text(data).lstrip("\ufeff")
+                        yield number, decode_text(data)
                     except Rejected as rejected:
                         self._ignore(number, rejected)
         except OSError as error:

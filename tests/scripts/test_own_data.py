@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.pipeline import ExampleStream, RecordSource, dataset_folder, load_tokenizer
+from data.pipeline import ExampleStream, load_tokenizer
 from data.preprocess import TRANSFORMS
+from data.records import RecordSource, dataset_folder
 from scripts.prepare import main as prepare
-from tests.data.folder.damaged import FORMS, MIN_SIZE, encode, make, reasons
-from tests.data.folder.test_preparation import contents
+
+from ..data.folder.damaged import FORMS, MIN_SIZE, encode, make, reasons
+from ..data.folder.test_preparation import contents
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ from data.folder import preparation
 from data.folder.items import Rejected
 from data.folder.preparation import decide
 from data.pictures import read_picture
-from data.pipeline import RecordSource, dataset_folder
 from data.preprocess import center_square
+from data.records import RecordSource, dataset_folder
 
 from .damaged import FORMS, MIN_SIZE, encode, make, reasons, write_folder
 

@@ -5,7 +5,9 @@ import io
 import os
 import tarfile
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,7 +100,7 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
-def peak(call) -> tuple[object, int]:
+def peak(call: Callable[[], Any]) -> tuple[Any, int]:
     tracemalloc.start()
     try:
         return call(), tracemalloc.get_traced_memory()[1]
