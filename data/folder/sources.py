@@ -11,9 +11,9 @@ from data.folder import tables
 from data.folder.hub import HUB, fetch_dataset
 from data.folder.items import PICTURES, Item, Listing, Rejected, shown
 from data.folder.parquet_files import SUFFIX, list_parquet
+from data.folder.picture_folder import list_folder, walk
 from data.folder.tables import Fields
 from data.folder.tar_archives import is_archive, list_archives
-from data.folder.tree import list_folder, walk
 
 _MAX_NAMES = 100_000  # that braces may spell
 

@@ -116,10 +116,10 @@ PREPARE = """
 import sys
 from pathlib import Path
 from data import folder
-from data.folder import parquet_files, tree
+from data.folder import parquet_files, picture_folder
 
 if __name__ == "__main__":
-    tree.PORTION = parquet_files.PORTION = 40
+    picture_folder.PORTION = parquet_files.PORTION = 40
     source, data_dir, min_size, workers = sys.argv[1:]
     fields, pictures = folder.Fields(), folder.PictureSettings(min_size=int(min_size))
     request = folder.Request("made", source, fields, pictures=pictures)

@@ -102,7 +102,7 @@ def test_no_training_picture_is_an_error(validation: float, tmp_path: Path):
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch):
     source = write_folder(MADE, tmp_path / "in")
-    monkeypatch.setattr("data.folder.tree.PORTION", 50)
+    monkeypatch.setattr("data.folder.picture_folder.PORTION", 50)
     prepare(source, tmp_path / "one", min_size=MIN_SIZE)
     prepare(source, tmp_path / "two", workers=2, min_size=MIN_SIZE)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -117,7 +117,7 @@ class Killed(BaseException):
 def test_what_was_finished_before_a_kill_is_not_done_again(after: int, tmp_path: Path, monkeypatch):
     """Ten tasks: five portions are examined, then written; the kill comes after some of them."""
     source = write_folder(MADE, tmp_path / "in")
-    monkeypatch.setattr("data.folder.tree.PORTION", 50)
+    monkeypatch.setattr("data.folder.picture_folder.PORTION", 50)
     prepare(source, tmp_path / "once")
     done: list[str] = []
     limit = after
