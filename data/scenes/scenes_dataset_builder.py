@@ -40,6 +40,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     Splits: `train` and `validation` never show a held-out (shape, color) pair; every scene of `held_out` shows one.
     """
 
+    SPLITS = SPLITS
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
     BUILDER_CONFIGS = [

@@ -1,27 +1,28 @@
-"""Writes the embedded dataset to disk, once."""
+"""Writes the datasets that are made on this machine to disk, once."""
 
 import contextlib
 import io
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from cli.errors import UserError
-from data.scenes.scenes_dataset_builder import SPLITS, Builder
 
 
-def prepare(config_name: str, data_dir: str | os.PathLike[str], **sizes: int) -> Builder:
-    """Prepares `scenes/<config_name>` under `data_dir`, or returns at once where it already is.
+def prepare(make_builder: Any, config_name: str, data_dir: str | os.PathLike[str], **sizes: int) -> Any:
+    """Prepares a config of a builder under `data_dir`, or returns at once where it already is.
 
     The folder gets its name only when all of it is written; whatever else bears that name (an interrupted copy, a
     record file that is missing) does not count and is written anew.
 
     Args:
-      config_name: "single32" or "pair32".
+      make_builder: a class of TFDS builders, with `SPLITS`, and `sizes` among the arguments of its constructor.
+      config_name: one of its configs.
       data_dir: where TFDS keeps datasets.
-      **sizes: number of examples of some splits (train, validation, held_out) in place of the config's own.
+      **sizes: number of examples of some splits in place of the config's own.
 
     Returns:
       The builder; `builder.as_data_source(split)` reads it.
@@ -30,24 +31,25 @@ def prepare(config_name: str, data_dir: str | os.PathLike[str], **sizes: int) ->
       UserError: if there is no such config or split, or if the dataset is there with another number of examples than
         `sizes` asks for.
     """
-    if config_name not in Builder.builder_configs:
-        raise UserError(f"scenes has no config {config_name!r}; choose one of {', '.join(Builder.builder_configs)}")
-    unknown = sorted(set(sizes) - set(SPLITS))
+    name, configs, splits = make_builder.name, make_builder.builder_configs, make_builder.SPLITS
+    if config_name not in configs:
+        raise UserError(f"{name} has no config {config_name!r}; choose one of {', '.join(configs)}")
+    unknown = sorted(set(sizes) - set(splits))
     if unknown:
-        raise UserError(f"scenes has no split {', '.join(unknown)}; it has {', '.join(SPLITS)}")
+        raise UserError(f"{name} has no split {', '.join(unknown)}; it has {', '.join(splits)}")
     data_dir = Path(data_dir).expanduser()
-    builder = Builder(config=config_name, data_dir=data_dir, file_format="array_record", sizes=sizes)
+    builder = make_builder(config=config_name, data_dir=data_dir, file_format="array_record", sizes=sizes)
     folder = Path(builder.data_dir)
     if folder.exists() and not _is_whole(builder):
         shutil.rmtree(folder)
-        builder = Builder(config=config_name, data_dir=data_dir, file_format="array_record", sizes=sizes)
+        builder = make_builder(config=config_name, data_dir=data_dir, file_format="array_record", sizes=sizes)
     if not folder.exists():
         tfds.disable_progress_bar()
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; there is none
                 builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         except OSError:  # another process may have been first to give the folder its name
-            builder = Builder(config=config_name, data_dir=data_dir, file_format="array_record", sizes=sizes)
+            builder = make_builder(config=config_name, data_dir=data_dir, file_format="array_record", sizes=sizes)
             if not _is_whole(builder):
                 raise
     stored = {split: builder.info.splits[split].num_examples for split in sizes}
@@ -56,9 +58,9 @@ def prepare(config_name: str, data_dir: str | os.PathLike[str], **sizes: int) ->
     return builder
 
 
-def _is_whole(builder: Builder) -> bool:
+def _is_whole(builder: Any) -> bool:
     """Whether every split is described and every record file is there."""
     splits = builder.info.splits
-    if not builder.is_prepared() or set(splits) != set(SPLITS):
+    if not builder.is_prepared() or set(splits) != set(builder.SPLITS):
         return False
     return all(Path(path).exists() for split in splits.values() for path in split.filepaths)
