@@ -20,7 +20,7 @@ from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data import scenes
+from data import drawings, scenes
 from data.fields import captions_of, find_image_field, find_text_field, no_captions
 from data.pictures import PictureError, as_rgb, read_picture
 
@@ -29,6 +29,8 @@ CAPTIONS = "captions"  # the key of a record, whatever field they come from
 READ_AGAIN = (0.1, 1.0)  # seconds to wait before a record that could not be read is read again
 
 DEFAULT_DATA_DIR: str = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS itself has it
+
+MADE_HERE: Mapping[str, Any] = {"scenes": scenes, "drawings": drawings}  # each with `NAMES` and `prepare`
 
 # TFDS suggests OpenCV for every source it opens; Pillow is enough.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -53,13 +55,13 @@ def dataset_folder(dataset: str, data_dir: str | None) -> Path:
 
 def known_datasets() -> tuple[str, ...]:
     """Names of the datasets that `scripts.prepare` can make without the internet."""
-    return tuple(f"scenes/{name}" for name in scenes.WORLDS)
+    return tuple(f"{group}/{name}" for group, made in MADE_HERE.items() for name in made.NAMES)
 
 
 def _how_to_prepare(dataset: str, data_dir: str | None) -> str:
     """What prepares a dataset."""
     group, _, name = dataset.partition("/")
-    if group == "scenes" and dataset not in known_datasets():
+    if group in MADE_HERE and dataset not in known_datasets():
         return f"choose one of {', '.join(known_datasets())}"
     where = f" --data_dir={data_dir}" if data_dir else ""
     own = f"folder --source=... --name={name or '...'}"

@@ -11,14 +11,15 @@ from typing import Any
 
 from cli import entry_point
 from cli.errors import UserError
-from data import folder, scenes
-from data.records import DEFAULT_DATA_DIR, RecordSource, dataset_folder, known_datasets
+from data import folder
+from data.records import DEFAULT_DATA_DIR, MADE_HERE, RecordSource, dataset_folder, known_datasets
 from data.tokenizer import Tokenizer
 
 _DESCRIPTION = """\
 Prepares a dataset on this machine and trains its tokenizer; what is already there is left as it is.
 
     --dataset=scenes/single32                      the embedded dataset, drawn here
+    --dataset=drawings/emoji32                     drawings of OpenMoji with names (pip install '.[drawings]')
     --dataset=folder --source=DIR --name=pets      your own pictures: afterwards --config.data.dataset=folder/pets
     --dataset=cifar10                              any of TensorFlow Datasets, which downloads it
 
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     """Parses the command line and prepares."""
     parser = entry_point.parser("scripts.prepare", _DESCRIPTION)
     known = ", ".join(known_datasets())
-    parser.add_argument("--dataset", default="scenes", help=f"scenes (all of it), {known}, folder, or a name of TFDS")
+    parser.add_argument(
+        "--dataset", default="scenes", help=f"scenes or drawings (all of it), {known}, folder, or a name of TFDS"
+    )
     parser.add_argument("--data_dir", default="", help=f"where datasets are kept (default {DEFAULT_DATA_DIR})")
     parser.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer at most (default 512)")
     parser.add_argument(
@@ -85,8 +88,8 @@ def main(arguments: Sequence[str]) -> None:
     if given := [name for name in _OF_FOLDERS if getattr(options, name) != parser.get_default(name)]:
         raise UserError(f"--{given[0]} is of --dataset=folder, not of {options.dataset}; leave it out")
     names = [name for name in known_datasets() if name == options.dataset or name.startswith(f"{options.dataset}/")]
-    if not names and options.dataset.split("/")[0] == "scenes":
-        raise UserError(f"unknown dataset {options.dataset!r}; choose scenes, or {known}")
+    if not names and (group := options.dataset.split("/")[0]) in MADE_HERE:
+        raise UserError(f"unknown dataset {options.dataset!r}; choose {group}, or {known}")
     for name in names:
         prepare(name, options.data_dir, options.vocab_size)
         _inspect(name, options)
@@ -96,11 +99,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def prepare(dataset: str, data_dir: str, vocab_size: int) -> None:
-    """Writes one dataset of the embedded ones and the tokenizer of its training captions."""
+    """Writes one of the datasets that are made here and the tokenizer of its training captions."""
     start = time.monotonic()
     print(f"preparing {dataset} (nothing is downloaded)", flush=True)
+    group, _, name = dataset.partition("/")
     try:
-        scenes.prepare(dataset.removeprefix("scenes/"), data_dir or DEFAULT_DATA_DIR)
+        MADE_HERE[group].prepare(name, data_dir or DEFAULT_DATA_DIR)
     except OSError as error:
         raise _cannot_write(data_dir, error) from error
     _finish(dataset, data_dir, vocab_size, start)
@@ -121,7 +125,7 @@ def prepare_named(dataset: str, data_dir: str, vocab_size: int) -> None:
     except Exception as error:  # TFDS and its datasets raise of every kind, for a name as for a network
         detail = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:200]
         if isinstance(error, DatasetNotFoundError):
-            choices = f"scenes, {', '.join(known_datasets())}, folder with a --source, or a name of TensorFlow Datasets"
+            choices = f"{', '.join(MADE_HERE)}, {', '.join(known_datasets())}, folder with a --source, or a name of TensorFlow Datasets"
             raise UserError(f"unknown dataset {dataset!r}; choose {choices}") from error
         if isinstance(error, ImportError):
             detail += "; for most datasets that means TensorFlow: pip install 'tensorflow-cpu>=2.21'"

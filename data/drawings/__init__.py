@@ -7,7 +7,7 @@ from data import storage
 from data.drawings.drawings_dataset_builder import Builder
 from data.drawings.openmoji import license_text
 
-NAMES = tuple(f"drawings/{name}" for name in Builder.builder_configs)
+NAMES = tuple(Builder.builder_configs)
 
 
 def prepare(config_name: str, data_dir: str | os.PathLike[str], **sizes: int) -> Builder:

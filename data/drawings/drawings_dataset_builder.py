@@ -113,7 +113,11 @@ def generate_example(drawing: Drawing, image_size: int, rng: np.random.Generator
     pixels[top : top + side, left : left + side] = render(drawing, side, color)
     picture = io.BytesIO()
     Image.fromarray(pixels).save(picture, format="PNG")
-    return {"image": picture.getvalue(), "captions": list(write_captions(drawing, background)), "background": background}
+    return {
+        "image": picture.getvalue(),
+        "captions": list(write_captions(drawing, background)),
+        "background": background,
+    }
 
 
 def write_captions(drawing: Drawing, background: str) -> tuple[str, ...]:

@@ -8,9 +8,11 @@ from data.scenes.render import Layout, render, sample_layout
 from data.scenes.scene import WORLDS, Scene, SceneObject, World, find_world, sample_scene
 from data.scenes.scenes_dataset_builder import Builder
 
+NAMES = tuple(WORLDS)
 prepare = functools.partial(storage.prepare, Builder)  # (config name, data_dir, number of examples of splits)
 
 __all__ = [
+    "NAMES",
     "WORLDS",
     "CaptionQuery",
     "Layout",
