@@ -125,7 +125,9 @@ def prepare_named(dataset: str, data_dir: str, vocab_size: int) -> None:
     except Exception as error:  # TFDS and its datasets raise of every kind, for a name as for a network
         detail = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:200]
         if isinstance(error, DatasetNotFoundError):
-            choices = f"{', '.join(MADE_HERE)}, {', '.join(known_datasets())}, folder with a --source, or a name of TensorFlow Datasets"
+            choices = ", ".join(
+                (*MADE_HERE, *known_datasets(), "folder with a --source, or a name of TensorFlow Datasets")
+            )
             raise UserError(f"unknown dataset {dataset!r}; choose {choices}") from error
         if isinstance(error, ImportError):
             detail += "; for most datasets that means TensorFlow: pip install 'tensorflow-cpu>=2.21'"

@@ -71,8 +71,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
         self._sizes = dict(sizes or {})
 
+    @property
+    def _config(self) -> DrawingsConfig:
+        return self.builder_config
+
     def _info(self) -> tfds.core.DatasetInfo:
-        size = self.builder_config.image_size
+        size = self._config.image_size
         features = tfds.features.FeaturesDict(
             {
                 "id": tfds.features.Text(),
@@ -81,7 +85,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                 "background": tfds.features.ClassLabel(names=list(BACKGROUNDS)),
             }
         )
-        return tfds.core.DatasetInfo(builder=self, description=self.builder_config.description, features=features)
+        return tfds.core.DatasetInfo(builder=self, description=self._config.description, features=features)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[str, dict]]]:
         return {split: self._generate_examples(split) for split in VARIANTS}
@@ -91,11 +95,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _all_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         chosen = [drawing for drawing in drawings() if is_held_out(drawing) == (split == "held_out")]
-        seed = zlib.crc32(f"{self.builder_config.name}/{self.VERSION}/{split}".encode())
+        seed = zlib.crc32(f"{self._config.name}/{self.VERSION}/{split}".encode())
         for drawing, variant in itertools.product(chosen, range(VARIANTS[split])):
             rng = np.random.default_rng([seed, zlib.crc32(drawing.code.encode()), variant])
             identity = f"{split}_{drawing.code}_{variant}"
-            yield identity, {"id": identity, **generate_example(drawing, self.builder_config.image_size, rng)}
+            yield identity, {"id": identity, **generate_example(drawing, self._config.image_size, rng)}
 
 
 def is_held_out(drawing: Drawing) -> bool:
