@@ -24,7 +24,8 @@ from cost.flops import matrix_flops, plain_config
 from cost.hlo import read_attention
 from cost.peak_flops import peak_flops
 from cost.timing import Spread, time_windows
-from data.pipeline import BatchReader, load_tokenizer, open_stream
+from data.batch_reader import BatchReader
+from data.pipeline import load_tokenizer, open_stream
 from models import create_model
 from sample.samplers import create_sampler
 from sample.trained import CHUNK
@@ -186,7 +187,7 @@ def measure_data(
       first_pass_examples_per_second: of the first epoch, or of a minute of it: records are read and decoded.
       first_pass_share: of the epoch that was read before the windows.
       examples_per_second: {"median", "low", "high"} afterwards: with `config.data.cache`, records come from memory.
-      cache, workers: of `config.data`.
+      cache, workers, processes: of `config.data`.
 
     Raises:
       UserError: if the dataset is missing.
@@ -202,6 +203,7 @@ def measure_data(
         examples_seen=0,
         workers=data.workers,
         read_ahead=data.read_ahead,
+        processes=data.processes,
     )
 
     def read(enough: Callable[[int, float], bool]) -> tuple[int, float]:
@@ -221,6 +223,7 @@ def measure_data(
         "examples_per_second": dataclasses.asdict(Spread.of([count / elapsed for count, elapsed in later])),
         "cache": data.cache,
         "workers": data.workers,
+        "processes": data.processes,
     }
 
 

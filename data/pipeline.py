@@ -1,21 +1,23 @@
-"""From a stored dataset to numpy batches: one deterministic stream of examples, batches by row, read ahead by threads.
+"""From a stored dataset to numpy batches: one deterministic stream of examples, and batches of it.
 
 The stream is a function of an index alone: shuffling, repetition and augmentation are keyed by it. A checkpoint
 therefore needs no iterator state, and a run continues on any number of devices, processes, or batch size.
 """
 
-import collections
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from data import points
+from data.pictures import open_picture, read_picture
 from data.preprocess import choose_caption, transform_pair
 from data.records import CAPTIONS, dataset_folder, open_records
+from data.tally import TRUNCATED, Tally
 from data.tokenizer import Tokenizer
 
 Example = dict[str, np.ndarray]
@@ -74,7 +76,7 @@ class ExampleStream:
 
         Args:
           config: `config.data`: dataset, data_dir, image_field, text_field, label_field, image_size, transform,
-            text_length, bpe_dropout, cache.
+            draft, text_length, bpe_dropout, cache.
           tokenizer: encodes captions; None leaves text out.
           split: the split to read.
           seed: of shuffling and augmentation.
@@ -86,21 +88,25 @@ class ExampleStream:
         """
         self._label = config.label_field
         needs = ((CAPTIONS,) if tokenizer is not None else ()) + ((self._label,) if self._label else ())
+        pair = transform_pair(config.transform)
+        # What is kept is kept as pixels, which take less; otherwise Pillow's image is spared a copy.
+        read = functools.partial(
+            read_picture if config.cache else open_picture,
+            size=math.ceil(pair.reads * config.image_size) if config.draft else 0,
+        )
         self.source = open_records(
-            config, split, cache=config.cache, captions=tokenizer is not None, fields=(), needs=needs
+            config, split, cache=config.cache, captions=tokenizer is not None, fields=(), needs=needs, read=read
         )
         self._size = config.image_size
         self._length = config.text_length
         self._dropout = config.bpe_dropout if train else 0.0
         self._tokenizer = tokenizer
         self._train = train
-        pair = transform_pair(config.transform)
         self._transform = pair.training if train else pair.evaluation
         # Making a generator takes longer than all else about an example that is kept: only for what draws from it.
         self._draws = train and (pair.training is not pair.evaluation or tokenizer is not None)
-        self._lock = threading.Lock()
-        self.truncated = 0
         self._seed = seed
+        self._recipe = (config, tokenizer, split, seed, train)
         # The order of `grain.MapDataset.seed(seed).shuffle().repeat()`, without the statistics it keeps of each read.
         self._order_seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
@@ -114,15 +120,14 @@ class ExampleStream:
         """Number of classes that a label may name; 0 without labels."""
         return len(self.source.class_names[self._label]) if self._label else 0
 
-    @property
-    def damaged(self) -> int:
-        """Number of records that could not be read so far."""
-        return len(self.source.damaged)
+    def __reduce__(self) -> tuple[Callable[..., "ExampleStream"], tuple[Any, ...]]:
+        """Another process opens the dataset itself."""
+        return _rebuild, self._recipe
 
     @property
-    def incomplete(self) -> int:
-        """Number of records passed over so far because they have no caption or class."""
-        return len(self.source.incomplete)
+    def tally(self) -> Tally:
+        """What was passed over or cut so far."""
+        return self.source.tally
 
     def place(self, index: int) -> int:
         """Returns which record example `index` is made of; every epoch has each record once."""
@@ -132,7 +137,8 @@ class ExampleStream:
         return index_shuffle(place, max_index=len(self.source) - 1, seed=(self._order_seed + epoch) % 2**32, rounds=4)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.source[self.place(index)]
+        place = self.place(index)
+        record = self.source[place]
         rng = np.random.default_rng((self._seed, index)) if self._draws else None
         image = self._transform(record["image"], self._size, rng)
         example: Example = {"image": image, "index": np.int32(index % 2**31)}
@@ -140,10 +146,7 @@ class ExampleStream:
             caption = choose_caption(record[CAPTIONS], rng)
             ids, truncated = self._tokenizer.encode(caption, self._length, self._dropout, rng)
             if truncated:
-                with self._lock:
-                    if not self.truncated:
-                        print(f"warning: caption cut to {self._length} tokens: {caption!r}", flush=True)
-                    self.truncated += 1
+                self.tally.add(TRUNCATED, place, f"caption cut to {self._length} tokens: {caption!r}")
             example["text"] = ids
         if self._label:
             example["label"] = np.asarray(record[self._label], np.int32)
@@ -155,6 +158,10 @@ class ExampleStream:
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
+def _rebuild(config: ConfigDict, tokenizer: Tokenizer | None, split: str, seed: int, train: bool) -> ExampleStream:
+    return ExampleStream(config, tokenizer, split=split, seed=seed, train=train)
+
+
 Stream = ExampleStream | points.PointStream
 
 
@@ -163,53 +170,3 @@ def open_stream(config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, 
     if points.is_points(config.dataset):
         return points.PointStream(config.dataset, split, seed)
     return ExampleStream(config, tokenizer, split=split, seed=seed, train=train)
-
-
-class BatchReader(Iterator[Example]):
-    """Batches of a stream, for the rows that one process feeds, read ahead by threads.
-
-    Row r of the global batch that follows `examples_seen` examples is `stream[examples_seen + r]`.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        *,
-        batch_size: int,
-        rows: Sequence[int],
-        examples_seen: int,
-        workers: int = 1,
-        read_ahead: int = 4,
-    ):
-        """Starts reading.
-
-        Args:
-          stream: where examples come from.
-          batch_size: of the global batch.
-          rows: the rows of the global batch to read here, in the order wanted.
-          examples_seen: where to begin.
-          workers: threads that read.
-          read_ahead: batches kept ready.
-        """
-        self._stream = stream
-        self._batch_size = batch_size
-        self._rows = tuple(rows)
-        self._next = examples_seen
-        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="data")
-        self._ready: collections.deque[Future[Example]] = collections.deque()
-        for _ in range(max(1, read_ahead)):
-            self._submit()
-
-    def __next__(self) -> Example:
-        batch = self._ready.popleft().result()
-        self._submit()
-        return batch
-
-    def close(self) -> None:
-        """Stops the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _submit(self) -> None:
-        indices = [self._next + row for row in self._rows]
-        self._next += self._batch_size
-        self._ready.append(self._pool.submit(self._stream.batch, indices))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cli.errors import UserError
+from data.tally import Tally
 
 PREFIX = "points/"  # of the names of such datasets
 
@@ -57,9 +58,7 @@ class PointStream:
     """The endless stream of points: `stream[i]` is {"point": float32 [2], "index": int32 []}, a function of i alone."""
 
     epoch_size = 2**31 - 1
-    truncated = 0
-    damaged = 0
-    incomplete = 0
+    tally = Tally()  # of nothing
     classes = 0
 
     def __init__(self, dataset: str, split: str, seed: int):

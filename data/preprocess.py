@@ -15,7 +15,10 @@ from PIL import Image
 from cli.errors import UserError
 
 Picture = UInt8[np.ndarray, "_ _ c"]
-PictureTransform = Callable[[Picture, int, np.random.Generator | None], Picture]
+Source = Picture | Image.Image  # what transforms take: pixels, or (faster) Pillow's image of them
+PictureTransform = Callable[[Source, int, np.random.Generator | None], Picture]
+
+_LONGEST = 64  # times the short side that is resized of the long one: a line of pixels would fill the memory
 
 
 class TransformPair(NamedTuple):
@@ -24,56 +27,55 @@ class TransformPair(NamedTuple):
     Attributes:
       training: may draw from the example's generator.
       evaluation: draws nothing, and takes None for the generator. A pair of twice the same draws nothing at all.
+      reads: the short side that is needed of a picture, in sizes of the result; 0 for all there is.
     """
 
     training: PictureTransform
     evaluation: PictureTransform
+    reads: float = 1.0
 
 
 def center_square(
-    image: Picture, size: int, rng: np.random.Generator | None = None
+    image: Source, size: int, rng: np.random.Generator | None = None
 ) -> UInt8[np.ndarray, "{size} {size} c"]:
     """Cuts the central square and resizes it to `size`; what evaluation and undistorted training use. Draws nothing."""
     del rng
-    height, width = image.shape[:2]
-    if height == width == size:
-        return image
+    height, width = _extent(image)
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return _resize(image[top : top + side, left : left + side], size)
+    return _resize(_crop(image, (height - side) // 2, (width - side) // 2, side), size)
 
 
-def dvae_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
+def dvae_training(image: Source, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
     """Augmentation of the discrete VAE (Ramesh et al. 2021, listing 1).
 
     A random square as large as the picture holds, resized to between 9/8 and 12/8 of `size`, a random crop of `size`,
     and a horizontal flip in half of the cases. No picture is enlarged for that: a small one is resized less.
     """
-    side = min(image.shape[:2])
-    image = _random_crop(image, side, rng)
-    image = _resize(image, _random_side(side, size, (9 / 8, 12 / 8), rng))
+    side = min(_extent(image))
+    square = _random_crop(image, side, rng)
+    image = _resize(square, _random_side(side, size, (9 / 8, 12 / 8), rng))
     return _flip(_random_crop(image, size, rng), rng)
 
 
-def dalle_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
+def dalle_training(image: Source, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
     """Augmentation of the transformer (Ramesh et al. 2021, listing 2).
 
     A square near the center (its offset from 3/8 to below 5/8 of the slack), resized to between 1 and 9/8 of `size`,
     and a random crop of `size`. No flip: pictures hold text, and captions say left and right. No picture is enlarged
     for that: a small one is resized less.
     """
-    height, width = image.shape[:2]
+    height, width = _extent(image)
     side = min(height, width)
     slack = max(height, width) - side
     low = slack * 3 // 8
     offset = int(rng.integers(low, max(low + 1, slack * 5 // 8)))
     top, left = (offset, 0) if height > width else (0, offset)
-    image = _resize(image[top : top + side, left : left + side], _random_side(side, size, (1.0, 9 / 8), rng))
+    image = _resize(_crop(image, top, left, side), _random_side(side, size, (1.0, 9 / 8), rng))
     return _random_crop(image, size, rng)
 
 
 def clip_evaluation(
-    image: Picture, size: int, rng: np.random.Generator | None = None
+    image: Source, size: int, rng: np.random.Generator | None = None
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """CLIP's view of a picture: its short side resized to `size`, the center cut out, as RGB. Draws nothing.
 
@@ -85,18 +87,18 @@ def clip_evaluation(
     return image[top : top + size, left : left + size]
 
 
-def clip_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def clip_training(image: Source, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """CLIP's only augmentation (Radford et al. 2021, section 2.4): a random square of the resized picture."""
     return _random_crop(_resize_short_side(image, size), size, rng)
 
 
-def center_square_flip(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
+def center_square_flip(image: Source, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
     """The central square, flipped horizontally in half of the cases, as DDPM does (Ho et al. 2020, App. B)."""
     return _flip(center_square(image, size), rng)
 
 
 def celeba_evaluation(
-    image: Picture, size: int, rng: np.random.Generator | None = None
+    image: Source, size: int, rng: np.random.Generator | None = None
 ) -> UInt8[np.ndarray, "{size} {size} c"]:
     """The face of an aligned CelebA picture of 178 x 218: 128 x 128 pixels around (89, 121), resized. Draws nothing.
 
@@ -106,24 +108,24 @@ def celeba_evaluation(
       UserError: if the picture does not hold the crop.
     """
     del rng
-    height, width = image.shape[:2]
+    height, width = _extent(image)
     half, column, row = 64, 89, 121
     if width < column + half or height < row + half:
         raise UserError(
             f"a picture of {width} x {height} is no aligned one of CelebA (178 x 218); choose another "
             "config.data.transform"
         )
-    crop = Image.fromarray(image[row - half : row + half, column - half : column + half])
-    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+    crop = _crop(image, row - half, column - half, 2 * half)
+    return np.asarray(_image(crop).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def celeba_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
+def celeba_training(image: Source, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
     """The face of a CelebA picture, flipped horizontally in half of the cases."""
     return _flip(celeba_evaluation(image, size), rng)
 
 
 def adm_evaluation(
-    image: Picture, size: int, rng: np.random.Generator | None = None
+    image: Source, size: int, rng: np.random.Generator | None = None
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """ADM's view of a picture of ImageNet (Dhariwal and Nichol 2021), which DiT and U-ViT share. Draws nothing.
 
@@ -131,7 +133,7 @@ def adm_evaluation(
     the center, as RGB.
     """
     del rng
-    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+    picture = _image(_cut_long(image)).convert("RGB")
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
@@ -141,7 +143,7 @@ def adm_evaluation(
     return resized[top : top + size, left : left + size]
 
 
-def adm_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def adm_training(image: Source, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """ADM's view of a picture, flipped horizontally in half of the cases."""
     return _flip(adm_evaluation(image, size), rng)
 
@@ -149,11 +151,11 @@ def adm_training(image: Picture, size: int, rng: np.random.Generator) -> UInt8[n
 TRANSFORMS: Mapping[str, TransformPair] = {
     "center_square": TransformPair(center_square, center_square),
     "center_square_flip": TransformPair(center_square_flip, center_square),
-    "dvae_training": TransformPair(dvae_training, center_square),
-    "dalle_training": TransformPair(dalle_training, center_square),
+    "dvae_training": TransformPair(dvae_training, center_square, reads=12 / 8),
+    "dalle_training": TransformPair(dalle_training, center_square, reads=9 / 8),
     "clip_training": TransformPair(clip_training, clip_evaluation),
     "clip_evaluation": TransformPair(clip_evaluation, clip_evaluation),
-    "celeba_training": TransformPair(celeba_training, celeba_evaluation),
+    "celeba_training": TransformPair(celeba_training, celeba_evaluation, reads=0),
     "adm_training": TransformPair(adm_training, adm_evaluation),
 }
 
@@ -174,15 +176,44 @@ def choose_caption(captions: Sequence[str], rng: np.random.Generator | None) -> 
     return captions[0 if rng is None else int(rng.integers(len(captions)))]
 
 
+def _extent(image: Source) -> tuple[int, int]:
+    """Height and width."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+
+
+def _image(image: Source) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
+def _crop(image: Source, top: int, left: int, height: int, width: int = 0) -> Source:
+    """A part of a picture, square unless a width is given."""
+    width = width or height
+    if isinstance(image, Image.Image):
+        return image.crop((left, top, left + width, top + height))
+    return image[top : top + height, left : left + width]
+
+
+def _cut_long(image: Source) -> Source:
+    """The middle of a picture that is very long or very wide."""
+    height, width = _extent(image)
+    limit = _LONGEST * min(height, width)
+    tall, wide = min(height, limit), min(width, limit)
+    if (tall, wide) == (height, width):
+        return image
+    return _crop(image, (height - tall) // 2, (width - wide) // 2, tall, wide)
+
+
 def _flip(image: Picture, rng: np.random.Generator) -> Picture:
     """The picture's mirror image in half of the cases."""
     return image[:, ::-1] if rng.random() < 0.5 else image
 
 
-def _random_crop(image: Picture, side: int, rng: np.random.Generator) -> Picture:
-    top = int(rng.integers(image.shape[0] - side + 1))
-    left = int(rng.integers(image.shape[1] - side + 1))
-    return image[top : top + side, left : left + side]
+def _random_crop(image: Source, side: int, rng: np.random.Generator) -> Source:
+    height, width = _extent(image)
+    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    return _crop(image, top, left, side)
 
 
 def _random_side(side: int, size: int, between: tuple[float, float], rng: np.random.Generator) -> int:
@@ -191,19 +222,19 @@ def _random_side(side: int, size: int, between: tuple[float, float], rng: np.ran
     return int(rng.integers(low, high + 1))
 
 
-def _resize(image: Picture, side: int) -> Picture:
+def _resize(image: Source, side: int) -> Picture:
     """Resizes a square: to a smaller one by averages over areas, to a larger one by a bicubic filter.
 
     An output pixel is the mean over its own area, to which the pixels at its edge count by the part of them in it;
     rounded to the nearest. The listings of the DALL-E paper move the areas a little apart beside (corners aligned).
     """
-    if len(image) <= side:
-        if len(image) == side:
-            return image
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        resized = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
-        return resized.reshape(side, side, image.shape[-1])
-    rows = _average_areas(image, side)
+    if _extent(image)[0] < side:
+        image = _image(image).resize((side, side), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    if len(pixels) == side:
+        return pixels
+    rows = _average_areas(pixels, side)
     return np.rint(_average_areas(rows.swapaxes(0, 1), side).swapaxes(0, 1)).astype(np.uint8)
 
 
@@ -220,12 +251,12 @@ def _average_areas(values: Shaped[np.ndarray, "n *m"], side: int) -> Float32[np.
     return total
 
 
-def _resize_short_side(image: Picture, size: int) -> UInt8[np.ndarray, "_ _ 3"]:
+def _resize_short_side(image: Source, size: int) -> UInt8[np.ndarray, "_ _ 3"]:
     """Resizes the short side to `size` and the long one in proportion, rounded down; gray and alpha become RGB.
 
     Alpha is dropped after the resize, as the published transforms drop it: a clear pixel adds nothing to its neighbors.
     """
-    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    picture = _image(_cut_long(image))
     short = min(picture.size)
     width, height = (int(size * extent / short) for extent in picture.size)
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC).convert("RGB"))

@@ -8,21 +8,21 @@ before anything is computed.
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data import drawings, scenes
 from data.fields import captions_of, find_image_field, find_text_field, no_captions
 from data.pictures import PictureError, as_rgb, read_picture
+from data.tally import DAMAGED, INCOMPLETE, Tally
 
 CAPTIONS = "captions"  # the key of a record, whatever field they come from
 
@@ -71,9 +71,9 @@ def _how_to_prepare(dataset: str, data_dir: str | None) -> str:
 class RecordSource:
     """Random access to one split's records: pictures as `read_picture` reads them, captions as str.
 
-    A record that cannot be decoded, or read in a few attempts, is replaced by the next one and counted in `damaged`, so
+    A record that cannot be decoded, or read in a few attempts, is replaced by the next one and counted in `tally`, so
     that one bad file does not end a run of days, and a storage that fails for a moment does not change the stream. One
-    that lacks what is needed is replaced too, and counted in `incomplete`.
+    that lacks what is needed is replaced too.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class RecordSource:
         needs: Collection[str] = (),
         image_field: str = "",
         text_field: str = "",
+        read: Callable[[bytes], Any] = read_picture,
     ):
         """Opens a split.
 
@@ -104,6 +105,7 @@ class RecordSource:
           needs: what a record must have to be used: "captions", names of fields of class numbers.
           image_field: which stored field is `image`; see `data.fields`.
           text_field: which stored field is `captions`.
+          read: makes `image` of the bytes of a file.
 
         Raises:
           UserError: if the dataset is not prepared, or has no such split, pictures, captions or class numbers.
@@ -127,7 +129,7 @@ class RecordSource:
         self._dataset, self._split, self._stored = dataset, split, dict(stored.items())
         self._image = find_image_field(self._stored, image_field, dataset) if pictures else None
         self._text = find_text_field(self._stored, text_field, dataset) if captions else None
-        self._needs = tuple(needs)
+        self._needs, self._read_picture = tuple(needs), read
         self.require_fields(needs)
         chosen = {self._image, self._text, *needs, *(self._stored if fields is None else fields)}
         kept = {name: feature for name, feature in self._stored.items() if name in chosen}
@@ -136,9 +138,7 @@ class RecordSource:
         files = [name for name, feature in kept.items() if isinstance(feature, tfds.features.Image)]
         self._decoders = {name: tfds.decode.SkipDecoding() for name in files} or None
         self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
-        self._lock = threading.Lock()
-        self.damaged: set[int] = set()
-        self.incomplete: set[int] = set()
+        self.tally = Tally()
 
     def require(self, num: int, option: str = "--num") -> None:
         """Raises UserError if the split has fewer records than a command was asked for by an option."""
@@ -161,6 +161,11 @@ class RecordSource:
     def has_captions(self) -> bool:
         """Whether there is a field of captions; a record may still have none."""
         return self._text is not None
+
+    @property
+    def damaged(self) -> set[int]:
+        """The places of records that could not be read so far."""
+        return self.tally.places(DAMAGED)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns record `index` as {"image": uint8 [h w 3], "captions": tuple of str, none blank, ...}."""
@@ -194,9 +199,9 @@ class RecordSource:
                     return record
             except (OSError, ValueError, PictureError) as error:  # of the reader of records and of pictures
                 why = f"cannot be read ({error})"
-                self._pass_over(place, self.damaged, why)
+                self._pass_over(DAMAGED, place, why)
             else:
-                self._pass_over(place, self.incomplete, why)
+                self._pass_over(INCOMPLETE, place, why)
         raise UserError(
             f"no record of {self._dataset} ({self._split}) can be used: the last of them {why}; choose another split, "
             "or prepare the dataset again"
@@ -208,21 +213,17 @@ class RecordSource:
         if self._text is not None:
             record[CAPTIONS] = captions_of(stored[self._text])
         if self._image is not None and not lacks(record, self._needs):  # what is passed over need not be decoded
-            record["image"] = _picture(stored[self._image])
+            value = stored[self._image]
+            record["image"] = self._read_picture(value) if isinstance(value, bytes) else as_rgb(value)
         return record
 
-    def _pass_over(self, place: int, counted: set[int], why: str) -> None:
-        """Counts a record that is not used, and names the first of them."""
-        with self._lock:
-            first = not counted
-            counted.add(place)
-        if first:
-            where = f"record {place} of {self._dataset} ({self._split})"
-            print(f"warning: {where} {why}; the next one takes its place", flush=True)
+    def _pass_over(self, kind: str, place: int, why: str) -> None:
+        where = f"record {place} of {self._dataset} ({self._split})"
+        self.tally.add(kind, place, f"{where} {why}; the next one takes its place")
 
     def _fetch(self, place: int) -> Any:
         """The bytes of a record, asked for more than once unless it is known to be damaged."""
-        for seconds in () if place in self.damaged else READ_AGAIN:
+        for seconds in () if self.tally.has(DAMAGED, place) else READ_AGAIN:
             try:
                 return self._source[place]
             except (OSError, ValueError):
@@ -284,7 +285,3 @@ def first_classes(data: ConfigDict, split: str, num: int) -> Int32[np.ndarray, "
     """The class number of each of the first `num` records, of `data.label_field`. Raises as `first_records`."""
     field = data.label_field
     return np.array([record[field] for record in first_records(data, split, num, (field,))], np.int32)
-
-
-def _picture(value: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-    return read_picture(value) if isinstance(value, bytes) else as_rgb(value)

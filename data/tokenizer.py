@@ -65,6 +65,10 @@ class Tokenizer:
             _CACHE_BYTES, _LONGEST_KEPT, lambda words: _PER_ITEM * sum(1 + len(word) for word in words)
         )
 
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer]]:
+        """Another process gets the vocabulary, and no cache."""
+        return Tokenizer, (self._model,)
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learns at most `vocab_size` ids from texts: padding, 256 bytes, then the most frequent merges.

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from cli.config import from_json, to_json
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
-from data.pipeline import BatchReader, Stream, open_stream
+from data.batch_reader import BatchReader
+from data.pipeline import Stream, open_stream
 from data.tokenizer import Tokenizer
 from sample.sheets.grid import draw_grid
 from train.checks import check_classes, check_config, check_parts, check_profile
@@ -212,6 +213,7 @@ def _run(
             examples_seen=seen,
             workers=config.data.workers,
             read_ahead=config.data.read_ahead,
+            processes=config.data.processes,
         )
         resources.callback(reader.close)
         trace = StepProfile(workdir / PROFILE, profile if is_first() else 0, start, config.steps, log.say)
@@ -272,12 +274,8 @@ def _run(
 
         log.exit_code = EXIT_OK if step == config.steps else EXIT_PREEMPTED
 
-    stream = training.stream
-    if stream.truncated or stream.damaged or stream.incomplete:
-        print(
-            f"captions truncated: {stream.truncated}; records damaged: {stream.damaged}; "
-            f"without a caption or class: {stream.incomplete}"
-        )
+    if counts := str(training.stream.tally):
+        print(counts)
     if step < config.steps:
         saved = f"saved step {step}" if step else "nothing to save yet"
         if is_first():

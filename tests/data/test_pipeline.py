@@ -10,9 +10,11 @@ import tensorflow_datasets as tfds
 
 from cli.errors import UserError
 from configs.scenes.dalle import get_config
-from data.pipeline import BatchReader, ExampleStream, batch_spec, load_tokenizer
+from data.batch_reader import BatchReader
+from data.pipeline import ExampleStream, batch_spec, load_tokenizer
 from data.preprocess import choose_caption, transform_pair
 from data.records import RecordSource
+from data.tally import TRUNCATED
 
 from .made_up import NAME, prepare_made_up
 
@@ -164,7 +166,7 @@ def test_captions_of_a_stream_are_framed(data_config, clip_file):
     stream = make_stream(config, clip)
     texts = stream.batch(range(8))["text"]
     assert (texts[:, 0] == clip.start_id).all() and (texts == clip.end_id).any(axis=1).all()
-    assert stream.truncated == 8 and (texts[:, -1] == clip.end_id).all()
+    assert len(stream.tally.places(TRUNCATED)) == 8 and (texts[:, -1] == clip.end_id).all()
     assert (texts.argmax(axis=1) == 9).all()  # where CLIP reads a caption's feature
     assert batch_spec(config)["text"] == (texts.shape[1:], texts.dtype)
 
@@ -255,7 +257,7 @@ def test_long_captions_are_cut_and_counted(data_config, tokenizer, capsys):
     try:
         stream = make_stream(data_config, tokenizer)
         assert stream.batch(range(6))["text"].shape == (6, 2)
-        assert stream.truncated == 6
+        assert len(stream.tally.places(TRUNCATED)) == 6
         assert capsys.readouterr().out.count("warning") == 1
     finally:
         with data_config.unlocked():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cli.errors import UserError
 from data import preprocess
@@ -220,3 +221,23 @@ def test_captions_are_chosen_among_all_and_the_first_without_chance():
 def test_mistakes():
     with pytest.raises(UserError, match="center_square"):
         transform_pair("nope")
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_pillow_s_image_is_seen_as_its_pixels(name):
+    pair = transform_pair(name)
+    for height, width in sizes_for(name):
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+        for size in (16, 32, 64):
+            for function, seed in ((pair.training, 5), (pair.evaluation, 0)):
+                seen = [
+                    function(image, size, np.random.default_rng(seed)) for image in (pixels, Image.fromarray(pixels))
+                ]
+                assert (seen[0] == seen[1]).all()
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "celeba_training"])
+def test_a_line_of_pixels_does_not_fill_the_memory(name):
+    for shape in ((1, 60_000, 3), (60_000, 1, 3)):
+        image = np.full(shape, 7, np.uint8)
+        assert (transform_pair(name).training(image, 64, np.random.default_rng(0)) == 7).all()

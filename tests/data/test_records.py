@@ -12,6 +12,7 @@ from configs.scenes.dvae import get_config
 from data.fields import find_image_field
 from data.pipeline import ExampleStream
 from data.records import RecordSource, dataset_folder, first_captions, first_classes
+from data.tally import DAMAGED, INCOMPLETE
 from data.tokenizer import Tokenizer
 
 from .made_up import NAME, prepare_made_up, with_file
@@ -240,10 +241,10 @@ def test_blank_captions_are_none_in_training(tmp_path, tokenizer, capsys):
         config = data_config(tmp_path, text_length=12)
         stream = ExampleStream(config, tokenizer, split="train", seed=0, train=train)
         assert {tokenizer.decode(ids) for ids in stream.batch(range(16))["text"]} == {"a blue star"}
-        assert stream.incomplete == 2 and not stream.damaged
+        assert len(stream.tally.places(INCOMPLETE)) == 2 and not stream.tally.places(DAMAGED)
         said = capsys.readouterr().out
         assert said.count("has no caption; the next one takes its place") == 1 and "of made_up (train)" in said
-    assert read(tmp_path)[0].incomplete == 0  # nothing is missing where no text is read
+    assert not read(tmp_path)[0].tally.places(INCOMPLETE)  # nothing is missing where no text is read
 
 
 def test_records_without_a_class_are_passed_over(tmp_path):
@@ -253,7 +254,7 @@ def test_records_without_a_class_are_passed_over(tmp_path):
         {"train": [{"label": -1}, {"label": 2}], "test": [{"label": -1}] * 3},
     )
     stream, batch = read(tmp_path, label_field="label")
-    assert set(batch["label"].tolist()) == {2} and stream.incomplete == 1
+    assert set(batch["label"].tolist()) == {2} and len(stream.tally.places(INCOMPLETE)) == 1
     hidden = ExampleStream(data_config(tmp_path, label_field="label"), None, split="test", seed=0, train=True)
     with pytest.raises(
         UserError, match=r"no record of made_up \(test\) can be used: .*no class number in its field 'label'"
@@ -277,3 +278,16 @@ def test_a_metric_names_the_first_record_that_lacks_something(tmp_path):
         first_classes(config, "odd", 2)
     with pytest.raises(UserError, match="train has 9 records, fewer than --num=10"):
         first_captions(config, "train", 10)
+
+
+def test_a_draft_reads_large_jpegs_smaller_and_shows_the_same(tmp_path):
+    smooth = np.linspace(0, 255, 400).astype(np.uint8)[None, :, None].repeat(300, 0).repeat(3, 2)
+    prepare_made_up(tmp_path, {}, {"train": [{"image": file(Image.fromarray(smooth), "JPEG", quality=95)}] * 2})
+    batches = {
+        draft: read(tmp_path, num=4, transform="dalle_training", draft=draft, cache=False) for draft in (False, True)
+    }
+    (whole, exact), (half, drafted) = batches[0], batches[1]
+    assert whole.source[0]["image"].size == (400, 300) and half.source[0]["image"].size == (50, 38)
+    assert exact["image"].shape == drafted["image"].shape == (4, 32, 32, 3)
+    columns = (batch["image"][..., 0].astype(int).mean((0, 1)) for batch in (exact, drafted))
+    assert np.abs(np.subtract(*columns)).max() < 12  # crops differ by a pixel of the smaller picture
