@@ -9,9 +9,10 @@ RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest --durations=10
 PIP := $(RUN) pip --disable-pip-version-check --quiet
 
-# OpenAI's published dVAE, for the parity tests. Installed without its dependencies, which would bring torchvision and
-# blobfile for functions that no test calls; so its version stands here, not in requirements.lock.
-DALL_E := DALL-E==0.1
+# OpenAI's published dVAE and dalle_pytorch, for the parity tests. Installed without their dependencies, which would bring
+# torchvision, blobfile, taming-transformers and others for functions that no test calls; so their versions stand here, not
+# in requirements.lock.
+DALL_E := DALL-E==0.1 dalle-pytorch==1.6.6 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow check parity lock clean

@@ -67,11 +67,10 @@ def read_clip_vocabulary(path: str | Path) -> ClipVocabulary:
     return vocabulary
 
 
-def clip_model(vocabulary: ClipVocabulary) -> tokenizers.Tokenizer:
-    """Builds what encodes cleaned captions and decodes ids; framing is left to the caller."""
-    model = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocabulary.ids, vocabulary.merges, end_of_word_suffix=END_OF_WORD)
-    )
+def clip_model(vocabulary: ClipVocabulary, ends: bool = True) -> tokenizers.Tokenizer:
+    """Builds what encodes cleaned captions and decodes ids; framing by the `ends` it then has is left to the caller."""
+    ids = vocabulary.ids if ends else {piece: id for piece, id in vocabulary.ids.items() if piece not in (START, END)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(ids, vocabulary.merges, end_of_word_suffix=END_OF_WORD))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
             tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORD), "removed", invert=True),
@@ -82,7 +81,8 @@ def clip_model(vocabulary: ClipVocabulary) -> tokenizers.Tokenizer:
     model.decoder = tokenizers.decoders.Sequence(
         [tokenizers.decoders.Replace(END_OF_WORD, space), tokenizers.decoders.ByteLevel()]
     )
-    model.add_special_tokens([START, END])
+    if ends:
+        model.add_special_tokens([START, END])
     return model
 
 

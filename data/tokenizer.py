@@ -94,13 +94,17 @@ class Tokenizer:
         return cls(model)
 
     @classmethod
-    def from_clip_vocabulary(cls, path: str | Path) -> "Tokenizer":
+    def from_clip_vocabulary(cls, path: str | Path, ends: bool = True) -> "Tokenizer":
         """Reads CLIP's published vocabulary, from any file or folder that `read_clip_vocabulary` takes.
+
+        Args:
+          path: of the vocabulary.
+          ends: whether captions are framed, as CLIP's are; without, the two highest ids are left out.
 
         Raises:
           UserError: if nothing is there, or it is something else.
         """
-        return cls(clip_model(read_clip_vocabulary(path)))
+        return cls(clip_model(read_clip_vocabulary(path), ends))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -115,7 +119,7 @@ class Tokenizer:
         text = read_text(path)
         try:
             model = tokenizers.Tokenizer.from_str(text)
-            if getattr(model.model, "end_of_word_suffix", None) == END_OF_WORD:
+            if getattr(model.model, "end_of_word_suffix", None) == END_OF_WORD and model.token_to_id(END) is not None:
                 # Another project's file of CLIP's vocabulary has its own ways of cleaning: only the ids are taken.
                 return cls.from_clip_vocabulary(path)
             return cls(model)
@@ -137,6 +141,11 @@ class Tokenizer:
         model = tokenizers.Tokenizer.from_str(self._model.to_str())
         model.add_special_tokens([START, END])
         return Tokenizer(model)
+
+    @property
+    def reads_as_clip(self) -> bool:
+        """Whether it cuts words as CLIP does."""
+        return self._clip
 
     @property
     def vocab_size(self) -> int:

@@ -21,6 +21,7 @@ from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 
 INIT_STD = 0.02
+IMAGE_POSITIONS = ("grid", "raster")
 Cache = tuple[KeyValueCache, ...]
 
 
@@ -34,7 +35,8 @@ class DalleLogits:
     """Float32 scores of the next token; each position predicts its own modality only.
 
     Attributes:
-      text: [B T V_text + T]; entry p predicts caption token p, pads by their id in `position_pads`.
+      text: [B T V_text + T]; entry p predicts caption token p, pads by their id in `position_pads`. Without a start
+        token there is no entry of the first one, without own pads no id of a pad.
       image: [B N V_image]; entry j predicts image token j in raster order.
     """
 
@@ -49,6 +51,7 @@ class Dalle(nn.Module):
     N(0, 0.02^2 / (2 depth)) (Radford et al. 2019). Captions have learned positions, image tokens a learned row plus a
     learned column. Text and image have output heads of their own, which equals one untied head over both vocabularies
     whose logits are masked to the position's modality. Parameters per layer: 12 D^2 + 13 D at the published shape.
+    Fields from `start_token` on are as published unless set; other projects' transformers differ in them.
 
     Attributes:
       text_vocab_size: ids of the tokenizer; id 0 is the pad, replaced by one learned pad per position.
@@ -61,6 +64,12 @@ class Dalle(nn.Module):
       head_dim: width of one head; None for width // heads.
       mlp_ratio: hidden width of the feed-forward block over D.
       activation: see `models.layers.mlp.ACTIVATIONS`.
+      start_token: the stream begins with a learned token, by which the first caption token is predicted.
+      own_pads: each text position has a pad of its own; otherwise id 0 is a token like others.
+      image_positions: "grid" for a learned row plus a learned column, "raster" for a learned position of each token.
+      head_bias: whether the output heads have one.
+      attention_bias: whether the query/key/value projections have one.
+      gated_mlp: whether feed-forward blocks are gated, see `models.layers.mlp.GatedMLP`.
       attention: "published" for `attention_pattern`, one layer type for all layers ("full"), or a tuple of layer types
         repeated over the depth.
       conv_kernel: window of "conv" layers.
@@ -84,6 +93,12 @@ class Dalle(nn.Module):
     head_dim: int | None = None
     mlp_ratio: int | float = 4
     activation: str = "gelu"
+    start_token: bool = True
+    own_pads: bool = True
+    image_positions: str = "grid"
+    head_bias: bool = True
+    attention_bias: bool = True
+    gated_mlp: bool = False
     attention: str | tuple[str, ...] = "published"
     conv_kernel: int = 11
     conv_edge: str = "wraparound"
@@ -97,6 +112,16 @@ class Dalle(nn.Module):
     def image_length(self) -> int:
         """Image tokens N of a picture."""
         return self.image_grid[0] * self.image_grid[1]
+
+    @property
+    def text_ids(self) -> int:
+        """Ids of caption tokens, pads included."""
+        return self.text_vocab_size + (self.text_length if self.own_pads else 0)
+
+    @property
+    def text_block(self) -> int:
+        """Inputs before the first image token: the caption, and the start token if there is one."""
+        return self.text_length + self.start_token
 
     @property
     def layer_types(self) -> tuple[str, ...]:
@@ -116,20 +141,26 @@ class Dalle(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(INIT_STD)
         height, width = self.image_grid
-        text_ids = self.text_vocab_size + self.text_length
 
         def table(rows: int) -> nn.Embed:
             return nn.Embed(rows, self.width, embedding_init=init, **types)
 
-        self.bos = table(1)
-        self.text_embedding, self.text_position = table(text_ids), table(self.text_length)
+        if self.image_positions not in IMAGE_POSITIONS:
+            choices = ", ".join(IMAGE_POSITIONS)
+            raise ValueError(f"unknown image_positions {self.image_positions!r}; choose one of {choices}")
+        if self.start_token:
+            self.bos = table(1)
+        self.text_embedding, self.text_position = table(self.text_ids), table(self.text_length)
         self.image_embedding = table(self.image_vocab_size)
-        self.row_position, self.column_position = table(height), table(width)
+        if self.image_positions == "raster":
+            self.image_position = table(height * width)
+        else:
+            self.row_position, self.column_position = table(height), table(width)
         self.blocks = [Block(**self._block_fields) for _ in range(self.depth)]
         self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
         # In float32 whatever the blocks compute in: bfloat16 logits near 16 would be steps of 1/8.
-        heads = {"kernel_init": init, "dtype": jnp.float32, "param_dtype": self.param_dtype}
-        self.text_head = Dense(text_ids, **heads)
+        heads = {"kernel_init": init, "dtype": jnp.float32, "param_dtype": self.param_dtype, "use_bias": self.head_bias}
+        self.text_head = Dense(self.text_ids, **heads)
         self.image_head = Dense(self.image_vocab_size, **heads)
 
     def __call__(self, text: Int[Array, "b t"], image_tokens: Int[Array, "b n"]) -> DalleLogits:
@@ -147,8 +178,14 @@ class Dalle(nn.Module):
         x = shard_rows(x)
         x = apply_blocks(self.blocks, x, *self._masks(), scan=self.scan, remat=self.remat)
         x = self.final_norm(x)
-        text_states, image_states = x[:, : self.text_length], x[:, self.text_length :]
+        # The last input of the text block predicts the first image token.
+        text_states, image_states = x[:, : self.text_block - 1], x[:, self.text_block - 1 :]
         return DalleLogits(shard_rows(self.text_head(text_states)), shard_rows(self.image_head(image_states)))
+
+    def text_targets(self, text: Int[Array, "b t"]) -> Int[Array, "b s"]:
+        """The ids that `DalleLogits.text` scores, of a caption."""
+        ids = position_pads(text, self.text_vocab_size) if self.own_pads else text
+        return ids if self.start_token else ids[:, 1:]
 
     def prefill(self, text: Int[Array, "b t"]) -> tuple[Float[Array, "b v"], Cache]:
         """Reads a caption in one parallel pass.
@@ -164,7 +201,7 @@ class Dalle(nn.Module):
         size = x.shape[1]
         cache = []
         for block, mask in zip(self.blocks, self._layer_masks(), strict=True):
-            x, layer = block.prefill(x, mask[:size, :size], self.text_length + self.image_length)
+            x, layer = block.prefill(x, mask[:size, :size], self.text_block + self.image_length - 1)
             cache.append(layer)
         return self._image_logits(x[:, -1:]), tuple(cache)
 
@@ -182,7 +219,7 @@ class Dalle(nn.Module):
           (logits of image token position + 1, the cache with this token in it).
         """
         x = shard_rows(self._embed_image(token[:, None], position))
-        index = self.text_length + 1 + position
+        index = self.text_block + position
         masks, kinds = self._masks()
         rows = [jax.lax.dynamic_slice_in_dim(jnp.asarray(mask), index, 1) for mask in masks]
         layers = []
@@ -196,15 +233,20 @@ class Dalle(nn.Module):
         return self.image_head(self.final_norm(x))[:, 0]
 
     def _embed_text(self, text: Array) -> Array:
-        """BOS and the caption, [B T+1 D]."""
-        tokens = self.text_embedding(position_pads(text, self.text_vocab_size))
-        tokens = tokens + self.text_position(jnp.arange(self.text_length))
+        """The start token, if there is one, and the caption, [B T+1 D] or [B T D]."""
+        ids = position_pads(text, self.text_vocab_size) if self.own_pads else text
+        tokens = self.text_embedding(ids) + self.text_position(jnp.arange(self.text_length))
+        if not self.start_token:
+            return tokens
         bos = self.bos(jnp.zeros((text.shape[0], 1), jnp.int32))
         return jnp.concatenate([bos, tokens], axis=1)
 
     def _embed_image(self, tokens: Array, start: Array | int) -> Array:
         """Image tokens [B M] at raster indices start .. start + M - 1, as [B M D]."""
-        row, column = jnp.divmod(start + jnp.arange(tokens.shape[1]), self.image_grid[1])
+        place = start + jnp.arange(tokens.shape[1])
+        if self.image_positions == "raster":
+            return self.image_embedding(tokens) + self.image_position(place)
+        row, column = jnp.divmod(place, self.image_grid[1])
         return self.image_embedding(tokens) + self.row_position(row) + self.column_position(column)
 
     @property
@@ -217,6 +259,8 @@ class Dalle(nn.Module):
             "mlp_hidden": round(self.width * self.mlp_ratio),
             "activation": self.activation,
             "initializers": BlockInitializers.scaled(INIT_STD, self.depth),
+            "attention_bias": self.attention_bias,
+            "gated_mlp": self.gated_mlp,
             "implementation": self.implementation,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
@@ -226,7 +270,7 @@ class Dalle(nn.Module):
         """The different masks, each [L L], and which of them each layer has."""
         types = self.layer_types
         different = tuple(dict.fromkeys(types))
-        geometry = self.text_length, tuple(self.image_grid), self.conv_kernel, self.conv_edge
+        geometry = self.text_block - 1, tuple(self.image_grid), self.conv_kernel, self.conv_edge
         masks = tuple(attention_mask(layer_type, *geometry) for layer_type in different)
         return masks, tuple(different.index(layer_type) for layer_type in types)
 

@@ -113,7 +113,8 @@ class Run:
 
     def models(self) -> dict[str, dict[str, Any]]:
         """{part: arguments of `models.create_model`} of networks whose weights are here: trained or frozen ones."""
-        own = {part: entry for part, entry in self.config.frozen.items() if entry.get("source") == OWN}
+        here = (OWN, str(self.folder))  # before and after the sources are found
+        own = {part: entry for part, entry in self.config.frozen.items() if entry.get("source") in here}
         return {part: model_of(entry) for part, entry in {**self.config.models, **own}.items()}
 
     def latest_step(self) -> int:

@@ -18,8 +18,8 @@ import functools
 
 import numpy as np
 
-LAYER_TYPES = ("full", "row", "column", "conv")
-CONV_EDGES = ("wraparound", "clip", "modular")
+LAYER_TYPES = ("full", "row", "own_row", "column", "conv")
+CONV_EDGES = ("wraparound", "clip", "modular", "corner")
 
 
 def attention_pattern(depth: int) -> tuple[str, ...]:
@@ -48,11 +48,13 @@ def attention_mask(
 
     * "full": all inputs up to j.
     * "row": the W + 1 raster inputs j-W .. j, so that it reaches the same column of the row above.
+    * "own_row": the inputs of row r up to j (dalle_pytorch's rows).
     * "column": the inputs of column c up to j.
     * "conv": the inputs up to j in a conv_kernel x conv_kernel square centered on j. What the square holds beyond the
       left and right edges is `conv_edge`: "wraparound" takes offsets in the flattened raster, so a window that leaves
       the grid on one side enters on the other, one row further, as the row window does; "clip" drops what lies
-      outside the grid; "modular" wraps rows and columns each on their own.
+      outside the grid; "modular" wraps rows and columns each on their own; "corner" has j in the square's lower right
+      corner and not in its center, and drops what lies outside the grid (dalle_pytorch's convolutions).
 
     Args:
       layer_type: one of `LAYER_TYPES`.
@@ -92,8 +94,12 @@ def _image_window(layer_type: str, height: int, width: int, kernel: int, edge: s
         return np.ones_like(offset, dtype=bool)
     if layer_type == "row":
         return offset <= width
+    if layer_type == "own_row":
+        return rows == 0
     if layer_type == "column":
         return columns == 0
+    if edge == "corner":
+        return (rows >= 0) & (rows < kernel) & (columns >= 0) & (columns < kernel)
     reach = kernel // 2
     if edge == "clip":
         return (np.abs(rows) <= reach) & (np.abs(columns) <= reach)

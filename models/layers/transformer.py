@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from models.layers.attention import KeyValueCache, Mask, MaskChoice, SelfAttention
-from models.layers.mlp import MLP
+from models.layers.mlp import MLP, GatedMLP
 from models.layers.normalization import AdaptiveLayerNorm
 from models.layers.partitioning import shard_rows
 
@@ -66,6 +66,7 @@ class Block(nn.Module):
       activation: see `models.layers.mlp.ACTIVATIONS`.
       initializers: of the parameters.
       attention_bias: whether the query/key/value projection has one.
+      gated_mlp: the feed-forward block is a `GatedMLP`; `initializers` of its biases are not used.
       adaptive: a condition scales and shifts what both norms return (`AdaptiveLayerNorm`); only `__call__` takes one.
       implementation: see `models.layers.attention.attend`.
       dtype: of the computation; LayerNorm statistics, attention scores and softmax are float32 in any case.
@@ -79,6 +80,7 @@ class Block(nn.Module):
     activation: str
     initializers: BlockInitializers
     attention_bias: bool = True
+    gated_mlp: bool = False
     adaptive: bool = False
     implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
@@ -100,15 +102,12 @@ class Block(nn.Module):
             **types,
         )
         self.mlp_norm = norm()
-        self.mlp = MLP(
-            self.mlp_hidden,
-            self.activation,
-            kernel_init=inits.mlp,
-            out_init=inits.mlp_out,
-            bias_init=inits.mlp_bias,
-            out_bias_init=inits.mlp_out_bias,
-            **types,
-        )
+        kernels = {"kernel_init": inits.mlp, "out_init": inits.mlp_out}
+        if self.gated_mlp:
+            self.mlp = GatedMLP(self.mlp_hidden, self.activation, **kernels, **types)
+        else:
+            biases = {"bias_init": inits.mlp_bias, "out_bias_init": inits.mlp_out_bias}
+            self.mlp = MLP(self.mlp_hidden, self.activation, **kernels, **biases, **types)
 
     def __call__(
         self, x: Float[Array, "b l d"], mask: Mask | None = None, condition: Float[Array, "b c"] | None = None

@@ -1,6 +1,7 @@
 """The published DALL-E package (`pip install --no-deps DALL-E==0.1`) computes what our discrete VAE computes."""
 
 import dall_e
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 import models
 from cli.errors import UserError
+from sample.trained import TrainedSampler
+from scripts.convert import main as convert
 from weights.formats.dall_e import from_dall_e, to_dall_e
 
 
@@ -70,3 +73,22 @@ def test_other_weights_are_refused_with_a_list(states):
     assert "missing: encoder.blocks.input.w" in str(error.value)
     assert "unexpected: decoder.blocks.extra.w" in str(error.value)
     assert "encoder.blocks.output.conv.b is (16,), expected (8192,)" in str(error.value)
+
+
+def test_pickled_modules_as_openai_publishes_them(tmp_path):
+    """Whole modules, not state dicts: read without running what they name."""
+    torch.manual_seed(0)
+    encoder = dall_e.Encoder(n_hid=8, n_blk_per_group=1, vocab_size=16)
+    decoder = dall_e.Decoder(n_hid=8, n_blk_per_group=1, n_init=4, vocab_size=16)
+    for side, network in (("encoder", encoder), ("decoder", decoder)):
+        torch.save(network, tmp_path / f"{side}.pkl", _use_new_zipfile_serialization=side == "encoder")
+    convert([f"--input={tmp_path}", f"--output={tmp_path}/ours"])
+    trained = TrainedSampler.open(tmp_path / "ours", chunk=1)
+    image = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
+    drawn = trained.sampler(trained.weights.params, {}, {}, {"image": jnp.asarray(image)}, jax.random.key(0)[None])
+    with torch.no_grad():
+        tokens = encoder(dall_e.map_pixels(torch.from_numpy(image / np.float32(255)).permute(0, 3, 1, 2))).argmax(1)
+        stats = decoder(torch.nn.functional.one_hot(tokens, 16).permute(0, 3, 1, 2).float())
+        pixels = dall_e.unmap_pixels(torch.sigmoid(stats[:, :3])).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(drawn["tokens"], tokens.numpy())
+    np.testing.assert_allclose((np.asarray(drawn["image"]) + 1) / 2, pixels, atol=1e-4)

@@ -51,10 +51,18 @@ def test_a_module_s_state_dict_under_its_key(zipped, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_whole_module_is_refused(zipped, tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="not"):
-        read_tensors(tmp_path / "w.pth")
+def test_a_whole_module_gives_its_parameters_and_buffers_and_one_of_other_code_is_refused(zipped, tmp_path):
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, affine=False))
+    torch.save(module, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    assert_same(read_tensors(tmp_path / "w.pt"), dict(module.state_dict()))
+    torch.save(Other(), tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="is a pickle that names .*Other, which is not part of a tensor"):
+        read_tensors(tmp_path / "w.pt")
+
+
+class Other(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

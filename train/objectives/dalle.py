@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from models.dalle import Dalle, DalleLogits, position_pads
+from models.dalle import Dalle, DalleLogits
 from sample.samplers.dalle import DalleSampler
 from sample.samplers.dvae import from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
@@ -100,11 +100,10 @@ class DalleObjective:
             counted &= ~blank[:, None]
 
         logits: DalleLogits = self.model.apply({"params": params["dalle"]}, text, tokens)
+        targets = self.model.text_targets(text)
         text_nats, text_count = _sum_of(
-            optax.softmax_cross_entropy_with_integer_labels(
-                logits.text, position_pads(text, self.model.text_vocab_size)
-            ),
-            counted,
+            optax.softmax_cross_entropy_with_integer_labels(logits.text, targets),
+            counted[:, text.shape[1] - targets.shape[1] :],
         )
         image_nats, image_count = _sum_of(
             optax.softmax_cross_entropy_with_integer_labels(logits.image, tokens), jnp.ones(tokens.shape, bool)

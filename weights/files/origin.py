@@ -274,10 +274,25 @@ def read_weights(origin: Origin, names: Sequence[str], ignored: str = "(?!)") ->
         is NaN or infinite (unless the origin's leniency lets that pass).
     """
     path = origin.path if isinstance(origin, WeightsFile) else origin.require(*names)
-    read = _read_shards(origin, path) if re.search(r"\.index(\.\w+)?\.json$", path.name) else read_tensors(path)
-    tensors = {name: array for name, array in unwrapped(read).items() if not re.fullmatch(ignored, name)}
-    check_finite(str(path), tensors, allowed=origin.leniency.nonfinite)
-    return tensors
+    tensors = _read_shards(origin, path) if re.search(r"\.index(\.\w+)?\.json$", path.name) else read_tensors(path)
+    return learned(origin, str(path), tensors, ignored)
+
+
+def learned(origin: Origin, what: str, tensors: Tensors, ignored: str = "(?!)") -> Tensors:
+    """What of a file's tensors is learned, by the network's own names; `read_weights` for tensors that are read.
+
+    Args:
+      origin: where they are from.
+      what: names the file.
+      tensors: name -> array.
+      ignored: as in `read_weights`.
+
+    Raises:
+      UserError: if a value is NaN or infinite, unless the origin's leniency lets that pass.
+    """
+    kept = {name: array for name, array in unwrapped(tensors).items() if not re.fullmatch(ignored, name)}
+    check_finite(what, kept, allowed=origin.leniency.nonfinite)
+    return kept
 
 
 def _read_shards(origin: Origin, path: Path) -> Tensors:

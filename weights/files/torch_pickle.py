@@ -198,12 +198,14 @@ class _Unpickler(pickle.Unpickler):
             return _FUNCTIONS[module, name]
         raise Refused(f"is a pickle that names {module}.{name}, which is not part of a tensor and is not executed")
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        """Returns the storage that a pickle refers to.
+    def persistent_load(self, pid: Any) -> Any:
+        """Returns the storage, or the class of a module, that a pickle refers to.
 
         Raises:
-          Refused: if it refers to something else, such as the source of a module.
+          Refused: if it refers to something else.
         """
+        if isinstance(pid, tuple) and pid[:2] in (("module", self._module), (b"module", self._module)):
+            return self._module  # its class; behind it is the source of that, which is left alone
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
             raise Refused(f"refers to a {pid[0] if isinstance(pid, tuple) and pid else pid!r}, not to tensors alone")
         _, dtype, key, _, size = pid[:5]

@@ -1,9 +1,21 @@
 """Formats of other projects: one file each, which declares what it holds and how it is recognized, read and written."""
 
-from weights.formats import diffusers, open_clip, transformers, uvit
+from weights.formats import (
+    dall_e,
+    dalle_mini,
+    dalle_pytorch,
+    diffusers,
+    mindall_e,
+    open_clip,
+    transformers,
+    uvit,
+)
 from weights.formats.contract import Format
 
 FORMATS: dict[str, Format] = {
     each.name: each
-    for each in (transformers.FORMAT, diffusers.FORMAT, open_clip.FORMAT, open_clip.OPENAI_FORMAT, uvit.FORMAT)
+    for each in (
+        *(transformers.FORMAT, open_clip.FORMAT, open_clip.OPENAI_FORMAT, diffusers.FORMAT, uvit.FORMAT),
+        *(dall_e.FORMAT, dalle_pytorch.FORMAT, mindall_e.FORMAT, dalle_mini.FORMAT),
+    )
 }

@@ -9,7 +9,7 @@ from configs.common import get_diffusion_sampling
 from data.tokenizer import Tokenizer
 from weights.files.origin import Origin
 from weights.formats.contract import Converted, Tree
-from weights.run import TOKENIZER
+from weights.run import OWN, TOKENIZER
 
 CLIP_OPTIONS = {"tokenizer": "of a CLIP that comes without one: CLIP's vocabulary, or a tokenizer.json"}
 
@@ -59,6 +59,47 @@ def denoiser_run(
         return Converted(config, {"denoiser": params}, notes=notes)
     config |= {"process": dict(process), "sample": get_diffusion_sampling(**sample).to_dict()}
     return Converted(config, {"denoiser": params})
+
+
+def dalle_run(
+    fields: Mapping[str, Any],
+    params: Tree,
+    image_tokenizer: tuple[Mapping[str, Any], Tree] | None,
+    tokenizer: Tokenizer | None,
+    notes: tuple[str, ...],
+) -> Converted:
+    """A DALL-E: objective `dalle`, part `dalle`, and `dvae` frozen in the same folder.
+
+    Args:
+      fields: {name, fields} of the transformer.
+      params: its parameters.
+      image_tokenizer: ({name, fields}, parameters) of a discrete VAE; None where it is no network of this project.
+      tokenizer: of captions; None if there is none.
+      notes: what a user should know.
+    """
+    config: dict[str, Any] = {"objective": "dalle", "models": {"dalle": dict(fields)}}
+    config["data"] = {"text_length": fields["text_length"]}
+    trees = {"dalle": params}
+    if image_tokenizer is not None:
+        tokens, trees["dvae"] = image_tokenizer
+        config["frozen"] = {"dvae": {**tokens, "source": OWN, "part": "dvae", "step": 0}}
+        config["data"]["image_size"] = tokens["image_size"]
+    return Converted(config, trees, {}, tokenizer, notes)
+
+
+def read_unframed(path: str, vocab_size: int) -> Tokenizer:
+    """A tokenizer that does not frame captions: CLIP's vocabulary without its ends, or one that was trained here.
+
+    Raises:
+      UserError: if there is none, or it has more ids than `vocab_size`.
+    """
+    file = Path(path).expanduser()
+    ours = file.suffix == ".json" and not Tokenizer.load(file).reads_as_clip
+    tokenizer = Tokenizer.load(file) if ours else Tokenizer.from_clip_vocabulary(file, ends=False)
+    if tokenizer.end_id is not None or tokenizer.vocab_size > vocab_size:
+        what = "frames captions" if tokenizer.end_id is not None else f"has {tokenizer.vocab_size} ids"
+        raise UserError(f"{path} {what}, and this network's captions have {vocab_size} ids and no ends; give its own")
+    return tokenizer
 
 
 def _find_tokenizer(path: str, origin: Origin, end_id: int) -> tuple[Tokenizer | None, tuple[str, ...]]:

@@ -1,0 +1,181 @@
+"""Formats of public DALL-Es: what options map, what is refused and by which line; tests/parity compares outputs."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+import models
+from cli.errors import UserError
+from data.tokenizer import Tokenizer
+from models.layers.attention_masks import attention_mask
+from scripts.convert import main as convert
+from weights.files.layout import model_shapes
+from weights.files.tensors import write_tensors
+from weights.formats import dall_e, dalle_pytorch, mindall_e
+from weights.run import Run
+
+from ...models.random_parameters import random_parameters
+from ..clip_samples import assert_same_trees
+from .test_documents import ABSURD, changed, paths
+
+HPARAMS = {"num_text_tokens": 13, "text_seq_len": 6, "dim": 16, "depth": 3, "heads": 2, "dim_head": 4}
+HPARAMS |= {"attn_types": ["full", "axial_row", "conv_like"], "shift_tokens": False, "rotary_emb": False}
+LUCIDRAINS = dalle_pytorch.dalle_fields(HPARAMS, 11, (4, 4))
+MINDALL_E = {
+    "stage2": {"vocab_size_txt": 13, "vocab_size_img": 11, "hparams": {"embed_dim": 64, "n_layers": 2, "n_heads": 1}}
+}
+MINDALL_E["stage2"]["hparams"] |= {"n_dense_layers": 2, "ctx_len_img": 16, "ctx_len_txt": 6}
+
+
+def count(model):
+    return sum(int(np.prod(leaf.shape)) for leaf in model_shapes(model).values())
+
+
+def test_published_sizes():
+    assert count(models.create_model(**mindall_e.transformer_fields({}))) == 1_291_081_728
+
+
+def test_the_discrete_vae_of_openai_s_shapes():
+    model = models.create_model("dvae")
+    shapes = {name: leaf.shape for name, leaf in model_shapes(model).items()}
+    params = {path.partition("/")[2]: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
+    tree = unflatten_dict({tuple(path.split("/")): array for path, array in params.items()})
+    sides = dall_e.to_dall_e(tree)
+    assert [sum(array.size for array in side.values()) for side in sides] == [53_786_240, 43_829_766]
+    told = models.create_model(**dall_e.dvae_fields(*sides))
+    assert told == model
+    with pytest.raises(UserError, match="not the weights of OpenAI's discrete VAE: there is no blocks.input.w"):
+        dall_e.dvae_fields({}, {})
+
+
+def test_a_discrete_vae_in_and_out_again(tmp_path, capsys):
+    model = models.create_model("dvae", vocab_size=16, encoder_hidden=8, decoder_hidden=8, decoder_init=4)
+    params = random_parameters(model)
+    for side, tensors in zip(("encoder", "decoder"), dall_e.to_dall_e(params), strict=True):
+        write_tensors(tmp_path / "theirs" / f"{side}.safetensors", tensors)
+    convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
+    assert "dall_e; part 'dvae'" in capsys.readouterr().out
+    assert_same_trees(Run.open(tmp_path / "ours").load().params["dvae"], params)
+    convert(["--to=dall_e", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
+    for name in ("encoder.safetensors", "decoder.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    with pytest.raises(UserError, match="half of a discrete VAE"):
+        convert(["--source=dall_e", f"--input={tmp_path}/theirs/encoder.safetensors", f"--output={tmp_path}/none"])
+
+
+def test_options_of_dalle_pytorch_that_map():
+    assert LUCIDRAINS["attention"] == ("full", "own_row", "conv") and LUCIDRAINS["conv_edge"] == "corner"
+    assert dalle_pytorch.dalle_fields({**HPARAMS, "attn_types": None}, 11, (4, 4))["attention"] == "full"
+    model = models.create_model(**LUCIDRAINS)
+    again = dalle_pytorch.dalle_fields(dalle_pytorch.hyperparameters(model), 11, (4, 4))
+    assert models.create_model(**again) == model
+    params = random_parameters(model)
+    assert_same_trees(
+        dalle_pytorch.from_dalle_pytorch(model, dalle_pytorch.to_dalle_pytorch(model, params)), with_row_0(params)
+    )
+
+
+def with_row_0(params):
+    """Row 0 of captions is the start token's in theirs; ours reads it never, since id 0 is a pad."""
+    table = params["text_embedding"]["embedding"]
+    return {**params, "text_embedding": {"embedding": table.at[0].set(params["bos"]["embedding"][0])}}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"reversible": True},
+        {"stable": True},
+        {"sandwich_norm": True},
+        {"shift_tokens": True},
+        {"rotary_emb": True},
+        {"sparse_attn": True},
+        {"attn_types": ["full", "sparse"]},
+        {"attn_types": "mlp"},
+    ],
+)
+def test_options_of_dalle_pytorch_that_are_refused_by_name(option):
+    with pytest.raises(UserError, match=f"this DALL-E of dalle_pytorch cannot be converted: {next(iter(option))}"):
+        dalle_pytorch.dalle_fields({**HPARAMS, **option}, 11, (4, 4))
+
+
+def test_masks_of_dalle_pytorch():
+    """Of a 4 x 4 grid behind one caption token and the start: which image inputs position (2, 2) sees."""
+    for layer_type, edge, seen in (
+        ("own_row", "wraparound", [8, 9, 10]),
+        ("conv", "corner", [0, 1, 2, 4, 5, 6, 8, 9, 10]),
+        ("conv", "clip", [5, 6, 7, 9, 10]),
+    ):
+        kernel = 5 if edge == "corner" else 3
+        row = attention_mask(layer_type, 1, (4, 4), kernel, edge)[2 + 10]
+        assert row[:2].all() and np.flatnonzero(row[2:]).tolist() == seen
+
+
+def test_mindall_e_in_and_out_again(tmp_path, capsys):
+    model = models.create_model(**mindall_e.transformer_fields(MINDALL_E))
+    params = random_parameters(model)
+    tensors = mindall_e.to_mindall_e(model, params)
+    assert mindall_e.transformer_fields_of_tensors(tensors) == mindall_e.transformer_fields(MINDALL_E)
+    theirs = tmp_path / "theirs"
+    write_tensors(theirs / "stage2_last.safetensors", tensors)
+    (theirs / "config.yaml").write_text(json.dumps(mindall_e.transformer_config(model)))
+    convert([f"--input={theirs}", f"--output={tmp_path}/ours"])
+    assert "its image tokenizer is a VQGAN" in capsys.readouterr().out
+    assert_same_trees(Run.open(tmp_path / "ours").load().params["dalle"], params)
+    (theirs / "config.yaml").write_text("stage2: [")
+    with pytest.raises(UserError, match="config.yaml is not valid YAML"):
+        convert([f"--input={theirs}", f"--output={tmp_path}/none"])
+
+
+DOCUMENTS = {
+    "dalle_pytorch": (HPARAMS, lambda value: dalle_pytorch.dalle_fields(value, 11, (4, 4)), dalle_pytorch._TABLE),
+    "mindall_e": (MINDALL_E, mindall_e.transformer_fields, mindall_e._TABLE),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_any_value_of_any_key_is_read_or_refused_in_a_line_that_names_the_key(name):
+    document, read, table = DOCUMENTS[name]
+    for path, field in paths(table):
+        for value in ABSURD:
+            try:
+                read(changed(document, path, value))
+            except UserError as error:
+                assert "\n" not in str(error) and path[-1] in str(error)
+            else:
+                assert value is not None or field.fits(None)
+
+
+def test_dalle_mini_is_told_apart(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "dallebart"}')
+    with pytest.raises(UserError, match="DALL-E mini is an encoder-decoder .BART. over the tokens of a VQGAN"):
+        convert([f"--input={tmp_path}", f"--output={tmp_path}/none"])
+
+
+def test_a_vocabulary_without_ends(tmp_path):
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", "r e", "re d</w>", ""]))
+    plain = Tokenizer.from_clip_vocabulary(tmp_path / "merges.txt", ends=False)
+    framed = Tokenizer.from_clip_vocabulary(tmp_path / "merges.txt")
+    assert (plain.vocab_size, plain.end_id) == (framed.vocab_size - 2, None)
+    plain.save(tmp_path / "tokenizer.json")
+    for tokenizer in (plain, Tokenizer.load(tmp_path / "tokenizer.json")):
+        ids = tokenizer.encode("A Red fox", 8).ids
+        assert ids.tolist()[:5] == framed.encode("A Red fox", 8).ids.tolist()[1:6] and not ids[5:].any()
+        assert tokenizer.decode(ids) == "a red fox" and tokenizer.end_id is None
+
+
+def test_a_stream_without_a_start_token_scores_all_but_the_first_caption_token():
+    model = models.create_model(**mindall_e.transformer_fields(MINDALL_E))
+    params = random_parameters(model)
+    text, image = jnp.array([[3, 4, 5, 0, 0, 0]]), jnp.arange(16)[None] % 11
+    logits = model.apply({"params": params}, text, image)
+    assert logits.text.shape == (1, 5, 13) and logits.image.shape == (1, 16, 11)
+    np.testing.assert_array_equal(model.text_targets(text), text[:, 1:])
+    later = model.apply({"params": params}, text, jnp.where(jnp.arange(16) == 9, 1 - image % 2, image))
+    changed = np.abs(np.asarray(later.image - logits.image)).max(axis=(0, 2)) > 0
+    np.testing.assert_array_equal(changed, np.arange(16) > 9)
+    with pytest.raises(UserError, match="unknown image_positions 'x'; choose one of grid, raster"):
+        model_shapes(models.create_model(**{**LUCIDRAINS, "image_positions": "x"}))

@@ -1,0 +1,236 @@
+"""minDALL-E's transformer (github.com/kakaobrain/minDALL-E): its state dict to our parameters, and back.
+
+The published archive holds `config.yaml`, `stage1_last.ckpt`, a VQGAN, which is no network of this project, and
+`stage2_last.ckpt`, the transformer. It reads captions without a start token, pads them with one token for all
+positions, and has a learned position for each image token and heads without a bias.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cli.errors import UserError
+from models import create_model
+from models.dalle import Dalle
+from weights.files.fields import IDLE, Field, fixed, flag, group, read_fields, whole, word
+from weights.files.layout import Layout, Rule, Tensors, Tree, linear
+from weights.files.origin import Origin, WeightsFile, read_weights
+from weights.formats.contract import Converted, Files, Format, Network
+from weights.formats.runs import dalle_run
+
+CONFIG = "config.yaml"
+WEIGHTS = ("stage2_last.ckpt", "stage2_last.safetensors")
+_HEAD_WIDTH = 64  # of the published network, where no config tells
+
+_TABLE: dict[str, Field] = {
+    "stage2": group(
+        {
+            "type": word("transformer1d", ("transformer1d",)),
+            "vocab_size_txt": whole(16384),
+            "vocab_size_img": whole(16384),
+            "use_cls_cond": fixed(None),
+            "hparams": group(
+                {
+                    "embed_dim": whole(1536),
+                    "n_layers": whole(42, high=1024),
+                    "n_heads": whole(24),
+                    "n_dense_layers": whole(42, high=1024),
+                    "ctx_len_img": whole(256),
+                    "ctx_len_txt": whole(64),
+                    "gelu_use_approx": flag(False),
+                    **{key: fixed(True) for key in ("mlp_bias", "attn_bias", "use_head_txt")},
+                    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), IDLE),
+                    "n_classes": fixed(None),
+                },
+                {},
+            ),
+        },
+        {},
+    ),
+    **dict.fromkeys(("stage1", "dataset", "optimizer", "experiment"), IDLE),
+}
+_SHORT = {"text": "txt", "image": "img"}
+_LAYER, _THEIRS = r"blocks_(\d+)", r"blocks.\1"
+
+LAYOUT = Layout(
+    what="this transformer in the layout of minDALL-E",
+    rules=(
+        Rule(r"(text|image)_embedding/(\w+)", lambda match: f"tok_emb_{_SHORT[match[1]]}.{match[2]}"),
+        Rule(r"(text|image)_position/(\w+)", lambda match: f"pos_emb_{_SHORT[match[1]]}.{match[2]}"),
+        Rule(r"(text|image)_head/(\w+)", lambda match: f"head_{_SHORT[match[1]]}.{match[2]}"),
+        Rule(rf"{_LAYER}/attention_norm/(\w+)", rf"{_THEIRS}.ln1.\2"),
+        Rule(
+            rf"{_LAYER}/attention/query_key_value/(\w+)",
+            tuple(rf"{_THEIRS}.attn.{name}.\2" for name in ("query", "key", "value")),
+        ),
+        Rule(rf"{_LAYER}/attention/out/(\w+)", rf"{_THEIRS}.attn.proj.\2", linear(inputs=2)),
+        Rule(rf"{_LAYER}/mlp_norm/(\w+)", rf"{_THEIRS}.ln2.\2"),
+        Rule(rf"{_LAYER}/mlp/up/(\w+)", rf"{_THEIRS}.mlp.0.\2"),
+        Rule(rf"{_LAYER}/mlp/down/(\w+)", rf"{_THEIRS}.mlp.2.\2"),
+        Rule(r"final_norm/(\w+)", r"ln_f.\1"),
+    ),
+    ignored=r"blocks\.\d+\.attn\.mask",
+)
+
+
+def transformer_fields(config: Any) -> dict[str, Any]:
+    """Reads config.yaml as {"name": "dalle", fields of `models.dalle.Dalle`}.
+
+    Raises:
+      UserError: if ours cannot compute that network; names the keys.
+    """
+    stage = read_fields("this minDALL-E", config, _TABLE)["stage2"]
+    given = stage["hparams"]
+    if given["n_dense_layers"] != given["n_layers"]:
+        raise UserError(
+            f"this minDALL-E cannot be converted: n_dense_layers is {given['n_dense_layers']}, "
+            f"n_layers {given['n_layers']}; they must be equal"
+        )
+    return _fields(
+        stage["vocab_size_txt"],
+        stage["vocab_size_img"],
+        given["ctx_len_txt"],
+        given["ctx_len_img"],
+        given["embed_dim"],
+        given["n_layers"],
+        given["n_heads"],
+        "quick_gelu" if given["gelu_use_approx"] else "gelu",
+    )
+
+
+def transformer_fields_of_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Tells {"name": "dalle", fields} from the shapes of a state dict, with heads and GELU as published.
+
+    Raises:
+      UserError: if a tensor that says a size is missing.
+    """
+    names = ("tok_emb_txt.weight", "tok_emb_img.weight", "pos_emb_txt.weight", "pos_emb_img.weight")
+    if missing := [name for name in names if tensors.get(name) is None or tensors[name].ndim != 2]:
+        raise UserError(f"these are not the weights of minDALL-E's transformer: there is no {', '.join(missing)}")
+    layers = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    width = tensors[names[0]].shape[1]
+    if width % _HEAD_WIDTH:
+        raise UserError(f"shapes do not tell the heads of a width of {width}; put {CONFIG} beside the weights")
+    text_ids, codes, text, image = (len(tensors[name]) for name in names)
+    return _fields(text_ids, codes, text, image, width, len(layers), width // _HEAD_WIDTH, "gelu")
+
+
+def _fields(
+    text_ids: int, codes: int, text: int, image: int, width: int, depth: int, heads: int, activation: str
+) -> dict[str, Any]:
+    side = math.isqrt(image)
+    if side**2 != image:
+        raise UserError(f"this minDALL-E cannot be converted: ctx_len_img is {image}, which is no square")
+    return {
+        "name": "dalle",
+        "text_vocab_size": text_ids,
+        "text_length": text,
+        "image_vocab_size": codes,
+        "image_grid": (side, side),
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "mlp_ratio": 4,
+        "activation": activation,
+        "attention": "full",
+        "start_token": False,
+        "own_pads": False,
+        "image_positions": "raster",
+        "head_bias": False,
+    }
+
+
+def transformer_config(model: Dalle) -> dict[str, Any]:
+    """config.yaml of the transformer that computes what `model` does; `transformer_fields` backwards.
+
+    Raises:
+      UserError: if there is none.
+    """
+    height, width = model.image_grid
+    wanted = {"mlp_ratio": 4, "gated_mlp": False, "attention_bias": True, "start_token": False, "own_pads": False}
+    wanted |= {"image_positions": "raster", "head_bias": False, "layer_types": ("full",) * model.depth}
+    wanted |= {"image_grid": (height, height), "head_dim": None}
+    problems = [
+        f"its {field} is {getattr(model, field)!r}, theirs {value!r}"
+        for field, value in wanted.items()
+        if getattr(model, field) != value
+    ]
+    if model.activation not in ("gelu", "quick_gelu"):
+        problems.append(f"its activation is {model.activation!r}, theirs gelu or quick_gelu")
+    if problems:
+        raise UserError(f"this DALL-E cannot be written for minDALL-E: {'; '.join(problems)}")
+    hyperparameters = {
+        "embed_dim": model.width,
+        "n_layers": model.depth,
+        "n_heads": model.heads,
+        "n_dense_layers": model.depth,
+        "ctx_len_img": height * width,
+        "ctx_len_txt": model.text_length,
+        "gelu_use_approx": model.activation == "quick_gelu",
+        "mlp_bias": True,
+        "attn_bias": True,
+    }
+    sizes = {"vocab_size_txt": model.text_vocab_size, "vocab_size_img": model.image_vocab_size}
+    return {"stage2": {"type": "transformer1d", **sizes, "hparams": hyperparameters}}
+
+
+def from_mindall_e(model: Dalle, tensors: Mapping[str, np.ndarray]) -> Tree:
+    """Converts the state dict of the transformer to the parameters of `model`.
+
+    Raises:
+      UserError: if tensors are missing, unexpected or of another shape; lists them.
+    """
+    return LAYOUT.read(model, tensors)["params"]
+
+
+def to_mindall_e(model: Dalle, params: Tree) -> Tensors:
+    """Converts parameters to the transformer's state dict, float32.
+
+    Raises:
+      UserError: if minDALL-E cannot compute what `model` does.
+    """
+    transformer_config(model)
+    return LAYOUT.write({"params": params})
+
+
+def _read(origin: Origin) -> Converted:
+    tensors = read_weights(origin, WEIGHTS, LAYOUT.ignored)
+    if any(name.startswith("stage2.") for name in tensors):  # a training run's, of both stages
+        tensors = {name.removeprefix("stage2."): array for name, array in tensors.items() if name.startswith("stage2.")}
+    config = origin.find(CONFIG)
+    fields = transformer_fields_of_tensors(tensors) if config is None else transformer_fields(_read_yaml(config))
+    notes = (
+        "its image tokenizer is a VQGAN, which is no network of this project yet: it makes tokens and not pictures",
+        "its tokenizer of captions is left out: it cuts words in a way of its own",
+    )
+    return dalle_run(fields, from_mindall_e(create_model(**fields), tensors), None, None, notes)
+
+
+def _read_yaml(path: Path) -> Any:
+    """Reads the config; UserError if it is no YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}); fetch it again") from error
+
+
+def _write(network: Network) -> Files:
+    # JSON is YAML.
+    config, tensors = transformer_config(network.model), to_mindall_e(network.model, network.params)
+    return {CONFIG: config, WEIGHTS[1]: tensors}
+
+
+FORMAT = Format(
+    name="mindall_e",
+    networks=("dalle",),
+    inputs=f"the transformer: the folder of the published archive, or {WEIGHTS[0]} alone; its VQGAN is left out",
+    outputs=f"Transformer1d(...).load_state_dict with the hparams of {CONFIG} and {WEIGHTS[1]}",
+    recognizes=lambda origin: not isinstance(origin, WeightsFile) and origin.find(*WEIGHTS) is not None,
+    read=_read,
+    write=_write,
+)
