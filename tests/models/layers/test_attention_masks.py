@@ -93,7 +93,7 @@ def test_text_block_is_causal_and_no_position_sees_the_future():
 
 
 def test_impossible_masks_are_refused():
-    with pytest.raises(ValueError, match="choose one of full, row, column, conv"):
+    with pytest.raises(ValueError, match="choose one of full, row, own_row, column, conv"):
         attention_mask("diagonal", TEXT, GRID)
     with pytest.raises(ValueError, match="wraparound, clip, modular"):
         attention_mask("conv", TEXT, GRID, conv_edge="mirror")
