@@ -22,10 +22,15 @@ another has an attribute `writes_with`: the name of the other one's file in the 
 A sampler that may be told more than what makes its data has an attribute `may_read`: see `besides`.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Key
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
 
 Tree = Any
 
@@ -71,3 +76,23 @@ def besides(sampler: Any) -> Mapping[str, Mapping[str, Any]]:
     their defaults and are none of `config.sample`, since without the row they mean nothing.
     """
     return getattr(sampler, "may_read", {})
+
+
+def check_settings(sample: Mapping[str, Any] | ConfigDict, *declared: type) -> None:
+    """Compares values of `config.sample` with the types of the defaults in a sampler's dataclasses.
+
+    Args:
+      sample: {setting: value}; keys that are no setting are left alone.
+      *declared: the dataclasses.
+
+    Raises:
+      UserError: if one is of another type, or a number that is not finite.
+    """
+    for field in (field for each in declared for field in dataclasses.fields(each)):
+        value, default = sample.get(field.name, field.default), field.default
+        if type(default) not in (int, float, str):
+            continue
+        fits = type(value) is type(default) or (type(default) is float and type(value) is int)
+        if not fits or (type(value) is float and not math.isfinite(value)):
+            shown = "an object" if isinstance(value, Mapping | ConfigDict) else repr(value)
+            raise UserError(f"config.sample.{field.name} is {shown}; it must be such as {default!r}")

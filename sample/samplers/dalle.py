@@ -21,6 +21,7 @@ from cli.errors import UserError
 from models import create_model
 from models.dalle import Dalle
 from sample.decoding import Decoding, Given, check_numbers, decode, is_guided
+from sample.samplers.contract import check_settings
 from sample.samplers.dvae import from_uint8
 from weights.run import model_of
 
@@ -58,6 +59,7 @@ class DalleSampler:
         Raises:
           UserError: if a default is impossible, or the image tokenizer does not fit the transformer.
         """
+        check_settings(config.sample, cls)
         model = create_model(**config.models.dalle)
         decoder = create_model(**model_of(config.frozen.dvae))
         check_image_tokens(model, decoder)

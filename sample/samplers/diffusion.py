@@ -24,6 +24,7 @@ from diffusion.schedule import create_schedule
 from diffusion.solver_choice import make_plan
 from models import create_model
 from models.conditioning import Conditioning
+from sample.samplers.contract import check_settings
 from weights.run import model_of
 
 Tree = Any
@@ -104,8 +105,9 @@ class DiffusionSampler:
         Raises:
           UserError: if the process or a default is impossible.
         """
+        check_settings(config.sample, cls, Steps)
         model = create_model(**config.models.denoiser)
-        if "process" not in config:
+        if not isinstance(config.get("process"), ConfigDict):
             raise UserError(
                 "the config does not tell on which process the denoiser was trained; convert it with its pipeline, "
                 "whose scheduler does"
@@ -114,7 +116,7 @@ class DiffusionSampler:
         try:
             process = Process(create_schedule(**fields.pop("schedule")), **fields)
         except (TypeError, ValueError) as error:
-            raise UserError(f"config.process is impossible: {error}") from error
+            raise UserError(f"config.process is impossible: {str(error).splitlines()[0]}") from error
         solver = (field.name for field in dataclasses.fields(Steps))
         steps = Steps(**{key: config.sample[key] for key in solver if key in config.sample})
         numbers = {key: config.sample[key] for key in _NUMBERS if key in config.sample}

@@ -33,13 +33,14 @@ _FIXED: dict[str, Any] = {
     **{"use_exponential_sigmas": False, "use_beta_sigmas": False, "use_flow_sigmas": False, "use_lu_lambdas": False},
     **{"algorithm_type": "dpmsolver++", "solver_order": 2, "predict_x0": True},
     **{"interpolation_type": "linear", "lower_order_final": True, "euler_at_final": False},
-    **{"use_dynamic_shifting": False, "shift_terminal": None},
+    **{"use_dynamic_shifting": False, "shift_terminal": None, "timestep_values": None},
 }
 # Of how the pipeline samples alone: the last step, first times, limits. Our samplers have their own.
 _OF_SAMPLING = {
     *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "sigma_min", "sigma_max"),
     *("dynamic_thresholding_ratio", "sample_max_value", "lambda_min_clipped", "disable_corrector", "solver_p", "rho"),
     *("timestep_type", "final_sigmas_type", "rescale_sigmas", "flow_shift", "time_shift_type"),
+    "tensor_format",  # of the library's first versions: which library's arrays
 }
 
 
