@@ -16,6 +16,12 @@ PICTURES = frozenset(
     + (".avif", ".jp2")
 )
 
+# What cameras and programs write that is not read.
+CONVERTIBLE = frozenset(
+    (".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".ico")
+)
+ALONE = "a caption without a picture"
+
 REASONS = {
     "corrupt": "the picture cannot be decoded",
     "no caption": "others have captions, this one has none",

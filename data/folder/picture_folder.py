@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from cli.errors import UserError
 from data.folder.captions import captions_of_sidecars
 from data.folder.items import (
+    ALONE,
+    CONVERTIBLE,
     MAX_PICTURE,
     MAX_TEXT,
     PICTURES,
@@ -112,7 +114,12 @@ def list_folder(
         if beside and not entry.captions and entry.rejected is None:
             pictures[name] = dataclasses.replace(entry, sidecars=tuple(beside))
     if not pictures:
-        raise UserError(f"there is no picture in {root} ({', '.join(sorted(PICTURES))}); give another --source")
+        kinds = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in files).most_common(3)
+        there = ", ".join(f"{count:,} of {suffix}" for suffix, count in kinds) or "no file"
+        raise UserError(
+            f"there is no picture in {root}: it has {there}; give another --source, or convert what is none of "
+            f"{', '.join(sorted(PICTURES))}"
+        )
     if sidecars := sum(bool(entry.sidecars) for entry in pictures.values()):
         notes.append(f"{sidecars:,} captions of files beside the pictures")
     folders = [PurePosixPath(name).parent.name for name in pictures]
@@ -121,7 +128,7 @@ def list_folder(
         pictures = {name: _labelled(entry) for name, entry in pictures.items()}
         notes.append("no captions: the names of sub-folders are taken for classes, and for captions")
     ignored += [
-        Item(shown(name), rejected=Rejected("other", "a caption without a picture" if name in texts else ""))
+        Item(shown(name), rejected=Rejected("other", _what_else(name) if name not in texts else ALONE))
         for name in files
         if name not in pictures and name not in used
     ]
@@ -130,6 +137,11 @@ def list_folder(
     return Listing(
         "a folder of pictures", portions, fingerprint_of_files([(name, root / name) for name in files]), ignored, notes
     )
+
+
+def _what_else(name: str) -> str:
+    """What to say of a file that is no picture of a kind that is read, but may have been meant as one."""
+    return "convert it to JPEG or PNG" if PurePosixPath(name).suffix.lower() in CONVERTIBLE else ""
 
 
 def _labelled(entry: Entry) -> Entry:

@@ -6,6 +6,7 @@ a kill; the dataset gets its name when all of it is there.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -78,11 +79,9 @@ def prepare(request: Request, listing: Listing, data_dir: Path, workers: int = 1
     work.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(work / "lock", timeout=0):
-            plan = json.dumps([VERSION, _decisive(request), listing.fingerprint, len(listing.portions)])
             if not final.exists():  # another process may just have finished
-                _begin(work, plan)
                 with Workers(workers) as pool:
-                    _prepare_in(work, final, request, listing, pool)
+                    _prepare_in(_unfinished(work, request, listing), final, request, listing, pool)
     except filelock.Timeout as error:
         raise UserError(
             f"another process prepares {DATASET}/{request.name}; wait for it, or give another --name"
@@ -118,18 +117,21 @@ def _decisive(request: Request) -> dict[str, Any]:
     return asked
 
 
-def _begin(work: Path, plan: str) -> None:
-    """Makes the folder of unfinished work fit the plan: what another plan left is removed."""
-    path = work / "plan.json"
-    if not path.is_file() or path.read_text(encoding="utf-8") != plan:
-        for name in ("examined", "written", VERSION):
-            shutil.rmtree(work / name, ignore_errors=True)
-        with whole_file(path) as draft:
-            draft.write_text(plan, encoding="utf-8")
+def _unfinished(work: Path, request: Request, listing: Listing) -> Path:
+    """The folder of what is finished of this very plan; what another plan left is removed.
+
+    It is named after the plan: a process that outlives the one that started it, for a moment, writes nowhere else.
+    """
+    plan = json.dumps([VERSION, _decisive(request), listing.fingerprint, len(listing.portions)])
+    folder = work / hashlib.blake2b(plan.encode(), digest_size=8).hexdigest()
+    for other in work.iterdir():
+        if other.is_dir() and other != folder:
+            shutil.rmtree(other, ignore_errors=True)
     for name in ("examined", "written", VERSION):
-        (work / name).mkdir(exist_ok=True)
-        for draft in (work / name).glob("*.draft"):
-            draft.unlink()
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for draft in (folder / name).glob("*.draft"):
+            draft.unlink(missing_ok=True)
+    return folder
 
 
 def _prepare_in(work: Path, final: Path, request: Request, listing: Listing, workers: Workers) -> None:

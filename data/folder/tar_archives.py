@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from data.folder.captions import captions_of_sidecars, class_of_value, decode_text
 from data.folder.items import (
+    ALONE,
     MAX_PICTURE,
     MAX_TEXT,
     PICTURES,
@@ -76,7 +77,7 @@ class TarPortion(Portion):
             detail = f"{' '.join(str(error).split()) or type(error).__name__}; what follows is lost"
             yield Item(self.name, rejected=Rejected("unreadable", detail))
         for key in (key for key in texts if key not in used):
-            yield Item(f"{self.name}: {shown(key)}", rejected=Rejected("other", "a caption without a picture"))
+            yield Item(f"{self.name}: {shown(key)}", rejected=Rejected("other", ALONE))
 
     def _item(self, name: str, data: bytes, texts: dict[str, bytes | Rejected]) -> Item:
         captions, label = captions_of_sidecars(texts, self.fields.text, self.fields.label)

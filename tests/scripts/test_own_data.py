@@ -66,6 +66,8 @@ def test_every_transform_takes_pictures_of_any_size_and_aspect(tmp_path: Path):
     from configs.scenes.dalle import get_config
 
     photographs(tmp_path / "photos", 20)
+    rows = (f'{{"file_name": "{index}.png", "text": "of {index}", "label": {index % 2}}}' for index in range(20))
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(rows))
     prepare(["--dataset=folder", f"--source={tmp_path}/photos", f"--data_dir={tmp_path}", "--workers=1"])
     config = get_config("debug").copy_and_resolve_references()
     with config.unlocked():
@@ -74,9 +76,11 @@ def test_every_transform_takes_pictures_of_any_size_and_aspect(tmp_path: Path):
     for transform in sorted(set(TRANSFORMS) - {"celeba_training"}):  # which is of one size
         config.data.transform = transform
         for train, split in ((True, "train"), (False, "validation")):
+            config.data.label_field = "label" if "flip" in transform else ""
             batch = ExampleStream(config.data, tokenizer, split=split, seed=0, train=train).batch(range(8))
             assert batch["image"].shape == (8, 32, 32, 3) and batch["text"].shape == (8, 16)
             assert batch["text"].any(axis=1).all()
+            assert "label" not in batch or set(batch["label"]) <= {0, 1}
 
 
 @pytest.mark.slow
@@ -151,7 +155,9 @@ def test_a_thousand_pictures_of_which_fifty_are_damaged(form: str, tmp_path: Pat
     for kill in range(10):
         process = start(tmp_path / "killed", 1 + kill % 2)
         enough = 1 + kill * 4 + rng.randrange(4)  # portions that are finished in one pass or the other, of 50
-        while process.poll() is None and len([*work.glob("examined/*.jsonl"), *work.glob("written/*.json")]) < enough:
+        while (
+            process.poll() is None and len([*work.glob("*/examined/*.jsonl"), *work.glob("*/written/*.json")]) < enough
+        ):
             time.sleep(0.001)
         time.sleep(rng.random() / 50)
         assert process.poll() is None, f"finished before kill {kill}"

@@ -118,8 +118,16 @@ def test_names_of_any_bytes_can_be_read_and_printed(tmp_path: Path, png: bytes, 
 @pytest.mark.parametrize("make", ["nothing", "no folder", "no picture"])
 def test_a_source_without_pictures_is_one_line(make: str, tmp_path: Path, read_source):
     if make == "no picture":
-        put(tmp_path, "in/notes.txt", "")
+        put(tmp_path, "in/IMG_1.HEIC", "")
     elif make == "nothing":
         (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match="there is no (file|picture)"):
+    expected = {"nothing": "it has no file", "no folder": "there is no file", "no picture": "it has 1 of .heic"}
+    with pytest.raises(UserError, match=expected[make]):
         read_source(tmp_path / "in")
+
+
+def test_pictures_of_other_kinds_are_named_with_what_to_do(tmp_path: Path, png: bytes):
+    put(tmp_path, "a.png", png)
+    put(tmp_path, "b.heic", b"")
+    (item,) = folder.list_source(str(tmp_path), folder.Fields()).ignored
+    assert (item.name, item.rejected.reason, item.rejected.detail) == ("b.heic", "other", "convert it to JPEG or PNG")

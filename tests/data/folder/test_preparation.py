@@ -4,9 +4,13 @@ import collections
 import dataclasses
 import io
 import json
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -226,17 +230,45 @@ def test_pictures_without_any_caption_are_a_dataset_of_pictures(tmp_path: Path):
     assert center_square(source[0]["image"], 16).shape == (16, 16, 3)
 
 
-def test_a_rejection_comes_back_from_another_process():
-    import pickle
+def test_names_of_sub_folders_are_classes_and_captions(tmp_path: Path):
+    for index, name in enumerate(("golden_retriever", "cat", "cat", "owl")):
+        (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name / f"{index}.png").write_bytes(MADE[index].data)
+    (tmp_path / "in" / "4.png").write_bytes(MADE[4].data)
+    report = prepare(str(tmp_path / "in"), tmp_path, validation=0)
+    assert report["captions"] == "classes" and report["classes"] == ["cat", "golden_retriever", "owl"]
+    assert report["skipped"] == {"no caption": 1}
+    assert RecordSource("folder/made", "train", str(tmp_path)).class_names == {"label": tuple(report["classes"])}
+    assert {record["id"].decode(): (record["captions"], int(record["label"])) for record in records(tmp_path)} == {
+        "cat/1.png": (("cat",), 0),
+        "cat/2.png": (("cat",), 0),
+        "golden_retriever/0.png": (("golden retriever",), 1),
+        "owl/3.png": (("owl",), 2),
+    }
 
+
+def test_numbers_of_classes_are_kept_with_the_names_that_are_known(tmp_path: Path):
+    pictures = [each.data for each in MADE[:4]]
+    table = pa.table({"image": pictures, "label": [2, 0, None, 4]})
+    features = {"info": {"features": {"label": {"names": ["cat", "dog", "owl"]}}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "a.parquet")
+    report = prepare(str(tmp_path / "a.parquet"), tmp_path, validation=0)
+    assert report["classes"] == ["cat", "dog", "owl", "3", "4"] and report["skipped"] == {"no caption": 1}
+    stored = [(record["captions"], int(record["label"])) for record in records(tmp_path)]
+    assert stored == [(("owl",), 2), (("cat",), 0), (("4",), 4)]
+    pq.write_table(table.append_column("text", [["x"] * 4]), tmp_path / "b.parquet")
+    report = prepare(str(tmp_path / "b.parquet"), tmp_path, "b", validation=0)
+    assert report["captions"] == "given" and report["classes"] == ["0", "1", "2", "3", "4"]
+    assert [int(record["label"]) for record in records(tmp_path, "b")] == [2, 0, -1, 4]
+
+
+def test_a_rejection_comes_back_from_another_process():
     again = pickle.loads(pickle.dumps(Rejected("link", "to nowhere")))
     assert (again.reason, again.detail) == ("link", "to nowhere")
 
 
 def test_every_reason_is_explained():
     source = "".join(path.read_text() for path in Path(folder.__file__).parent.glob("*.py"))
-    import re
-
     used = set(re.findall(r'Rejected\(\s*"([^"]+)"', source)) | {"corrupt", "duplicate", "no caption", "too small"}
     assert used == set(folder.REASONS)
 
