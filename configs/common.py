@@ -126,7 +126,8 @@ def make_debug(config: ConfigDict, *, steps: int, batch_size: int) -> None:
     if config.mesh.topology:
         config.mesh.topology = "v5e:2x2"
     config.optimizer.schedule.warmup_steps = min(config.optimizer.schedule.warmup_steps, 1)
-    config.optimizer.schedule.decay_steps = 100  # the same compiled update for any number of steps
+    if config.optimizer.schedule.name == "warmup_cosine":
+        config.optimizer.schedule.decay_steps = 100  # the same compiled update for any number of steps
     config.checkpoint.every = config.evaluate.every = steps // 2
     config.evaluate.batches = 1
     config.evaluate.previews = 2

@@ -9,11 +9,13 @@ from typing import Any
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
+from cli.ranges import check_seed
 from cli.text_files import read_lines
 from sample.arguments import add_sampling_arguments, sampling_settings
 
 _DESCRIPTION = """\
-Evaluates a run, or a CLIP that was converted (--dataset says of what), and writes evaluation.json into its folder.
+Evaluates a run, or a CLIP that was converted (--dataset says of what), and writes evaluation.json into its folder, each
+metric as it ends: one that fails is named at the end, and costs no other.
 
 caption_accuracy   share of captions whose picture has every attribute right, and each attribute (embedded dataset)
 reconstruction     error of an image tokenizer, codes it uses, and scenes still read right after it
@@ -79,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     classes.add_argument("--templates", metavar="FILE", help="prompts, one a line, with {} for the name of a class")
     classes.add_argument("--num_train", type=int, default=5000, help="pictures that a linear probe is fitted on")
     options = parser.parse_args(arguments)
+    check_seed("--seed", options.seed)
     if options.num < 1:
         raise UserError(f"--num must be at least 1, not {options.num}")
     if options.num_train < 2:
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
     from evaluation.evaluate import Tools, default_splits, evaluate_run, on_dataset  # imports jax
-    from evaluation.records import format_table, write_records
+    from evaluation.records import format_table, read_records, write_records
     from sample.trained import TrainedSampler
 
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
@@ -98,9 +101,18 @@ def main(arguments: Sequence[str]) -> None:
     metrics = [name for name in options.metrics.split(",") if name]
     splits = [name for name in options.splits.split(",") if name] or default_splits(trained.config)
     tools = Tools(_feature_settings(options), _scorer(options), _clip_settings(options))
-    records = evaluate_run(trained, metrics, splits, options.num, options.seed, settings, tools)
-    write_records(trained.run, records)
-    print(format_table(records))
+    read_records(trained.run.folder)  # to which the results are added: a mistake there is found before the work
+    done: list[dict[str, Any]] = []
+
+    def keep(record: dict[str, Any]) -> None:
+        write_records(trained.run, [record])
+        done.append(record)
+
+    try:
+        evaluate_run(trained, metrics, splits, options.num, options.seed, settings, tools, keep)
+    finally:
+        if done:
+            print(format_table(done))
 
 
 def _feature_settings(options: argparse.Namespace) -> Any:

@@ -1,8 +1,9 @@
 """What `python -m evaluation` computes."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -13,19 +14,19 @@ from data.points import is_points
 from data.records import dataset_folder, first_captions, first_classes, open_records
 from data.scenes import find_world
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
-from evaluation.clip.metrics import CLIP_METRICS, SHOWN, ClipSettings, clip_records, default_metrics
+from evaluation.clip.metrics import CLIP_METRICS, SHOWN, ClipSettings, clip_makers, default_metrics
 from evaluation.clip.reranking import SCORED, ClipScorer, scorer_record
 from evaluation.denoising import CAPTION_LOSS, caption_loss
 from evaluation.features.metrics import (
     FEATURE_METRICS,
     FeatureSettings,
     check_feature_metrics,
-    feature_records,
+    feature_makers,
     reconstructs,
 )
 from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
-from evaluation.records import Record, picture_path
+from evaluation.records import Record, check_finite, picture_path
 from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
@@ -122,8 +123,9 @@ def evaluate_run(
     seed: int,
     settings: Mapping[str, Any],
     tools: Tools | None = None,
+    keep: Callable[[Record], None] = lambda _: None,
 ) -> list[Record]:
-    """Computes metrics of a run on each split.
+    """Computes metrics of a run on each split. A mistake in one of them costs no other.
 
     Args:
       trained: the run.
@@ -133,12 +135,14 @@ def evaluate_run(
       seed: of sampling.
       settings: overrides of `config.sample`.
       tools: what some metrics take beside the run; None for none.
+      keep: is given each record as soon as there is one.
 
     Returns:
       One record for each metric and split, with values and everything they depend on.
 
     Raises:
-      UserError: if a metric is unknown or does not apply, or lacks what it needs, or a setting is not the run's.
+      UserError: if a metric is unknown or does not apply, or lacks what it needs, or a setting is not the run's, before
+        any is computed; or after all were tried, if some of them failed, such as one over values that are not finite.
     """
     sampler, tools = trained.sampler, tools or Tools()
     defaults, others = applicable_metrics(trained, splits[0], tools.clip)
@@ -160,29 +164,56 @@ def evaluate_run(
     trained.check_settings(settings)
     for split in () if "point" in sampler.makes else splits:
         _check_records(trained, names, split, num)
-    records = []
+    provenance, records, failed = _provenance(trained, num, seed, settings), [], []
+
+    def attempt(tried: Sequence[str], split: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except UserError as error:
+            failed.append(f"{' and '.join(tried)} on {split}: {error}")
+            return None
+
+    def add(name: str, split: str, make: Callable[[], Record]) -> None:
+        found = attempt([name], split, lambda: check_finite(make()))
+        if found is not None:
+            records.append({"metric": name, "split": split, **provenance, **found})
+            keep(records[-1])
+
     for split in splits:
-        if "features" in sampler.makes:
-            records += clip_records(trained, names, split, num, tools.clip)
+        # Pictures are embedded once, and drawn once, for all metrics that compare them.
+        shared = names if "features" in sampler.makes else compared
+        for name in names if shared is not names else ():
+            if name not in compared:
+                add(name, split, functools.partial(_values_of, name, trained, split, num, seed, settings, tools))
+        if not shared:
             continue
-        for name in names:
-            if name in SCORED and tools.scorer is not None:
-                values = scorer_record(name, trained, tools.scorer, split, num, seed, settings)
-            elif name == "caption_accuracy":
-                values = _caption_accuracy(trained, split, num, seed, settings)
-            elif name == CAPTION_LOSS:
-                values = caption_loss(trained, split, num, seed)
-            elif name == "reconstruction":
-                values = _reconstruction(trained, split, num)
-            elif name in POINT_METRICS:
-                values = point_values(name, trained, split, num, seed, settings)
-            else:
-                continue  # compares features, below
-            records.append({"metric": name, "split": split, **values})
-        if compared and tools.features is not None:  # one drawing for all of them
-            records += feature_records(trained, compared, split, num, seed, settings, tools.features)
-    provenance = _provenance(trained, num, seed, settings)
-    return [{"metric": record["metric"], "split": record["split"], **provenance, **record} for record in records]
+        if shared is names:
+            open_shared = functools.partial(clip_makers, trained, split, num, tools.clip)
+        else:
+            chosen = cast(FeatureSettings, tools.features)  # checked above
+            open_shared = functools.partial(feature_makers, trained, shared, split, num, seed, settings, chosen)
+        for name, make in (attempt(shared, split, open_shared) or {}).items():
+            if name in shared:
+                add(name, split, make)
+    if failed:
+        rest = f"; {len(records)} others are kept" if records else ""
+        raise UserError("; ".join(failed) + rest)
+    return records
+
+
+def _values_of(
+    name: str, trained: TrainedSampler, split: str, num: int, seed: int, settings: Mapping[str, Any], tools: Tools
+) -> Record:
+    """What one metric finds that shares nothing with others."""
+    if name in SCORED:
+        return scorer_record(name, trained, cast(ClipScorer, tools.scorer), split, num, seed, settings)
+    if name == CAPTION_LOSS:
+        return caption_loss(trained, split, num, seed)
+    if name in POINT_METRICS:
+        return point_values(name, trained, split, num, seed, settings)
+    if name == "reconstruction":
+        return _reconstruction(trained, split, num)
+    return _caption_accuracy(trained, split, num, seed, settings)
 
 
 def _check_records(trained: TrainedSampler, names: Sequence[str], split: str, num: int) -> None:

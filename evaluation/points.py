@@ -62,8 +62,10 @@ def point_values(
       of the data, by the probability-flow ODE.
 
     Raises:
-      UserError: if a chain's likelihood is asked for.
+      UserError: if a chain's likelihood is asked for, or the distance of one point.
     """
+    if name == "energy_distance" and num < 2:
+        raise UserError(f"energy_distance compares points with each other; --num must be at least 2, not {num}")
     stream = PointStream(trained.config.data.dataset, split, trained.config.seed)
     data = stream.batch(range(num))["point"]
     if name == "energy_distance":

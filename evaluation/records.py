@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cli.errors import UserError
+from cli.text_files import read_text
 from sample.trained import TrainedSampler
 from weights.run import EVALUATION, SAMPLES, Run
 
@@ -39,10 +41,44 @@ def is_share(name: str, value: Any) -> bool:
     return isinstance(value, float) and not name.endswith(_NOT_SHARES)
 
 
+def read_records(folder: Path) -> list[Record]:
+    """Reads `evaluation.json` of a run folder; [] if there is none. A number that is not finite is None.
+
+    Raises:
+      UserError: if it is something else.
+    """
+    path = folder / EVALUATION
+    if not path.is_file():
+        return []
+    try:
+        records = json.loads(read_text(path), parse_constant=lambda _: None)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); move it away and evaluate again") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path} is no list of records; move it away and evaluate again")
+    return records
+
+
+def check_finite(record: Record) -> Record:
+    """Returns what a metric found.
+
+    Raises:
+      UserError: if a value is not finite: it measures nothing, and JSON cannot hold it.
+    """
+    for name, value in record["values"].items():
+        if not math.isfinite(value):
+            raise UserError(f"{name} is not finite ({value}); the weights, or what they made, are damaged")
+    return record
+
+
 def write_records(run: Run, records: Sequence[Record]) -> None:
-    """Adds records to `evaluation.json`; one with the same metric, split and settings is replaced."""
+    """Adds records to `evaluation.json`; one with the same metric, split and settings is replaced.
+
+    Raises:
+      UserError: if the file is something else.
+    """
     path = run.folder / EVALUATION
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    earlier = read_records(run.folder)
 
     def identity(record: Record) -> str:
         return json.dumps({key: value for key, value in record.items() if key not in _FOUND}, sort_keys=True)
@@ -50,7 +86,7 @@ def write_records(run: Run, records: Sequence[Record]) -> None:
     new = {identity(record) for record in records}
     kept = [record for record in earlier if identity(record) not in new]
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps([*kept, *records], indent=2) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps([*kept, *records], indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)
 
 

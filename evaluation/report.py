@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.page import picture_tag, pyplot, svg_of, write_page
-from evaluation.records import is_share
-from weights.run import DONE, EVALUATION, SAMPLES, Run, read_metrics
+from evaluation.records import is_share, read_records
+from weights.run import DONE, SAMPLES, Run, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +68,14 @@ def _section(section: Section) -> str:
 
 def headline_records(folder: Path) -> list[dict[str, Any]]:
     """The newest record of each metric and split that is of the run's own dataset and sampling settings."""
-    path = folder / EVALUATION
-    if not path.is_file():
+    records = read_records(folder)
+    if not records:
         return []
     config = Run.open(folder).config
     settings, dataset = config.sample.to_dict(), config.data.dataset
     newest = {
         (record["metric"], record["split"]): record
-        for record in json.loads(path.read_text(encoding="utf-8"))
+        for record in records
         if all(record.get(key, value) == value for key, value in settings.items())
         and record.get("dataset", dataset).startswith(dataset)
     }
@@ -120,7 +119,7 @@ def _curve(rows: Sequence[Mapping[str, float]], title: str, metric: str) -> str:
             (metric, {"linewidth": 1.2, "label": "training"}),
             (f"validation/{metric}", {"marker": "o", "markersize": 3, "label": "validation"}),
         ):
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), **style)
         axes.set_title(title, fontsize=10)

@@ -8,6 +8,7 @@ from pathlib import Path
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
+from cli.ranges import check_seed
 from sample.arguments import add_sampling_arguments, sampling_settings
 from sample.sheets.axes import parse_axes, read_texts
 
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     given = [name for name, value in vars(options).items() if value not in (None, [])]
     axes = parse_axes(options.sweep, given)
     _check_together(options, [axis.name for axis in axes])
+    check_seed("--seed", options.seed or 0)
 
     from sample.command import check_shown, draw_figure, draw_samples
     from sample.conditions import Order, make_conditions
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
     check_shown(trained)
     seed, settings, out = options.seed or 0, sampling_settings(options), Path(options.out)
-    trained.check_settings(settings)
+    trained.check_settings(settings, {axis.name: axis.values for axis in axes})
     order = Order(make_conditions(prompts, options.label, options.image), seed, settings, options.negative_prompt)
     prepare_out(out)
     # Of one picture there is one reconstruction, or one text to look at first; but several ways to go on from its top.

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -38,6 +38,35 @@ SETTINGS: Mapping[str, Setting] = {
     "guidance_start": Setting(float, "share of the process before which there is none", _DIFFUSION),
     "guidance_stop": Setting(float, "share of the process after which there is none", _DIFFUSION),
 }
+
+
+# Setting -> (its value without effect, the setting whose value makes all others so, that value).
+_IDLE = {
+    **{"rescale": (0.0, "guidance", 1.0), "guidance_start": (0.0, "guidance", 1.0)},
+    **{"guidance_stop": (1.0, "guidance", 1.0)},
+    **{"top_k": (0, "temperature", 0.0), "top_p": (1.0, "temperature", 0.0)},
+}
+_MEANS = {"guidance": "guidance 1 means none", "temperature": "temperature 0 takes the most likely token"}
+
+
+def idle_settings(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], swept: Mapping[str, Sequence[Any]] | None = None
+) -> list[tuple[str, str]]:
+    """Settings that were chosen and have no effect, each with the reason.
+
+    Args:
+      given: overrides of `config.sample`; if there are none, the defaults are what was chosen.
+      defaults: `config.sample`.
+      swept: values of settings that differ between cells: there is an effect if one cell has it.
+    """
+    swept = swept or {}
+    chosen = {**{name: (value,) for name, value in given.items()}, **swept} or {k: (v,) for k, v in defaults.items()}
+    found = []
+    for name, (without, other, value) in _IDLE.items():
+        others = swept.get(other) or (given.get(other, defaults.get(other)),)
+        if any(one != without for one in chosen.get(name, ())) and all(one == value for one in others):
+            found.append((name, _MEANS[other]))
+    return found
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cli.errors import UserError
+from cli.ranges import check_range, check_seed
 from data.preprocess import transform_pair
 from sample.files import read_square
 from sample.samplers.contract import besides
@@ -130,13 +131,14 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
       UserError: if the run does not read such conditions or needs others, or a setting is impossible.
     """
     _check_kind(trained, order)
-    if not -(2**63) <= order.seed < 2**63:
-        raise UserError(f"the seed {order.seed} does not fit 64 bits; choose a smaller one")
+    check_seed("seed", order.seed)
     rows: Rows = {}
     told = order.conditions[0].rows
     if "text" in told:
         rows |= trained.encode([str(condition.prompt) for condition in order.conditions])
     if "label" in told:
+        for condition in order.conditions:
+            check_range("the class", condition.label, "[0, 2147483647]")
         rows["label"] = np.array([condition.label for condition in order.conditions], np.int32)
     if "image" in told:
         data = trained.config.data

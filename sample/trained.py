@@ -1,7 +1,7 @@
 """A run folder made ready to sample: weights, frozen stages, tokenizer, and a compiled sampler."""
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.ranges import check_seed
 from data.tokenizer import Tokenizer
+from sample.arguments import idle_settings
 from sample.samplers import create_sampler
 from sample.samplers.contract import besides
 from weights.run import TOKENIZER, Run, RunWeights
@@ -67,15 +69,26 @@ class TrainedSampler:
         """What may be set: the keys of `config.sample`, and what comes with rows that the sampler may read besides."""
         return (*self.config.sample, *(name for brought in besides(self.sampler).values() for name in brought))
 
-    def check_settings(self, names: Iterable[str]) -> None:
-        """Raises UserError if a setting is one that the run's sampler does not have."""
+    def check_settings(self, settings: Mapping[str, Any], swept: Mapping[str, Sequence[Any]] | None = None) -> None:
+        """Looks at overrides of `config.sample`, before anything is drawn.
+
+        Args:
+          settings: the overrides.
+          swept: the values of those that differ between cells.
+
+        Raises:
+          UserError: if one is of what the run's sampler does not have, or has no effect beside the others.
+        """
         known = self.setting_names
-        unknown = [f"--{name}" for name in names if name not in known]
+        unknown = [f"--{name}" for name in settings if name not in known]
         if unknown:
             has = f"it has {', '.join(known)}" if known else "it has no settings"
             raise UserError(
                 f"{self.run.folder} is a run of {self.config.objective}; leave out {', '.join(unknown)} ({has})"
             )
+        for name, why in idle_settings(settings, self.config.sample.to_dict(), swept) if settings or swept else ():
+            value = settings.get(name, (swept or {}).get(name))
+            raise UserError(f"{name}={value} has no effect, as {why}; leave it out")
 
     def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights these are, and all settings of their sampler, those of the run's config included."""
@@ -97,6 +110,17 @@ class TrainedSampler:
             (name, request[name].shape if isinstance(request[name], np.ndarray | np.generic) else request[name])
             for name in sorted(request)
         )
+
+    def _check_finite(self, outputs: Rows) -> None:
+        """Raises UserError if numbers are not finite: as bytes, ranks or averages they would pass for others."""
+        for name, value in outputs.items():
+            broken = int(np.sum(~np.isfinite(value))) if np.issubdtype(value.dtype, np.floating) else 0
+            if broken:
+                raise UserError(
+                    f"{self.run.folder}: {broken} of {value.size} numbers of its {name} are not finite at step "
+                    f"{self.weights.step}; the weights diverged or are damaged: take another step, or train or convert "
+                    "again"
+                )
 
     def encode(self, captions: Sequence[str]) -> Rows:
         """Tokenizes captions for a request: {"text": int32 [n l]}.
@@ -139,7 +163,12 @@ class TrainedSampler:
 
         Returns:
           The sampler's outputs as numpy arrays with leading dimension n.
+
+        Raises:
+          UserError: if the seed is none that the generator tells from others, the request is impossible, or what
+            comes out is not finite.
         """
+        check_seed("seed", seed)
         count, numbers = len(indices), np.asarray(indices, np.int32)
         chunks = []
         for start in range(0, count, self.chunk):
@@ -149,4 +178,5 @@ class TrainedSampler:
             request = self.sampler.request(**part, **settings)
             outputs = self.sampler(self.weights.params, self.weights.variables, self.frozen, request, keys)
             chunks.append(jax.device_get(outputs))
+            self._check_finite(chunks[-1])
         return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}

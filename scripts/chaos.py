@@ -14,6 +14,7 @@ from typing import Any
 from cli import entry_point
 from cli.config import load_config
 from cli.errors import EXIT_FAILURE, EXIT_OK, UserError
+from cli.ranges import check_seed
 
 _DESCRIPTION = """\
 Trains a config twice: once without interruption, and once killed (SIGKILL) at random moments and started again each
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str]) -> int:
         if subprocess.run([*train, f"--workdir={folder}/whole"], stdout=log, stderr=log, check=False).returncode:
             raise UserError(f"the uninterrupted run failed; see {folder}/whole.log")
 
-    chaos = Chaos(train, folder / "killed", config.steps, random.Random(options.seed))
+    chaos = Chaos(train, folder / "killed", config.steps, random.Random(check_seed("--seed", options.seed)))
     phases = chaos.run(options.kills, lambda line: print(line, flush=True))
     differences = compare_runs(folder / "whole", folder / "killed")
     ids = {path.name.rsplit("-", 1)[1] for path in (folder / "killed").glob("wandb/offline-run-*")}

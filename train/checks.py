@@ -2,28 +2,32 @@
 
 from ml_collections import ConfigDict
 
+from cli.config import flatten
 from cli.errors import UserError
+from cli.ranges import check_ranges, check_seed
 from data.pipeline import Stream
 from data.tokenizer import Tokenizer
 from models import MODELS
 from train.health import MODES
+from train.optimizer import complete_rules
 from train.step_profile import WARM_UP
+
+_NUMBERS = {
+    **dict.fromkeys(("steps", "batch_size"), "[1, inf)"),
+    **dict.fromkeys(("log.every", "evaluate.every", "checkpoint.every", "ema.every"), "[1, inf)"),
+    **{"evaluate.batches": "[1, inf)", "evaluate.previews": "[1, inf)", "checkpoint.keep": "[0, inf)"},
+    **dict.fromkeys(("data.image_size", "data.text_length", "data.workers", "data.read_ahead"), "[0, inf)"),
+    **{"data.bpe_dropout": "[0, 1]", "ema.decay": "[0, 1)"},
+}
 
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError if a number or a choice of the config itself is impossible."""
-    for key in ("steps", "batch_size"):
-        if config[key] < 1:
-            raise UserError(f"config.{key} must be at least 1, not {config[key]}")
-    if config.seed < 0:
-        raise UserError(f"config.seed must not be negative, not {config.seed}")
-    if config.evaluate.previews < 1:
-        raise UserError(f"config.evaluate.previews must be at least 1, not {config.evaluate.previews}")
+    check_seed("config.seed", config.seed)
+    check_ranges("config", flatten(config), _NUMBERS)
     if config.nonfinite not in MODES:
         raise UserError(f"config.nonfinite={config.nonfinite!r} is unknown; choose one of {', '.join(MODES)}")
-    for group in ("log", "evaluate", "checkpoint", "ema"):
-        if config[group].every < 1:
-            raise UserError(f"config.{group}.every must be at least 1, not {config[group].every}")
+    complete_rules(config.optimizer, config.steps)
     if max(config.steps, config.batch_size * 2) >= 2**31:
         raise UserError("config.steps must stay below 2^31, and config.batch_size below 2^30")
 

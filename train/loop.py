@@ -34,6 +34,7 @@ from train.state import TrainState, count_examples
 from train.step_profile import StepProfile
 from train.trainable import describe_held, trained_params
 from train.transfer import initialize_parts
+from train.unread import unread_keys
 from train.workdir import copy_tokenizer, open_workdir, pin_frozen, storage_errors, wandb_id
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
 from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, PROFILE, TOKENIZER
@@ -67,6 +68,8 @@ def train(config: ConfigDict, workdir: str | Path, profile: int = 0) -> int:
         store = CheckpointStore(workdir / CHECKPOINTS, keep=config.checkpoint.keep)
         config, steps = _open(config, workdir, store)
         tokenizer = Tokenizer.load(workdir / TOKENIZER) if config.data.text_length else None
+        for line in unread_keys(config) if is_first() else ():
+            print(f"warning: {line}", flush=True)
         training = _prepare(config, tokenizer)
         state, start = _restore(config, training, store, steps)
         if start >= config.steps:

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import os
 import queue
 import threading
@@ -44,8 +45,12 @@ class MetricLog:
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one row and hands it to the operating system, so that a killed run keeps it."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Appends one row and hands it to the operating system, so that a killed run keeps it.
+
+        A value that is not finite becomes null: JSON has no NaN.
+        """
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -226,8 +231,5 @@ def save_picture(workdir: Path, step: int, name: str, picture: Image.Image) -> P
 
 
 def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """Turns (sum, count) pairs, already on the host, into means."""
-    return {
-        name: float(np.asarray(total) / np.maximum(np.asarray(count), 1e-20))
-        for name, (total, count) in metrics.items()
-    }
+    """Turns (sum, count) pairs, already on the host, into means; one that counted nothing has none."""
+    return {name: float(np.asarray(total) / count) for name, (total, count) in metrics.items() if np.asarray(count) > 0}

@@ -12,40 +12,103 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.ranges import check_range, check_ranges
 from train.distributed.sharding import path_name
 
 Tree = Any
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
-def create_schedule(config: Mapping[str, Any], steps: int) -> Schedule:
+# What the mathematics allows of the numbers of a rule, and of its schedule.
+_NUMBERS = {
+    **dict.fromkeys(("b1", "b2"), "[0, 1)"),
+    **{"eps": "(0, inf)", "weight_decay": "[0, inf)", "clip_norm": "[0, inf)"},
+}
+_SCHEDULE_NUMBERS = dict.fromkeys(("peak", "end", "factor", "warmup_steps", "decay_steps"), "[0, inf)")
+
+# The keys that each choice reads; of the others a run says that they have no effect (`train.unread`).
+READ_BY_SCHEDULE = {
+    "constant": ("peak", "warmup_steps"),
+    "warmup_cosine": ("peak", "end", "warmup_steps", "decay_steps"),
+    "warmup_steps_down": ("peak", "warmup_steps", "boundaries", "factor"),
+}
+READ_BY_TRANSFORM = {"adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2"), "muon": ("b1",), "sgd": ()}
+
+
+def create_schedule(config: Mapping[str, Any], steps: int, name: str = "config.optimizer.schedule") -> Schedule:
     """Builds a learning-rate schedule.
 
     Args:
-      config: {name, peak, end, warmup_steps, decay_steps, boundaries, factor}. `constant`: `peak` throughout.
-        `warmup_cosine`: linear from 0 to `peak`, then a half cosine to `end`. `warmup_steps_down`: linear to `peak`,
-        multiplied by `factor` at each of `boundaries`. `decay_steps` counts from step 0; 0 means all of `steps`.
+      config: {name, peak, end, warmup_steps, decay_steps, boundaries, factor}. All rise linearly from 0 to `peak` over
+        `warmup_steps`. `constant`: `peak` from there on. `warmup_cosine`: a half cosine to `end` at `decay_steps`,
+        which counts from step 0; 0 means all of `steps`. `warmup_steps_down`: multiplied by `factor` at each of
+        `boundaries`, also inside the warm-up, and twice at one that stands twice.
       steps: length of the run.
+      name: of the config, for errors.
 
     Raises:
-      UserError: unknown name, or a warm-up longer than the schedule.
+      UserError: an unknown schedule, an impossible number, or a warm-up longer than the schedule.
     """
-    name, peak, warmup = config["name"], config["peak"], config["warmup_steps"]
-    decay_steps = config["decay_steps"] or steps
-    if name == "constant":
-        return optax.constant_schedule(peak)
-    if warmup >= decay_steps:
-        raise UserError(f"the warm-up of {warmup} steps must be shorter than the schedule of {decay_steps} steps")
-    if name == "warmup_cosine":
+    kind, peak, warmup = config["name"], config["peak"], config["warmup_steps"]
+    if kind not in READ_BY_SCHEDULE:
+        raise UserError(f"unknown schedule {kind!r}; choose {', '.join(READ_BY_SCHEDULE)}")
+    check_ranges(name, config, _SCHEDULE_NUMBERS)
+    for boundary in config["boundaries"]:
+        check_range(f"{name}.boundaries", boundary, "[1, inf)")
+    if kind == "warmup_cosine":
+        decay_steps = config["decay_steps"] or steps
+        if warmup >= decay_steps:
+            raise UserError(f"the warm-up of {warmup} steps must be shorter than the schedule of {decay_steps} steps")
         return optax.warmup_cosine_decay_schedule(
             0.0 if warmup else peak, peak, warmup, decay_steps, end_value=config["end"]
         )
-    if name == "warmup_steps_down":
-        down = optax.piecewise_constant_schedule(
-            peak, {int(step) - warmup: config["factor"] for step in config["boundaries"]}
+    if warmup > steps:
+        raise UserError(f"the warm-up of {warmup} steps must not be longer than the run of {steps} steps")
+    flat = optax.constant_schedule(peak)
+    rising = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), flat], [warmup]) if warmup else flat
+    if kind == "constant" or not config["boundaries"]:
+        return rising
+    boundaries, factor = jnp.asarray(config["boundaries"]), config["factor"]
+
+    def down(step: Any) -> Any:
+        return rising(step) * jnp.prod(jnp.where(step >= boundaries, factor, 1.0))
+
+    return down
+
+
+def complete_rules(config: ConfigDict, steps: int) -> list[dict[str, Any]]:
+    """The rules of `config.optimizer`, each with the defaults for what it leaves out; see `create_optimizer`.
+
+    Raises:
+      UserError: on an unknown key or choice, an impossible number, or a pattern that is none.
+    """
+    rules = [_complete(config, rule) for rule in config.rules]
+    for index, (given, rule) in enumerate(zip(config.rules, rules, strict=True)):
+        own = f"config.optimizer.rules[{index}]"
+        for key, interval in _NUMBERS.items():
+            check_range(f"{own if key in given else 'config.optimizer'}.{key}", rule[key], interval)
+        create_schedule(
+            rule["schedule"], steps, f"{own}.schedule" if given.get("schedule") else "config.optimizer.schedule"
         )
-        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), down], [warmup])
-    raise UserError(f"unknown schedule {name!r}; choose constant, warmup_cosine or warmup_steps_down")
+        if rule["transform"] not in READ_BY_TRANSFORM:
+            raise UserError(
+                f"unknown optimizer transform {rule['transform']!r}; choose one of {', '.join(READ_BY_TRANSFORM)}"
+            )
+        check_pattern(f"{own}.pattern", rule["pattern"])
+        check_pattern("no_decay of config.optimizer", rule["no_decay"])
+    for pattern, low, high in config.bounds:
+        check_pattern("config.optimizer.bounds", pattern)
+        if not low <= high:
+            raise UserError(f"config.optimizer.bounds of {pattern!r} are impossible: {low} is not at most {high}")
+    return rules
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+    """Raises UserError unless a pattern of paths is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise UserError(f"{name}: {pattern!r} is not a pattern of paths ({error})") from error
 
 
 def create_optimizer(
@@ -69,7 +132,7 @@ def create_optimizer(
     Raises:
       UserError: if a trained parameter matches no rule or a rule matches no parameter at all.
     """
-    rules = [_complete(config, rule) for rule in config.rules]
+    rules = complete_rules(config, steps)
 
     def label(path: tuple[Any, ...], _: Any) -> int:
         index = _first_match(path_name(path), rules)
@@ -114,17 +177,24 @@ def update_ema(config: ConfigDict, ema_params: Tree, params: Tree, step: Int[Arr
     Args:
       config: `config.ema`: `decay`; `warm_up`, whether the decay is min(decay, (1 + n) / (10 + n)) at the n-th update
         of the average; `every`, steps between updates; `paths`, a regex of the paths averaged (others are copied).
-      ema_params: the average so far.
+      ema_params: the average so far, in float32 or finer whatever the parameters have: in bfloat16 it would not move
+        by the thousandth of a difference.
       params: parameters after update number `step`.
       step: updates done, this one included.
+
+    Raises:
+      UserError: if the average is kept in less.
     """
+    coarse = {str(leaf.dtype) for leaf in jax.tree.leaves(ema_params) if leaf.dtype in (jnp.bfloat16, jnp.float16)}
+    if coarse:
+        raise UserError(f"a moving average in {coarse.pop()} stops moving; keep it in float32")
     count = (step // config.every).astype(jnp.float32)
     decay = jnp.minimum(config.decay, (1 + count) / (10 + count)) if config.warm_up else jnp.float32(config.decay)
     decay = jnp.where(step % config.every == 0, decay, 1.0)
 
     def move(path: tuple[Any, ...], average: Array, value: Array) -> Array:
         if not re.search(config.paths, path_name(path)):
-            return value
+            return value.astype(average.dtype)
         return (decay * average + (1 - decay) * value).astype(average.dtype)
 
     return jax.tree_util.tree_map_with_path(move, ema_params, params)
@@ -151,8 +221,6 @@ def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransf
         "muon": lambda: _muon(rule["b1"]),
         "sgd": optax.identity,
     }
-    if rule["transform"] not in scale:
-        raise UserError(f"unknown optimizer transform {rule['transform']!r}; choose one of {', '.join(scale)}")
 
     def decayed(params: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(

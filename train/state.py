@@ -24,7 +24,7 @@ class TrainState:
         as a published run may see more than 2^31 of them.
       params: {part: tree}, trained by gradient where `config.trainable` says so.
       variables: {part: {collection: tree}}, updated without one; may be empty.
-      ema_params: moving average of the trained ones of params, or {} without one.
+      ema_params: moving average of the trained ones of params, in float32 or finer, or {} without one.
       opt_state: of the optimizer, of the trained ones likewise.
     """
 
@@ -83,7 +83,14 @@ def create_state(params: Tree, variables: Tree, opt_state: Tree, averaged: Tree)
         examples_seen=jnp.zeros(2, jnp.int32),
         params=params,
         variables=variables,
-        # A copy: the step donates its input, and one buffer cannot be donated twice.
-        ema_params=jax.tree.map(jnp.copy, averaged),
+        ema_params=start_average(averaged),
         opt_state=opt_state,
     )
+
+
+def start_average(params: Tree) -> Tree:
+    """The moving average of parameters before the first update: these, in float32 where they are in less.
+
+    Copies: the step donates its input, and one buffer cannot be donated twice.
+    """
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), params)

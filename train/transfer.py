@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models import create_model
 from train.distributed.sharding import path_name
-from train.state import TrainState
+from train.state import TrainState, start_average
 from train.trainable import trained_params
 from weights.run import Run, model_of
 from weights.sources import (
@@ -61,10 +60,11 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
         if name in variables and part.variables:
             variables[name] = jax.tree.map(place_whole, part.variables, variables[name])
     averaged = trained_params(params, config.trainable) if jax.tree.leaves(state.ema_params) else {}
-    ema = jax.tree.map(jnp.copy, averaged)
     as_before = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
     opt_state = jax.jit(init_optimizer, out_shardings=as_before)(params)
-    return dataclasses.replace(state, params=params, variables=variables, ema_params=ema, opt_state=opt_state)
+    return dataclasses.replace(
+        state, params=params, variables=variables, ema_params=start_average(averaged), opt_state=opt_state
+    )
 
 
 def _check_fields(config: ConfigDict, name: str) -> None:

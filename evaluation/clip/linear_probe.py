@@ -7,6 +7,8 @@ import scipy.optimize
 import scipy.special
 from jaxtyping import Float, Int
 
+from cli.errors import UserError
+
 # Strengths that are tried, one a decade (appendix A.3 tries more).
 STRENGTHS = tuple(10.0**power for power in range(-6, 3))
 MAX_ITERATIONS = 1000
@@ -35,15 +37,25 @@ class LinearProbe:
         return np.argmax((features - self.mean) / self.scale @ self.weights + self.bias, axis=1)
 
     def accuracy(self, features: Float[np.ndarray, "n e"], labels: Int[np.ndarray, " n"]) -> float:
-        """Share of rows that are classified right."""
+        """Share of rows that are classified right.
+
+        Raises:
+          UserError: if features are not finite: the likeliest of no numbers would be the first class.
+        """
+        _check_finite(features)
         return float(np.mean(self.predict(features) == labels))
 
 
 def fit_probe(
     features: Float[np.ndarray, "n e"], labels: Int[np.ndarray, " n"], classes: int, strength: float
 ) -> LinearProbe:
-    """Minimizes the penalized cross-entropy with L-BFGS, from zero, in float64."""
+    """Minimizes the penalized cross-entropy with L-BFGS, from zero, in float64.
+
+    Raises:
+      UserError: if features are not finite.
+    """
     features = np.asarray(features, np.float64)
+    _check_finite(features)
     mean = features.mean(axis=0)
     scale = float(np.sqrt(np.mean(np.square(features - mean)))) or 1.0
     x, target = (features - mean) / scale, np.eye(classes)[labels]
@@ -90,3 +102,9 @@ def choose_probe(
     # Of several that do equally well, the strongest.
     best = max(range(len(STRENGTHS)), key=lambda i: (scores[i], STRENGTHS[i]))
     return fit_probe(features, labels, classes, STRENGTHS[best])
+
+
+def _check_finite(features: Float[np.ndarray, "n e"]) -> None:
+    broken = int(np.sum(~np.isfinite(features)))
+    if broken:
+        raise UserError(f"{broken} of {features.size} features are not finite, so no probe can be fitted on them")

@@ -4,7 +4,7 @@ On the embedded dataset the classes are its attributes; any other one needs a fi
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,33 +116,32 @@ def read_pictures(clip: ClipEmbedder, split: str, num: int) -> Pictures:
     return Pictures(*pictures, labels, names, world, scenes)
 
 
-def clip_records(
-    trained: TrainedSampler, names: Sequence[str], split: str, num: int, settings: ClipSettings
-) -> list[Record]:
-    """Computes metrics of one split.
+def clip_makers(
+    trained: TrainedSampler, split: str, num: int, settings: ClipSettings
+) -> dict[str, Callable[[], Record]]:
+    """Embeds the pictures of one split, for all metrics.
 
     Args:
       trained: a run of the objective "clip".
-      names: of `CLIP_METRICS`.
       split: of its dataset.
       num: pictures, the first of it.
       settings: classes and templates.
 
     Returns:
-      A record for each metric: name, split, values, how many pictures each share is of, and settings.
+      For each of `CLIP_METRICS` what computes it: values, how many pictures each share is of, and settings; it raises
+      UserError if there are no captions or no such classes, as the metric needs.
 
     Raises:
-      UserError: if the split has fewer, or no captions or no such classes, as the metric needs.
+      UserError: if the split has fewer.
     """
     clip = ClipEmbedder(trained)
     pictures = read_pictures(clip, split, num)
-    makers = {
+    return {
         "zero_shot": lambda: _zero_shot(pictures, clip.texts, settings),
         "retrieval": lambda: _retrieval(trained, pictures, clip.texts),
         "linear_probe": lambda: _linear_probe(clip, pictures, settings),
         "similarity": lambda: _similarity(trained, pictures, clip.texts, split),
     }
-    return [{"metric": name, "split": split, **makers[name]()} for name in names]
 
 
 def _zero_shot(pictures: Pictures, embed: Embed, settings: ClipSettings) -> Record:

@@ -132,6 +132,7 @@ def chosen_from(
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """How often the nearest of k candidates is right, and any of them: means over all c / k groups of a caption."""
     groups = right.shape[1] // k
+    cosines = np.where(np.isnan(cosines), -np.inf, cosines)  # no number is nearer than none
     right, cosines = (x[:, : groups * k].reshape(len(x), groups, k) for x in (right, cosines))
     chosen = np.take_along_axis(right, np.argmax(cosines, axis=2)[..., None], axis=2)[..., 0]
     return chosen.mean(axis=1), right.any(axis=2).mean(axis=1)
@@ -146,7 +147,7 @@ def draw_curve(
     counts: Sequence[int], values: Mapping[str, float], errors: Mapping[str, float], title: str
 ) -> Image.Image:
     """Plots accuracy against candidates, with bars of two standard errors."""
-    with matplotlib.rc_context({"font.size": 9}):
+    with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(5, 3.5), dpi=120, layout="constrained")
         axes = figure.subplots()
         chosen = [100 * values[f"chosen_{k}"] for k in counts]

@@ -1,6 +1,7 @@
 """The matrix of similarities between pictures and captions, as CLIP's authors drew it."""
 
 import io
+import warnings
 from collections.abc import Sequence
 
 import matplotlib
@@ -15,8 +16,12 @@ from data.pictures import open_picture
 def draw_similarity(
     images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], cosines: Float[np.ndarray, "m n"]
 ) -> Image.Image:
-    """Draws captions as rows, pictures as columns, and each cosine in its cell, darker where it is higher."""
-    with matplotlib.rc_context({"font.size": 8}):
+    """Draws captions as rows, pictures as columns, and each cosine in its cell, darker where it is higher.
+
+    Captions are drawn as they are written: dollar signs are no formula, and what the font lacks is its box.
+    """
+    with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
         figure = Figure(figsize=(4 + 0.6 * len(images), 1 + 0.6 * len(captions)), dpi=100)
         axes = figure.add_axes((0.42, 0.03, 0.56, 0.84))
         axes.imshow(cosines, cmap="Blues", aspect="auto")

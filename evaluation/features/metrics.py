@@ -7,7 +7,8 @@ drawn and not kept, so their number is bounded by their features alone.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,10 @@ def check_feature_metrics(names: Sequence[str], num: int, settings: FeatureSetti
             f"{names[0]} compares features; give --features=inception:FILE, a file of the network's weights, "
             "or clip:RUN"
         )
+    if "kid" in names and settings.kid_subset_size == 1:
+        raise UserError(
+            "kid has no estimate of one picture; --kid_subset_size must be at least 2, or 0 for one estimate of all"
+        )
     kid = (settings.kid_subset_size or 2, "--kid_subset_size=0 makes one estimate of all pictures")
     least = {"fid": (2, ""), "kid": kid, "inception_score": (_SPLITS, ""), "precision_recall": (_NEIGHBORS + 1, "")}
     for name in names:
@@ -83,7 +88,7 @@ def check_feature_metrics(names: Sequence[str], num: int, settings: FeatureSetti
             raise UserError(f"{name} needs {fewest} pictures of each side or more, not {given}; raise --num{more}")
 
 
-def feature_records(
+def feature_makers(
     trained: TrainedSampler,
     names: Sequence[str],
     split: str,
@@ -91,8 +96,8 @@ def feature_records(
     seed: int,
     sampling: Mapping[str, Any],
     settings: FeatureSettings,
-) -> list[Record]:
-    """Computes metrics of one split: the pictures are drawn once for all of them.
+) -> dict[str, Callable[[], Record]]:
+    """Draws the pictures of one split, once for all metrics.
 
     Args:
       trained: the run.
@@ -104,10 +109,11 @@ def feature_records(
       settings: the rest.
 
     Returns:
-      For each metric its name, values, and what they depend on beside the run and its sampling.
+      For each metric what computes it: values, and what they depend on beside the run and its sampling.
 
     Raises:
-      UserError: if the split is missing or has fewer records, or a record has no caption or class.
+      UserError: if the split is missing or has fewer records, a record has no caption or class, or features are not
+        finite.
     """
     num_real = settings.num_real or num
     source = open_records(trained.config.data, split, captions=False, fields=())
@@ -120,11 +126,12 @@ def feature_records(
     real = _real_features(trained, split, source, num_real, settings) if compared else features[:0]
 
     common = {"features": settings.extractor.identity, "resize": settings.extractor.resize, "num_generated": num}
-    records = []
-    for name in names:
-        record = {"metric": name, "split": split, **common, **({"num_real": num_real} if name in compared else {})}
-        records.append(record | _values(name, features, logits, real, settings))
-    return records
+
+    def compute(name: str) -> Record:
+        sides = {"num_real": num_real} if name in compared else {}
+        return {**common, **sides, **_values(name, features, logits, real, settings)}
+
+    return {name: functools.partial(compute, name) for name in names}
 
 
 def draw_pictures(
@@ -192,11 +199,23 @@ def _measure(
     extractor: FeatureExtractor, pictures: Iterator[UInt8[np.ndarray, "n h w 3"]], classify: bool
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n v"] | None]:
     if not classify:
-        return np.concatenate([extractor.features(images) for images in pictures]), None
+        return _finite(extractor, np.concatenate([extractor.features(images) for images in pictures])), None
     if not isinstance(extractor, Classifier):
         raise TypeError(f"{extractor.identity} offers inception_score and has no logits")
     pairs = [extractor.features_and_logits(images) for images in pictures]
-    return np.concatenate([features for features, _ in pairs]), np.concatenate([logits for _, logits in pairs])
+    features, logits = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+    return _finite(extractor, features), _finite(extractor, logits)
+
+
+def _finite(extractor: FeatureExtractor, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Returns features of pictures; raises UserError if they are not finite, as no metric of them is a number."""
+    broken = int(np.sum(~np.isfinite(features)))
+    if broken:
+        raise UserError(
+            f"{broken} of {features.size} features of {extractor.identity} are not finite; its weights are damaged, "
+            "give others as --features"
+        )
+    return features
 
 
 def _values(

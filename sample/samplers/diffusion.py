@@ -265,10 +265,27 @@ class DiffusionSampler:
         """The estimate of the data in x_t, without a condition."""
 
         def network(x: Array, time: Array) -> Array:
-            return self.model.apply({"params": params["denoiser"]}, x, time, Conditioning())
+            return self.check_output(self.model.apply({"params": params["denoiser"]}, x, time, Conditioning()), x)
 
         estimate = jax.jit(self.process.denoiser(network))(jnp.asarray(x_t), jnp.asarray(t, jnp.float32))
         return np.asarray(estimate[0] if self.process.variance == "learned" else estimate)
+
+    def check_output(self, output: Array, x_t: Array) -> Array:
+        """Returns the network's output, of as many channels as the process needs: more or fewer might be broadcast.
+
+        Raises:
+          UserError: names both numbers.
+        """
+        learned = self.process.variance == "learned"
+        needed = x_t.shape[-1] * (2 if learned else 1)
+        if output.shape[-1] != needed:
+            what = "mean and variance of each" if learned else "one for each"
+            raise UserError(
+                f"the denoiser makes {output.shape[-1]} channels, and the process needs {needed}, {what} of the data's "
+                f"{x_t.shape[-1]} (variance {self.process.variance!r}); change config.models.denoiser.out_channels, "
+                "where the network has it, or config.process.variance"
+            )
+        return output
 
     def conditioning(self, params: Tree, frozen: Tree, rows: Mapping[str, Array]) -> Conditioning:
         """What the denoiser is told of rows that have `text`, `label`, or both."""
@@ -336,8 +353,9 @@ def _draw(
     def denoise(x_t: Array, t: Array) -> Any:
         def network(x: Array, time: Array) -> Array:
             if not guided:
-                return sampler.model.apply({"params": params["denoiser"]}, x, time, told)
+                return sampler.check_output(sampler.model.apply({"params": params["denoiser"]}, x, time, told), x)
             output = sampler.model.apply({"params": params["denoiser"]}, pairs(x), pairs(time), told)
+            sampler.check_output(output, x)
             return _guide(guidance, process, *separate(output), (high - t) / (high - low))
 
         estimate = process.denoiser(network)(x_t, t)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
+from cli.ranges import check_seed
 from cli.text_files import read_lines
 from sample.arguments import SETTINGS
 
@@ -126,4 +127,6 @@ def _values(name: str, values: str) -> list[Any]:
             parsed.append(kind(item))
         except ValueError:
             raise UserError(f"--sweep {name}={values}: {item!r} is not {_NAMES[kind]}") from None
+        if name == "seed":
+            check_seed("--sweep seed", parsed[-1])
     return parsed

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from cli.errors import UserError
+
 _MARGIN = 8
 _GAP = 2  # between the pictures of a mosaic
 _TEXT_SIZE = 12
@@ -18,7 +20,13 @@ _RIGHT, _WRONG = (70, 160, 90), (205, 70, 60)
 
 
 def to_uint8(images: Float[np.ndarray, "*n h w c"]) -> UInt8[np.ndarray, "*n h w c"]:
-    """Maps [-1, 1] to 0..255, rounded and clipped."""
+    """Maps [-1, 1] to 0..255, rounded and clipped.
+
+    Raises:
+      UserError: if a number is not finite; there is no color for it.
+    """
+    if not np.isfinite(images).all():
+        raise UserError("pictures have numbers that are not finite; the weights that made them diverged or are damaged")
     return np.clip(np.rint((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 

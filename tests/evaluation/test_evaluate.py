@@ -5,16 +5,20 @@ import json
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data import scenes
+from evaluation import evaluate
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.clip.reranking import ClipScorer
 from evaluation.evaluate import Tools, evaluate_run, on_dataset
+from evaluation.features.metrics import FeatureSettings
 from evaluation.reconstruction import code_usage, reconstruction_errors
-from evaluation.records import format_table, write_records
+from evaluation.records import check_finite, format_table, read_records, write_records
 from sample.embedding import ClipEmbedder
 from sample.trained import TrainedSampler
+from weights.run import Run
 
 from ..data.made_up import NAME, prepare_made_up
 
@@ -65,6 +69,35 @@ def test_mistakes(stage1):
         evaluate_run(stage1, [], ["validation"], 5000, 0, {})
     with pytest.raises(UserError, match="no split 'nope'"):
         evaluate_run(stage1, [], ["nope"], 5, 0, {})
+
+
+def test_a_metric_that_fails_costs_no_other(stage1, monkeypatch):
+    """Records are kept as they come; what failed is named at the end, one over NaN among it."""
+    found = {"reconstruction": {"values": {"mse": 0.5}}, "fid": {"values": {"fid": float("nan")}}}
+    makers = {"fid": lambda: found["fid"], "kid": lambda: {"values": {"kid": 0.25}}}
+    monkeypatch.setattr(evaluate, "_reconstruction", lambda *_: found["reconstruction"])
+    monkeypatch.setattr(evaluate, "check_feature_metrics", lambda *_: None)
+    monkeypatch.setattr(evaluate, "feature_makers", lambda *_: makers)
+    kept, names = [], ["fid", "reconstruction", "kid"]
+    with pytest.raises(UserError, match=r"^fid on validation: fid is not finite \(nan\).*; 2 others are kept$"):
+        evaluate_run(
+            stage1, names, ["validation"], 5, 0, {}, Tools(features=object.__new__(FeatureSettings)), kept.append
+        )
+    assert [(record["metric"], record["num"]) for record in kept] == [("reconstruction", 5), ("kid", 5)]
+
+
+def test_a_file_of_records_is_json_whatever_it_held(tmp_path):
+    run = Run(tmp_path, ConfigDict())
+    (tmp_path / "evaluation.json").write_text('[{"metric": "a", "values": {"x": NaN}}]')
+    write_records(run, [{"metric": "b", "values": {"x": 1.0}}])
+    assert "NaN" not in (tmp_path / "evaluation.json").read_text()
+    assert [record["values"]["x"] for record in read_records(tmp_path)] == [None, 1.0]
+    for text in ("{", "{}", "[1]"):
+        (tmp_path / "evaluation.json").write_text(text)
+        with pytest.raises(UserError, match="evaluation.json is n.*; move it away"):
+            read_records(tmp_path)
+    with pytest.raises(UserError, match="x is not finite"):
+        check_finite({"values": {"x": float("inf")}})
 
 
 def test_errors_and_usage_match_their_definitions():

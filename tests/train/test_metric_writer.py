@@ -126,3 +126,16 @@ def test_disabled_means_no_import(tmp_path, monkeypatch):
     log = WandbLog(wandb_config("disabled"), tmp_path, "abc", {})
     log.write(1, {"loss": 1.0})
     log.close()
+
+
+def test_what_counted_nothing_has_no_mean():
+    metrics = {"loss": (np.float32(6), np.float32(4)), "mse_q2": (np.float32(0), np.float32(0))}
+    assert means(metrics) == {"loss": 1.5}
+
+
+def test_values_that_are_not_finite_are_null(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    log.write(1, {"loss": float("nan"), "norm": float("inf"), "rate": 0.1})
+    log.close()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "norm": None, "rate": 0.1}]

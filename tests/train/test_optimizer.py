@@ -9,7 +9,8 @@ from einops import rearrange
 
 from cli.errors import UserError
 from configs.common import get_defaults
-from train.optimizer import apply_bounds, create_optimizer, create_schedule, update_ema
+from train.optimizer import apply_bounds, complete_rules, create_optimizer, create_schedule, update_ema
+from train.state import start_average
 
 PARAMS = {
     "image": {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}},
@@ -137,11 +138,59 @@ def test_steps_down_multiplies_at_each_boundary():
     assert [float(rate(step)) for step in (5, 49, 51, 79, 81)] == pytest.approx([0.5, 1, 0.5, 0.5, 0.25])
 
 
+def test_steps_down_act_inside_the_warm_up_and_twice_where_they_stand_twice():
+    rate = schedule(name="warmup_steps_down", boundaries=(5,))
+    assert [float(rate(step)) for step in (4, 5, 7, 9, 10, 11)] == pytest.approx([0.4, 0.25, 0.35, 0.45, 0.5, 0.5])
+    rate = schedule(name="warmup_steps_down", boundaries=(50, 50))
+    assert [float(rate(step)) for step in (49, 50)] == pytest.approx([1, 0.25])
+    assert float(schedule(name="warmup_steps_down", warmup_steps=0)(0)) == 1
+
+
+def test_a_constant_rate_is_warmed_up_too():
+    assert [float(schedule(name="constant")(step)) for step in (0, 5, 10, 99)] == pytest.approx([0, 0.5, 1, 1])
+    assert float(schedule(name="constant", warmup_steps=0)(0)) == 1
+
+
 def test_impossible_schedules_are_errors():
     with pytest.raises(UserError, match="warm-up of 10 steps"):
         schedule(steps=10)
+    with pytest.raises(UserError, match="warm-up of 10 steps must not be longer than the run of 9"):
+        schedule(steps=9, name="constant")
     with pytest.raises(UserError, match="unknown schedule"):
         schedule(name="cosine")
+    for key in ("peak", "end", "factor"):
+        for value in (-1.0, float("nan"), float("inf")):
+            with pytest.raises(UserError, match=f"config.optimizer.schedule.{key} must be at least 0, not {value}"):
+                schedule(**{key: value})
+    with pytest.raises(UserError, match="warmup_steps must be at least 0, not -3"):
+        schedule(warmup_steps=-3)
+    with pytest.raises(UserError, match="boundaries must be at least 1, not -5"):
+        schedule(name="warmup_steps_down", boundaries=(50, -5))
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        *(("b1", (value,)) for value in (1.5, 1.0, -0.1, float("nan"))),
+        *(("b2", (value,)) for value in (1.0, 2.0, float("nan"))),
+        *(("eps", (value,)) for value in (-1.0, 0.0, float("nan"))),
+        *(("weight_decay", (value,)) for value in (-1.0, float("nan"), float("inf"))),
+        *(("clip_norm", (value,)) for value in (-1.0, float("nan"), float("inf"))),
+    ],
+)
+def test_impossible_numbers_of_a_rule_are_named(key, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"config.optimizer.{key} must be .*, not {value}"):
+            complete_rules(optimizer_config(**{key: value}), 10)
+        with pytest.raises(UserError, match=rf"config.optimizer.rules\[1\].{key} must be .*, not {value}"):
+            complete_rules(optimizer_config(rules=({"pattern": "a"}, {"pattern": ".*", key: value})), 10)
+
+
+def test_impossible_bounds_and_patterns_are_named():
+    with pytest.raises(UserError, match="bounds of 'a' are impossible: 1.0 is not at most 0.5"):
+        complete_rules(optimizer_config(bounds=(("a", 1.0, 0.5),)), 10)
+    with pytest.raises(UserError, match=r"rules\[0\].pattern: '\(' is not a pattern"):
+        complete_rules(optimizer_config(rules=({"pattern": "("},)), 10)
 
 
 def test_bounds_project_only_what_they_name():
@@ -169,6 +218,23 @@ def test_ema_warm_up_forgets_the_initialization():
     ema, params = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
     moved = update_ema(ema_config(warm_up=True), ema, params, jnp.int32(1))["a"]
     np.testing.assert_allclose(moved, 1 - 2 / 11, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_ema_moves_whatever_dtype_the_parameters_have(dtype):
+    start, params = {"a": jnp.ones(1, dtype)}, {"a": jnp.full(1, 2, dtype)}
+    average, config = start_average(start), ema_config(decay=0.999, warm_up=False)
+    assert average["a"].dtype == jnp.float32
+    moved = jax.lax.fori_loop(0, 5000, lambda i, ema: update_ema(config, ema, params, i + 1), average)
+    assert float(moved["a"][0]) == pytest.approx(2 - 0.999**5000, abs=1e-3)
+    copied = update_ema(ema_config(paths="^b"), average, params, jnp.int32(1))
+    assert copied["a"].dtype == jnp.float32 and copied["a"][0] == 2
+
+
+def test_ema_is_not_kept_in_less_than_float32():
+    params = {"a": jnp.ones(1, jnp.bfloat16)}
+    with pytest.raises(UserError, match="moving average in bfloat16 stops moving"):
+        update_ema(ema_config(), params, params, jnp.int32(1))
 
 
 def test_ema_copies_what_its_paths_leave_out():

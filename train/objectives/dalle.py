@@ -18,11 +18,14 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.ranges import check_ranges
 from models.dalle import Dalle, DalleLogits
 from sample.samplers.dalle import DalleSampler
 from sample.samplers.dvae import from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.preview import to_host
+
+_NUMBERS = {"text_weight": "[0, inf)", "image_weight": "[0, inf)", "caption_dropout": "[0, 1)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,9 @@ class DalleObjective:
           UserError: if the image tokenizer does not fit the transformer, or a value is impossible.
         """
         objective = cls(sampler=DalleSampler.from_config(config), **config.loss)
-        if not 0 <= objective.caption_dropout < 1:
-            raise UserError(f"config.loss.caption_dropout={objective.caption_dropout} must be at least 0 and below 1")
-        if min(objective.text_weight, objective.image_weight) < 0:
-            raise UserError("config.loss.text_weight and config.loss.image_weight must not be negative")
+        check_ranges("config.loss", config.loss.to_dict(), _NUMBERS)
+        if objective.text_weight == objective.image_weight == 0:
+            raise UserError("config.loss.text_weight and config.loss.image_weight are both 0; nothing would be trained")
         return objective
 
     @property

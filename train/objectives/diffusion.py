@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.ranges import check_range
 from diffusion.posterior import bound_terms
 from diffusion.schedule import DiscreteSchedule
 from sample.samplers.diffusion import DiffusionSampler
@@ -46,8 +47,7 @@ class DiffusionObjective:
           UserError: if the process is impossible, or dropout has nothing to drop.
         """
         objective = cls(DiffusionSampler.from_config(config), **config.loss)
-        if not 0 <= objective.dropout < 1:
-            raise UserError(f"config.loss.dropout={objective.dropout} must be at least 0 and below 1")
+        check_range("config.loss.dropout", objective.dropout, "[0, 1)")
         if objective.dropout and not objective.sampler.conditional:
             raise UserError("config.loss.dropout has nothing to drop: the denoiser is told nothing; set it to 0")
         if objective.sampler.text is not None and not config.data.text_length:
@@ -107,6 +107,7 @@ class DiffusionObjective:
         noise = {"dropout_keys": keys[:, 3]} if train and getattr(sampler.model, "dropout", 0) else {}
         tree = {"params": params["denoiser"]}
         output = sampler.model.apply(tree, x_t, process.network_time(t), told, train, **noise)
+        sampler.check_output(output, x_0)
         prediction, bound = output, None
         if process.variance == "learned":
             prediction, values = jnp.split(output, 2, axis=-1)

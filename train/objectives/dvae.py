@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 import models
 from cli.errors import UserError
+from cli.ranges import check_ranges
 from models.dvae import DiscreteVAE, map_pixels, unmap_pixels
 from models.layers.quantizer import straight_through
 from sample.samplers.dvae import ReconstructionSampler, from_uint8
@@ -107,6 +108,13 @@ def check_reconstruction(kind: str) -> None:
         raise UserError(f"config.loss.reconstruction={kind!r} is unknown; choose one of {', '.join(RECONSTRUCTIONS)}")
 
 
+_NUMBERS = {
+    **dict.fromkeys(("kl_weight_start", "kl_weight"), "[0, inf)"),
+    **dict.fromkeys(("temperature_start", "temperature"), "(0, inf)"),
+    **dict.fromkeys(("kl_weight_steps", "temperature_steps"), "[0, inf)"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class DiscreteVAEObjective:
     """Trains part `dvae`, a `models.dvae.DiscreteVAE`.
@@ -134,12 +142,11 @@ class DiscreteVAEObjective:
         """Reads `config.models.dvae` and `config.loss`.
 
         Raises:
-          UserError: if the reconstruction term is unknown or a temperature is not positive.
+          UserError: if the reconstruction term is unknown or a number is impossible.
         """
         objective = cls(model=models.create_model(**config.models.dvae), **config.loss)
         check_reconstruction(objective.reconstruction)
-        if min(objective.temperature_start, objective.temperature) <= 0:
-            raise UserError("config.loss.temperature_start and config.loss.temperature must be positive")
+        check_ranges("config.loss", config.loss.to_dict(), _NUMBERS)
         return objective
 
     def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:

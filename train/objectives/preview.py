@@ -13,5 +13,8 @@ def gather(rows: Shaped[Array, "b *s"]) -> np.ndarray:
 
 
 def to_host(images: Float[Array, "b h w c"]) -> np.ndarray:
-    """Images in [-1, 1] as bytes in numpy, the whole batch on every process: a collective call."""
-    return to_uint8(gather(images))
+    """Images in [-1, 1] as bytes in numpy, the whole batch on every process: a collective call.
+
+    What is not finite is black: a preview ends no run; `train.health` does that, and says why.
+    """
+    return to_uint8(np.nan_to_num(gather(images), nan=-1.0))

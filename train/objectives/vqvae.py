@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 import models
-from cli.errors import UserError
+from cli.ranges import check_ranges
 from models.dvae import VectorQuantizedVAE
 from models.layers.quantizer import straight_through
 from sample.samplers.dvae import ReconstructionSampler, from_uint8
@@ -76,6 +76,12 @@ def update_codebook(codebook: Codebook, z: Float[Array, "n e"], tokens: Int[Arra
     return {"embedding": jnp.where(alive[:, None], means, codebook["embedding"]), "usage": usage, "sums": sums}
 
 
+_NUMBERS = {
+    **dict.fromkeys(("codebook_decay", "restart_threshold"), "[0, 1)"),
+    **dict.fromkeys(("commitment", "restart_every"), "[0, inf)"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class VectorQuantizedVAEObjective:
     """Trains part `dvae`, a `models.dvae.VectorQuantizedVAE`.
@@ -102,13 +108,11 @@ class VectorQuantizedVAEObjective:
         """Reads `config.models.dvae` and `config.loss`.
 
         Raises:
-          UserError: if the reconstruction term is unknown, or the decay or threshold are not in [0, 1).
+          UserError: if the reconstruction term is unknown or a number is impossible.
         """
         objective = cls(model=models.create_model(**config.models.dvae), **config.loss)
         check_reconstruction(objective.reconstruction)
-        for name in ("codebook_decay", "restart_threshold"):
-            if not 0 <= getattr(objective, name) < 1:
-                raise UserError(f"config.loss.{name}={getattr(objective, name)} must be in [0, 1)")
+        check_ranges("config.loss", config.loss.to_dict(), _NUMBERS)
         return objective
 
     def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:

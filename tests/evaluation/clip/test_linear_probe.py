@@ -1,8 +1,10 @@
 """The probe finds what is linear, its optimum is a stationary point, and it chooses its own strength."""
 
 import numpy as np
+import pytest
 import scipy.special
 
+from cli.errors import UserError
 from evaluation.clip.linear_probe import choose_probe, fit_probe
 
 
@@ -44,3 +46,14 @@ def test_few_and_noisy_examples_choose_a_stronger_penalty():
     features, labels = blobs(rng, 60, 1.0)
     features = np.concatenate([features, rng.normal(size=(60, 100))], axis=1)
     assert choose_probe(features, labels, 3).strength > 1e-3
+
+
+def test_features_that_are_no_numbers_are_refused():
+    features, labels = blobs(np.random.default_rng(0), 40, 0.5)
+    probe, broken = (
+        fit_probe(features, labels, 3, 0.1),
+        np.where(np.arange(len(features))[:, None] < 3, np.nan, features),
+    )
+    for work in (lambda: fit_probe(broken, labels, 3, 0.1), lambda: probe.accuracy(broken, labels)):
+        with pytest.raises(UserError, match="features are not finite"):
+            work()

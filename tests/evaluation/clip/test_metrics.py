@@ -10,7 +10,7 @@ from cli.errors import UserError
 from data import scenes
 from evaluation.clip import linear_probe
 from evaluation.clip import metrics as clip_evaluation
-from evaluation.clip.metrics import ClipSettings, Pictures, clip_records, read_pictures
+from evaluation.clip.metrics import ClipSettings, Pictures, clip_makers, read_pictures
 from evaluation.clip.scene_prompts import attribute_values, captions_of, scene_label
 from evaluation.evaluate import Tools, default_splits, evaluate_run
 from evaluation.features.extractors import create_extractor
@@ -73,7 +73,8 @@ def test_a_network_that_knows_is_always_right(clip_run, monkeypatch, name):
     pictures = Pictures(features, images, captions, labels, names, world, shown)
     monkeypatch.setattr(clip_evaluation, "read_pictures", lambda *_: pictures)
     monkeypatch.setattr(ClipEmbedder, "texts", lambda _, texts: np.stack([oracle.text(text) for text in texts]))
-    zero_shot, retrieval = clip_records(clip_run, ["zero_shot", "retrieval"], "validation", 30, ClipSettings())
+    makers = clip_makers(clip_run, "validation", 30, ClipSettings())
+    zero_shot, retrieval = makers["zero_shot"](), makers["retrieval"]()
     assert set(zero_shot["values"].values()) == {1.0}
     pairs = {"pair_shape", "pair_color", "pair_size", "pair_background", "relation"}
     assert pairs <= set(zero_shot["values"]) if name == "pair32" else not pairs & set(zero_shot["values"])

@@ -229,9 +229,9 @@ def test_pictures_without_labels_have_no_accuracy(clip_run, data_dir, monkeypatc
     pictures.labels["label"][:] = -1
     monkeypatch.setattr(clip_evaluation, "read_pictures", lambda *_: pictures)
     with pytest.raises(UserError, match="no picture of this split has a class"):
-        clip_evaluation.clip_records(clip_run, ["zero_shot"], "validation", 3, clip_evaluation.ClipSettings())
+        clip_evaluation.clip_makers(clip_run, "validation", 3, clip_evaluation.ClipSettings())["zero_shot"]()
 
 
 def test_one_picture_has_no_others(clip_run):
-    (record,) = clip_evaluation.clip_records(clip_run, ["similarity"], "validation", 1, clip_evaluation.ClipSettings())
+    record = clip_evaluation.clip_makers(clip_run, "validation", 1, clip_evaluation.ClipSettings())["similarity"]()
     assert set(record["values"]) == {"own_cosine"} and record["pictures"] == 1

@@ -19,6 +19,8 @@ def test_the_chosen_is_the_nearest_of_each_group():
     cosines = np.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
     for k, chosen, possible in [(1, [0.5, 0.25], [0.5, 0.25]), (2, [0.5, 0.5], [1, 0.5]), (4, [1, 0], [1, 1])]:
         np.testing.assert_array_equal(chosen_from(right, cosines, k), (chosen, possible))
+    # A cosine that is no number is not the nearest.
+    assert chosen_from(np.array([[True, False]]), np.array([[0.3, np.nan]]), 2)[0] == 1
     assert powers_of_two(16) == [1, 2, 4, 8, 16] and powers_of_two(7) == [1, 2, 4]
 
 

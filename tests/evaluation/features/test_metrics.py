@@ -225,6 +225,8 @@ def test_mistakes(stage2, tmp_path):
         evaluate(["kid"], extractor=ColorsAlone())
     with pytest.raises(UserError, match="kid needs 1000 pictures.*not 20.*--kid_subset_size=0"):
         evaluate(["kid"], kid_subset_size=1000)
+    with pytest.raises(UserError, match="--kid_subset_size must be at least 2, or 0"):
+        evaluate(["kid"], kid_subset_size=1)
     with pytest.raises(UserError, match="precision_recall needs 4 pictures.*not 3; raise --num"):
         evaluate(["precision_recall"], num=20, num_real=3)
     with pytest.raises(UserError, match="fewer than --num_real=5000"):

@@ -7,9 +7,9 @@ from sample.sheets.axes import Axis, parse_axes
 
 
 def test_values_have_the_type_of_their_key():
-    axes = parse_axes(["guidance=1,2.5", "steps=5,10", "sampler=ddim,heun", "seed=-1,3", "spacing=,karras"], [])
+    axes = parse_axes(["guidance=1,2.5", "steps=5,10", "sampler=ddim,heun", "seed=4294967295,3", "spacing=,karras"], [])
     assert [axis.name for axis in axes] == ["guidance", "steps", "sampler", "seed", "spacing"]
-    assert [axis.values for axis in axes] == [(1.0, 2.5), (5, 10), ("ddim", "heun"), (-1, 3), ("", "karras")]
+    assert [axis.values for axis in axes] == [(1.0, 2.5), (5, 10), ("ddim", "heun"), (4294967295, 3), ("", "karras")]
     assert [type(value) for value in axes[0].values] == [float, float]
 
 
@@ -41,6 +41,8 @@ def test_headers_say_what_and_file_names_are_safe():
         (["steps=5,,7"], "has an empty value"),
         (["seed=1", "seed=2"], "--sweep seed stands twice"),
         (["guidance=3,1,3.0"], "--sweep guidance has 3 twice"),
+        (["seed=0,4294967296"], "--sweep seed=4294967296 is impossible; a seed is a whole number from 0 to 4294967295"),
+        (["seed=3,-1"], "--sweep seed=-1 is impossible"),
         (["eta=0,1"], "--sweep eta and --eta are both given"),
         (["prompt=a,,b"], "--sweep prompt is empty"),
         (["prompt=@nowhere.txt"], "no prompt file nowhere.txt"),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cli.errors import UserError
 from sample.sheets.grid import draw_grid, draw_mosaic, draw_table, to_uint8
 
 
@@ -11,6 +12,12 @@ def test_pixels_map_to_bytes_and_are_clipped():
         [[[0, 128, 255]]],
         [[[0, 153, 255]]],
     ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_no_color(value):
+    with pytest.raises(UserError, match="not finite"):
+        to_uint8(np.full((1, 2, 2, 3), value, np.float32))
 
 
 def test_pictures_stand_in_reading_order():

@@ -236,8 +236,10 @@ def test_preview_shows_samples_under_what_the_tokenizer_makes_of_the_truth():
     [
         ({"model": {"image_grid": (2, 2)}}, r"image_grid is \(2, 2\), but config.frozen.dvae makes \(4, 4\) tokens"),
         ({"model": {"image_vocab_size": 8}}, "image_vocab_size is 8, but config.frozen.dvae has 7 codes"),
-        ({"caption_dropout": 1.0}, "caption_dropout=1.0 must be at least 0 and below 1"),
-        ({"text_weight": -0.1}, "must not be negative"),
+        ({"caption_dropout": 1.0}, "caption_dropout must be at least 0 and below 1, not 1.0"),
+        ({"text_weight": -0.1}, "config.loss.text_weight must be at least 0, not -0.1"),
+        ({"image_weight": float("nan")}, "config.loss.image_weight must be at least 0, not nan"),
+        ({"text_weight": 0.0, "image_weight": 0.0}, "are both 0"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(changes, message):

@@ -10,6 +10,7 @@ from cli.errors import UserError
 from configs.paper import uvit
 from configs.scenes import clip, ddpm_uvit
 from configs.toy import swiss_roll
+from train.metric_writer import means
 from train.objectives import create_objective
 from weights.sources import load_frozen
 
@@ -181,7 +182,7 @@ def test_a_frozen_clip_reads_captions_and_is_not_trained():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss.dropout": 1.0}, "config.loss.dropout=1.0 must be at least 0 and below 1"),
+        ({"loss.dropout": 1.0}, "config.loss.dropout must be at least 0 and below 1, not 1.0"),
         ({"data.text_length": 0}, "config.data.text_length is 0"),
         ({"process.prediction": "score"}, "config.process is impossible: unknown prediction 'score'"),
         ({"process.schedule.kind": "sqrt"}, "config.process is impossible: unknown betas 'sqrt'"),
@@ -197,6 +198,56 @@ def test_an_impossible_config_is_refused(changes, message):
         config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         create_objective(config)
+
+
+@pytest.mark.parametrize(
+    ("channels", "variance", "numbers"),
+    [
+        (3, "small", ()),
+        (6, "learned", ()),
+        (1, "small", (1, 3)),
+        (2, "learned", (2, 6)),
+        (6, "small", (6, 3)),
+        (3, "learned", (3, 6)),
+    ],
+)
+def test_the_network_makes_the_channels_that_the_process_needs(channels, variance, numbers):
+    config = ddpm_uvit.get_config("debug")
+    with config.unlocked():
+        config.models.denoiser.update({"width": 16, "heads": 2, "image_size": 8, "out_channels": channels})
+        config.models.text.update({"width": 16, "text_vocab_size": 20})
+        config.models.denoiser.context_width = 16
+        config.process.update({"variance": variance})
+    objective = create_objective(config)
+
+    def trace():
+        params, _ = jax.eval_shape(objective.init, jax.random.key(0), pictures())
+        arguments = params, {}, {}, pictures(), jax.random.key(0), jnp.int32(0)
+        return jax.eval_shape(lambda *values: objective.loss(*values, True)[0], *arguments)
+
+    if not numbers:
+        trace()
+        return
+    with pytest.raises(UserError, match="the denoiser makes {} channels, and the process needs {}".format(*numbers)):
+        trace()
+
+
+def test_points_have_no_variance_to_learn():
+    objective = points_objective(variance="learned")
+    params, _ = objective.init(jax.random.key(0), points())
+    with pytest.raises(UserError, match="the denoiser makes 2 channels, and the process needs 4"):
+        objective.loss(params, {}, {}, points(), jax.random.key(0), jnp.int32(0), True)
+    with pytest.raises(UserError, match="the denoiser makes 2 channels"):
+        objective.sampler(params, {}, {}, objective.sampler.request(), jax.random.split(jax.random.key(0), 4))
+
+
+def test_a_quarter_without_examples_counts_none():
+    objective = points_objective()
+    params, _ = objective.init(jax.random.key(0), points(1))
+    _, aux = objective.loss(params, {}, {}, points(1), jax.random.key(0), jnp.int32(0), True)
+    counts = [float(aux.metrics[f"mse_q{number}"][1]) for number in range(1, 5)]
+    assert sorted(counts) == [0, 0, 0, 1]
+    assert sum(name.startswith("mse_q") for name in means(aux.metrics)) == 1
 
 
 def classes_objective(label_field="background", classes=4, **loss):

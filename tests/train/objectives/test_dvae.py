@@ -223,5 +223,5 @@ def test_preview_shows_originals_soft_and_hard(batch):
 def test_a_wrong_setting_is_a_user_error():
     with pytest.raises(UserError, match="reconstruction='l1' is unknown; choose one of logit_laplace, l2"):
         objective(reconstruction="l1")
-    with pytest.raises(UserError, match="temperature must be positive"):
+    with pytest.raises(UserError, match="config.loss.temperature must be above 0"):
         objective(temperature=0.0)

@@ -245,7 +245,7 @@ def test_preview_shows_originals_and_reconstructions():
 
 
 def test_a_wrong_setting_is_a_user_error():
-    with pytest.raises(UserError, match=r"codebook_decay=1.0 must be in \[0, 1\)"):
+    with pytest.raises(UserError, match="codebook_decay must be at least 0 and below 1, not 1.0"):
         objective(codebook_decay=1.0)
 
 
