@@ -4,12 +4,14 @@ Every function takes a `numpy.random.Generator` keyed by the example's place in 
 function of that place alone.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8
+import scipy.sparse
+from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
@@ -234,21 +236,26 @@ def _resize(image: Source, side: int) -> Picture:
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     if len(pixels) == side:
         return pixels
-    rows = _average_areas(pixels, side)
-    return np.rint(_average_areas(rows.swapaxes(0, 1), side).swapaxes(0, 1)).astype(np.uint8)
+    count, channels = len(pixels), pixels.shape[-1]
+    areas = _areas(count, side)
+    rows = (areas @ pixels.reshape(count, -1).astype(np.float32)).reshape(side, count, channels)
+    means = areas @ np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(count, -1)
+    turned = np.rint(means, out=means).astype(np.uint8).reshape(side, side, channels)
+    return np.ascontiguousarray(turned.swapaxes(0, 1))
 
 
-def _average_areas(values: Shaped[np.ndarray, "n *m"], side: int) -> Float32[np.ndarray, "{side} *m"]:
-    """Means over `side` equal parts of the first axis, n of which each covers n / side."""
-    count = len(values)
+@functools.lru_cache(maxsize=256)
+def _areas(count: int, side: int) -> scipy.sparse.csr_array:
+    """[side count], float32: the share of each of `count` pixels in the mean over each of `side` equal parts."""
     borders = np.arange(side + 1) * (count / side)
     first = borders[:-1].astype(int)
-    total = np.zeros((side, *values.shape[1:]), np.float32)
-    for place in range(math.ceil(count / side) + 1):
-        covered = np.minimum(borders[1:], first + place + 1) - np.maximum(borders[:-1], first + place)
-        weight = (np.maximum(covered, 0) * (side / count)).astype(np.float32)
-        total += weight.reshape(-1, *[1] * (values.ndim - 1)) * values[np.minimum(first + place, count - 1)]
-    return total
+    places = first[:, None] + np.arange(math.ceil(count / side) + 1)  # one more than there are, for the last border
+    covered = np.minimum(borders[1:, None], places + 1) - np.maximum(borders[:-1, None], places)
+    shares = (np.maximum(covered, 0) * (side / count)).astype(np.float32)
+    rows, columns = np.nonzero(shares)
+    return scipy.sparse.csr_array(
+        (shares[rows, columns], (rows, np.minimum(places[rows, columns], count - 1))), shape=(side, count)
+    )
 
 
 def _resize_short_side(image: Source, size: int) -> UInt8[np.ndarray, "_ _ 3"]:

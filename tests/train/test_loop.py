@@ -102,7 +102,15 @@ def test_a_changed_config_is_refused_with_the_keys(scenes_dir, whole):
 
 
 def test_what_no_update_depends_on_may_change(scenes_dir, whole):
-    changed = ["mesh.microbatches=2", "log.every=7", "checkpoint.keep=5", "data.workers=2", "batch_size=4"]
+    changed = [
+        "mesh.microbatches=2",
+        "log.every=7",
+        "checkpoint.keep=5",
+        "data.workers=2",
+        "data.processes=True",
+        "data.read_ahead=2",
+        "batch_size=4",
+    ]
     assert train(config(scenes_dir, "--config.steps=6", *[f"--config.{key}" for key in changed]), whole) == EXIT_OK
     train(config(scenes_dir, "--config.steps=6"), whole)  # and back, for the tests that follow
 
