@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from models.layers.convolution import Conv
 from models.layers.dense import Dense
 from models.layers.initialization import torch_bias, torch_kernel
+from models.layers.normalization import layer_norm
 from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 from models.modified_resnet import ModifiedResNet
@@ -277,7 +278,7 @@ class Transformer(nn.Module):
             )
             for _ in range(self.depth)
         ]
-        self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.final_norm = layer_norm(**types)
         init = nn.initializers.normal(self.width**-0.5)
         self.projection = Dense(self.features, use_bias=False, kernel_init=init, **types)
 
@@ -327,7 +328,7 @@ class VisionTransformer(Transformer):
         self.class_embedding = self.param("class_embedding", init, (self.width,), self.param_dtype)
         positions = (self.image_size // self.patch_size) ** 2 + 1
         self.position = nn.Embed(positions, self.width, embedding_init=init, **types)
-        self.first_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.first_norm = layer_norm(**types)
         hidden = int(self.width * self.mlp_ratio)
         initializers = BlockInitializers(
             attention=nn.initializers.xavier_uniform(),

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from models.layers.attention import KeyValueCache
 from models.layers.attention_masks import attention_mask, attention_pattern
 from models.layers.dense import Dense
+from models.layers.normalization import layer_norm
 from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 
@@ -157,7 +158,7 @@ class Dalle(nn.Module):
         else:
             self.row_position, self.column_position = table(height), table(width)
         self.blocks = [Block(**self._block_fields) for _ in range(self.depth)]
-        self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.final_norm = layer_norm(**types)
         # In float32 whatever the blocks compute in: bfloat16 logits near 16 would be steps of 1/8.
         heads = {"kernel_init": init, "dtype": jnp.float32, "param_dtype": self.param_dtype, "use_bias": self.head_bias}
         self.text_head = Dense(self.text_ids, **heads)

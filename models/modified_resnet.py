@@ -55,7 +55,15 @@ class ConvNorm(nn.Module):
             name="conv",
             **types,
         )(x)
-        norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, scale_init=self.scale_init, name="norm", **types)
+        norm = nn.BatchNorm(
+            not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            use_fast_variance=False,
+            scale_init=self.scale_init,
+            name="norm",
+            **types,
+        )
         return norm(x)
 
 

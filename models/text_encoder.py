@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from models.layers.normalization import layer_norm
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 
 
@@ -63,7 +64,7 @@ class TextEncoder(nn.Module):
             )
             for _ in range(self.layers)
         ]
-        self.norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.norm = layer_norm(**types)
 
     def __call__(self, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """Features of the tokens, of unit scale; pads are tokens like others."""

@@ -24,6 +24,7 @@ from models.layers.embeddings import grid_embedding, sinusoidal_embedding
 from models.layers.initialization import torch_bias, torch_kernel
 from models.layers.long_skip import LONG_SKIPS, LongSkip, apply_with_long_skips
 from models.layers.mlp import ACTIVATIONS, MLP
+from models.layers.normalization import layer_norm
 from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, BlockInitializers, check_remat
 
@@ -153,7 +154,7 @@ class UViT(nn.Module):
         self.out_blocks = [Block(**block) for _ in range(self.depth - half)]
         joins = 0 if self.long_skip == "none" else half
         self.skips = [LongSkip(self.long_skip, kernel_init=normal, **types) for _ in range(joins)]
-        self.final_norm = nn.LayerNorm(epsilon=1e-5, **types)
+        self.final_norm = layer_norm(**types)
         if self.convolution == "tokens":
             self.token_conv = conv(self.width, 3, self.width, self.dtype)
         # In float32 whatever the blocks compute in: a prediction is of noise, whose small values matter.

@@ -40,8 +40,12 @@ def check_kernel_init(kernel_init: str) -> None:
 
 
 def group_norm(groups: int, epsilon: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    """Normalization over the pixels and neighboring channels of each group (Wu & He 2018); statistics in float32."""
-    return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, name=name)
+    """Normalization over the pixels and neighboring channels of each group (Wu & He 2018).
+
+    Statistics are float32, and the variance that of differences from the mean; see `models.layers.normalization`.
+    """
+    types = {"dtype": dtype, "param_dtype": param_dtype}
+    return nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False, name=name, **types)
 
 
 class ResidualBlock(nn.Module):

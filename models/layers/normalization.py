@@ -1,4 +1,11 @@
-"""Normalization that a condition scales and shifts."""
+"""Normalization of a vector's entries, free or scaled and shifted by a condition.
+
+Variances are those of the differences from the mean, in float32. The mean of squares less the square of the mean,
+which Flax takes by default, cancels where a mean is large beside the spread: at 750 deviations a tenth of the output is
+wrong, at 25,000 all of it.
+"""
+
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,6 +15,11 @@ from jaxtyping import Array, Float
 from models.layers.dense import Dense
 
 Initializer = nn.initializers.Initializer
+
+
+def layer_norm(**fields: Any) -> nn.LayerNorm:
+    """A LayerNorm (Ba et al. 2016) of epsilon 1e-5, unless `fields` have another."""
+    return nn.LayerNorm(**{"epsilon": 1e-5, "use_fast_variance": False, **fields})
 
 
 class AdaptiveLayerNorm(nn.Module):
@@ -33,5 +45,5 @@ class AdaptiveLayerNorm(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         project = Dense(2 * x.shape[-1], kernel_init=self.kernel_init, name="projection", **types)
         scale, shift = jnp.split(project(condition)[:, None], 2, axis=-1)
-        norm = nn.LayerNorm(epsilon=self.epsilon, use_scale=False, use_bias=False, dtype=self.dtype, name="norm")
+        norm = layer_norm(epsilon=self.epsilon, use_scale=False, use_bias=False, dtype=self.dtype, name="norm")
         return norm(x) * (1 + scale) + shift

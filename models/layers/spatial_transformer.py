@@ -14,6 +14,7 @@ from models.layers.convolution import Conv
 from models.layers.dense import Dense, DenseGeneral
 from models.layers.group_norm_resnet import KERNEL_INITS, group_norm
 from models.layers.mlp import GatedMLP
+from models.layers.normalization import layer_norm
 from models.layers.partitioning import shard_rows
 
 MLP_RATIO = 4
@@ -88,12 +89,12 @@ class ContextBlock(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = {"heads": self.heads, "kernel_init": self.kernel_init, "implementation": self.implementation}
         init = KERNEL_INITS[self.kernel_init]
-        y = nn.LayerNorm(epsilon=1e-5, name="self_norm", **types)(x)
+        y = layer_norm(name="self_norm", **types)(x)
         x = shard_rows(x + ContextAttention(name="self_attention", **attention, **types)(y, y))
-        y = nn.LayerNorm(epsilon=1e-5, name="context_norm", **types)(x)
+        y = layer_norm(name="context_norm", **types)(x)
         read = y if context is None else context
         x = shard_rows(x + ContextAttention(name="context_attention", **attention, **types)(y, read, mask))
-        y = nn.LayerNorm(epsilon=1e-5, name="mlp_norm", **types)(x)
+        y = layer_norm(name="mlp_norm", **types)(x)
         hidden = MLP_RATIO * x.shape[-1]
         mlp = GatedMLP(hidden, activation="gelu", kernel_init=init, out_init=init, name="mlp", **types)
         return shard_rows(x + mlp(y))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.layers.attention import KeyValueCache, Mask, MaskChoice, SelfAttention
 from models.layers.mlp import MLP, GatedMLP
-from models.layers.normalization import AdaptiveLayerNorm
+from models.layers.normalization import AdaptiveLayerNorm, layer_norm
 from models.layers.partitioning import shard_rows
 
 Initializer = nn.initializers.Initializer
@@ -89,7 +89,7 @@ class Block(nn.Module):
     def setup(self) -> None:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         inits = self.initializers
-        norm: Any = functools.partial(AdaptiveLayerNorm if self.adaptive else nn.LayerNorm, epsilon=1e-5, **types)
+        norm: Any = functools.partial(AdaptiveLayerNorm if self.adaptive else layer_norm, **types)
         self.attention_norm = norm()
         self.attention = SelfAttention(
             self.width,

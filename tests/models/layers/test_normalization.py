@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers.normalization import AdaptiveLayerNorm
+from models.layers.group_norm_resnet import group_norm
+from models.layers.normalization import AdaptiveLayerNorm, layer_norm
 from models.layers.transformer import Block, BlockInitializers
 
 
@@ -27,3 +28,20 @@ def test_a_layer_takes_the_condition_that_it_was_built_for(adaptive, message):
     condition = None if adaptive else jnp.zeros((1, 4))
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(block.init, jax.random.key(0), jnp.zeros((1, 2, 4)), None, condition)
+
+
+@pytest.mark.parametrize("mean", [0, 100, 1500, 10_000])
+def test_a_large_mean_costs_no_variance(mean):
+    x = (mean + 0.4 * np.random.default_rng(0).standard_normal(256)).astype(np.float32)
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
+    group = group_norm(1, 1e-5, dtype=jnp.float32, param_dtype=jnp.float32, name="norm")
+    outputs = (
+        group.init_with_output(jax.random.key(0), jnp.asarray(x).reshape(1, 8, 8, 4))[0],
+        layer_norm().init_with_output(jax.random.key(0), jnp.asarray(x).reshape(1, 1, 256))[0],
+        AdaptiveLayerNorm().init_with_output(jax.random.key(0), jnp.asarray(x).reshape(1, 1, 256), jnp.zeros((1, 4)))[
+            0
+        ],
+    )
+    for output in outputs:
+        np.testing.assert_allclose(np.asarray(output).ravel(), exact, atol=0.02)
