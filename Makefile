@@ -14,13 +14,16 @@ PIP := $(RUN) pip --disable-pip-version-check --quiet
 # in requirements.lock.
 DALL_E := DALL-E==0.1 dalle-pytorch==1.6.6 axial-positional-embedding==0.3.12
 
+# Another project's DALL-E, for the benchmark beside it: of what it imports, the benchmark stands in for what it lacks.
+DALLE_PYTORCH := dalle-pytorch==1.6.6
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check parity lock clean
+.PHONY: help demo test test-slow check parity benchmark-dalle lock clean
 .NOTPARALLEL:
 .SUFFIXES:
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.base  ## train the small systems on the embedded data and draw their pictures
 	@$(RUN) scripts.demo
@@ -38,6 +41,10 @@ check: $(VENV)/.dev  ## lint, formatting, types
 
 parity: $(VENV)/.parity  ## compare with other projects' code (installs torch)
 	@$(PYTEST) tests/parity
+
+benchmark-dalle: $(VENV)/.parity  ## time DALL-E beside dalle-pytorch (ARGS="--size=medium --cpu_time")
+	@$(PIP) install --no-deps $(DALLE_PYTORCH)
+	@PYTHONPATH=. $(VENV)/bin/python tests/parity/benchmark_dalle.py $(ARGS)
 
 # requirements.lock constrains versions, so that a stamp installs no more than it is for. A stamp is touched last.
 # INCOMPLETE exists while an environment is being made or added to. If it is found, the last attempt was cut short, and

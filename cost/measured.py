@@ -32,6 +32,7 @@ from sample.trained import CHUNK
 from train.distributed.mesh import batch_sharding, make_mesh, place_batch, process_rows
 from train.environment import describe_environment
 from train.objectives.contract import Batch
+from train.precomputed import locate_precomputed
 from train.program import Program, create_program
 from weights.run import model_of
 from weights.sources import RANDOM, load_frozen
@@ -192,7 +193,7 @@ def measure_data(
     Raises:
       UserError: if the dataset is missing.
     """
-    data = config.data
+    data = locate_precomputed(config).data
     tokenizer = load_tokenizer(data) if data.text_length else None
     stream = open_stream(data, tokenizer, split=data.split, seed=config.seed, train=True)
     rows = process_rows(batch_sharding(make_mesh(config.mesh)), config.batch_size)

@@ -7,6 +7,7 @@ therefore needs no iterator state, and a run continues on any number of devices,
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from ml_collections import ConfigDict
 
 from data import points
 from data.pictures import open_picture, read_picture
+from data.precomputed import REPLACES, StoredField
 from data.preprocess import choose_caption, transform_pair
-from data.records import CAPTIONS, dataset_folder, open_records
+from data.records import CAPTIONS, PLACE, dataset_folder, open_records
 from data.tally import TRUNCATED, Tally
 from data.tokenizer import Tokenizer
 
@@ -64,11 +66,20 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
     return tokenizer.with_ends() if config.text_ends else tokenizer
 
 
+def picture_reader(config: ConfigDict) -> Callable[[bytes], Any]:
+    """How the pictures of `config.data` are read for its transform."""
+    # What is kept is kept as pixels, which take less; otherwise Pillow's image is spared a copy.
+    return functools.partial(
+        read_picture if config.cache else open_picture,
+        size=math.ceil(transform_pair(config.transform).reads * config.image_size) if config.draft else 0,
+    )
+
+
 class ExampleStream:
     """The endless, index-determined stream of training examples, or one pass over an evaluation split.
 
     `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] (i modulo 2^31), with a tokenizer `text` int32
-    [L], and with a `label_field` `label` int32 [].
+    [L], and with a `label_field` `label` int32 []. What is precomputed stands in place of the picture.
     """
 
     def __init__(self, config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool):
@@ -76,7 +87,7 @@ class ExampleStream:
 
         Args:
           config: `config.data`: dataset, data_dir, image_field, text_field, label_field, image_size, transform,
-            draft, text_length, bpe_dropout, cache.
+            draft, text_length, bpe_dropout, cache; and the folder of what is precomputed, if anything is.
           tokenizer: encodes captions; None leaves text out.
           split: the split to read.
           seed: of shuffling and augmentation.
@@ -84,18 +95,23 @@ class ExampleStream:
             repeated too, with the first caption and what evaluation does with pictures in place of the transform.
 
         Raises:
-          UserError: if the dataset is not prepared, or has no such split, pictures, captions or class numbers.
+          UserError: if the dataset is not prepared, or has no such split, pictures, captions or class numbers, or what
+            is precomputed is of something else.
         """
         self._label = config.label_field
         needs = ((CAPTIONS,) if tokenizer is not None else ()) + ((self._label,) if self._label else ())
+        folders = {name: Path(config[name]) for name in REPLACES if config.get(name, "")}
+        self._pictures = "image" not in {REPLACES[name] for name in folders}
         pair = transform_pair(config.transform)
-        # What is kept is kept as pixels, which take less; otherwise Pillow's image is spared a copy.
-        read = functools.partial(
-            read_picture if config.cache else open_picture,
-            size=math.ceil(pair.reads * config.image_size) if config.draft else 0,
-        )
         self.source = open_records(
-            config, split, cache=config.cache, captions=tokenizer is not None, fields=(), needs=needs, read=read
+            config,
+            split,
+            cache=config.cache,
+            pictures=self._pictures,
+            captions=tokenizer is not None,
+            fields=(),
+            needs=needs,
+            read=picture_reader(config),
         )
         self._size = config.image_size
         self._length = config.text_length
@@ -104,7 +120,14 @@ class ExampleStream:
         self._train = train
         self._transform = pair.training if train else pair.evaluation
         # Making a generator takes longer than all else about an example that is kept: only for what draws from it.
-        self._draws = train and (pair.training is not pair.evaluation or tokenizer is not None)
+        random = self._pictures and pair.training is not pair.evaluation
+        self._draws = train and (random or tokenizer is not None)
+        self._stored = {
+            name: StoredField.open(folder, config, split, self._transform.__name__, len(self.source))
+            for name, folder in folders.items()
+        }
+        for field in self._stored.values():
+            self.source.leave_out(field.damaged)
         self._seed = seed
         self._recipe = (config, tokenizer, split, seed, train)
         # The order of `grain.MapDataset.seed(seed).shuffle().repeat()`, without the statistics it keeps of each read.
@@ -140,8 +163,11 @@ class ExampleStream:
         place = self.place(index)
         record = self.source[place]
         rng = np.random.default_rng((self._seed, index)) if self._draws else None
-        image = self._transform(record["image"], self._size, rng)
-        example: Example = {"image": image, "index": np.int32(index % 2**31)}
+        epoch = index // len(self.source)
+        example: Example = {name: field.row(record[PLACE], epoch) for name, field in self._stored.items()}
+        if self._pictures:
+            example["image"] = self._transform(record["image"], self._size, rng)
+        example["index"] = np.int32(index % 2**31)
         if self._tokenizer is not None:
             caption = choose_caption(record[CAPTIONS], rng)
             ids, truncated = self._tokenizer.encode(caption, self._length, self._dropout, rng)

@@ -25,6 +25,7 @@ from data.pictures import PictureError, as_rgb, read_picture
 from data.tally import DAMAGED, INCOMPLETE, Tally
 
 CAPTIONS = "captions"  # the key of a record, whatever field they come from
+PLACE = "place"  # the key of a record's own number, which is not the one asked for where that record is passed over
 
 READ_AGAIN = (0.1, 1.0)  # seconds to wait before a record that could not be read is read again
 
@@ -139,6 +140,11 @@ class RecordSource:
         self._decoders = {name: tfds.decode.SkipDecoding() for name in files} or None
         self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
         self.tally = Tally()
+        self._unused: frozenset[int] = frozenset()
+
+    def leave_out(self, places: Collection[int]) -> None:
+        """Passes over these records too: their pictures, which are not read here, were found to be damaged."""
+        self._unused |= frozenset(places)
 
     def require(self, num: int, option: str = "--num") -> None:
         """Raises UserError if the split has fewer records than a command was asked for by an option."""
@@ -168,7 +174,7 @@ class RecordSource:
         return self.tally.places(DAMAGED)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns record `index` as {"image": uint8 [h w 3], "captions": tuple of str, none blank, ...}."""
+        """Returns record `index` as {"image": uint8 [h w 3], "captions": tuple of str, none blank, "place", ...}."""
         if self._cache is None:
             return self._read(index)
         record = self._cache.get(index)
@@ -192,11 +198,14 @@ class RecordSource:
         why = ""
         for attempt in range(len(self)):
             place = (index + attempt) % len(self)
+            if place in self._unused:
+                why = "is damaged"
+                continue
             try:
                 record = self._decode(self._fetch(place))
                 why = lacks(record, self._needs)
                 if not why:
-                    return record
+                    return {**record, PLACE: place}
             except (OSError, ValueError, PictureError) as error:  # of the reader of records and of pictures
                 why = f"cannot be read ({error})"
                 self._pass_over(DAMAGED, place, why)

@@ -11,12 +11,13 @@ from cli.errors import UserError
 
 _DESCRIPTION = """\
 Measures a training step (time, examples, tokens and matrix FLOPs a second, share of the device's peak, memory,
-compilation), the data pipeline alone, and sampling. Median, and least to greatest, of several windows after a warm-up.
-Steps run on made-up batches with random frozen stages, so only `data` needs a prepared dataset; none needs a run.
+compilation), the data pipeline alone, sampling, and one token's decoding by its position. Median, and least to
+greatest, of several windows after a warm-up. Steps run on made-up batches with random frozen stages, so only `data`
+needs a prepared dataset; none needs a run.
 
   --config=FILE[:ARGUMENT]   the config; --config.KEY=VALUE overrides a key
 """
-_PARTS = ("step", "data", "sample")
+_PARTS = ("step", "data", "sample", "decode")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,7 +57,7 @@ def benchmark(config: Any, parts: Sequence[str], *, windows: int, steps: int, wa
 
     Args:
       config: an experiment.
-      parts: of "step", "data", "sample".
+      parts: of "step", "data", "sample", "decode".
       windows: how many times to measure each.
       steps: updates in a window.
       warmup: updates before the first one.
@@ -65,6 +66,7 @@ def benchmark(config: Any, parts: Sequence[str], *, windows: int, steps: int, wa
       environment, objective, batch_size, dtype, and the report of each part; `data` is {"missing": why} if the dataset
       was not prepared.
     """
+    from cost.decoding import measure_decoding
     from cost.measured import describe_devices, dtype_of, measure_data, measure_sample, measure_step
     from data.records import dataset_folder
 
@@ -92,6 +94,8 @@ def benchmark(config: Any, parts: Sequence[str], *, windows: int, steps: int, wa
                     report["data"][name] = rate / consumed
     if "sample" in parts:
         report["sample"] = measure_sample(config, windows=windows)
+    if "decode" in parts:
+        report["decode"] = measure_decoding(config, windows=windows)
     return report
 
 
@@ -116,6 +120,14 @@ def format_report(report: dict[str, Any]) -> str:
             f"sampling        {_spread(sample['images_per_second'])} images/s ({sample['images']} in a call, after "
             f"{sample['compile_seconds']:.1f} s of compilation)"
         )
+    if "decode" in report:
+        decode = report["decode"]
+        lines += [
+            f"decoding        {_spread(seconds, 1e3)} ms for image token {position} of {decode['image_tokens']}, "
+            f"{decode['pictures']} pictures"
+            for position, seconds in decode["positions"].items()
+        ]
+        lines.append(f"                the last position takes {decode['last_over_first']:.2f} times the first one's")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from cli.entry_point import run as run_command
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     *("train", "sample", "evaluation", "scripts.prepare", "scripts.describe", "scripts.demo"),
-    *("scripts.fit", "scripts.benchmark", "scripts.chaos", "scripts.convert"),
+    *("scripts.fit", "scripts.benchmark", "scripts.chaos", "scripts.convert", "scripts.precompute"),
 )
 
 

@@ -29,6 +29,7 @@ from train.environment import describe_environment
 from train.health import HealthCheck
 from train.metric_writer import RunLog, SilentLog, means
 from train.objectives.contract import Batch, Preview
+from train.precomputed import locate_precomputed
 from train.program import Program, create_program
 from train.state import TrainState, count_examples
 from train.step_profile import StepProfile
@@ -118,6 +119,7 @@ class _Training:
 def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
     check_parts(config, tokenizer)
+    config = locate_precomputed(config)
     stream = open_stream(config.data, tokenizer, split=config.data.split, seed=config.seed, train=True)
     check_classes(config, stream)
     example = {name: (value.shape[1:], value.dtype) for name, value in stream.batch([0]).items()}

@@ -32,6 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.transform = "dalle_training"
     config.data.text_length = 256
     config.data.bpe_dropout = 0.1
+    config.data.image_tokens = ""  # "auto" or a folder: those that scripts.precompute stored
     config.data.workers = 16
 
     config.frozen.dvae = ConfigDict(stage1.models.dvae.to_dict())

@@ -32,6 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.cache = True
     config.data.text_length = 20 if argument == "pair32" else 12
     config.data.bpe_dropout = 0.0
+    config.data.image_tokens = ""  # "auto" or a folder: those that scripts.precompute stored
 
     config.frozen.dvae = ConfigDict(stage1.models.dvae.to_dict())  # the run's own sizes replace these
     config.frozen.dvae.source = "runs/dvae"

