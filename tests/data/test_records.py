@@ -107,7 +107,7 @@ def test_only_the_fields_asked_for_are_decoded(scenes_dir):
     part = RecordSource("scenes/single32", "train", str(scenes_dir), pictures=False, fields=())[7]
     assert part == {"captions": whole["captions"], "place": 7}
     stored = RecordSource("scenes/single32", "train", str(scenes_dir), captions=False, fields=("background",))[7]
-    assert stored.keys() == {"image", "background"} and (stored["image"] == whole["image"]).all()
+    assert stored.keys() == {"image", "background", "place"} and (stored["image"] == whole["image"]).all()
 
 
 def test_a_dataset_that_is_read_from_start_to_end_alone_is_refused(tmp_path):
