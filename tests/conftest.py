@@ -49,6 +49,12 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 install_import_hook(PACKAGES, "beartype.beartype")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many malformed inputs are tried, and which."""
+    parser.addoption("--malformed", type=int, default=400, help="malformed inputs, of all kinds together")
+    parser.addoption("--malformed_seed", type=int, default=0, help="which ones")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leaves tests/parity alone unless it is named: its tests import torch, which `make parity` installs."""
     start = config.invocation_params.dir

@@ -157,7 +157,10 @@ class Table:
         source = lines()
         first = next(source, "")
         delimiter = "\t" if self.path.suffix == ".tsv" else max(",\t;|", key=first.count)
-        header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, strict=True), [])]
+        try:
+            header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, strict=True), [])]
+        except csv.Error as error:
+            raise UserError(f"the first line of {self.path} must name its fields ({error})") from error
         if len(set(header)) < len(header) or len(header) > _MAX_COLUMNS:
             raise UserError(f"the first line of {self.path} must name its fields, each once; it has {header[:8]}")
         reader = csv.reader(source, delimiter=delimiter, strict=True)

@@ -125,7 +125,10 @@ def test_fields_are_guessed_and_may_be_named(root: Path, read_source):
         read_source(root / "table.csv", image="where", text="nothing")
 
 
-def test_a_header_that_names_a_field_twice_is_an_error(root: Path, read_source):
-    put(root, "captions.csv", "file_name,text,text\na.png,x,y\n")
-    with pytest.raises(UserError, match="must name its fields, each once"):
+@pytest.mark.parametrize(
+    ("header", "message"), [("file_name,text,text", "fields, each once"), ('file_name,"te"xt', "must name its fields")]
+)
+def test_a_header_that_names_no_fields_is_an_error(header: str, message: str, root: Path, read_source):
+    put(root, "captions.csv", f"{header}\na.png,x,y\n")
+    with pytest.raises(UserError, match=message):
         read_source(root)
