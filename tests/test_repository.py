@@ -84,7 +84,9 @@ def test_every_folder_of_code_is_a_package():
     assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
-@pytest.mark.parametrize("requirement", requirements("dev", "parity"), ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize(
+    "requirement", requirements("dev", "drawings", "parity"), ids=lambda requirement: requirement.name
+)
 def test_lock_has_what_setup_asks_for(requirement: Requirement):
     versions = locked_versions()[canonicalize_name(requirement.name)]
     assert all(version in requirement.specifier for version in versions), f"{requirement} but the lock has {versions}"
@@ -92,7 +94,9 @@ def test_lock_has_what_setup_asks_for(requirement: Requirement):
 
 def test_every_dependency_has_a_lower_bound():
     """Without one, continuous integration could not try the oldest versions that work."""
-    unbounded = [str(each) for each in requirements("dev", "parity") if not re.search(">=|==", str(each.specifier))]
+    unbounded = [
+        str(each) for each in requirements("dev", "drawings", "parity") if not re.search(">=|==", str(each.specifier))
+    ]
     assert unbounded == []
 
 

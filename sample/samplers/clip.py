@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
-import models
 from cli.errors import UserError
 from models.clip import Clip
+from sample.samplers.contract import build_network
 from sample.samplers.dvae import from_uint8
 
 
@@ -28,7 +28,7 @@ class ClipSampler:
     @classmethod
     def from_config(cls, config: ConfigDict) -> "ClipSampler":
         """Builds the sampler of the network that `config.models.clip` describes."""
-        return cls(model=models.create_model(**config.models.clip))
+        return cls(model=build_network(config, "models.clip"))
 
     @property
     def reads(self) -> tuple[str, ...]:

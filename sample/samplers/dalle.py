@@ -18,12 +18,10 @@ from jaxtyping import Array, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from models import create_model
 from models.dalle import Dalle
 from sample.decoding import Decoding, Given, check_numbers, decode, is_guided
-from sample.samplers.contract import check_settings
+from sample.samplers.contract import build_network, read_settings
 from sample.samplers.dvae import from_uint8
-from weights.run import model_of
 
 Tree = Any
 Request = dict[str, Any]
@@ -59,11 +57,11 @@ class DalleSampler:
         Raises:
           UserError: if a default is impossible, or the image tokenizer does not fit the transformer.
         """
-        check_settings(config.sample, cls)
-        model = create_model(**config.models.dalle)
-        decoder = create_model(**model_of(config.frozen.dvae))
+        given = read_settings(config.sample, cls)
+        model = build_network(config, "models.dalle")
+        decoder = build_network(config, "frozen.dvae")
         check_image_tokens(model, decoder)
-        sampler = cls(model, decoder, **{key: config.sample[key] for key in _SETTINGS if key in config.sample})
+        sampler = cls(model, decoder, **given)
         check_numbers(sampler.settings)
         return sampler
 

@@ -22,10 +22,8 @@ from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
 from diffusion.schedule import create_schedule
 from diffusion.solver_choice import make_plan
-from models import create_model
 from models.conditioning import Conditioning
-from sample.samplers.contract import check_settings
-from weights.run import model_of
+from sample.samplers.contract import build_network, read_settings
 
 Tree = Any
 Request = dict[str, Any]
@@ -105,21 +103,23 @@ class DiffusionSampler:
         Raises:
           UserError: if the process or a default is impossible.
         """
-        check_settings(config.sample, cls, Steps)
-        model = create_model(**config.models.denoiser)
+        given = read_settings(config.sample, cls, Steps)
+        model = build_network(config, "models.denoiser")
         if not isinstance(config.get("process"), ConfigDict):
             raise UserError(
                 "the config does not tell on which process the denoiser was trained; convert it with its pipeline, "
                 "whose scheduler does"
             )
         fields = config.process.to_dict()
+        if not isinstance(schedule := fields.pop("schedule", None), dict):
+            raise UserError("config.process.schedule names no schedule of noise; give it, such as {'name': 'discrete'}")
         try:
-            process = Process(create_schedule(**fields.pop("schedule")), **fields)
+            process = Process(create_schedule(**schedule), **fields)
         except (TypeError, ValueError) as error:
             raise UserError(f"config.process is impossible: {str(error).splitlines()[0]}") from error
         solver = (field.name for field in dataclasses.fields(Steps))
-        steps = Steps(**{key: config.sample[key] for key in solver if key in config.sample})
-        numbers = {key: config.sample[key] for key in _NUMBERS if key in config.sample}
+        steps = Steps(**{key: given[key] for key in solver if key in given})
+        numbers = {key: given[key] for key in _NUMBERS if key in given}
         null_class = bool(config.loss.get("dropout", 0.0))
         text = _text_context(config)
         if text is None and getattr(model, "context_width", 0):
@@ -385,10 +385,10 @@ def _text_context(config: ConfigDict) -> TextContext | None:
     if "text" in config.models and "clip" in config.frozen:
         raise UserError("config.models.text and config.frozen.clip would both read captions; leave one out")
     if "text" in config.models:
-        model = create_model(**config.models.text)
+        model = build_network(config, "models.text")
         return TextContext(model, "text", (0,) * model.text_length)
     if "clip" in config.frozen:
-        model = create_model(**model_of(config.frozen.clip))
+        model = build_network(config, "frozen.clip")
         # The empty caption between its ends; the start token is the one before the end token.
         blank = (model.text_end_id - 1, model.text_end_id)
         return TextContext(model, "clip", blank + (0,) * (model.text_length - 2))

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
-import models
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
+from sample.samplers.contract import build_network
 
 
 def from_uint8(images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
@@ -32,7 +32,7 @@ class ReconstructionSampler:
     @classmethod
     def from_config(cls, config: ConfigDict) -> "ReconstructionSampler":
         """Builds the sampler of the network that `config.models.dvae` describes."""
-        return cls(model=models.create_model(**config.models.dvae))
+        return cls(model=build_network(config, "models.dvae"))
 
     @property
     def reads(self) -> tuple[str, ...]:
