@@ -129,7 +129,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def attempt(request: pytest.FixtureRequest, tmp_path: Path):
     """Runs a reader on the malformed inputs of one kind, each in a folder of its own."""
-    seed, share = request.config.getoption("--malformed_seed"), request.config.getoption("--malformed") // len(KINDS)
+    seed, total = (int(request.config.getoption(name) or 0) for name in ("--malformed_seed", "--malformed"))
+    share = -(-total // len(KINDS))
     kind = request.node.name.removeprefix("test_").split("[")[0] + request.node.name.partition("[")[2]
 
     def run(reader: Callable[[Malformed, Path], Any]) -> int:
