@@ -5,7 +5,6 @@ therefore needs no iterator state, and a run continues on any number of devices,
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def picture_reader(config: ConfigDict) -> Callable[[bytes], Any]:
     # What is kept is kept as pixels, which take less; otherwise Pillow's image is spared a copy.
     return functools.partial(
         read_picture if config.cache else open_picture,
-        size=math.ceil(transform_pair(config.transform).reads * config.image_size) if config.draft else 0,
+        size=transform_pair(config.transform).draft_side(config.image_size) if config.draft else 0,
     )
 
 

@@ -1,7 +1,7 @@
 """Fields of examples that a frozen network made once, stored beside their dataset: read here as rows of .npy files.
 
     <dataset>/<version>/precomputed/image_tokens/3f9c0a51b2d4-32px/
-        provenance.json                    the network, its weights' hash, the size of pictures, dataset, code
+        provenance.json                    the network, its weights' hash, dataset, sizes of pictures and drafts, code
         train-dalle_training.npy           [records, views, ...]: one split under one transform, records as stored
         train-dalle_training.json          which records could not be read
         validation-center_square.npy
@@ -24,6 +24,7 @@ from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from data.preprocess import transform_pair
 from data.records import dataset_folder
 
 FOLDER = "precomputed"
@@ -55,14 +56,29 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
 
 
 def pictures_of(config: ConfigDict) -> dict[str, Any]:
-    """Which pictures `config.data` names, transform apart: what stored fields must have in common with it."""
+    """Which pictures `config.data` names, transform apart: what stored fields must have in common with it.
+
+    `draft` is the short side, in pixels, near which a large JPEG is decoded, on which its pixels depend; 0 where all of
+    it is read. A transform that needs more of a picture asks for more, also where it shares its evaluation.
+    """
     version = dataset_folder(config.dataset, config.data_dir).name
     return {
         "dataset": f"{config.dataset}/{version}",
         "image_size": config.image_size,
         "image_field": config.image_field,
-        "draft": config.draft,
+        "draft": transform_pair(config.transform).draft_side(config.image_size) if config.draft else 0,
     }
+
+
+def check_pictures(folder: Path, made: Mapping[str, Any], config: ConfigDict, remedy: str) -> None:
+    """Compares what a folder says of how it was made with the pictures of `config.data`.
+
+    Raises:
+      UserError: if they are others; `remedy` says what to do.
+    """
+    for what, wanted in pictures_of(config).items():
+        if made.get(what) != wanted:
+            raise UserError(f"{folder} is of {what} {made.get(what)}, not {wanted}; {remedy}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +110,7 @@ class StoredField:
         made, again = read_provenance(folder), "run `python -m scripts.precompute` with this config"
         if made is None:
             raise UserError(f"nothing precomputed is in {folder}; {again}")
-        for what, wanted in pictures_of(config).items():
-            if made.get(what) != wanted:
-                raise UserError(f"{folder} is of {what} {made.get(what)}, not {wanted}; {again}")
+        check_pictures(folder, made, config, again)
         path = folder / f"{file_stem(split, transform)}.npy"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.npy"))) or "nothing"
@@ -134,7 +148,7 @@ class RowWriter:
           whole: rows that are appended together: a file goes on at a multiple of them.
 
         Raises:
-          UserError: if what is there has another shape.
+          UserError: if what is there has another shape, or a finished file lacks rows.
         """
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
@@ -151,16 +165,18 @@ class RowWriter:
                 continue
             with there.open("rb") as file:
                 begins = file.read(len(head))
-            if begins == head[: len(begins)] and len(begins) < len(head):
-                continue  # it was interrupted before its first row
-            if begins != head:
+            if begins != head[: len(begins)]:
                 raise UserError(
                     f"{there} was begun for another shape than {list(shape)} of {dtype}: another --views, or another "
                     "dataset; remove it to begin anew"
                 )
-            self.done = (there.stat().st_size - len(head)) // row_bytes
+            self.done = max(0, there.stat().st_size - len(head)) // row_bytes  # a header may have been cut short too
             break
         if path.is_file():
+            if self.done != self.total:
+                raise UserError(
+                    f"{path} is damaged: it holds {self.done} of {self.total} rows; remove it to begin anew"
+                )
             return
         self.done = self.done // whole * whole
         if not self.done:

@@ -36,6 +36,10 @@ class TransformPair(NamedTuple):
     evaluation: PictureTransform
     reads: float = 1.0
 
+    def draft_side(self, size: int) -> int:
+        """The short side, in pixels, that is asked of a draft of a picture for a result of `size`; 0 for all of it."""
+        return math.ceil(self.reads * size)
+
 
 def center_square(
     image: Source, size: int, rng: np.random.Generator | None = None

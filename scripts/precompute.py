@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(arguments)
     config = load_config(rest)
     if options.views < 0 or options.batch_size < 1:
-        raise UserError("--views and --batch_size must be at least 1")
+        raise UserError("--views must not be negative, and --batch_size must be at least 1")
 
     from train.precomputed import precompute
     from weights.sources import resolve_frozen

@@ -24,7 +24,16 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data.pipeline import picture_reader
-from data.precomputed import AUTO, FOLDER, PROVENANCE, RowWriter, file_stem, pictures_of, read_provenance
+from data.precomputed import (
+    AUTO,
+    FOLDER,
+    PROVENANCE,
+    RowWriter,
+    check_pictures,
+    file_stem,
+    pictures_of,
+    read_provenance,
+)
 from data.preprocess import transform_pair
 from data.records import dataset_folder, open_records
 from models import create_model
@@ -125,8 +134,10 @@ def _folder(config: ConfigDict, name: str, weights: str) -> Path:
     """Where a field is stored that these weights make."""
     data = config.data
     named = f"-{quote(data.image_field, safe='')}" if data.image_field else ""
+    side = pictures_of(data)["draft"]
+    draft = f"-draft{side}" if side else ""
     folder = dataset_folder(data.dataset, data.data_dir) / FOLDER / name
-    return folder / f"{weights[:12]}-{data.image_size}px{named}"
+    return folder / f"{weights[:12]}-{data.image_size}px{draft}{named}"
 
 
 class _Views:
@@ -166,7 +177,8 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
       The folder.
 
     Raises:
-      UserError: if nothing can be precomputed, the transform draws and `views` is not given, or it does not fit.
+      UserError: if nothing can be precomputed, the transform draws and `views` is not given, it does not fit, or what
+        is there already was made of something else.
     """
     name = precomputable(config)
     field, data = FIELDS[name], config.data
@@ -175,6 +187,8 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
         raise UserError(
             f"config.data.transform={data.transform} draws nothing, so there is one view; leave out --views"
         )
+    if views and splits:
+        raise UserError("--splits are stored as evaluation sees them, which draws nothing; leave out --views")
     if pair.training is not pair.evaluation and not views and not splits:
         raise UserError(
             f"config.data.transform={data.transform} draws anew in every epoch; say how many views of a picture to "
@@ -187,7 +201,8 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
     batch_size = -(-batch_size // shards) * shards
 
     part = load_part(config.frozen[field.part], config.seed)
-    folder = _folder(config, name, fingerprint(part))
+    weights = fingerprint(part)
+    folder = _folder(config, name, weights)
     network = create_model(**part.model)
     abstract = abstract_frozen(config)[field.part]
     placed = jax.tree.map(
@@ -203,7 +218,7 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
         return field.compute(network, {"params": trees["params"], **trees["variables"]}, images)
 
     with _alone(folder):
-        _write_provenance(config, name, folder, fingerprint(part))
+        _write_provenance(config, name, folder, weights)
         for split, count in wanted:
             stream = _Views(data, split, count)
             image = stream.batch([0])["image"]
@@ -263,8 +278,17 @@ def _read_ahead(stream: _Views, starts: Sequence[int], batch_size: int) -> Itera
 
 
 def _write_provenance(config: ConfigDict, name: str, folder: Path, weights: str) -> None:
-    """Says how a field is made, unless that is said already."""
-    if read_provenance(folder) is not None:
+    """Says how a field is made, unless the same is said already.
+
+    Raises:
+      UserError: if something else is said.
+    """
+    made = read_provenance(folder)
+    if made is not None:
+        remedy = "remove it, or move it away, to begin anew"
+        check_pictures(folder, made, config.data, remedy)
+        if made.get("weights") != weights:
+            raise UserError(f"{folder} has {name} of other weights; {remedy}")
         return
     entry, here = config.frozen[FIELDS[name].part], describe_environment()
     _write_json(

@@ -176,14 +176,25 @@ def test_what_is_stale_is_refused_in_one_line(make_config, tmp_path):
     refused("train%5B%3A50%25%5D-center_square.npy is missing", "--config.data.split=train[:50%]")
     refused("no image_tokens of config.frozen.dvae are stored", size=16)
     refused("no image_tokens of config.frozen.dvae are stored", tokens=tmp_path)
+    draft = "--config.data.draft=True"  # JPEGs are decoded near a side that the transform decides
+    refused("is of draft 0, not 32", draft, tokens=folder)
+    refused(f"are stored in .*/{folder.name}-draft36; of other", draft, "--config.data.transform=dalle_training")
     provenance = json.loads((folder / "provenance.json").read_text())
     for key, value in (("image_size", 64), ("dataset", "scenes/single32/0.9.0")):
         (folder / "provenance.json").write_text(json.dumps({**provenance, key: value}))
         refused(f"is of {key} {value}, not ")
+        with pytest.raises(UserError, match=f"is of {key} {value}, not .*; remove it"):
+            precompute(config)
     (folder / "provenance.json").write_text(json.dumps(provenance))
     rows = np.load(folder / "train-center_square.npy")
     np.save(folder / "train-center_square.npy", rows[:-1])
     refused("has 299 records, but the split has 300; remove it")
+    np.save(folder / "train-center_square.npy", rows)
+    for size in (rows.nbytes, 100):  # cut in its last row, and in its header
+        os.truncate(folder / "train-center_square.npy", size)
+        refused("is damaged")
+        with pytest.raises(UserError, match=r"train-center_square.npy is damaged: it holds \d+ of 300 rows; remove it"):
+            precompute(config)
     (folder / "train-center_square.npy").write_bytes(b"no array")
     refused("is damaged")
 
@@ -224,6 +235,7 @@ def test_the_command_stores_and_says_where(make_config, tmp_path, capsys):
     for wrong, message in (
         (["--views=2"], "draws nothing"),
         (["--batch_size=0"], "must be at least 1"),
+        (["--splits=validation", "--views=2", "--config.data.transform=dalle_training"], "leave out --views"),
         (["--splits=nope"], "has no split 'nope'"),
     ):
         with pytest.raises(UserError, match=message):
