@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> None:
 def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
     """Reads the command line; raises UserError for flags that are missing or that belong to something else."""
     lines = [
-        f"  {form.name:<14}{', '.join(form.networks)}. In: {form.inputs}.\n{'':16}Out: {form.outputs}"
+        f"  {form.name:<14}{', '.join(form.networks)}. In: {form.inputs}"
+        + (f".\n{'':16}Out: {form.outputs}" if form.write else "")
         for form in formats.values()
     ]
     helps: dict[str, list[str]] = {}
@@ -57,7 +58,8 @@ def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
     parser.add_argument(
         "--allow_nonfinite", action="store_true", help="go on, with a warning, where weights are NaN or infinite"
     )
-    parser.add_argument("--to", choices=formats, help="the format to write")
+    written = [name for name, form in formats.items() if form.write is not None]
+    parser.add_argument("--to", choices=written, help="the format to write")
     parser.add_argument("--run", default="", help="with --to: a run folder")
     parser.add_argument("--part", default="", help="with --to: which of its networks (default: the one that fits)")
     parser.add_argument("--step", type=int, default=0, help="with --to: the checkpoint (default the newest)")
@@ -77,12 +79,12 @@ def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
 def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     """Writes a run folder."""
     from weights.files.origin import Leniency, open_origin
-    from weights.pretrained import new_folder, write_pretrained
+    from weights.pretrained import free_folder, write_pretrained
     from weights.run import NONFINITE
 
     ignored = tuple(key.strip() for key in options.ignore_keys.split(",") if key.strip())
     origin = open_origin(options.input, Leniency(frozenset(ignored), options.allow_nonfinite))
-    output = new_folder(options.output)
+    output = free_folder(options.output)
     form = formats[options.source or _recognize(origin, formats)]
     if wrong := [f"--{name}" for name in options.given if name not in form.options]:
         raise UserError(f"{', '.join(wrong)} says nothing of {form.name}; leave it out")
@@ -117,7 +119,7 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     """Writes what another project loads."""
     from models import create_model
     from weights.formats.contract import Network, write_files
-    from weights.pretrained import new_folder
+    from weights.pretrained import free_folder, new_folder
     from weights.run import Run
     from weights.sources import trained_model
 
@@ -133,10 +135,11 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     fields = trained_model(run, part)
     if fields["name"] not in form.networks:
         raise UserError(f"part {part!r} of {options.run} is a {fields['name']}; {form.name} is of {form.networks[0]}")
-    output = new_folder(options.output)
+    output = free_folder(options.output)
     weights = run.load(options.step or None, parts=(part,))
     network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}))
-    write_files(output, form.write(network))
+    files = form.write(network)
+    write_files(new_folder(output), files)
     kind = "moving average" if weights.ema else "parameters"
     print(f"{output}: {_count(network.params):,} parameters ({kind} of step {weights.step}) for {form.name}")
 

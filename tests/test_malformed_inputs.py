@@ -264,7 +264,9 @@ def foreign() -> dict[str, tuple[dict[str, Any], str, dict[str, Any]]]:
         model = models.create_model(**fields)
         shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1))
         params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes["params"])
-        written = FORMATS[name].write(Network(model, params, {}))
+        write = FORMATS[name].write
+        assert write is not None
+        written = write(Network(model, params, {}))
         weights = next(file for file in written if file.endswith(".safetensors"))
         documents = {file: value for file, value in written.items() if file != weights}
         made[name] = documents, weights, dict(written[weights])

@@ -54,17 +54,30 @@ def write_pretrained(
     write_json(folder / CONFIG, config)
 
 
+def free_folder(folder: str | Path) -> Path:
+    """A folder for results as a path, without making it: what is read first may be refused.
+
+    Raises:
+      UserError: if it has something in it or cannot be one.
+    """
+    folder = Path(folder)
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty; choose another --output or empty it")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --output") from error
+    return folder
+
+
 def new_folder(folder: str | Path) -> Path:
     """Makes a folder for results.
 
     Raises:
       UserError: if it has something in it or cannot be made.
     """
-    folder = Path(folder)
+    folder = free_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty; choose another --output or empty it")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --output") from error
     return folder

@@ -268,6 +268,7 @@ def test_a_run_s_moving_average_is_what_goes_out(tmp_path):
         (["--to=open_clip", "--run=x", "--input=y", "--name=RN50"], "--input, --name cannot be given with --to"),
         (["--source=openai", "--input={tmp}", "--name=RN50"], "--name says nothing of openai; leave it out"),
         (["--source=keras", "--input=x"], "invalid choice: 'keras'"),
+        (["--to=dalle_mini", "--run=x"], "invalid choice: 'dalle_mini'"),
         (["--source=uvit", "--input={tmp}", "--tokenizer=y"], "--tokenizer says nothing of uvit"),
         (["--to=open_clip", "--run=x", "--tokenizer=y"], "--tokenizer cannot be given with --to"),
         (["--source=diffusers", "--input={tmp}"], "has no config.json; give another"),
@@ -280,6 +281,7 @@ def test_a_run_s_moving_average_is_what_goes_out(tmp_path):
 def test_mistakes(arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):
         main([argument.format(tmp=tmp_path) for argument in arguments] + [f"--output={tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_do_not_fit_leave_no_folder_that_looks_whole(tmp_path):

@@ -185,9 +185,9 @@ def check_tensors(what: str, wanted: Mapping[str, tuple[int, ...]], given: Mappi
     }
     problems = [f"{kind}: {_some(lines)}" for kind, lines in kinds.items() if lines]
     if problems:
-        wrapped = (
-            {name.removesuffix(kinds["missing"][0]) for name in kinds["unexpected"]} if kinds["missing"] else set()
-        )
+        # One name that ends like a single missing one says nothing of a prefix of all.
+        several = len(kinds["missing"]) > 1
+        wrapped = {name.removesuffix(kinds["missing"][0]) for name in kinds["unexpected"]} if several else set()
         for prefix in sorted(prefix for prefix in wrapped if prefix.endswith(".")):
             if all(f"{prefix}{name}" in given for name in kinds["missing"]):
                 problems.append(f"they are there under {prefix!r}: save those alone, without that prefix")

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Origin(abc.ABC):
         Raises:
           UserError: if there is no such file, or it is no JSON object.
         """
-        return _without_keys(read_json(self.require(*names)), self.leniency.keys)
+        return without_keys(read_json(self.require(*names)), self.leniency.keys)
 
     def shard(self, name: str, index: str) -> Path:
         """The file of weights that an index names, which must lie beside it.
@@ -250,6 +250,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def without_keys(value: Any, keys: frozenset[str]) -> Any:
+    """A document without those of its keys that a user lets pass, at any depth."""
+    if keys and isinstance(value, Mapping):
+        return {key: without_keys(entry, keys) for key, entry in value.items() if key not in keys}
+    return value
+
+
 def peek_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object that may be something else: {} then."""
     try:
@@ -339,10 +346,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
         raise ValueError(f"the key {twice!r} is there twice")
-    return value
-
-
-def _without_keys(value: Any, keys: frozenset[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_keys(entry, keys) for key, entry in value.items() if key not in keys}
     return value

@@ -61,7 +61,7 @@ class Format:
       outputs: what the other project does with what is written, for the help.
       recognizes: whether files look like this format's; never raises for a file that is something else.
       read: (origin, **options) -> what it holds; raises UserError where that is none of it, or ours cannot compute it.
-      write: one network -> files; raises UserError where the other project cannot compute it.
+      write: one network -> files; raises UserError where the other project cannot compute it. None: nothing is written.
       options: {flag: help} of what reading may be told.
     """
 
@@ -71,7 +71,7 @@ class Format:
     outputs: str
     recognizes: Callable[[Origin], bool]
     read: Callable[..., Converted]
-    write: Callable[[Network], Files]
+    write: Callable[[Network], Files] | None
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

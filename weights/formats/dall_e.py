@@ -65,12 +65,14 @@ def dvae_fields(encoder: Mapping[str, np.ndarray], decoder: Mapping[str, np.ndar
     """Tells {"name": "dvae", fields of `models.dvae.DiscreteVAE`} from the shapes of the package's state dicts.
 
     Raises:
-      UserError: if a tensor that says a size is missing.
+      UserError: if a tensor that says a size is missing or empty.
     """
 
     def shape(tensors: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
         if tensors.get(name) is None or tensors[name].ndim != 4:
             raise UserError(f"these are not the weights of OpenAI's discrete VAE: there is no {name}")
+        if not tensors[name].size:
+            raise UserError(f"these are not the weights of OpenAI's discrete VAE: {name} is {tensors[name].shape}")
         return tensors[name].shape
 
     blocks = {match.groups() for name in encoder if (match := re.match(r"blocks\.group_(\d+)\.block_(\d+)\.", name))}

@@ -9,12 +9,7 @@ from typing import NoReturn
 
 from cli.errors import UserError
 from weights.files.origin import Origin, WeightsFile, peek_json
-from weights.formats.contract import Format, Network
-
-_REFUSAL = (
-    "DALL-E mini is an encoder-decoder (BART) over the tokens of a VQGAN, of which this project has neither; "
-    "dall_e, dalle_pytorch and mindall_e are converted"
-)
+from weights.formats.contract import Format
 
 
 def _recognizes(origin: Origin) -> bool:
@@ -25,11 +20,10 @@ def _recognizes(origin: Origin) -> bool:
 
 
 def _read(origin: Origin) -> NoReturn:
-    raise UserError(f"{origin.describe()}: {_REFUSAL}")
-
-
-def _write(network: Network) -> NoReturn:
-    raise UserError(f"{_REFUSAL}; choose another --to")
+    raise UserError(
+        f"{origin.describe()}: DALL-E mini is an encoder-decoder (BART) over the tokens of a VQGAN, of which "
+        "this project has neither; dall_e, dalle_pytorch and mindall_e are converted"
+    )
 
 
 FORMAT = Format(
@@ -39,5 +33,5 @@ FORMAT = Format(
     outputs="nothing",
     recognizes=_recognizes,
     read=_read,
-    write=_write,
+    write=None,
 )

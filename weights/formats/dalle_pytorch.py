@@ -24,7 +24,7 @@ from models import create_model
 from models.dalle import Dalle
 from weights.files.fields import IDLE, Field, fixed, flag, read_fields, several, whole, word
 from weights.files.layout import Layout, Rule, Tensors, Tree, linear
-from weights.files.origin import Origin, WeightsFile, learned
+from weights.files.origin import Origin, WeightsFile, learned, without_keys
 from weights.files.tensors import TORCH_SUFFIXES, read_tensors, read_with
 from weights.files.torch_pickle import read_pickle, tensors_of
 from weights.formats import dall_e
@@ -155,6 +155,7 @@ def from_dalle_pytorch(model: Dalle, tensors: Mapping[str, np.ndarray]) -> Tree:
       UserError: if tensors are missing, unexpected or of another shape, or are of layers that ours has not.
     """
     given = {name: np.asarray(array) for name, array in tensors.items() if not re.fullmatch(_IGNORED, name)}
+    _check_taken_apart(given, model.width)
     text_ids = model.text_ids
     head = {leaf: given.pop(f"to_logits.1.{leaf}", None) for leaf in ("weight", "bias")}
     folded: Tensors = {}
@@ -182,10 +183,14 @@ def from_dalle_pytorch(model: Dalle, tensors: Mapping[str, np.ndarray]) -> Tree:
         else:
             folded[f"layers.{match[1]}.{match[2]}.{match[4]}" if match else name] = array
     for prefix, scale in scales.items():
-        for out in (f"{prefix}to_out.0", f"{prefix}net.3"):
-            for leaf in ("weight", "bias"):
-                if (array := folded.get(f"{out}.{leaf}")) is not None and len(array) == len(scale):
-                    folded[f"{out}.{leaf}"] = (array.T * scale).T
+        outs = [f"{prefix}{out}.{leaf}" for out in ("to_out.0", "net.3") for leaf in ("weight", "bias")]
+        fitting = [name for name in outs if name in folded and folded[name].shape[:1] == scale.shape]
+        if not any(name.endswith("weight") for name in fitting):
+            raise UserError(
+                f"these are not the weights of {LAYOUT.what}: transformer.layers.{prefix}scale has {scale.size} values "
+                "and fits no output projection of its layer"
+            )
+        folded |= {name: (folded[name].T * scale).T for name in fitting}
     return LAYOUT.read(model, folded)["params"]
 
 
@@ -243,12 +248,32 @@ def _read(origin: Origin, tokenizer: str = "") -> Converted:
     return dalle_run(fields, params, image_tokenizer, found, (note,) * bool(note) + missing)
 
 
+def _check_taken_apart(tensors: Mapping[str, np.ndarray], width: int) -> None:
+    """Raises UserError unless the tensors that are taken apart before any others are compared have axes for that."""
+    names = ("to_logits.1.weight", "text_emb.weight", "image_emb.weight", "text_pos_emb.weight")
+    problems = [
+        f"{name} is {tensors[name].shape}, expected (rows, {width})"
+        for name in names
+        if name in tensors and (tensors[name].ndim != 2 or tensors[name].shape[1] != width)
+    ]
+    if "to_logits.1.bias" in tensors and tensors["to_logits.1.bias"].ndim != 1:
+        problems.append(f"to_logits.1.bias is {tensors['to_logits.1.bias'].shape}, expected (rows,)")
+    problems += [
+        f"{name} is {array.shape}, expected (..., {width})"
+        for name, array in sorted(tensors.items())
+        if name.startswith("image_pos_emb.") and array.shape[-1:] != (width,)
+    ]
+    if problems:
+        raise UserError(f"these are not the weights of {LAYOUT.what}; of another shape: {', '.join(problems)}")
+
+
 def _foreign_tokenizer(content: Mapping[str, Any], tensors: Tensors) -> tuple[tuple[int, int], int, str]:
     """(grid, codes, what to tell the user) of an image tokenizer that is no network of this project."""
     given = read_fields("this DALL-E of dalle_pytorch", content["hparams"], _TABLE)
+    _check_taken_apart(tensors, given["dim"])
     head = tensors.get("to_logits.1.weight", np.zeros(0))
     codes = len(head) - given["num_text_tokens"] - given["text_seq_len"]
-    sides = [tensors[name].size // tensors[name].shape[-1] for name in sorted(tensors) if "image_pos_emb" in name]
+    sides = [tensors[name].size // given["dim"] for name in sorted(tensors) if name.startswith("image_pos_emb.")]
     if len(sides) != 2 or codes < 1:
         what = "rotary_emb is True; it must be False" if len(sides) != 2 else "to_logits.1.weight has no row of a code"
         raise UserError(f"this DALL-E of dalle_pytorch cannot be converted, by its tensors: {what}")
@@ -267,7 +292,7 @@ def _read_checkpoint(origin: Origin) -> tuple[dict[str, Any], str]:
         content = read_pickle(path)
         if not isinstance(content, Mapping) or any(key not in content for key in _ENTRIES):
             return None
-        plain = {key: _without_ignored(content[key], origin.leniency.keys) for key in _ENTRIES[:2]}
+        plain = {key: without_keys(content[key], origin.leniency.keys) for key in _ENTRIES[:2]}
         return plain | {"weights": tensors_of(content["weights"])}
 
     content = read_with(read, origin.path)
@@ -277,10 +302,6 @@ def _read_checkpoint(origin: Origin) -> tuple[dict[str, Any], str]:
             "(of its discrete VAE alone, which has no vae_params, nothing is converted); give its dalle.pt"
         )
     return content, str(origin.path)
-
-
-def _without_ignored(value: Any, keys: frozenset[str]) -> Any:
-    return {key: entry for key, entry in value.items() if key not in keys} if isinstance(value, Mapping) else value
 
 
 def _recognizes(origin: Origin) -> bool:

@@ -239,7 +239,7 @@ def unet_fields(config: Mapping[str, Any]) -> dict[str, Any]:
       UserError: if it is another network's, or a UNet that ours cannot compute; says all reasons.
     """
     kind = config.get("_class_name")
-    if kind not in _ATTENTION:
+    if not isinstance(kind, str) or kind not in _ATTENTION:
         raise UserError(f"config.json is of class {kind!r}; {PLAIN} and {CONDITION} are converted")
     given = read_fields("this UNet", config, _TABLES[kind])
     problems: list[str] = []

@@ -15,11 +15,12 @@ import numpy as np
 import yaml
 
 from cli.errors import UserError
+from cli.text_files import read_text
 from models import create_model
 from models.dalle import Dalle
 from weights.files.fields import IDLE, Field, fixed, flag, group, read_fields, whole, word
 from weights.files.layout import Layout, Rule, Tensors, Tree, linear
-from weights.files.origin import Origin, WeightsFile, read_weights
+from weights.files.origin import Origin, WeightsFile, read_weights, without_keys
 from weights.formats.contract import Converted, Files, Format, Network
 from weights.formats.runs import dalle_run
 
@@ -203,7 +204,9 @@ def _read(origin: Origin) -> Converted:
     if any(name.startswith("stage2.") for name in tensors):  # a training run's, of both stages
         tensors = {name.removeprefix("stage2."): array for name, array in tensors.items() if name.startswith("stage2.")}
     config = origin.find(CONFIG)
-    fields = transformer_fields_of_tensors(tensors) if config is None else transformer_fields(_read_yaml(config))
+    fields = (
+        transformer_fields_of_tensors(tensors) if config is None else transformer_fields(_read_yaml(origin, config))
+    )
     notes = (
         "its image tokenizer is a VQGAN, which is no network of this project yet: it makes tokens and not pictures",
         "its tokenizer of captions is left out: it cuts words in a way of its own",
@@ -211,11 +214,11 @@ def _read(origin: Origin) -> Converted:
     return dalle_run(fields, from_mindall_e(create_model(**fields), tensors), None, None, notes)
 
 
-def _read_yaml(path: Path) -> Any:
-    """Reads the config; UserError if it is no YAML."""
+def _read_yaml(origin: Origin, path: Path) -> Any:
+    """Reads the config without the keys that a user lets pass; UserError if it is no YAML."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return without_keys(yaml.safe_load(read_text(path, "config")), origin.leniency.keys)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}); fetch it again") from error
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from weights.files.layout import CONVOLUTION, FLAT, LINEAR, SAME, linear
+from weights.files.layout import CONVOLUTION, FLAT, LINEAR, SAME, check_tensors, linear
 from weights.formats.open_clip import clip_from_open_clip, clip_to_open_clip
 from weights.formats.transformers import clip_from_transformers, clip_to_transformers
 
@@ -100,6 +100,17 @@ def test_only_buffers_that_hold_nothing_learned_are_passed_over(name):
     assert_same_trees(read(model, tensors | extra), (params, variables))
     with pytest.raises(UserError, match="unexpected: my_attn_mask"):
         read(model, tensors | {"my_attn_mask": np.zeros(1)})
+
+
+def test_a_prefix_of_all_is_said_of_more_than_one_name():
+    wanted = {"a.weight": (1,), "b.weight": (1,), "c.weight": (1,)}
+    with pytest.raises(UserError, match="they are there under 'model.': save those alone"):
+        check_tensors("it", wanted, {f"model.{name}": shape for name, shape in wanted.items()})
+    one_astray = {**wanted, "old.c.weight": (1,)}
+    del one_astray["c.weight"]
+    with pytest.raises(UserError) as error:
+        check_tensors("it", wanted, one_astray)
+    assert "without that prefix" not in str(error.value)
 
 
 def test_a_network_that_a_layout_lacks_is_refused():

@@ -5,13 +5,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 
 import models
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from models.layers.attention_masks import attention_mask
 from scripts.convert import main as convert
+from weights.files.fields import IDLE
 from weights.files.layout import model_shapes
 from weights.files.tensors import write_tensors
 from weights.formats import dall_e, dalle_pytorch, mindall_e
@@ -40,15 +40,19 @@ def test_published_sizes():
 
 def test_the_discrete_vae_of_openai_s_shapes():
     model = models.create_model("dvae")
-    shapes = {name: leaf.shape for name, leaf in model_shapes(model).items()}
-    params = {path.partition("/")[2]: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
-    tree = unflatten_dict({tuple(path.split("/")): array for path, array in params.items()})
-    sides = dall_e.to_dall_e(tree)
+    sides = {"encoder": {}, "decoder": {}}
+    for path, leaf in model_shapes(model).items():
+        (name,), form = dall_e._LAYOUT._find(path)
+        side, _, name = name.partition(".")
+        sides[side][name] = form.outward(np.broadcast_to(np.float32(0), leaf.shape))  # arrays without memory
+    sides = tuple(sides.values())
     assert [sum(array.size for array in side.values()) for side in sides] == [53_786_240, 43_829_766]
     told = models.create_model(**dall_e.dvae_fields(*sides))
     assert told == model
     with pytest.raises(UserError, match="not the weights of OpenAI's discrete VAE: there is no blocks.input.w"):
         dall_e.dvae_fields({}, {})
+    with pytest.raises(UserError, match=r"blocks.input.w is \(0, 3, 7, 7\)"):
+        dall_e.dvae_fields({**sides[0], "blocks.input.w": np.zeros((0, 3, 7, 7))}, sides[1])
 
 
 def test_a_discrete_vae_in_and_out_again(tmp_path, capsys):
@@ -76,6 +80,31 @@ def test_options_of_dalle_pytorch_that_map():
     assert_same_trees(
         dalle_pytorch.from_dalle_pytorch(model, dalle_pytorch.to_dalle_pytorch(model, params)), with_row_0(params)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("to_logits.1.weight", (), r"of another shape: to_logits.1.weight is \(\), expected \(rows, 16\)"),
+        ("to_logits.1.bias", (), r"to_logits.1.bias is \(\), expected \(rows,\)"),
+        ("text_emb.weight", (5, 3), r"text_emb.weight is \(5, 3\), expected \(rows, 16\)"),
+        ("image_emb.weight", (5,), r"image_emb.weight is \(5,\)"),
+        ("text_pos_emb.weight", (), r"text_pos_emb.weight is \(\)"),
+        ("image_pos_emb.weights.0", (1, 4, 1, 0), r"weights.0 is \(1, 4, 1, 0\), expected \(..., 16\)"),
+        ("image_pos_emb.weights.1", (), r"image_pos_emb.weights.1 is \(\)"),
+        ("transformer.layers.layers.0.0.fn.fn.to_out.0.weight", (), "layers.0.0.scale has 16 values and fits no"),
+        ("transformer.layers.layers.1.1.scale", (1, 1, 5), "layers.1.1.scale has 5 values and fits no output"),
+    ],
+)
+def test_odd_tensors_of_dalle_pytorch_are_named(name, shape, message):
+    model = models.create_model(**LUCIDRAINS)
+    tensors = dalle_pytorch.to_dalle_pytorch(model, random_parameters(model))
+    with pytest.raises(UserError, match=message):
+        dalle_pytorch.from_dalle_pytorch(model, {**tensors, name: np.ones(shape, np.float32)})
+    if "pos_emb.weights" in name or name == "to_logits.1.weight":
+        with pytest.raises(UserError, match=message):
+            content = {"hparams": HPARAMS, "vae_params": {}}
+            dalle_pytorch._foreign_tokenizer(content, {**tensors, name: np.ones(shape, np.float32)})
 
 
 def with_row_0(params):
@@ -125,6 +154,15 @@ def test_mindall_e_in_and_out_again(tmp_path, capsys):
     convert([f"--input={theirs}", f"--output={tmp_path}/ours"])
     assert "its image tokenizer is a VQGAN" in capsys.readouterr().out
     assert_same_trees(Run.open(tmp_path / "ours").load().params["dalle"], params)
+    noted = mindall_e.transformer_config(model)
+    noted["stage2"]["hparams"]["note"] = 1
+    (theirs / "config.yaml").write_text(json.dumps(noted))
+    with pytest.raises(UserError, match="stage2.hparams.note: not known here; .* give --ignore_keys=note"):
+        convert([f"--input={theirs}", f"--output={tmp_path}/none"])
+    convert([f"--input={theirs}", "--ignore_keys=note", f"--output={tmp_path}/noted"])
+    (theirs / "config.yaml").write_bytes(b"stage2: \xff")
+    with pytest.raises(UserError, match="config.yaml is not UTF-8 text"):
+        convert([f"--input={theirs}", f"--output={tmp_path}/none"])
     (theirs / "config.yaml").write_text("stage2: [")
     with pytest.raises(UserError, match="config.yaml is not valid YAML"):
         convert([f"--input={theirs}", f"--output={tmp_path}/none"])
@@ -146,7 +184,7 @@ def test_any_value_of_any_key_is_read_or_refused_in_a_line_that_names_the_key(na
             except UserError as error:
                 assert "\n" not in str(error) and path[-1] in str(error)
             else:
-                assert value is not None or field.fits(None)
+                assert field is IDLE or field.fits(value), "was read"
 
 
 def test_dalle_mini_is_told_apart(tmp_path):

@@ -111,8 +111,14 @@ def test_any_value_of_any_key_is_read_or_refused_in_a_line_that_names_the_key(na
             tower = path[-1].partition("_config")[0] if "_config" in path[-1] else path[-1]
             assert tower in said or path[-1] == "name" or "the vision tower has" in said, said
         else:
-            # Null is another type everywhere but where the other project's own files may say it.
-            assert value is not None or field.fits(None), "null was read"
+            assert field.fits(value), f"{value!r} was read"
+
+
+@pytest.mark.parametrize("name", ("UNet2DModel", "DDIMScheduler"))
+def test_a_class_that_is_no_name(name):
+    document, read, _ = DOCUMENTS[name]
+    with pytest.raises(UserError, match=f"\\['{name}'\\]"):
+        read({**document, "_class_name": [name]})
 
 
 def test_a_key_that_no_table_has_is_refused_and_the_library_s_notes_are_not():
