@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from cli.errors import UserError
 from configs.common import get_defaults
 from data.tokenizer import Tokenizer
 from evaluation.__main__ import main as evaluate
+from models import MODELS
 from sample.__main__ import main
 from sample.samplers.registry import SAMPLERS
 from weights.checkpoint import CheckpointStore
@@ -104,6 +106,7 @@ def make_run(tmp_path, monkeypatch):
     def make(sampler: type) -> Path:
         name, folder = sampler.__name__.lower(), tmp_path / sampler.__name__
         monkeypatch.setitem(SAMPLERS, name, sampler)
+        monkeypatch.setitem(MODELS, "namer", nn.Module)  # a network that has no fields
         tokenizer = Tokenizer.train([text for way in SAYINGS for text in way] + ["what is it"], 400)
         sayings = np.stack([[tokenizer.encode(text, 8).ids for text in way] for way in SAYINGS])
         config = get_defaults()

@@ -350,7 +350,7 @@ def test_a_network_needs_a_class_for_each_of_the_dataset(scenes_dir, tmp_path):
     for override, message in (
         ("--config.models.denoiser.num_classes=2", "num_classes is 2, but the dataset has 3 classes; set it to 3"),
         ("--config.loss.dropout=0.1", "3 classes and config.loss.dropout needs one for none; set it to 4"),
-        ("--config.data.label_field=shape", "no field 'shape' of class numbers .it has: background, relation."),
+        ("--config.data.label_field=shape", "in its field 'shape' .fields of class numbers: background, relation."),
     ):
         with pytest.raises(UserError, match=message):
             train(config(scenes_dir, override, name="paper/uvit.py:debug"), tmp_path / "run")

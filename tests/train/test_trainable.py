@@ -229,7 +229,7 @@ def test_optimizer_rules_may_speak_of_what_is_held_but_not_of_nothing():
     trained = trained_params(PARAMS, ("/text/",))
     rules = ({"pattern": "/image/", "schedule": {"peak": 1.0}}, {"pattern": "/text/", "schedule": {"peak": 0.5}})
     config = points().optimizer
-    config.update({"rules": rules, "schedule": {"name": "constant"}})
+    config.update({"rules": rules, "schedule": {"name": "constant", "warmup_steps": 0}})
     optimizer, schedule = create_optimizer(
         config, trained, 10, whole=PARAMS
     )  # no rule is of logit_scale, which is held
