@@ -9,13 +9,10 @@ RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest --durations=10
 PIP := $(RUN) pip --disable-pip-version-check --quiet
 
-# OpenAI's published dVAE and dalle_pytorch, for the parity tests. Installed without their dependencies, which would bring
+# OpenAI's published dVAE and dalle_pytorch, for the parity tests and the benchmark beside it. Installed without their dependencies, which would bring
 # torchvision, blobfile, taming-transformers and others for functions that no test calls; so their versions stand here, not
 # in requirements.lock.
 DALL_E := DALL-E==0.1 dalle-pytorch==1.6.6 axial-positional-embedding==0.3.12
-
-# Another project's DALL-E, for the benchmark beside it: of what it imports, the benchmark stands in for what it lacks.
-DALLE_PYTORCH := dalle-pytorch==1.6.6
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow check parity benchmark-dalle lock clean
@@ -43,7 +40,6 @@ parity: $(VENV)/.parity  ## compare with other projects' code (installs torch)
 	@$(PYTEST) tests/parity
 
 benchmark-dalle: $(VENV)/.parity  ## time DALL-E beside dalle-pytorch (ARGS="--size=medium --cpu_time")
-	@$(PIP) install --no-deps $(DALLE_PYTORCH)
 	@PYTHONPATH=. $(VENV)/bin/python tests/parity/benchmark_dalle.py $(ARGS)
 
 # requirements.lock constrains versions, so that a stamp installs no more than it is for. A stamp is touched last.

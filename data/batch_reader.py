@@ -8,9 +8,6 @@ import collections
 import contextlib
 import math
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from cli.errors import UserError
+from data.child_processes import end_with_parent, signals_blocked
 from data.pipeline import Example, ExampleStream, Stream
 
 _FEWEST_ROWS = 8  # of a batch that are worth a task of their own
@@ -94,7 +92,7 @@ class BatchReader(Iterator[Example]):
         read = _read_in_process if self._processes else self._read
         bounds = [len(indices) * part // self._parts for part in range(self._parts + 1)]
         parts = [indices[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
-        with _signals_blocked() if self._processes else contextlib.nullcontext():
+        with signals_blocked() if self._processes else contextlib.nullcontext():
             self._ready.append([self._pool.submit(read, part) for part in parts])
 
     def _read(self, indices: list[int]) -> tuple[Example, list[tuple[str, int, str]]]:
@@ -112,26 +110,9 @@ _stream: ExampleStream | None = None  # of this process, where it is one that re
 def _begin_process(stream: ExampleStream) -> None:
     """Makes a process that reads: it lives as long as its parent."""
     global _stream
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _stream = stream
     _stream.tally.speaks = False
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Keeps SIGINT and SIGTERM, which reach the whole group, from processes that are started meanwhile, for good."""
-    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _read_in_process(indices: list[int]) -> tuple[Example, list[tuple[str, int, str]]]:

@@ -1,6 +1,7 @@
 """Which fields of a stored dataset hold pictures and captions: those that a config names, or those of usual names."""
 
 import functools
+import multiprocessing
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,13 @@ import tensorflow_datasets as tfds
 
 from cli.errors import UserError
 
-# Usual names, the likelier first.
+# What people call fields of pictures and of captions, in stored datasets as in the files that they are made of; the
+# likelier first.
 IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo")
-TEXT_FIELDS = ("captions", "caption", "text", "texts", "txt", "prompt", "prompts", "description", "alt_text", "alt")
+TEXT_FIELDS = (
+    *("captions", "caption", "text", "texts", "txt", "prompt", "prompts", "description", "sentence", "sentences"),
+    *("comment", "alt_text", "alt", "title"),
+)
 
 _COLUMNS = ("text", "caption", "raw")  # of a table of captions, as COCO has it
 
@@ -125,5 +130,6 @@ def _holds_text(feature: Any) -> bool:
 
 @functools.cache
 def _say(line: str) -> None:
-    """Prints a line once."""
-    print(line, flush=True)
+    """Prints a line once; in a process that reads for another one, that one has said it."""
+    if multiprocessing.parent_process() is None:
+        print(line, flush=True)

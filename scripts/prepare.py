@@ -34,6 +34,8 @@ _OF_FOLDERS = (
     "label_field",
     "validation",
     "size",
+    "resize",
+    "encoding",
     "min_size",
     "workers",
 )
@@ -90,6 +92,11 @@ def main(arguments: Sequence[str]) -> None:
     names = [name for name in known_datasets() if name == options.dataset or name.startswith(f"{options.dataset}/")]
     if not names and (group := options.dataset.split("/")[0]) in MADE_HERE:
         raise UserError(f"unknown dataset {options.dataset!r}; choose {group}, or {known}")
+    if options.inspect and len(names) > 1:
+        raise UserError(
+            f"--inspect={options.inspect} is one page, and --dataset={options.dataset} is {', '.join(names)}; name "
+            "one of them, or give --inspect without a file"
+        )
     for name in names:
         prepare(name, options.data_dir, options.vocab_size)
         _inspect(name, options)
@@ -193,7 +200,7 @@ def _finish(dataset: str, data_dir: str, vocab_size: int, start: float) -> None:
     """Trains the tokenizer of a dataset that has captions and none yet, and says what is there."""
     path = dataset_folder(dataset, data_dir)
     tokenizer_file = path / "tokenizer.json"
-    source = RecordSource(dataset, "train", data_dir, pictures=False)
+    source = RecordSource(dataset, "train", data_dir, pictures=False, fields=())
     if source.has_captions and not tokenizer_file.is_file():
         captions = {caption for index in range(len(source)) for caption in source[index]["captions"]}
         Tokenizer.train(sorted(captions), vocab_size).save(tokenizer_file)

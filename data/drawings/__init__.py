@@ -16,7 +16,8 @@ def prepare(config_name: str, data_dir: str | os.PathLike[str], **sizes: int) ->
     Raises:
       UserError: as there, or if the packages that hold the drawings are not installed.
     """
-    text = license_text()
     builder = storage.prepare(Builder, config_name, data_dir, **sizes)
-    (Path(builder.data_dir) / "LICENSE.txt").write_text(text, encoding="utf-8")
+    path = Path(builder.data_dir) / "LICENSE.txt"
+    if not path.is_file():
+        path.write_text(license_text(), encoding="utf-8")
     return builder

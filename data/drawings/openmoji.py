@@ -106,6 +106,4 @@ def _package(what: str) -> Any:
     try:
         return importlib.import_module(_PACKAGES[what])
     except ImportError as error:
-        raise UserError(
-            f"the drawings need {error.name}, which is not installed: pip install 'tessera-jax[drawings]'"
-        ) from error
+        raise UserError(f"the drawings need {error.name}, which is not installed: pip install '.[drawings]'") from error

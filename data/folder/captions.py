@@ -6,17 +6,15 @@ from typing import Any
 
 from cli.errors import UserError
 from cli.text_files import decode
+from data import fields
 from data.folder.items import MAX_TEXT, Rejected
 
 # What people call these fields; the first that is there is taken, in any case of letters.
 IMAGE_FIELDS = (
     *("file_name", "filename", "file", "filepath", "file_path", "image", "image_file", "image_name", "image_path"),
-    *("img", "picture", "path", "name", "jpg", "jpeg", "png", "webp", "bytes"),
+    *(*fields.IMAGE_FIELDS, "path", "name", "bytes"),
 )
-TEXT_FIELDS = (
-    *("caption", "captions", "text", "texts", "prompt", "description", "sentence", "sentences", "comment"),
-    *("alt_text", "title", "txt"),
-)
+TEXT_FIELDS = fields.TEXT_FIELDS
 LABEL_FIELDS = ("label", "labels", "class", "cls", "category", "fine_label")
 
 

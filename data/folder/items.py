@@ -8,7 +8,9 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-MAX_PICTURE = 2**28  # bytes of a picture's file that are read
+from data.pictures import MAX_BYTES
+
+MAX_PICTURE = MAX_BYTES  # of a picture's file that are read
 MAX_TEXT = 2**20  # bytes of the captions of one picture, and of a line or a field of a table
 
 PICTURES = frozenset(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from cli.errors import UserError
 from data.folder import tables
-from data.folder.hub import HUB, fetch_dataset
 from data.folder.items import PICTURES, Item, Listing, Rejected, shown
 from data.folder.parquet_files import SUFFIX, list_parquet
 from data.folder.picture_folder import list_folder, walk
 from data.folder.tables import Fields
 from data.folder.tar_archives import is_archive, list_archives
+from data.hub import HUB, fetch_dataset
 
 _MAX_NAMES = 100_000  # that braces may spell
 

@@ -1,16 +1,16 @@
 """Tasks in several processes, which end with the one that started them, with a bar of progress."""
 
 import multiprocessing
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
 
 from tqdm import tqdm
 
 from cli.errors import UserError
+from data.child_processes import end_with_parent, signals_blocked
 
 
 class Workers:
@@ -19,6 +19,7 @@ class Workers:
     def __init__(self, count: int):
         self._count = count
         self._pool: ProcessPoolExecutor | None = None
+        self._stop: Connection | None = None  # closed, it ends the processes, also those that are busy
 
     def __enter__(self) -> "Workers":
         return self
@@ -26,6 +27,8 @@ class Workers:
     def __exit__(self, kind: object, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if self._stop is not None:
+            self._stop.close()
 
     def run(self, tasks: Sequence[Callable[[], int]], total: int, verb: str) -> None:
         """Calls every task, which returns a number of pictures.
@@ -52,11 +55,14 @@ class Workers:
         if self._pool is None:
             # A new interpreter for each: libraries here have threads, which a fork would leave behind.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._count, context, _end_with_parent, (os.getpid(),))
+            pipe: tuple[Any, Any] = Pipe(duplex=False)  # of other types on Windows
+            stopped, self._stop = pipe
+            self._pool = ProcessPoolExecutor(self._count, context, end_with_parent, (stopped,))
         waiting: set[Future[int]] = set()
         try:
             for task in tasks:
-                waiting.add(self._pool.submit(task))
+                with signals_blocked():  # the process that is started, if any; it is ended from here
+                    waiting.add(self._pool.submit(task))
                 if len(waiting) >= 3 * self._count:  # not all at once: tasks hold the names of their files
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -68,14 +74,3 @@ class Workers:
                 "a process that read pictures was ended from outside, for lack of memory perhaps; run the same command "
                 "again with fewer --workers, and it goes on where it was"
             ) from error
-
-
-def _end_with_parent(parent: int) -> None:
-    """Ends a worker whose parent was killed: nobody waits for it any more."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

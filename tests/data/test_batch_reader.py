@@ -64,6 +64,10 @@ def test_processes_read_what_threads_read(config, capfd):
     assert stream.tally.places(TRUNCATED) == alone.tally.places(TRUNCATED) != set()
     said = capfd.readouterr().out
     assert said.count("no picture of a kind") == 2 and said.count("caption cut") == 2  # once by each of the streams
+
+
+@pytest.mark.slow
+def test_an_error_of_a_process_is_a_line(config):
     with pytest.raises(UserError, match=r"no record of made_up \(broken\) can be used"):
         read(make_stream(config, "broken"), 1, processes=True)
 

@@ -62,8 +62,16 @@ def test_the_license_lies_beside_the_records(prepared):
     assert openmoji.ATTRIBUTION in path.read_text(encoding="utf-8")
 
 
+def test_what_is_prepared_needs_no_packages_and_is_left_as_it_is(prepared, monkeypatch):
+    (path,) = prepared[0].rglob("LICENSE.txt")
+    before = path.stat().st_mtime_ns
+    monkeypatch.setattr(openmoji, "_PACKAGES", dict.fromkeys(openmoji._PACKAGES, "no_such_module"))
+    drawings.prepare("emoji32", prepared[0], **SIZES)
+    assert path.stat().st_mtime_ns == before
+
+
 def test_packages_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(openmoji, "_PACKAGES", {**openmoji._PACKAGES, "names": "no_such_module"})
     openmoji.drawings.cache_clear()
-    with pytest.raises(UserError, match=r"no_such_module.*pip install 'tessera-jax\[drawings\]'"):
+    with pytest.raises(UserError, match=r"no_such_module.*pip install '\.\[drawings\]'"):
         openmoji.drawings()

@@ -1,6 +1,7 @@
 """Records of other people's datasets: what their fields hold, and what of it is read."""
 
 import io
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from cli.errors import UserError
 from configs.scenes.dvae import get_config
+from data import fields
 from data.fields import find_image_field
 from data.pipeline import ExampleStream
 from data.records import RecordSource, dataset_folder, first_captions, first_classes
@@ -160,7 +162,7 @@ def read(folder, tokenizer=None, num=16, **keys):
     return stream, stream.batch(range(num))
 
 
-def test_fields_of_usual_names_are_found_and_said(tmp_path, tokenizer, capsys):
+def test_fields_of_usual_names_are_found_and_said(tmp_path, tokenizer, capsys, monkeypatch):
     jpg = tfds.features.Image(shape=(None, None, 3))
     prepare_made_up(
         tmp_path,
@@ -173,6 +175,10 @@ def test_fields_of_usual_names_are_found_and_said(tmp_path, tokenizer, capsys):
     assert {tokenizer.decode(ids) for ids in batch["text"]} == {"a blue star"}
     said = capsys.readouterr().out
     assert "pictures are read from its field 'jpg'" in said and "captions are read from its field 'txt'" in said
+    fields._say.cache_clear()
+    monkeypatch.setattr(multiprocessing, "parent_process", object)  # as in a process that reads for this one
+    read(tmp_path, tokenizer, text_length=12)
+    assert not capsys.readouterr().out
 
 
 def test_fields_that_a_config_names_are_read(tmp_path, tokenizer):

@@ -53,6 +53,9 @@ def test_the_table_says_what_was_left_out_and_where_it_is(tmp_path: Path, capsys
         (["--dataset=folder", "--source={tmp}", "--vocab_size=10"], "--vocab_size must be at least 257"),
         (["--dataset=folder", "--source={tmp}", "--resize=wide"], "invalid choice: 'wide'"),
         (["--dataset=scenes/single32", "--source={tmp}"], "--source is of --dataset=folder"),
+        (["--dataset=scenes/single32", "--resize=long"], "--resize is of --dataset=folder"),
+        (["--dataset=scenes/single32", "--encoding=png"], "--encoding is of --dataset=folder"),
+        (["--dataset=scenes", "--inspect={tmp}/page.html"], "is one page, and --dataset=scenes is"),
         (["--dataset=scenes/none"], "unknown dataset 'scenes/none'; choose scenes"),
         (["--dataset=no_such_data"], "unknown dataset 'no_such_data'; choose scenes"),
         (["--dataset=no such data"], "TensorFlow Datasets cannot prepare no such data"),
@@ -115,10 +118,11 @@ def test_the_page_shows_pictures_captions_sizes_and_what_was_left_out(tmp_path: 
         assert f"{reason}{count + (reason == 'corrupt')}" in shown.text
 
 
-def test_a_prepared_dataset_can_be_looked_at_without_a_report(scenes_dir: Path, capsys):
-    printed = call(capsys, "--dataset=scenes/single32", f"--data_dir={scenes_dir}", f"--inspect={scenes_dir}/page.html")
+def test_a_prepared_dataset_can_be_looked_at_without_a_report(scenes_dir: Path, tmp_path: Path, capsys):
+    page = tmp_path / "page.html"
+    printed = call(capsys, "--dataset=scenes/single32", f"--data_dir={scenes_dir}", f"--inspect={page}")
     assert "look at it" in printed
-    assert "300 training pictures" in (scenes_dir / "page.html").read_text()
+    assert "300 training pictures" in page.read_text()
 
 
 class TenNumbers(tfds.core.GeneratorBasedBuilder):

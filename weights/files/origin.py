@@ -10,9 +10,8 @@ from typing import Any
 
 from cli.errors import UserError
 from cli.text_files import read_text
+from data.hub import HUB, hub_error
 from weights.files.tensors import Tensors, check_finite, read_tensors, unwrapped
-
-HUB = "hf:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,35 +159,25 @@ class HubRepository(Origin):
         import huggingface_hub as hub
         from huggingface_hub import errors
 
-        where = self.describe()
         # Every file from the commit of the first one, though somebody pushes meanwhile.
         revision = self._commit or self.revision
         try:
             path = Path(hub.hf_hub_download(self.repository, name, revision=revision))
-        except errors.LocalEntryNotFoundError as error:
-            if hub.is_offline_mode():  # what is cached is all there is
-                return None
-            raise UserError(
-                f"{where} cannot be reached and {name} is not in the cache; check the network, or fetch the files "
-                "elsewhere and give their folder as --input"
-            ) from error
-        except errors.EntryNotFoundError:
+        except errors.EntryNotFoundError as error:
+            # Offline, what is cached is all there is; otherwise the cache was asked because the hub did not answer.
+            if isinstance(error, errors.LocalEntryNotFoundError) and not hub.is_offline_mode():
+                raise self._error(error, name) from error
             return None
-        except errors.GatedRepoError as error:
-            raise UserError(f"{where} is gated; accept its terms on the hub and log in with `hf auth login`") from error
-        except errors.RevisionNotFoundError as error:
-            raise UserError(f"{HUB}{self.repository} has no revision {revision!r}") from error
-        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            raise UserError(
-                f"there is no repository {self.repository!r} on the hub (or it is private and you are not logged in); "
-                f"give {HUB}ORGANIZATION/NAME[@REVISION]"
-            ) from error
-        except OSError as error:  # HTTP errors and those of the disk
-            raise UserError(f"cannot fetch {name} of {where}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # of the disk, and of whatever library the hub's own uses for the network
+            raise self._error(error, name) from error
         folders = [folder for folder in path.parents if folder.parent.name == "snapshots"]
         if self._commit is None and folders:
             self._commit = folders[0].name
         return path
+
+    def _error(self, error: Exception, name: str) -> UserError:
+        what = f"{name} of {self.describe()}"
+        return hub_error(error, what, self.repository, self.revision, kind="repository", option="--input")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,12 +105,25 @@ def _answer(kind: type[Exception]) -> Exception:
     ],
 )
 def test_what_the_hub_answers_is_one_line(error: Exception, message: str, hub_cache: Path, read_source, monkeypatch):
-    def download(repo_id: str, *, local_files_only: bool = False, **_: object) -> str:
-        raise errors.LocalEntryNotFoundError("not cached") if local_files_only else error
+    def download(**_: object) -> str:
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(UserError, match=message):
         read_source("hf:org/none@v2")
+
+
+def test_what_the_cache_lacks_is_fetched(hub_cache: Path, read_source, monkeypatch):
+    snapshot = hub_cache / "datasets--org--pets" / "snapshots" / ("a" * 40)
+
+    def download(**asked: object) -> str:
+        if not asked.get("local_files_only"):  # the cache alone cannot tell
+            (snapshot / "data" / "more.parquet").write_bytes((snapshot / "data" / "train.parquet").read_bytes())
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    kept, _ = read_source("hf:org/pets")
+    assert len(kept) == 12
 
 
 @pytest.mark.parametrize(
