@@ -1,9 +1,12 @@
 """Writes the datasets that are made on this machine to disk, once."""
 
 import contextlib
+import errno
 import io
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ def prepare(make_builder: Any, config_name: str, data_dir: str | os.PathLike[str
     if not folder.exists():
         tfds.disable_progress_bar()
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; there is none
+            with disk_errors(), contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; there is none
                 builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         except OSError:  # another process may have been first to give the folder its name
             builder = make_builder(config=config_name, data_dir=data_dir, file_format="array_record", sizes=sizes)
@@ -56,6 +59,17 @@ def prepare(make_builder: Any, config_name: str, data_dir: str | os.PathLike[str
     if stored != sizes:
         raise UserError(f"{folder} holds {stored} examples, not {sizes}; remove it or choose another data_dir")
     return builder
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Has ArrayRecord's errors of a disk that is full or cannot be written, `RuntimeError`s, raised as `OSError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("failed: .*; (writing|opening) ", str(error), re.DOTALL):
+            raise
+        raise OSError(errno.EIO, " ".join(str(error).split())[:300]) from error
 
 
 def _is_whole(builder: Any) -> bool:

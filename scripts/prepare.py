@@ -226,13 +226,14 @@ def _inspect(dataset: str, options: argparse.Namespace, report: Mapping[str, Any
     try:
         write_dataset_page(path, source, dataset, tokenizer, report or {})
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --inspect") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --inspect") from error
     print(f"look at it: {path}")
 
 
 def _cannot_write(data_dir: str, error: OSError) -> UserError:
     return UserError(
-        f"cannot write the dataset to {data_dir or DEFAULT_DATA_DIR}: {error.strerror}; choose another --data_dir"
+        f"cannot write the dataset to {data_dir or DEFAULT_DATA_DIR}: {error.strerror or error}; choose another "
+        "--data_dir"
     )
 
 

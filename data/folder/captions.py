@@ -7,7 +7,7 @@ from typing import Any
 from cli.errors import UserError
 from cli.text_files import decode
 from data import fields
-from data.folder.items import MAX_TEXT, Rejected
+from data.folder.items import MAX_TEXT, Rejected, is_number
 
 # What people call these fields; the first that is there is taken, in any case of letters.
 IMAGE_FIELDS = (
@@ -16,6 +16,8 @@ IMAGE_FIELDS = (
 )
 TEXT_FIELDS = fields.TEXT_FIELDS
 LABEL_FIELDS = ("label", "labels", "class", "cls", "category", "fine_label")
+
+_MAX_DEPTH = 20  # of lists and objects around a caption
 
 
 def choose_field(asked: str, known: Sequence[str], guesses: Sequence[str], option: str, where: str) -> str | None:
@@ -57,7 +59,8 @@ def captions_of_sidecars(
     """The captions and the class that files beside a picture give it.
 
     Args:
-      texts: ".txt", ".json" -> what the file holds, or why it cannot be read. Without `text_field` text is preferred.
+      texts: ".txt", ".json" -> what the file holds, or why it cannot be read. Text is preferred where both are there,
+        unless there is a `text_field`.
       text_field: of the JSON object; "" for the first of `TEXT_FIELDS` that it has.
       label_field: of the JSON object; "" for none.
 
@@ -66,7 +69,7 @@ def captions_of_sidecars(
     """
     captions: tuple[str, ...] = ()
     label: str | int | None = None
-    if ".txt" in texts and not text_field:
+    if ".txt" in texts and not (text_field and ".json" in texts):
         captions = captions_of_text(decode_text(_readable(texts[".txt"])))
     if ".json" in texts and (not captions or label_field):
         value = parse_json(decode_text(_readable(texts[".json"])))
@@ -84,15 +87,21 @@ def _readable(text: bytes | Rejected) -> bytes:
     return text
 
 
-def captions_of_value(value: Any) -> tuple[str, ...]:
-    """A text, a list of texts, or (COCO) a list of objects or an object that have such a field, as captions."""
-    if isinstance(value, Mapping):
-        name = choose_field("", [str(key) for key in value], (*TEXT_FIELDS, "raw"), "", "")
-        return captions_of_value(value[name]) if name in value else ()
+def captions_of_value(value: Any, depth: int = 0) -> tuple[str, ...]:
+    """A text, a list of texts, or (COCO) a list of objects or an object that have such a field, as captions.
+
+    Raises:
+      Rejected: if one cannot be written, or they are nested deeper than anybody would.
+    """
     if isinstance(value, str):
         return clean_captions([value])
+    if depth > _MAX_DEPTH:
+        raise Rejected("bad caption", f"nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, Mapping):
+        name = choose_field("", [str(key) for key in value], (*TEXT_FIELDS, "raw"), "", "")
+        return captions_of_value(value[name], depth + 1) if name in value else ()
     if isinstance(value, list | tuple):
-        return tuple(caption for each in value[:1000] for caption in captions_of_value(each))
+        return tuple(caption for each in value[:1000] for caption in captions_of_value(each, depth + 1))
     return ()
 
 
@@ -125,12 +134,18 @@ def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def class_of_value(value: Any) -> str | int | None:
-    """The class that a field's value names, by number or by name."""
+    """The class that a field's value names, by number or by name.
+
+    Raises:
+      Rejected: if its name cannot be written as UTF-8.
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
         return value if 0 <= value < 2**20 else None
     if isinstance(value, str) and value.strip():
-        text = " ".join(value.split())[:1000]
-        return class_of_value(int(text)) if text.isascii() and text.isdigit() and len(text) < 8 else text
+        text = " ".join(value.split())[:1000].strip()
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise Rejected("bad caption", "half of a surrogate pair in the name of a class")
+        return class_of_value(int(text)) if is_number(text) and len(text) < 8 else text
     return None

@@ -23,6 +23,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from cli.errors import UserError
 from data.folder.items import Item, Portion
 from data.pictures import PictureError, read_picture
+from data.storage import disk_errors
 
 RESIZES = {
     "short": "the short side becomes --size, the other one in proportion",
@@ -32,6 +33,13 @@ RESIZES = {
 JPEG_QUALITY = 95
 
 
+_MAX_JPEG = 65_500  # pixels of a side that the JPEG library writes
+
+
+class SourceChanged(UserError):
+    """What is read to be written is not what was examined."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PictureSettings:
     """What is done to pictures once and for all.
@@ -39,7 +47,8 @@ class PictureSettings:
     Attributes:
       size: pixels; larger pictures are made smaller, none is made larger. 0 leaves the bytes of every file alone.
       resize: a key of `RESIZES`.
-      encoding: "jpeg" (of quality 95, colors at full resolution) or "png", of pictures that were resized.
+      encoding: "jpeg" (of quality 95, colors at full resolution) or "png", of pictures that were resized; those that
+        JPEG cannot hold, of more than 65,500 pixels a side, are PNG.
       min_size: pixels of the short side that a picture needs; 0 for any.
     """
 
@@ -152,19 +161,24 @@ class WritePortion:
         """Returns the number of items."""
         features = self.fields.features()
         drafts = {split: path.with_name(f"{path.name}.{os.getpid()}.draft") for split, path in self.shards.items()}
-        writers = {split: ArrayRecordWriter(str(path), "group_size:1,uncompressed") for split, path in drafts.items()}
+        writers: dict[str, ArrayRecordWriter] = {}
         sizes, numbers, encoded = dict.fromkeys(self.shards, 0), dict.fromkeys(self.shards, 0), 0
         try:
+            for split, path in drafts.items():
+                with disk_errors():
+                    writers[split] = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
             for item, split in self._items():
                 record, again = self._record(item)
                 serialized = _serialize(features, record)
-                writers[split].write(serialized)
+                with disk_errors():
+                    writers[split].write(serialized)
                 sizes[split] += len(serialized)
                 numbers[split] += 1
                 encoded += again
         finally:
             for writer in writers.values():
-                writer.close()
+                with disk_errors():
+                    writer.close()
         for split, draft in drafts.items():
             draft.replace(self.shards[split])
         with whole_file(self.done) as draft:
@@ -173,7 +187,7 @@ class WritePortion:
 
     def _items(self) -> Iterator[tuple[Item, str]]:
         """The items that are kept, with their splits."""
-        changed = UserError("the source changed while it was prepared; run the same command again")
+        changed = SourceChanged("the source changed while it was prepared; run the same command again")
         rows = read_journal(self.journal)
         count = 0
         for count, item in enumerate(self.portion.read(), start=1):
@@ -212,7 +226,7 @@ def resized(data: bytes, settings: PictureSettings) -> bytes:
         size = tuple(max(1, round(extent * scale)) for extent in (width, height))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    if settings.encoding == "png":
+    if settings.encoding == "png" or max(size) > _MAX_JPEG:
         picture.save(file, "PNG")
     else:
         picture.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)

@@ -83,7 +83,7 @@ class Listing:
     Attributes:
       kind: what it is, in words.
       portions: its parts, in order.
-      fingerprint: changes when the source does, as far as names, sizes and times of change tell.
+      fingerprint: changes with what is read of the source, as far as names, sizes and times of change tell.
       ignored: what was left out already.
       notes: sentences for the user: which fields were taken, what was guessed.
       class_names: names of the classes where labels are numbers; () where they are not known.
@@ -99,8 +99,16 @@ class Listing:
 
 def shown(name: str) -> str:
     """A file's name as text that can be printed and stored, whatever bytes it has."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    try:
+        text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        text = name
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def is_number(name: str) -> bool:
+    """Whether the name of a class is a number, which is no caption."""
+    return name.isascii() and name.isdigit()
 
 
 def read_file(path: Path, limit: int) -> bytes:
@@ -125,9 +133,9 @@ def read_file(path: Path, limit: int) -> bytes:
     return data
 
 
-def fingerprint_of_files(files: Iterable[tuple[str, Path]]) -> str:
-    """A digest of the names, sizes and times of change of files."""
-    digest = hashlib.blake2b(digest_size=16)
+def fingerprint_of_files(files: Iterable[tuple[str, Path]], table: str = "") -> str:
+    """A digest of the names, sizes and times of change of files, and of which of them is the one table, if one is."""
+    digest = hashlib.blake2b(table.encode("utf-8", "surrogateescape"), digest_size=16)
     for name, path in files:
         try:
             status = path.stat()

@@ -23,6 +23,7 @@ from data.folder.items import (
     Portion,
     Rejected,
     fingerprint_of_files,
+    is_number,
     read_file,
     shown,
 )
@@ -69,7 +70,8 @@ class FilesPortion(Portion):
                     raise entry.rejected
                 captions, label = entry.captions, entry.label
                 if entry.sidecars:
-                    captions, label = self._read_sidecars(entry.sidecars)
+                    captions, found = self._read_sidecars(entry.sidecars)
+                    label = found if found is not None else label
                 yield Item(name, read_file(self.root / entry.name, MAX_PICTURE), captions, label)
             except Rejected as rejected:
                 yield Item(name, rejected=rejected)
@@ -79,9 +81,9 @@ class FilesPortion(Portion):
         texts: dict[str, bytes | Rejected] = {}
         for name in names:
             try:
-                texts[PurePosixPath(name).suffix] = read_file(self.root / name, MAX_TEXT)
+                texts[_suffix(name)] = read_file(self.root / name, MAX_TEXT)
             except Rejected as rejected:
-                texts[PurePosixPath(name).suffix] = Rejected("bad caption", f"{shown(name)}: {rejected.detail}")
+                texts[_suffix(name)] = Rejected("bad caption", f"{shown(name)}: {rejected.detail}")
         return captions_of_sidecars(texts, self.fields.text, self.fields.label)
 
 
@@ -100,21 +102,25 @@ def list_folder(
       UserError: if there is no picture in it, or a table cannot be understood.
     """
     files, ignored = found[0], list(found[1])
-    pictures = {name: Entry(name) for name in files if PurePosixPath(name).suffix.lower() in PICTURES}
+    pictures = {name: Entry(name) for name in files if _suffix(name) in PICTURES}
     tables = [table.relative_to(root).as_posix()] if table else [n for n in files if PurePosixPath(n).name in NAMES]
     used, notes = set(tables), []
     for name in tables:
         notes += _read_table(root, name, fields, pictures, ignored)
-    texts = {name for name in files if name.endswith(_SIDECARS)} - used
+    texts = {  # by their names with a suffix in small letters; sorted, A.txt comes after A.TXT and is the one
+        str(PurePosixPath(name).with_suffix(_suffix(name))): name
+        for name in sorted(files)
+        if _suffix(name) in _SIDECARS and name not in used
+    }
+    alone = set(texts.values())
     for name, entry in pictures.items():
-        beside = [
-            text for text in (str(PurePosixPath(name).with_suffix(suffix)) for suffix in _SIDECARS) if text in texts
-        ]
+        names = (str(PurePosixPath(name).with_suffix(suffix)) for suffix in _SIDECARS)
+        beside = [texts[text] for text in names if text in texts]
         used.update(beside)
         if beside and not entry.captions and entry.rejected is None:
             pictures[name] = dataclasses.replace(entry, sidecars=tuple(beside))
     if not pictures:
-        kinds = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in files).most_common(3)
+        kinds = Counter(_suffix(name) or "no suffix" for name in files).most_common(3)
         there = ", ".join(f"{count:,} of {suffix}" for suffix, count in kinds) or "no file"
         raise UserError(
             f"there is no picture in {root}: it has {there}; give another --source, or convert what is none of "
@@ -126,22 +132,29 @@ def list_folder(
     known = any(entry.sidecars or entry.captions or entry.label is not None for entry in pictures.values())
     if not known and any(folders):
         pictures = {name: _labelled(entry) for name, entry in pictures.items()}
-        notes.append("no captions: the names of sub-folders are taken for classes, and for captions")
+        numbers = all(map(is_number, filter(None, folders)))
+        taken = "classes" if numbers else "classes, and for captions"
+        notes.append(f"no captions: the names of sub-folders are taken for {taken}")
     ignored += [
-        Item(shown(name), rejected=Rejected("other", _what_else(name) if name not in texts else ALONE))
+        Item(shown(name), rejected=Rejected("other", _what_else(name) if name not in alone else ALONE))
         for name in files
         if name not in pictures and name not in used
     ]
+    # What is not read, such as a page about the dataset that was written there, does not make it another source.
+    read = [(name, root / name) for name in files if name in pictures or name in used]
+    fingerprint = fingerprint_of_files(read, tables[0] if table else "")
     entries = list(pictures.values())
     portions = [FilesPortion(root, entries[i : i + PORTION], fields) for i in range(0, len(entries), PORTION)]
-    return Listing(
-        "a folder of pictures", portions, fingerprint_of_files([(name, root / name) for name in files]), ignored, notes
-    )
+    return Listing("a folder of pictures", portions, fingerprint, ignored, notes)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
 def _what_else(name: str) -> str:
     """What to say of a file that is no picture of a kind that is read, but may have been meant as one."""
-    return "convert it to JPEG or PNG" if PurePosixPath(name).suffix.lower() in CONVERTIBLE else ""
+    return "convert it to JPEG or PNG" if _suffix(name) in CONVERTIBLE else ""
 
 
 def _labelled(entry: Entry) -> Entry:

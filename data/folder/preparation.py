@@ -23,11 +23,12 @@ from data.folder.examination import (
     ExaminePortion,
     PictureSettings,
     RecordFields,
+    SourceChanged,
     WritePortion,
     read_journal,
     whole_file,
 )
-from data.folder.items import Listing
+from data.folder.items import Listing, is_number
 from data.folder.tables import Fields
 from data.folder.workers import Workers
 
@@ -79,15 +80,17 @@ def prepare(request: Request, listing: Listing, data_dir: Path, workers: int = 1
     work.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(work / "lock", timeout=0):
-            if not final.exists():  # another process may just have finished
-                with Workers(workers) as pool:
-                    _prepare_in(_unfinished(work, request, listing), final, request, listing, pool)
+            if final.exists():  # another process has just finished, and may have been asked for something else
+                report = _prepared_before(final, request, listing)
+            else:
+                _prepare_in(_unfinished(work, request, listing), final, request, listing, workers)
+                report = read_report(final)
     except filelock.Timeout as error:
         raise UserError(
             f"another process prepares {DATASET}/{request.name}; wait for it, or give another --name"
         ) from error
     shutil.rmtree(work, ignore_errors=True)
-    return read_report(final)
+    return report
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -98,16 +101,28 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def _prepared_before(final: Path, request: Request, listing: Listing) -> dict[str, Any]:
     report = read_report(final)
-    asked, before = _decisive(request), report.get("request", {})
-    differing = sorted(key for key in asked if asked[key] != before.get(key))
-    if not differing and report.get("fingerprint") != listing.fingerprint:
-        differing = ["content of the source"]
+    before = report.get("request", {})
+    flags = _differing_flags(_decisive(request), before)
+    differing = ""
+    if flags:
+        differing = f"with another {', '.join(flags)}"
+    elif report.get("fingerprint") != listing.fingerprint:
+        differing = f"from {before.get('source', 'another source')} with another content"
     if differing:
         raise UserError(
-            f"{DATASET}/{request.name} was prepared from another {', '.join(differing)}; give another --name, or "
-            f"remove {final.parent} to prepare it anew"
+            f"{DATASET}/{request.name} was prepared {differing}; give another --name, or remove {final.parent} to "
+            "prepare it anew"
         )
     return report
+
+
+def _differing_flags(asked: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """The flags of `scripts.prepare` in which two requests differ."""
+    flags = [f"--{key}" for key in ("name", "validation") if asked[key] != before.get(key)]
+    for group, suffix in (("fields", "_field"), ("pictures", "")):
+        known = before.get(group, {})
+        flags += [f"--{key}{suffix}" for key, value in asked[group].items() if value != known.get(key)]
+    return flags
 
 
 def _decisive(request: Request) -> dict[str, Any]:
@@ -134,7 +149,22 @@ def _unfinished(work: Path, request: Request, listing: Listing) -> Path:
     return folder
 
 
-def _prepare_in(work: Path, final: Path, request: Request, listing: Listing, workers: Workers) -> None:
+def _prepare_in(work: Path, final: Path, request: Request, listing: Listing, workers: int) -> None:
+    try:
+        with Workers(workers) as pool:
+            _run(work, request, listing, pool)
+    except SourceChanged:
+        # What was decided of the other portions holds no more. It is moved first: workers may still be writing there.
+        outdated = work.with_name("outdated")
+        work.replace(outdated)
+        shutil.rmtree(outdated, ignore_errors=True)
+        raise
+    final.parent.mkdir(parents=True, exist_ok=True)
+    (work / VERSION).replace(final)
+
+
+def _run(work: Path, request: Request, listing: Listing, workers: Workers) -> None:
+    """Examines and writes what is not yet, so that the folder of the version is complete."""
     journals = [work / "examined" / f"{index:06d}.jsonl" for index in range(len(listing.portions))]
     examine = [
         ExaminePortion(portion, request.pictures, journal)
@@ -152,8 +182,6 @@ def _prepare_in(work: Path, final: Path, request: Request, listing: Listing, wor
             write.append(WritePortion(portion, request.pictures, journal, splits, shards, fields, done))
     workers.run(write, sum(map(any, decision.splits)), "written")
     _describe(work, request, listing, decision)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    folder.replace(final)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +211,7 @@ def decide(journals: Sequence[Path], request: Request, listing: Listing) -> Deci
     """
     captioned, labels = _survey(journals)
     numbers, names = _classes(labels, listing.class_names)
-    named = bool(names) and names != tuple(map(str, range(len(names))))
+    named = not all(map(is_number, names))
     captions = "given" if captioned else "classes" if named else "none"
     left_out = [_explain(item.name, *item.rejected.args) for item in listing.ignored if item.rejected is not None]
     first: dict[bytes, str] = {}
@@ -254,13 +282,25 @@ def _shard_names(splits: Sequence[tuple[str, ...]]) -> dict[tuple[int, str], str
 
 
 def _classes(labels: set[str | int], known: tuple[str, ...]) -> tuple[dict[str | int, int], tuple[str, ...]]:
-    """The number that is stored for each class, and the names of all: in the order of the alphabet, or of numbers."""
-    if all(isinstance(label, int) for label in labels):
-        number = max(labels, default=-1) + 1
-        names = (*known, *map(str, range(len(known), number))) if labels else ()
-        return {label: label for label in labels}, names
-    names = tuple(sorted(map(str, labels)))
-    return {label: names.index(str(label)) for label in labels}, names
+    """The number that is stored for each class, and the names of all: in the order of numbers, then of the alphabet."""
+    numbers = [label for label in labels if isinstance(label, int)]
+    if len(numbers) == len(labels):
+        names = (*known, *map(str, range(len(known), max(numbers) + 1))) if numbers else ()
+        return {label: label for label in numbers}, _distinct(names)
+    names = sorted(set(map(str, labels)), key=lambda name: (0, int(name), name) if is_number(name) else (1, 0, name))
+    places = {name: place for place, name in enumerate(names)}
+    return {label: places[str(label)] for label in labels}, tuple(names)
+
+
+def _distinct(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, with a number where one is empty or was there before: TFDS needs each once, and loses empty ones."""
+    found: dict[str, None] = {}
+    for number, name in enumerate(names):
+        name = name or str(number)
+        while name in found:
+            name += f" ({number})"
+        found[name] = None
+    return tuple(found)
 
 
 def _describe(work: Path, request: Request, listing: Listing, decision: Decision) -> None:

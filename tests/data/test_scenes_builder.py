@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from cli.errors import UserError
@@ -131,6 +132,13 @@ def test_an_interrupted_preparation_does_not_count(tmp_path, monkeypatch):
             scenes.prepare("single32", tmp_path, **SIZES)
     builder: Any = scenes.prepare("single32", tmp_path, **SIZES)
     assert len(builder.as_data_source(split="held_out")) == SIZES["held_out"]
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    full = lambda _, options: ArrayRecordWriter("/dev/full", options)  # noqa: E731
+    monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        scenes.prepare("single32", tmp_path, train=1, validation=1, held_out=1)
 
 
 def test_mistakes_are_one_clear_line(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from cli.errors import UserError
 from data.records import RecordSource, dataset_folder
@@ -70,6 +71,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path):
     source = write_folder(MADE[:5], tmp_path / "in")
     with pytest.raises(UserError, match="cannot write the dataset to /proc/nowhere"):
         main(["--dataset=folder", f"--source={source}", "--data_dir=/proc/nowhere"])
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch):
+    full = lambda _, options: ArrayRecordWriter("/dev/full", options)  # noqa: E731
+    monkeypatch.setattr("data.folder.examination.ArrayRecordWriter", full)
+    source = write_folder(MADE[:5], tmp_path / "in")
+    with pytest.raises(UserError, match="cannot write the dataset to .*: .*No space left on device"):
+        main(["--dataset=folder", f"--source={source}", f"--data_dir={tmp_path}", "--workers=1"])
 
 
 class Texts(HTMLParser):

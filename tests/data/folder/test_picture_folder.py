@@ -8,6 +8,8 @@ import pytest
 from cli.errors import UserError
 from data import folder
 
+NESTED = '{"text": ' + "[" * 600 + "]" * 600 + "}"  # which JSON's reader takes
+
 
 def put(root: Path, name: str, data: bytes | str = b"") -> None:
     path = root / name
@@ -28,6 +30,33 @@ def test_text_beside_a_picture_is_its_caption_a_line_each(tmp_path: Path, png: b
     assert kept["two.png"].data == png and not left_out
 
 
+def test_suffixes_of_captions_are_read_in_any_case(tmp_path: Path, png: bytes, read_source):
+    for name in ("A.PNG", "b.png"):
+        put(tmp_path, name, png)
+    for name, text in {"A.TXT": "large", "b.TXT": "not this", "b.txt": "small"}.items():
+        put(tmp_path, name, text)
+    kept, left_out = read_source(tmp_path)
+    assert {name: item.captions for name, item in kept.items()} == {"A.PNG": ("large",), "b.png": ("small",)}
+    assert left_out == {"b.TXT": "other"}
+
+
+def test_text_yields_to_a_field_only_where_both_stand(tmp_path: Path, png: bytes, read_source):
+    for name in ("a.png", "b.png"):
+        put(tmp_path, name, png)
+        put(tmp_path, name.replace("png", "txt"), "of text")
+    put(tmp_path, "b.json", '{"long": "of json"}')
+    kept, _ = read_source(tmp_path, text="long")
+    assert {name: item.captions for name, item in kept.items()} == {"a.png": ("of text",), "b.png": ("of json",)}
+
+
+def test_a_class_of_a_table_stays_where_a_file_has_the_caption(tmp_path: Path, png: bytes, read_source):
+    put(tmp_path, "a.png", png)
+    put(tmp_path, "a.txt", "a caption")
+    put(tmp_path, "metadata.csv", "file_name,label\na.png,cat\n")
+    kept, _ = read_source(tmp_path)
+    assert (kept["a.png"].captions, kept["a.png"].label) == (("a caption",), "cat")
+
+
 def test_text_that_is_no_caption_is_named(tmp_path: Path, png: bytes, read_source):
     for name, data in {
         "latin": "Bär".encode("latin-1"),
@@ -36,7 +65,13 @@ def test_text_that_is_no_caption_is_named(tmp_path: Path, png: bytes, read_sourc
     }.items():
         put(tmp_path, f"{name}.png", png)
         put(tmp_path, f"{name}.txt", data)
-    for name, data in {"list": "[1]", "broken": "{", "deep": "[" * 100_000, "half": '{"text": "\\ud800"}'}.items():
+    for name, data in {
+        "list": "[1]",
+        "broken": "{",
+        "deep": "[" * 100_000,
+        "nested": NESTED,
+        "half": '{"text": "\\ud800"}',
+    }.items():
         put(tmp_path, f"{name}.png", png)
         put(tmp_path, f"{name}.json", data)
     put(tmp_path, "alone.txt", "no picture")
@@ -44,7 +79,7 @@ def test_text_that_is_no_caption_is_named(tmp_path: Path, png: bytes, read_sourc
     kept, left_out = read_source(tmp_path)
     assert not kept
     bad = dict.fromkeys(
-        (f"{n}.png" for n in ("latin", "utf16", "huge", "list", "broken", "deep", "half")), "bad caption"
+        (f"{n}.png" for n in ("latin", "utf16", "huge", "list", "broken", "deep", "nested", "half")), "bad caption"
     )
     assert left_out == {**bad, "alone.txt": "other", "readme.md": "other"}
 

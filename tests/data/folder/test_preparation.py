@@ -4,10 +4,12 @@ import collections
 import dataclasses
 import io
 import json
+import os
 import pickle
 import re
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +19,7 @@ from PIL import Image
 from cli.errors import UserError
 from data import folder
 from data.folder import preparation
+from data.folder.examination import resized
 from data.folder.items import Rejected
 from data.folder.preparation import decide
 from data.pictures import read_picture
@@ -151,10 +154,12 @@ def test_a_second_preparation_changes_nothing_or_says_what_differs(tmp_path: Pat
     first = prepare(source, tmp_path / "data")
     before = contents(tmp_path / "data")
     assert prepare(source, tmp_path / "data") == prepare(f"{source}/", tmp_path / "data") == first
-    with pytest.raises(UserError, match="prepared from another validation"):
-        prepare(source, tmp_path / "data", validation=3)
+    with pytest.raises(UserError, match="prepared with another --validation, --text_field, --size; give"):
+        prepare(source, tmp_path / "data", validation=3, size=20, fields=folder.Fields(text="x"))
+    (tmp_path / "in" / "inspect.html").write_text("a page about it, which is no part of it")
+    assert prepare(source, tmp_path / "data") == first
     (tmp_path / "in" / "new.png").write_bytes(encode(np.zeros((9, 9, 3), np.uint8)))
-    with pytest.raises(UserError, match="another content of the source"):
+    with pytest.raises(UserError, match="prepared from .*in with another content"):
         prepare(source, tmp_path / "data")
     assert contents(tmp_path / "data") == before
     prepare(source, tmp_path / "data", "other")
@@ -174,6 +179,52 @@ def test_a_source_that_changes_meanwhile_is_found(tmp_path: Path, monkeypatch):
     monkeypatch.undo()
     report = prepare(source, tmp_path / "data")
     assert report["skipped"]["duplicate"] >= 1  # what was examined before the change was not believed
+
+
+def test_a_change_that_no_time_or_size_tells_is_not_found_for_ever(tmp_path: Path, monkeypatch):
+    source = write_folder(MADE[:20], tmp_path / "in")
+    path = tmp_path / "in" / MADE[3].name
+    before = path.stat()
+
+    def change_then_decide(*arguments):
+        path.write_bytes(b"x" * before.st_size)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return decide(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "decide", change_then_decide)
+        with pytest.raises(UserError, match="the source changed while it was prepared"):
+            prepare(source, tmp_path / "data")
+    assert "corrupt" in prepare(source, tmp_path / "data")["skipped"]
+
+
+def test_tables_of_one_folder_are_sources_of_their_own(tmp_path: Path, monkeypatch):
+    source = write_folder([dataclasses.replace(each, caption=None) for each in MADE[:8]], tmp_path / "in")
+    for table in ("a", "b"):
+        rows = "".join(f"{each.name},{table} {index}\n" for index, each in enumerate(MADE[:8]))
+        (tmp_path / "in" / f"{table}.csv").write_text(f"file_name,text\n{rows}")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "decide", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(f"{source}/a.csv", tmp_path / "data")
+    prepare(f"{source}/b.csv", tmp_path / "data", validation=0)
+    assert sorted(record["captions"] for record in records(tmp_path / "data"))[0] == ("b 0",)
+    with pytest.raises(UserError, match="prepared from .*b.csv with another content"):
+        prepare(f"{source}/a.csv", tmp_path / "data", validation=0)
+
+
+def test_what_another_process_has_just_finished_is_compared(tmp_path: Path, monkeypatch):
+    source = write_folder(MADE[:8], tmp_path / "in")
+
+    def lock(path: Path, timeout: int) -> filelock.BaseFileLock:
+        monkeypatch.undo()
+        prepare(source, tmp_path / "data", validation=3)
+        path.parent.mkdir(exist_ok=True)
+        return filelock.FileLock(path, timeout=timeout)
+
+    monkeypatch.setattr(preparation.filelock, "FileLock", lock)
+    with pytest.raises(UserError, match="prepared with another --validation"):
+        prepare(source, tmp_path / "data")
 
 
 def test_two_processes_cannot_prepare_the_same(tmp_path: Path, monkeypatch):
@@ -260,6 +311,39 @@ def test_numbers_of_classes_are_kept_with_the_names_that_are_known(tmp_path: Pat
     report = prepare(str(tmp_path / "b.parquet"), tmp_path, "b", validation=0)
     assert report["captions"] == "given" and report["classes"] == ["0", "1", "2", "3", "4"]
     assert [int(record["label"]) for record in records(tmp_path, "b")] == [2, 0, -1, 4]
+
+
+def test_sub_folders_that_are_numbers_are_classes_and_no_captions(tmp_path: Path):
+    for index, number in enumerate((0, 2, 10)):
+        (tmp_path / "in" / str(number)).mkdir(parents=True)
+        (tmp_path / "in" / str(number) / "1.png").write_bytes(MADE[index].data)
+    report = prepare(str(tmp_path / "in"), tmp_path, validation=0)
+    assert report["captions"] == "none" and report["classes"] == ["0", "2", "10"]
+    found = {record["id"].decode(): int(record["label"]) for record in records(tmp_path)}
+    assert found == {"0/1.png": 0, "2/1.png": 1, "10/1.png": 2}
+
+
+@pytest.mark.parametrize(
+    ("known", "labels", "classes"),
+    [
+        (["1", "2"], [3, 0], ["1", "2", "2 (2)", "3"]),
+        (["", "cat", "cat"], [2, 0], ["0", "cat", "cat (2)"]),
+        (["\ud800", "a\nb"], [1, 0], ["\ufffd", "a b"]),
+    ],
+)
+def test_names_of_classes_are_distinct_and_can_be_written(known, labels, classes, tmp_path: Path):
+    table = pa.table({"image": [each.data for each in MADE[:2]], "label": labels})
+    features = {"info": {"features": {"label": {"names": known}}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "a.parquet")
+    assert prepare(str(tmp_path / "a.parquet"), tmp_path, validation=0)["classes"] == classes
+    assert RecordSource("folder/made", "train", str(tmp_path)).class_names == {"label": tuple(classes)}
+    assert [int(record["label"]) for record in records(tmp_path)] == labels
+
+
+def test_a_side_that_no_jpeg_holds_is_png():
+    data = encode(np.zeros((80_000, 10, 3), np.uint8))
+    with Image.open(io.BytesIO(resized(data, folder.PictureSettings(size=9)))) as picture:
+        assert picture.format == "PNG" and picture.size == (9, 72_000)
 
 
 def test_a_rejection_comes_back_from_another_process():
