@@ -70,13 +70,12 @@ class ParquetPortion(Portion):
     def _item(self, name: str, batch: pa.RecordBatch) -> Item:
         try:
             value = batch.column(self.image)[0]
-            path = None
-            if isinstance(value, pa.StructScalar):
-                path = _text(value["path"]) if "path" in value and value.is_valid else None
-                value = value["bytes"] if value.is_valid else None
-            if isinstance(path, str):
-                name = f"{name} ({shown(path[:200])})"
-            if value is None or not value.is_valid:
+            if isinstance(value, pa.StructScalar) and value.is_valid:
+                if _has_path(value.type) and isinstance(path := _text(value["path"]), str):
+                    name = f"{name} ({shown(path[:200])})"
+                value = value["bytes"]
+            value = _stored(value)
+            if not value.is_valid:
                 raise Rejected("missing", "the picture itself is not in the file")
             captions: tuple[str, ...] = ()
             if self.text is not None:
@@ -105,6 +104,8 @@ def list_parquet(paths: Sequence[tuple[str, Path]], fields: Fields) -> Listing:
             detail = " ".join(str(error).split())[:200]
             raise UserError(f"{name} cannot be read as parquet ({detail}); fetch it again, or leave it out") from error
         image, text, label = _choose(schema, fields, name)
+        if twice := [column for column in (image, text, label) if column and schema.names.count(column) > 1]:
+            raise UserError(f"{name} has several columns {twice[0]!r}; rename them, or name another by its option")
         if label is not None and not class_names:
             class_names = _class_names(schema, label)
         note = {"pictures": image, "captions": text, "classes": label}
@@ -135,10 +136,10 @@ def _parts(rows: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
 
 
 def _choose(schema: pa.Schema, fields: Fields, where: str) -> tuple[str, str | None, str | None]:
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+    structs = [field.name for field in schema if _has_bytes(field.type)]
     pictures = structs + [field.name for field in schema if _is_binary(field.type)]
     texts = [field.name for field in schema if _is_text(field.type)]
-    labels = [field.name for field in schema if pa.types.is_integer(field.type) or _is_text(field.type)]
+    labels = [field.name for field in schema if pa.types.is_integer(_kind(field.type)) or _is_text(field.type)]
     image = choose_field(fields.image, pictures, IMAGE_FIELDS, "image_field", where)
     if image is None and len(pictures) == 1:
         image = pictures[0]
@@ -149,14 +150,38 @@ def _choose(schema: pa.Schema, fields: Fields, where: str) -> tuple[str, str | N
     return image, text, choose_field(fields.label, labels, LABEL_FIELDS, "label_field", where)
 
 
+def _kind(kind: pa.DataType) -> pa.DataType:
+    """The type of values, where a dictionary holds them too, as pandas writes categories."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _stored(value: Any) -> Any:
+    """The value itself, where a dictionary holds it."""
+    return value.value if isinstance(value, pa.DictionaryScalar) and value.is_valid else value
+
+
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    kind = _kind(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    kind = _kind(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _is_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    """Whether values are texts, or lists of texts."""
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return _is_string(kind.value_type if lists else kind)
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and (at := kind.get_field_index("bytes")) >= 0 and _is_binary(kind.field(at).type)
+
+
+def _has_path(kind: pa.DataType) -> bool:
+    return (at := kind.get_field_index("path")) >= 0 and _is_string(kind.field(at).type)
 
 
 def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
@@ -167,7 +192,7 @@ def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
     except (KeyError, TypeError, ValueError, RecursionError):
         return ()
     known = isinstance(names, list) and len(names) < 2**20 and all(isinstance(name, str) for name in names)
-    return tuple(" ".join(name.split()) for name in names) if known else ()
+    return tuple(shown(" ".join(name.split())) for name in names) if known else ()
 
 
 def _bytes(value: Any, reason: str, limit: int) -> bytes:
@@ -181,6 +206,7 @@ def _bytes(value: Any, reason: str, limit: int) -> bytes:
 
 def _text(value: Any) -> str | list[str] | None:
     """The text of a value, or its texts."""
+    value = _stored(value)
     if not value.is_valid:
         return None
     if isinstance(value, pa.ListScalar | pa.LargeListScalar):
@@ -193,4 +219,5 @@ def _text(value: Any) -> str | list[str] | None:
 
 
 def _plain(value: Any) -> Any:
+    value = _stored(value)
     return value.as_py() if isinstance(value.type, pa.DataType) and pa.types.is_integer(value.type) else _text(value)

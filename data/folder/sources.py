@@ -29,6 +29,14 @@ def list_source(source: str, fields: Fields) -> Listing:
     Raises:
       UserError: if it is not there, or there is no picture in it.
     """
+    try:
+        return _list_source(source, fields)
+    except OSError as error:
+        detail = error.strerror or error
+        raise UserError(f"cannot read {source}: {detail}; give another --source, or check its rights") from error
+
+
+def _list_source(source: str, fields: Fields) -> Listing:
     if source.startswith(HUB):
         folder, bounds = fetch_dataset(source)
         return _list_folder(folder, bounds, fields)
@@ -75,7 +83,10 @@ def _expand(source: str) -> list[Path]:
     Raises:
       UserError: if one is not there.
     """
-    names = list(itertools.islice(expand_braces(str(Path(source).expanduser())), _MAX_NAMES + 1))
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path.resolve()]
+    names = list(itertools.islice(expand_braces(str(path)), _MAX_NAMES + 1))
     if len(names) > _MAX_NAMES:
         raise UserError(f"{source} names more than {_MAX_NAMES:,} files; give a pattern with *")
     found = [sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else [name] for name in names]
@@ -89,19 +100,20 @@ def _expand(source: str) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Yields what a shell would make of `{a,b}` and of `{000..010}`, which keeps its zeros."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
+    """Yields what a shell would make of `{a,b}` and of `{000..010}`, which keeps its zeros; `{10..1}` counts down."""
+    match = re.search(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}", pattern, re.ASCII)
     if not match:
         yield pattern
         return
     before, after = pattern[: match.start()], pattern[match.end() :]
-    numbers = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", match[1])
-    if numbers:
-        first, last = int(numbers[1]), int(numbers[2])
-        width = len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
-        parts: Iterator[str] = (f"{number:0{width}d}" for number in range(first, last + 1))
+    if match[1]:
+        first, last = int(match[1]), int(match[2])
+        padded = any(len(number) > 1 and number.startswith("0") for number in match.groups()[:2])
+        width = max(len(match[1]), len(match[2])) if padded else 0
+        step = 1 if first <= last else -1
+        parts: Iterator[str] = (f"{number:0{width}d}" for number in range(first, last + step, step))
     else:
-        parts = iter(match[1].split(","))
+        parts = iter(match[3].split(","))
     for part in parts:
         yield from expand_braces(f"{before}{part}{after}")
 

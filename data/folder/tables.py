@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,36 +76,47 @@ class Table:
         Raises:
           UserError: if the file cannot be opened, or no field has the names of pictures.
         """
-        records = self._json_records() if self.path.suffix == ".jsonl" else self._csv_records()
-        chosen: tuple[str, str | None, str | None] | None = None
-        for count, (line, record) in enumerate(records):
+        lines = self.path.suffix == ".jsonl"
+        known: dict[str, None] = {}
+        image = text = label = None
+        for count, (line, record) in enumerate(self._json_records() if lines else self._csv_records()):
             if count == MAX_ROWS:
                 raise UserError(
                     f"{self.path} has more than {MAX_ROWS:,} rows; split it, with its pictures, into several"
                 )
-            if chosen is None:
-                chosen = self._choose(list(record))
-            image, text, label = chosen
+            # A line of JSON may have fields that none before it had.
+            if None in (image, text, label) and len(known) < _MAX_COLUMNS and not known.keys() >= record.keys():
+                known.update((name, None) for name in record if len(name) < 1000)
+                image = image or _field(self.fields.image, known, IMAGE_FIELDS)
+                text = text or _field(self.fields.text, known, TEXT_FIELDS)
+                label = label or _field(self.fields.label, known, LABEL_FIELDS)
+                if not lines:
+                    self._check(image, text, label, list(known))
             try:
                 if not isinstance(file := record.get(image), str) or not file:
-                    raise Rejected("unreadable", f"no name of a picture in field {image!r}")
+                    where = f"in field {image!r}" if image else "in any field"
+                    raise Rejected("unreadable", f"no name of a picture {where}")
                 captions = captions_of_value(record.get(text)) if text else ()
                 yield Row(line, file, captions, class_of_value(record.get(label)) if label else None)
             except Rejected as rejected:
                 self._ignore(line, rejected)
+        if known:
+            self._check(image, text, label, list(known))
+            named = {"pictures": image, "captions": text, "classes": label}
+            found = ", ".join(f"{what} of field {name!r}" for what, name in named.items() if name is not None)
+            self.notes.append(f"{self.path.name}: {found}")
+        elif self.ignored and (rejected := self.ignored[0].rejected):
+            raise UserError(f"no row of {self.path} can be read ({rejected.detail}); check it, and save it as UTF-8")
 
-    def _choose(self, known: list[str]) -> tuple[str, str | None, str | None]:
+    def _check(self, image: str | None, text: str | None, label: str | None, known: list[str]) -> None:
+        """Raises a UserError where a field that was asked for is not there, or none that is needed."""
         where = str(self.path)
-        image = choose_field(self.fields.image, known, IMAGE_FIELDS, "image_field", where)
-        text = choose_field(self.fields.text, known, TEXT_FIELDS, "text_field", where)
-        label = choose_field(self.fields.label, known, LABEL_FIELDS, "label_field", where)
+        for option, found in (("image", image), ("text", text), ("label", label)):
+            if found is None:
+                choose_field(getattr(self.fields, option), known, (), f"{option}_field", where)
         if image is None or text is label is None:
             missing = "--text_field, that of captions" if image else "--image_field, that of the pictures' file names"
-            raise UserError(f"{where} has the fields {', '.join(map(repr, known))}; name by {missing}")
-        named = {"pictures": image, "captions": text, "classes": label}
-        found = ", ".join(f"{what} of field {name!r}" for what, name in named.items() if name is not None)
-        self.notes.append(f"{self.path.name}: {found}")
-        return image, text, label
+            raise UserError(f"{where} has the fields {', '.join(map(repr, known))[:1000]}; name by {missing}")
 
     def _ignore(self, line: int, rejected: Rejected) -> None:
         reason = "unreadable" if rejected.reason == "bad caption" else rejected.reason
@@ -156,6 +167,11 @@ class Table:
 
         source = lines()
         first = next(source, "")
+        if start != 1 and self.ignored and (rejected := self.ignored[0].rejected):
+            raise UserError(
+                f"the first line of {self.path} must name its fields and cannot be read ({rejected.detail}); save it "
+                "as UTF-8"
+            )
         delimiter = "\t" if self.path.suffix == ".tsv" else max(",\t;|", key=first.count)
         try:
             header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, strict=True), [])]
@@ -163,6 +179,7 @@ class Table:
             raise UserError(f"the first line of {self.path} must name its fields ({error})") from error
         if len(set(header)) < len(header) or len(header) > _MAX_COLUMNS:
             raise UserError(f"the first line of {self.path} must name its fields, each once; it has {header[:8]}")
+        csv.field_size_limit(MAX_TEXT)  # of this process; it would be 128 KiB
         reader = csv.reader(source, delimiter=delimiter, strict=True)
         while True:
             start = 0
@@ -179,3 +196,8 @@ class Table:
                 self._ignore(start, Rejected("unreadable", str(error)))
             except Rejected as rejected:
                 self._ignore(start, rejected)
+
+
+def _field(asked: str, known: Iterable[str], guesses: Sequence[str]) -> str | None:
+    """The field that was asked for, or else guessed; None as long as there is none."""
+    return (asked if asked in known else None) if asked else choose_field("", list(known), guesses, "", "")

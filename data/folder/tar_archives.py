@@ -66,9 +66,10 @@ class TarPortion(Portion):
                         continue
                     key, suffix = _key(member.name)
                     if suffix in PICTURES:
-                        used.add(key)
+                        sample = _sample(member.name)
+                        used.update((key, sample))
                         data = _data(member, stream, MAX_PICTURE)
-                        yield self._item(name, data, texts.get(key, {}))
+                        yield self._item(name, data, {**texts.get(sample, {}), **texts.get(key, {})})
                     elif suffix not in _TEXTS:
                         raise Rejected("other")
                 except Rejected as rejected:
@@ -128,6 +129,12 @@ def _key(name: str) -> tuple[str, str]:
     return str(path.with_suffix("")) if path.name else name, path.suffix.lower()
 
 
+def _sample(name: str) -> str:
+    """The key to the first dot, as WebDataset has it: 000.txt is the caption of 000.image.png if it has none closer."""
+    path = PurePosixPath(name)
+    return str(path.with_name(path.name.partition(".")[0] or path.name)) if path.name else name
+
+
 def _is_kept(member: tarfile.TarInfo, quiet: bool = False) -> bool:
     """Whether a member is a file to look at; False for a folder.
 
@@ -184,6 +191,10 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, "_Forward"]]:
                 yield member, stream
         if stream.last.strip(b"\0"):
             raise tarfile.ReadError(f"damaged at byte {stream.position:,}")
+        end = stream.position
+        while stream.skip():
+            if stream.last.strip(b"\0"):
+                raise tarfile.ReadError(f"more follows the end of the archive at byte {end:,}; extract it, if joined")
 
 
 class _Forward:
@@ -215,6 +226,10 @@ class _Forward:
             if not self._advance(min(2**20, position - self.position)):
                 break
         return self.position
+
+    def skip(self) -> bool:
+        """Reads on by a mebibyte at most; False at the end."""
+        return bool(self._advance(2**20))
 
     def _advance(self, size: int) -> bytes:
         self.last = self._file.read(size)

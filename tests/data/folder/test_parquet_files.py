@@ -30,6 +30,31 @@ def test_structs_bytes_lists_and_classes(tmp_path: Path, png: bytes, read_source
     assert kept["a.parquet, row 1"].data == png
 
 
+def test_dictionaries_and_views_are_read_as_what_they_hold(tmp_path: Path, png: bytes, read_source):
+    columns = {
+        "image": pa.array([png, png]).dictionary_encode(),
+        "text": pa.array(["x", None]).dictionary_encode(),  # as pandas writes categories
+        "about": pa.array(["y", "z"], pa.string_view()),
+        "label": pa.array(["cat", "dog"]).dictionary_encode(),
+    }
+    path = write(tmp_path / "a.parquet", columns)
+    for field, (first, second) in {"": (("x",), ()), "about": (("y",), ("z",))}.items():
+        items = [(item.data, item.captions, item.label) for item in read_source(path, text=field)[0].values()]
+        assert items == [(png, first, "cat"), (png, second, "dog")]
+
+
+def test_columns_of_odd_kinds_are_one_line_or_ignored(tmp_path: Path, png: bytes, read_source):
+    write(tmp_path / "a.parquet", {"image": [{"bytes": 1}], "text": ["x"]})
+    with pytest.raises(UserError, match="no column that is known to hold pictures"):
+        read_source(tmp_path)
+    write(tmp_path / "a.parquet", {"image": [{"bytes": png, "path": 1}], "text": ["x"]})
+    assert list(read_source(tmp_path)[0]) == ["a.parquet, row 0"]
+    twice = pa.table([pa.array([png]), pa.array(["x"]), pa.array(["y"])], ["image", "text", "text"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="several columns 'text'"):
+        read_source(tmp_path)
+
+
 def test_columns_are_guessed_and_may_be_named(tmp_path: Path, png: bytes, read_source):
     columns = {"thumb": [png], "full": [png + b"\0"], "about": ["x"], "n": [3], "url": ["http"]}
     path = write(tmp_path / "a.parquet", columns)
@@ -79,14 +104,16 @@ def test_a_file_that_is_no_parquet_is_one_line(damage: str, tmp_path: Path, png:
         read_source(path)
 
 
-def test_a_value_that_a_dictionary_repeats_is_measured_before_it_is_copied(tmp_path: Path, read_source, monkeypatch):
+@pytest.mark.parametrize("store_schema", [False, True])
+def test_a_value_that_a_dictionary_repeats_is_measured_before_it_is_copied(store_schema, tmp_path: Path, monkeypatch):
     """32 MiB that a file of some kilobytes holds once and names 5,000 times: 160 GB for who takes it whole."""
     monkeypatch.setattr("data.folder.parquet_files.MAX_PICTURE", 2**25 - 1)
     large = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array([bytes(2**25)]))
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"image": large, "text": ["x"] * 5000}), path, compression="zstd", store_schema=False)
+    table = pa.table({"image": large, "text": ["x"] * 5000})
+    pq.write_table(table, path, compression="zstd", store_schema=store_schema)
     assert path.stat().st_size < 2**20
-    del large
+    del large, table
     listing = folder.list_source(str(path), folder.Fields())
     before = pa.default_memory_pool().max_memory()
     items = listing.portions[0].read()

@@ -21,7 +21,9 @@ from .test_picture_folder import put
         ("{008..010}.tar", ["008.tar", "009.tar", "010.tar"]),
         ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
         ("none.tar", ["none.tar"]),
-        ("{5..3}", []),
+        ("{5..3}", ["5", "4", "3"]),
+        ("{10..08}", ["10", "09", "08"]),
+        ("{1}{}", ["{1}{}"]),
     ],
 )
 def test_braces_mean_what_a_shell_means(pattern: str, names: list[str]):
@@ -34,6 +36,12 @@ def test_a_pattern_names_archives(pattern: str, tmp_path: Path, read_source):
     source = tmp_path / "in" / pattern.format(0) if "{:" in pattern else tmp_path / "in" / pattern.format()
     kept, left_out = read_source(source)
     assert len(kept) == (3 if "{:" in pattern else 6) and not left_out
+
+
+def test_a_file_with_braces_in_its_name_can_be_named(tmp_path: Path, read_source):
+    FORMS["tar"](make(2, 0), tmp_path / "in")
+    path = (tmp_path / "in" / "000.tar").rename(tmp_path / "a{1,2}.tar")
+    assert len(read_source(path)[0]) == 1
 
 
 def test_other_files_beside_archives_are_named(tmp_path: Path, read_source):
@@ -50,6 +58,7 @@ def test_other_files_beside_archives_are_named(tmp_path: Path, read_source):
         ("{000..003}.tar", "there is no file .*/000.tar .and 3 more are missing"),
         ("{0..99999999}.tar", "names more than 100,000 files"),
         ("*.tar", "there is no file"),
+        ("x" * 300, "cannot read .*: File name too long"),
         ("a.zip", "is no folder and no kind of file that is read"),
         ("{a.zip,b.csv}", "all of one kind"),
     ],

@@ -87,12 +87,12 @@ def test_rows_that_cannot_be_read_cost_themselves_alone(root: Path, read_source)
         b"c.png," + b"x" * 3_000_000,  # a gigantic line
         b"c.png,\xff\xfe",
         b'c.png,"never' + b" closed" * 10,
-        b"x" * 200_000,  # which makes a field that is too long
-        b"sub/b.png,also good",
+        *[b"x" * 600_000] * 2,  # which make a field that is too long
+        b"sub/b.png," + b"long" * 50_000,
     ]
     put(root, "captions.csv", b"\n".join(lines) + b"\n")
     kept, left_out = read_source(root)
-    assert captions(kept) == {"a.png": ("good",), "sub/b.png": ("also good",)}
+    assert captions(kept) == {"a.png": ("good",), "sub/b.png": ("long" * 50_000,)}
     assert left_out == {f"captions.csv, line {line}": "unreadable" for line in (3, 4, 5, 6)}
 
 
@@ -105,12 +105,45 @@ def test_lines_of_json_that_cannot_be_read_cost_themselves_alone(root: Path, rea
         b'{"file_name": "c.png", "text": "\\ud800"}',
         b'{"file_name": 7, "text": "number"}',
         b'{"file_name": "c.png", "text": "\xff"}',
+        b'{"file_name": "c.png", "text": ' + b"[" * 600 + b"]" * 600 + b"}",
+        b'{"file_name": "c.png", "text": "x", "label": "\\ud800"}',
         b'{"file_name": "sub/b.png", "text": "also good"}',
     ]
     put(root, "metadata.jsonl", b"\n".join(lines))
     kept, left_out = read_source(root)
     assert captions(kept) == {"a.png": ("good",), "sub/b.png": ("also good",)}
-    assert left_out == {f"metadata.jsonl, line {line}": "unreadable" for line in range(2, 8)}
+    assert left_out == {f"metadata.jsonl, line {line}": "unreadable" for line in range(2, 10)}
+
+
+def test_fields_that_later_lines_of_json_have_are_found(root: Path, read_source):
+    rows = [
+        {"about": "these pictures"},
+        {"file_name": "a.png"},
+        {"file_name": "c.png", "label": "cat"},
+        {"file_name": "sub/b.png", "text": "late", "label": "dog"},
+        {"file_name": "\ud800.png", "text": "of no picture"},
+    ]
+    put(root, "metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    kept, left_out = read_source(root)
+    assert captions(kept) == {"sub/b.png": ("late",)}
+    assert [kept[name].label for name in NAMES] == [None, "dog", "cat", None]
+    assert left_out == {"metadata.jsonl, line 1": "unreadable", "metadata.jsonl, line 5": "missing"}
+    with pytest.raises(UserError, match="no field 'long'; choose --text_field of about, file_name, label, text"):
+        read_source(root, text="long")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("captions.csv", "n\xe4me,text\na.png,x\nb.png,y\n".encode("latin-1"), "first line .* not UTF-8"),
+        ("captions.csv", "file_name,text\na.png,x\n".encode("utf-16"), "first line .* save it as UTF-8"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n'.encode("utf-16"), "no row .* save it as UTF-8"),
+    ],
+)
+def test_a_table_that_cannot_be_read_at_all_is_an_error(name: str, data: bytes, message: str, root: Path, read_source):
+    (root / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_source(root)
 
 
 def test_fields_are_guessed_and_may_be_named(root: Path, read_source):

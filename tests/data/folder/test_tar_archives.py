@@ -50,6 +50,21 @@ def test_captions_are_found_wherever_they_stand(name: str, tmp_path: Path, png: 
     assert kept[f"{name}: 3.PNG"].captions == ("of json",) and kept[f"{name}: 3.PNG"].label == "cat"
 
 
+def test_a_caption_of_the_key_to_the_first_dot_is_taken_where_none_is_closer(tmp_path: Path, png: bytes, read_source):
+    members = [("x/0.front.png", png), ("x/0.side.png", png), ("x/0.txt", b"of both"), ("x/0.side.txt", b"of one")]
+    kept, left_out = read_source(write(tmp_path / "a.tar", members))
+    assert [item.captions for item in kept.values()] == [("of both",), ("of one",)] and not left_out
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_an_archive_that_is_joined_to_another_is_named(pack, tmp_path: Path, png: bytes, read_source):
+    parts = [write(tmp_path / f"{name}.tar", [(f"{name}.png", png)]).read_bytes() for name in "ab"]
+    path = tmp_path / "joined.tar"
+    path.write_bytes(b"".join(pack(part) for part in parts))
+    kept, left_out = read_source(path)
+    assert list(kept) == ["joined.tar: a.png"] and left_out == {"joined.tar": "unreadable"}
+
+
 def test_a_hostile_archive_writes_nothing_and_is_named(tmp_path: Path, png: bytes, read_source, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kinds = {"hard": tarfile.LNKTYPE, "soft": tarfile.SYMTYPE, "node": tarfile.CHRTYPE, "disk": tarfile.BLKTYPE}
