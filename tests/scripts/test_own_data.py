@@ -173,11 +173,12 @@ def test_a_thousand_pictures_of_which_fifty_are_damaged(form: str, tmp_path: Pat
         while process.poll() is None and finished(work) < enough:
             time.sleep(0.001)
         time.sleep(rng.random() / 50)
-        assert process.poll() is None, f"finished before kill {kill}"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "killed" / "folder" / "made").exists()
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL)
         wait_for_group(process.pid)
+        if (tmp_path / "killed" / "folder" / "made").exists():  # it was faster than a late kill
+            assert kill >= 5
+            break
     assert start(tmp_path / "killed", 2).wait(timeout=300) == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "once")
 
