@@ -22,7 +22,7 @@ from data.records import RecordSource, dataset_folder
 from scripts.prepare import main as prepare
 
 from ..data.folder.damaged import FORMS, MIN_SIZE, encode, make, reasons
-from ..data.folder.test_preparation import contents
+from ..data.folder.files import contents
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")

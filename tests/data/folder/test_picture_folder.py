@@ -8,13 +8,9 @@ import pytest
 from cli.errors import UserError
 from data import folder
 
+from .files import put
+
 NESTED = '{"text": ' + "[" * 600 + "]" * 600 + "}"  # which JSON's reader takes
-
-
-def put(root: Path, name: str, data: bytes | str = b"") -> None:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def test_text_beside_a_picture_is_its_caption_a_line_each(tmp_path: Path, png: bytes, read_source):

@@ -27,6 +27,7 @@ from data.preprocess import center_square
 from data.records import RecordSource, dataset_folder
 
 from .damaged import FORMS, MIN_SIZE, encode, make, reasons, write_folder
+from .files import contents
 
 MADE = make(240, 20)
 
@@ -36,10 +37,6 @@ def prepare(source: str, data_dir: Path, name: str = "made", workers: int = 1, f
     pictures = folder.PictureSettings(**{key: options.pop(key) for key in list(options) if key != "validation"})
     request = folder.Request(name, source, fields, pictures=pictures, **options)
     return folder.prepare(request, folder.list_source(source, fields), data_dir, workers)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def records(data_dir: Path, name: str = "made") -> list[dict]:

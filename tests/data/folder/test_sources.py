@@ -11,7 +11,7 @@ from data import folder
 from data.folder.sources import expand_braces
 
 from .damaged import FORMS, make
-from .test_picture_folder import put
+from .files import put
 
 
 @pytest.mark.parametrize(

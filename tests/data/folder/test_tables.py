@@ -7,7 +7,7 @@ import pytest
 
 from cli.errors import UserError
 
-from .test_picture_folder import put
+from .files import put
 
 NAMES = ("a.png", "sub/b.png", "c.png", "deep/er/d.png")
 
