@@ -8,6 +8,7 @@ from cli.ranges import check_ranges, check_seed
 from data.pipeline import Stream
 from data.tokenizer import Tokenizer
 from models import MODELS
+from train.distributed.sharding import check_pattern, check_rules
 from train.health import MODES
 from train.optimizer import complete_rules
 from train.step_profile import WARM_UP
@@ -22,12 +23,14 @@ _NUMBERS = {
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UserError if a number or a choice of the config itself is impossible."""
+    """Raises UserError if a number, a choice or a pattern of the config itself is impossible."""
     check_seed("config.seed", config.seed)
     check_ranges("config", flatten(config), _NUMBERS)
     if config.nonfinite not in MODES:
         raise UserError(f"config.nonfinite={config.nonfinite!r} is unknown; choose one of {', '.join(MODES)}")
     complete_rules(config.optimizer, config.steps)
+    check_pattern("config.ema.paths", config.ema.paths)
+    check_rules(config.mesh.rules)
     if max(config.steps, config.batch_size * 2) >= 2**31:
         raise UserError("config.steps must stay below 2^31, and config.batch_size below 2^30")
 

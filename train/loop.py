@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 from ml_collections import ConfigDict
 
@@ -231,9 +230,7 @@ def _run(
         def write(pending: tuple[int, Any]) -> None:
             number, metrics = pending
             health.settle(number)
-            values = means(jax.device_get(metrics))
-            # Only a skipped update has values that are not finite, which JSON cannot hold.
-            row = {name: value for name, value in values.items() if np.isfinite(value)}
+            row = means(jax.device_get(metrics))
             row["examples_seen"] = seen + (number - start) * config.batch_size
             log.write(number, {**row, **clock.rate(number)})
 

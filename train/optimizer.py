@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from cli.ranges import check_range, check_ranges
-from train.distributed.sharding import path_name
+from train.distributed.sharding import check_pattern, path_name
 
 Tree = Any
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
@@ -50,9 +50,11 @@ def create_schedule(config: Mapping[str, Any], steps: int, name: str = "config.o
       UserError: an unknown schedule, an impossible number, or a warm-up longer than the schedule.
     """
     kind, peak, warmup = config["name"], config["peak"], config["warmup_steps"]
-    if kind not in READ_BY_SCHEDULE:
+    if not isinstance(kind, str) or kind not in READ_BY_SCHEDULE:
         raise UserError(f"unknown schedule {kind!r}; choose {', '.join(READ_BY_SCHEDULE)}")
     check_ranges(name, config, _SCHEDULE_NUMBERS)
+    if not isinstance(config["boundaries"], tuple | list):
+        raise UserError(f"{name}.boundaries is {config['boundaries']!r}; it must be a tuple of steps")
     for boundary in config["boundaries"]:
         check_range(f"{name}.boundaries", boundary, "[1, inf)")
     if kind == "warmup_cosine":
@@ -82,7 +84,7 @@ def complete_rules(config: ConfigDict, steps: int) -> list[dict[str, Any]]:
     Raises:
       UserError: on an unknown key or choice, an impossible number, or a pattern that is none.
     """
-    rules = [_complete(config, rule) for rule in config.rules]
+    rules = [_complete(config, rule, f"config.optimizer.rules[{index}]") for index, rule in enumerate(config.rules)]
     for index, (given, rule) in enumerate(zip(config.rules, rules, strict=True)):
         own = f"config.optimizer.rules[{index}]"
         for key, interval in _NUMBERS.items():
@@ -90,25 +92,20 @@ def complete_rules(config: ConfigDict, steps: int) -> list[dict[str, Any]]:
         create_schedule(
             rule["schedule"], steps, f"{own}.schedule" if given.get("schedule") else "config.optimizer.schedule"
         )
-        if rule["transform"] not in READ_BY_TRANSFORM:
+        if not isinstance(rule["transform"], str) or rule["transform"] not in READ_BY_TRANSFORM:
             raise UserError(
                 f"unknown optimizer transform {rule['transform']!r}; choose one of {', '.join(READ_BY_TRANSFORM)}"
             )
         check_pattern(f"{own}.pattern", rule["pattern"])
         check_pattern("no_decay of config.optimizer", rule["no_decay"])
-    for pattern, low, high in config.bounds:
-        check_pattern("config.optimizer.bounds", pattern)
+    for index, bound in enumerate(config.bounds):
+        if not isinstance(bound, tuple | list) or len(bound) != 3 or not all(map(_is_number, bound[1:])):
+            raise UserError(f"config.optimizer.bounds[{index}] is {bound!r}; it must be (pattern, low, high)")
+        pattern, low, high = bound
+        check_pattern(f"config.optimizer.bounds[{index}]", pattern)
         if not low <= high:
             raise UserError(f"config.optimizer.bounds of {pattern!r} are impossible: {low} is not at most {high}")
     return rules
-
-
-def check_pattern(name: str, pattern: Any) -> None:
-    """Raises UserError unless a pattern of paths is a regular expression."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise UserError(f"{name}: {pattern!r} is not a pattern of paths ({error})") from error
 
 
 def create_optimizer(
@@ -200,13 +197,23 @@ def update_ema(config: ConfigDict, ema_params: Tree, params: Tree, step: Int[Arr
     return jax.tree_util.tree_map_with_path(move, ema_params, params)
 
 
-def _complete(config: ConfigDict, rule: Mapping[str, Any]) -> dict[str, Any]:
-    """A rule with the defaults for what it leaves out."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _complete(config: ConfigDict, rule: Any, name: str) -> dict[str, Any]:
+    """A rule with the defaults for what it leaves out; `name` is the rule's, for errors."""
+    if not isinstance(rule, Mapping | ConfigDict):
+        raise UserError(f"{name} is {rule!r}; it must be a dict such as {{'pattern': '.*'}}")
     defaults = {key: value for key, value in config.items() if key not in ("rules", "bounds")}
-    unknown = sorted(set(rule) - set(defaults) - {"pattern"})
-    if unknown or "pattern" not in rule:
+    if set(rule) - set(defaults) - {"pattern"} or "pattern" not in rule:
         raise UserError(f"optimizer rule {dict(rule)} needs a pattern and may set {', '.join(defaults)}")
-    schedule = {**dict(config.schedule), **dict(rule.get("schedule", {}))}
+    own = rule.get("schedule", {})
+    if not isinstance(own, Mapping | ConfigDict):
+        raise UserError(f"{name}.schedule is {own!r}; it must be a dict such as {{'peak': 1e-4}}")
+    if unknown := sorted(map(str, set(own) - set(config.schedule))):
+        raise UserError(f"{name}.schedule has no {', '.join(unknown)}; it may set {', '.join(config.schedule)}")
+    schedule = {**dict(config.schedule), **dict(own)}
     return {**defaults, **dict(rule), "schedule": schedule}
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data.pipeline import batch_spec
+from train.checks import check_config
 from train.distributed.mesh import batch_sharding, check_batch_size, replicated
 from train.distributed.sharding import shardings
 from train.objectives import create_objective
@@ -74,9 +75,10 @@ def create_program(
       example: shape and dtype of each field of an example, where a dataset is at hand; else what the config says of it.
 
     Raises:
-      UserError: if the networks cannot be built, a rule or `config.trainable` does not fit, or the batch does not
-        divide.
+      UserError: if the config itself is impossible (`train.checks`), the networks cannot be built, a rule or
+        `config.trainable` does not fit, or the batch does not divide.
     """
+    check_config(config)
     objective = create_objective(config)
     check_batch_size(config, mesh)
     rows, whole = batch_sharding(mesh), replicated(mesh)

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from train.distributed.sharding import check_pattern
 from weights.sources import RANDOM
 
 Tree = Any
@@ -33,10 +34,8 @@ def trained_params(params: Tree, patterns: Iterable[Any]) -> Tree:
     flat = flatten_dict(params, sep="/")
     kept: set[str] = set()
     for pattern in patterns:
-        try:
-            found = {path for path in flat if re.search(pattern, path)}
-        except (re.error, TypeError) as error:
-            raise UserError(f"config.trainable: {pattern!r} is not a pattern of paths ({error})") from error
+        check_pattern("config.trainable", pattern)
+        found = {path for path in flat if re.search(pattern, path)}
         if not found:
             raise UserError(f"config.trainable: {pattern!r} matches no parameter; {_paths_like(pattern, flat)}")
         kept |= found

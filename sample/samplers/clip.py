@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models.clip import Clip
-from sample.samplers.contract import build_network
 from sample.samplers.dvae import from_uint8
+from sample.samplers.from_config import build_network
 
 
 @dataclasses.dataclass(frozen=True)

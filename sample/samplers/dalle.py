@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from models.dalle import Dalle
 from sample.decoding import Decoding, Given, check_numbers, decode, is_guided
-from sample.samplers.contract import build_network, read_settings
 from sample.samplers.dvae import from_uint8
+from sample.samplers.from_config import build_network, read_settings
 
 Tree = Any
 Request = dict[str, Any]

@@ -23,7 +23,7 @@ from diffusion.process import Process
 from diffusion.schedule import create_schedule
 from diffusion.solver_choice import make_plan
 from models.conditioning import Conditioning
-from sample.samplers.contract import build_network, read_settings
+from sample.samplers.from_config import build_network, read_settings
 
 Tree = Any
 Request = dict[str, Any]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
-from sample.samplers.contract import build_network
+from sample.samplers.from_config import build_network
 
 
 def from_uint8(images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:

@@ -193,6 +193,30 @@ def test_impossible_bounds_and_patterns_are_named():
         complete_rules(optimizer_config(rules=({"pattern": "("},)), 10)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rules": (3,)}, r"rules\[0\] is 3; it must be a dict such as"),
+        ({"rules": ({"pattern": ".*", "schedule": None},)}, r"rules\[0\].schedule is None; it must be a dict"),
+        ({"rules": ({"pattern": ".*", "schedule": "constant"},)}, r"rules\[0\].schedule is 'constant'"),
+        (
+            {"rules": ({"pattern": ".*", "schedule": {"paek": 1}},)},
+            "schedule has no paek; it may set .*peak",
+        ),
+        ({"rules": ({"pattern": ".*", "schedule": {"name": []}},)}, r"unknown schedule \[\]"),
+        ({"rules": ({"pattern": ".*", "schedule": {"boundaries": 5}},)}, "boundaries is 5; it must be a tuple"),
+        ({"rules": ({"pattern": ".*", "transform": []},)}, r"unknown optimizer transform \[\]"),
+        ({"rules": ({"pattern": b"a"},)}, r"rules\[0\].pattern: b'a' is not a pattern of paths"),
+        ({"bounds": ((1, 2),)}, r"bounds\[0\] is \(1, 2\); it must be \(pattern, low, high\)"),
+        ({"bounds": (("a", "x", 2),)}, r"bounds\[0\] is \('a', 'x', 2\)"),
+        ({"bounds": (("a", 0, 1), (1, 1, 2))}, r"bounds\[1\]: 1 is not a pattern of paths"),
+    ],
+)
+def test_rules_and_bounds_of_another_form_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        complete_rules(optimizer_config(**values), 10)
+
+
 def test_bounds_project_only_what_they_name():
     config = optimizer_config(bounds=(("image/.*bias", 0.0, 0.5),))
     params = apply_bounds(config, PARAMS)

@@ -1,6 +1,7 @@
-"""Which device holds which part of a parameter: ordered path-regex rules."""
+"""Which device holds which part of a parameter: ordered path-regex rules, and patterns of paths in general."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,26 @@ Tree = Any
 def path_name(path: tuple[Any, ...]) -> str:
     """Names a leaf: `dalle/block_0/attention/query/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+    """Raises UserError unless a pattern of paths is a regular expression."""
+    try:
+        if not isinstance(pattern, str):
+            raise TypeError("it must be a string")
+        re.compile(pattern)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{name}: {pattern!r} is not a pattern of paths ({error})") from error
+
+
+def check_rules(rules: Sequence[Any]) -> None:
+    """Raises UserError unless each of `config.mesh.rules` is a pattern of paths with names of axes."""
+    for index, rule in enumerate(rules):
+        name = f"config.mesh.rules[{index}]"
+        pair = isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], tuple | list)
+        if not pair or not all(axis is None or isinstance(axis, str) for axis in rule[1]):
+            raise UserError(f"{name} is {rule!r}; it must be (pattern, (axis of each leading dimension or None, ...))")
+        check_pattern(name, rule[0])
 
 
 def shardings(tree: Tree, rules: tuple[tuple[str, tuple[str | None, ...]], ...], mesh: Mesh) -> Tree:

@@ -23,7 +23,6 @@ import optax
 from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
-import models
 from cli.errors import UserError
 from models.clip import Clip, ClipOutput
 from models.layers.partitioning import join_rows, shard_rows, split_rows
@@ -77,10 +76,10 @@ class ClipObjective:
         """Reads `config.models.clip`, `config.loss` and `config.mesh.microbatches`.
 
         Raises:
-          UserError: if the loss is unknown, or the sigmoid loss has no bias, or a ResNet's batch, whose statistics are
-            of all of it, is to be taken in parts.
+          UserError: if the network cannot be built, the loss is unknown, or the sigmoid loss has no bias, or a ResNet's
+            batch, whose statistics are of all of it, is to be taken in parts.
         """
-        sampler = ClipSampler(models.create_model(**config.models.clip))
+        sampler = ClipSampler.from_config(config)
         objective = cls(sampler=sampler, parts=config.mesh.microbatches, **config.loss)
         if objective.kind not in KINDS:
             raise UserError(f"config.loss.kind={objective.kind!r} is unknown; choose one of {', '.join(KINDS)}")

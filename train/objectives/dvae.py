@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-import models
 from cli.errors import UserError
 from cli.ranges import check_ranges
 from models.dvae import DiscreteVAE, map_pixels, unmap_pixels
 from models.layers.quantizer import straight_through
 from sample.samplers.dvae import ReconstructionSampler, from_uint8
+from sample.samplers.from_config import build_network
 from train.objectives.contract import Aux, Batch, Metrics, Preview, Tree, example_keys
 from train.objectives.preview import to_host
 
@@ -142,9 +142,9 @@ class DiscreteVAEObjective:
         """Reads `config.models.dvae` and `config.loss`.
 
         Raises:
-          UserError: if the reconstruction term is unknown or a number is impossible.
+          UserError: if the network cannot be built, the reconstruction term is unknown or a number is impossible.
         """
-        objective = cls(model=models.create_model(**config.models.dvae), **config.loss)
+        objective = cls(model=build_network(config, "models.dvae"), **config.loss)
         check_reconstruction(objective.reconstruction)
         check_ranges("config.loss", config.loss.to_dict(), _NUMBERS)
         return objective

@@ -15,6 +15,7 @@ def gather(rows: Shaped[Array, "b *s"]) -> np.ndarray:
 def to_host(images: Float[Array, "b h w c"]) -> np.ndarray:
     """Images in [-1, 1] as bytes in numpy, the whole batch on every process: a collective call.
 
-    What is not finite is black: a preview ends no run; `train.health` does that, and says why.
+    What is no number is black, what is infinite black or white: a preview ends no run; `train.health` does that, and
+    says why.
     """
-    return to_uint8(np.nan_to_num(gather(images), nan=-1.0))
+    return to_uint8(np.nan_to_num(gather(images), nan=-1.0, posinf=1.0, neginf=-1.0))
