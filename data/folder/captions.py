@@ -7,7 +7,7 @@ from typing import Any
 from cli.errors import UserError
 from cli.text_files import decode
 from data import fields
-from data.folder.items import MAX_TEXT, Rejected, is_number
+from data.folder.items import MAX_TEXT, Rejected, is_number, shown
 
 # What people call these fields; the first that is there is taken, in any case of letters.
 IMAGE_FIELDS = (
@@ -28,7 +28,8 @@ def choose_field(asked: str, known: Sequence[str], guesses: Sequence[str], optio
     """
     if asked:
         if asked not in known:
-            raise UserError(f"{where} has no field {asked!r}; choose --{option} of {', '.join(known) or 'none'}")
+            choices = shown(", ".join(known)[:1000]) or "none"
+            raise UserError(f"{where} has no field {asked!r}; choose --{option} of {choices}")
         return asked
     lower = {name.lower().strip(): name for name in reversed(known)}
     return next((lower[guess] for guess in guesses if guess in lower), None)

@@ -144,7 +144,7 @@ def _choose(schema: pa.Schema, fields: Fields, where: str) -> tuple[str, str | N
     if image is None and len(pictures) == 1:
         image = pictures[0]
     if image is None:
-        known = ", ".join(f"{field.name} ({field.type})" for field in schema)[:500]
+        known = shown(", ".join(f"{field.name} ({field.type})" for field in schema)[:500])
         raise UserError(f"{where} has no column that is known to hold pictures; name it by --image_field: {known}")
     text = choose_field(fields.text, texts, TEXT_FIELDS, "text_field", where)
     return image, text, choose_field(fields.label, labels, LABEL_FIELDS, "label_field", where)

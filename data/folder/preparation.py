@@ -28,7 +28,7 @@ from data.folder.examination import (
     read_journal,
     whole_file,
 )
-from data.folder.items import Listing, is_number
+from data.folder.items import Listing, is_number, shown
 from data.folder.tables import Fields
 from data.folder.workers import Workers
 
@@ -325,7 +325,7 @@ def _describe(work: Path, request: Request, listing: Listing, decision: Decision
         version=VERSION,
         filename_template=template,
         check_data=False,
-        description=f"Pictures of {request.source}.",
+        description=f"Pictures of {shown(request.source)}.",
     )
     report = {
         "dataset": f"{DATASET}/{request.name}",

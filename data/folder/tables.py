@@ -76,10 +76,10 @@ class Table:
         Raises:
           UserError: if the file cannot be opened, or no field has the names of pictures.
         """
-        lines = self.path.suffix == ".jsonl"
+        is_json = self.path.suffix == ".jsonl"
         known: dict[str, None] = {}
         image = text = label = None
-        for count, (line, record) in enumerate(self._json_records() if lines else self._csv_records()):
+        for count, (line, record) in enumerate(self._json_records() if is_json else self._csv_records()):
             if count == MAX_ROWS:
                 raise UserError(
                     f"{self.path} has more than {MAX_ROWS:,} rows; split it, with its pictures, into several"
@@ -90,7 +90,7 @@ class Table:
                 image = image or _field(self.fields.image, known, IMAGE_FIELDS)
                 text = text or _field(self.fields.text, known, TEXT_FIELDS)
                 label = label or _field(self.fields.label, known, LABEL_FIELDS)
-                if not lines:
+                if not is_json:
                     self._check(image, text, label, list(known))
             try:
                 if not isinstance(file := record.get(image), str) or not file:
@@ -104,7 +104,7 @@ class Table:
             self._check(image, text, label, list(known))
             named = {"pictures": image, "captions": text, "classes": label}
             found = ", ".join(f"{what} of field {name!r}" for what, name in named.items() if name is not None)
-            self.notes.append(f"{self.path.name}: {found}")
+            self.notes.append(f"{shown(self.path.name)}: {found}")
         elif self.ignored and (rejected := self.ignored[0].rejected):
             raise UserError(f"no row of {self.path} can be read ({rejected.detail}); check it, and save it as UTF-8")
 

@@ -343,6 +343,14 @@ def test_a_side_that_no_jpeg_holds_is_png():
         assert picture.format == "PNG" and picture.size == (9, 72_000)
 
 
+def test_a_source_whose_name_is_no_utf8_is_prepared(tmp_path: Path):
+    source = write_folder(MADE[:8], tmp_path / os.fsdecode(b"b\xe4r"))
+    table = Path(source, os.fsdecode(b"t\xe4.csv"))
+    table.write_text(f"file_name,text\n{MADE[0].name},a caption\n")
+    report = prepare(str(table), tmp_path, validation=0)
+    assert report["notes"][0].encode().startswith("t\ufffd.csv".encode())
+
+
 def test_a_rejection_comes_back_from_another_process():
     again = pickle.loads(pickle.dumps(Rejected("link", "to nowhere")))
     assert (again.reason, again.detail) == ("link", "to nowhere")

@@ -117,7 +117,7 @@ def test_lines_of_json_that_cannot_be_read_cost_themselves_alone(root: Path, rea
 
 def test_fields_that_later_lines_of_json_have_are_found(root: Path, read_source):
     rows = [
-        {"about": "these pictures"},
+        {"about\n": "these pictures"},
         {"file_name": "a.png"},
         {"file_name": "c.png", "label": "cat"},
         {"file_name": "sub/b.png", "text": "late", "label": "dog"},
@@ -128,7 +128,7 @@ def test_fields_that_later_lines_of_json_have_are_found(root: Path, read_source)
     assert captions(kept) == {"sub/b.png": ("late",)}
     assert [kept[name].label for name in NAMES] == [None, "dog", "cat", None]
     assert left_out == {"metadata.jsonl, line 1": "unreadable", "metadata.jsonl, line 5": "missing"}
-    with pytest.raises(UserError, match="no field 'long'; choose --text_field of about, file_name, label, text"):
+    with pytest.raises(UserError, match="no field 'long'; choose --text_field of about\ufffd, file_name, label, text"):
         read_source(root, text="long")
 
 
