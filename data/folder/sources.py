@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def _list_source(source: str, fields: Fields) -> Listing:
     if source.startswith(HUB):
         folder, bounds = fetch_dataset(source)
         return _list_folder(folder, bounds, fields)
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir():
         return _list_folder(path.resolve(), path.resolve(), fields)
     if path.is_file() and path.suffix in tables.SUFFIXES:
@@ -77,13 +78,18 @@ def _list_folder(root: Path, bounds: Path, fields: Fields) -> Listing:
     return list_folder(root, fields, (files, ignored))
 
 
+def _path(source: str) -> Path:
+    """The path that is named; a home that nobody has, on which `Path.expanduser` fails, is left as it is written."""
+    return Path(os.path.expanduser(source))
+
+
 def _expand(source: str) -> list[Path]:
     """The files that a pattern names, sorted, each once.
 
     Raises:
       UserError: if one is not there.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_file():
         return [path.resolve()]
     names = list(itertools.islice(expand_braces(str(path)), _MAX_NAMES + 1))

@@ -70,6 +70,11 @@ def test_a_source_that_is_not_there_is_one_line(source: str, message: str, tmp_p
         read_source(tmp_path / source)
 
 
+def test_a_home_that_nobody_has_is_one_line(read_source):
+    with pytest.raises(UserError, match="there is no file ~nobody_is_called_so/x"):
+        read_source("~nobody_is_called_so/x")
+
+
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch) -> Path:
     """A cache as the hub's library lays it out: links from a snapshot to blobs."""
