@@ -23,10 +23,14 @@ def check_range(name: str, value: Any, interval: str) -> None:
     above = number and (value >= low if interval[0] == "[" else value > low)
     below = number and (value <= high if interval[-1] == "]" else value < high)
     if not (above and below):
-        words = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
+        words = f"{'at least' if interval[0] == '[' else 'above'} {_spell(low)}"
         if math.isfinite(high):
-            words += f" and {'at most' if interval[-1] == ']' else 'below'} {high:g}"
+            words += f" and {'at most' if interval[-1] == ']' else 'below'} {_spell(high)}"
         raise UserError(f"{name} must be {words}, not {value}")
+
+
+def _spell(end: float) -> str:
+    return str(int(end)) if end.is_integer() else f"{end:g}"
 
 
 def check_ranges(prefix: str, values: Mapping[str, Any], intervals: Mapping[str, str]) -> None:

@@ -48,7 +48,7 @@ cmmd               kernel distance of CLIP embeddings (Jayasumana et al. 2024)
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and evaluates."""
     parser = entry_point.parser("evaluation", _DESCRIPTION)
-    add_sampling_arguments(parser)
+    add_sampling_arguments(parser, besides=False)
     parser.add_argument("--metrics", default="", help="comma-separated (default: all that apply)")
     parser.add_argument("--dataset", default="", help="a prepared one, name[/config] (default: the run's)")
     parser.add_argument("--data_dir", default="", help="where datasets are kept (default: the run's)")

@@ -161,7 +161,7 @@ def evaluate_run(
     compared = [name for name in names if name in FEATURE_METRICS]
     check_feature_metrics(compared, num, tools.features)
 
-    trained.check_settings(settings)
+    trained.check_settings(settings, besides=False)
     for split in () if "point" in sampler.makes else splits:
         _check_records(trained, names, split, num)
     provenance, records, failed = _provenance(trained, num, seed, settings), [], []

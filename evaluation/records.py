@@ -52,7 +52,7 @@ def read_records(folder: Path) -> list[Record]:
         return []
     try:
         records = json.loads(read_text(path), parse_constant=lambda _: None)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); move it away and evaluate again") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{path} is no list of records; move it away and evaluate again")

@@ -14,11 +14,13 @@ class Setting:
       kind: of its values.
       help: what `--help` says.
       group: the heading under which it says so; "" for none.
+      besides: whether it is of a row that only a user gives, beside what a sampler reads of records.
     """
 
     kind: type
     help: str
     group: str = ""
+    besides: bool = False
 
 
 _DIFFUSION = "sampling of a diffusion (defaults: the run's config)"
@@ -29,7 +31,7 @@ SETTINGS: Mapping[str, Setting] = {
     "temperature": Setting(float, "0 is greedy; default: the run's config"),
     "top_k": Setting(int, "0 for all; default: the run's config"),
     "top_p": Setting(float, "1 for all; default: the run's config"),
-    "keep_rows": Setting(int, "rows of tokens that are kept of an --image to complete; default: half of them"),
+    "keep_rows": Setting(int, "rows of tokens kept of an --image to complete; default: half of them", besides=True),
     "sampler": Setting(str, "such as ddpm, ddim, dpm_solver_multistep; a wrong one lists them all", _DIFFUSION),
     "steps": Setting(int, "of the sampler", _DIFFUSION),
     "spacing": Setting(str, "of its times, such as leading, trailing, karras; '' for its own", _DIFFUSION),
@@ -69,14 +71,21 @@ def idle_settings(
     return found
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the run, its checkpoint, the seed, and overrides of `config.sample`."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, besides: bool = True) -> None:
+    """Adds the run, its checkpoint, the seed, and overrides of `config.sample`.
+
+    Args:
+      parser: of the command.
+      besides: whether the command takes rows that only a user gives, and so their settings.
+    """
     parser.add_argument("--run", required=True, help="the run folder")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument("--no_ema", action="store_true", help="use the parameters, not their moving average")
     parser.add_argument("--seed", type=int, default=0)
     places: dict[str, Any] = {"": parser}
     for name, setting in SETTINGS.items():
+        if setting.besides and not besides:
+            continue
         if setting.group not in places:
             places[setting.group] = parser.add_argument_group(setting.group)
         places[setting.group].add_argument(f"--{name}", type=setting.kind, help=setting.help)
@@ -84,4 +93,4 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the overrides of `config.sample` that were given."""
-    return {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    return {name: value for name in SETTINGS if (value := getattr(options, name, None)) is not None}

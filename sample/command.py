@@ -11,13 +11,11 @@ from cli.errors import UserError
 from sample.conditions import Made, Order, draw, order_rows
 from sample.embedding import ClipEmbedder
 from sample.files import Samples
-from sample.sheets.grid import draw_grid
+from sample.sheets.grid import COLUMNS, behind_given, draw_grid, given_columns
 from sample.sheets.points import draw_point_run
 from sample.trained import TrainedSampler
 
 _SHOWN = ("image", "text", "point")  # of what samplers make
-
-_COLUMNS = 8  # most of a grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,19 +107,14 @@ def _draw_grid(
       told: the picture of each condition, if they hold one.
     """
     count, texts = len(order.conditions), made.texts
-    columns = min(num, _COLUMNS) if num > 1 else min(count, _COLUMNS)
+    columns = min(num, COLUMNS) if num > 1 else min(count, COLUMNS)
     if made.images is None:
         images = [None] * len(labels) if told is None else list(np.repeat(told, num, axis=0))
         return draw_grid(images, columns=columns, labels=labels if any(labels) else None, texts=texts)
     if told is None:
         return draw_grid(made.images, columns=columns, labels=labels if any(labels) else None, texts=texts)
-    columns = min(1 + num, _COLUMNS)
-    images, names, under = [], [], []
-    for place, condition in enumerate(order.conditions):
-        own = range(place * num, (place + 1) * num)
-        empty = -(1 + num) % columns  # each condition begins a row
-        images += [told[place], *(made.images[i] for i in own), *[None] * empty]
-        names += [str(dataclasses.replace(condition, prompt=None, label=None))]
-        names += [*(labels[i] or "reconstruction" for i in own), *[""] * empty]
-        under += ["", *(texts[i] if texts else "" for i in own), *[""] * empty]
-    return draw_grid(images, columns=columns, labels=names, texts=under)
+    images = behind_given(list(told), list(made.images), num, None)
+    given = [str(dataclasses.replace(condition, prompt=None, label=None)) for condition in order.conditions]
+    names = behind_given(given, [label or "reconstruction" for label in labels], num, "")
+    under = behind_given([""] * count, texts or [""] * len(labels), num, "")
+    return draw_grid(images, columns=given_columns(num), labels=names, texts=under)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cli.errors import UserError
-from cli.ranges import check_range, check_seed
+from cli.ranges import check_seed
 from data.preprocess import transform_pair
 from sample.files import read_square
 from sample.samplers.contract import besides
@@ -138,7 +138,9 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
         rows |= trained.encode([str(condition.prompt) for condition in order.conditions])
     if "label" in told:
         for condition in order.conditions:
-            check_range("the class", condition.label, "[0, 2147483647]")
+            if condition.label is not None and not -(2**31) <= condition.label < 2**31:  # the sampler knows its classes
+                has = _how_to_give(trained.sampler, "label")
+                raise UserError(f"there is no class {condition.label}; {trained.run.folder} takes {has}")
         rows["label"] = np.array([condition.label for condition in order.conditions], np.int32)
     if "image" in told:
         data = trained.config.data

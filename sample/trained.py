@@ -69,17 +69,20 @@ class TrainedSampler:
         """What may be set: the keys of `config.sample`, and what comes with rows that the sampler may read besides."""
         return (*self.config.sample, *(name for brought in besides(self.sampler).values() for name in brought))
 
-    def check_settings(self, settings: Mapping[str, Any], swept: Mapping[str, Sequence[Any]] | None = None) -> None:
+    def check_settings(
+        self, settings: Mapping[str, Any], swept: Mapping[str, Sequence[Any]] | None = None, besides: bool = True
+    ) -> None:
         """Looks at overrides of `config.sample`, before anything is drawn.
 
         Args:
           settings: the overrides.
           swept: the values of those that differ between cells.
+          besides: whether the sampler may be told what only a user gives, which brings settings of its own.
 
         Raises:
           UserError: if one is of what the run's sampler does not have, or has no effect beside the others.
         """
-        known = self.setting_names
+        known = self.setting_names if besides else tuple(self.config.sample)
         unknown = [f"--{name}" for name in settings if name not in known]
         if unknown:
             has = f"it has {', '.join(known)}" if known else "it has no settings"

@@ -20,8 +20,8 @@ from weights.sources import resolve_frozen
 # (mesh, kernel of attention), where things are (a run may move; identity and step of a frozen stage are pinned), and
 # what to do about an update that is not finite.
 CHANGEABLE = re.compile(
-    r"steps|batch_size|nonfinite|(mesh|log|checkpoint|wandb)\..*|data\.(workers|processes|read_ahead|data_dir)|frozen\.\w+\.source"
-    r"|(models|frozen)\.\w+\.implementation"
+    r"steps|batch_size|nonfinite|(mesh|log|checkpoint|wandb)\..*|data\.(workers|processes|read_ahead|data_dir)"
+    r"|frozen\.\w+\.source|(models|frozen)\.\w+\.implementation"
 )
 
 

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -29,6 +30,8 @@ def to_uint8(images: Float[np.ndarray, "*n h w c"]) -> UInt8[np.ndarray, "*n h w
         raise UserError("pictures have numbers that are not finite; the weights that made them diverged or are damaged")
     return np.clip(np.rint((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
+
+COLUMNS = 8  # most of a grid
 
 Pictures = UInt8[np.ndarray, "n h w c"] | Sequence[UInt8[np.ndarray, "_ _ _"] | None]
 
@@ -87,19 +90,46 @@ def draw_grid(
     return sheet
 
 
-def draw_mosaic(images: UInt8[np.ndarray, "n h w c"], *, columns: int, min_side: int = 64) -> Image.Image:
+def behind_given(given: Sequence[Any], made: Sequence[Any], num: int, blank: Any) -> list[Any]:
+    """What was given, each entry before the `num` that were made of it, in rows of `given_columns(num)`.
+
+    Args:
+      given: pictures, or what stands under them.
+      made: `num` for each of these.
+      num: how many.
+      blank: fills the last row of each, so that the next one begins a row.
+    """
+    places: list[Any] = []
+    for place, one in enumerate(given):
+        places += [one, *made[place * num : (place + 1) * num], *[blank] * (-(1 + num) % given_columns(num))]
+    return places
+
+
+def given_columns(num: int) -> int:
+    """Columns where a picture that was given stands before `num` that were made of it."""
+    return min(1 + num, COLUMNS)
+
+
+def draw_mosaic(images: Pictures, *, columns: int, min_side: int = 64) -> Image.Image:
     """Draws pictures in reading order, close together and without labels: one cell of a table.
 
     Args:
-      images: RGB, or gray with one channel.
+      images: RGB, or gray with one channel, of one size; None leaves a place empty, but the first.
       columns: pictures in a row.
       min_side: small pictures are enlarged by a whole factor, without smoothing, to at least this many pixels.
+
+    Raises:
+      ValueError: if there is no first picture.
     """
-    pictures = [_enlarge(image, min_side) for image in images]
+    pictures = _enlarge_all(images, min_side)
+    if not pictures or pictures[0] is None:
+        raise ValueError("a mosaic begins with a picture")
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), _BACKGROUND)
     for number, picture in enumerate(pictures):
+        if picture is None:
+            continue
         sheet.paste(picture, (number % columns * (width + _GAP), number // columns * (height + _GAP)))
     return sheet
 

@@ -20,7 +20,7 @@ from sample.conditions import Condition, Made, Order, draw, order_rows
 from sample.embedding import ClipEmbedder
 from sample.files import Samples, write_picture
 from sample.sheets.axes import TEXTS, Axis, spell
-from sample.sheets.grid import draw_grid, draw_mosaic, draw_table
+from sample.sheets.grid import COLUMNS, behind_given, draw_grid, draw_mosaic, draw_table, given_columns
 from sample.trained import Rows, TrainedSampler
 
 TABLE = "sweep.csv"
@@ -246,7 +246,7 @@ def spell_measure(value: Any) -> str:
 
 def mosaic_columns(conditions: int, num: int) -> int:
     """Pictures in a row of a cell: each condition has a row, but a single one is nearly a square."""
-    return min(num, 8) if conditions > 1 and num > 1 else math.ceil(math.sqrt(conditions * num))
+    return min(num, COLUMNS) if conditions > 1 and num > 1 else math.ceil(math.sqrt(conditions * num))
 
 
 def _timed(trained: TrainedSampler, cell: Cell, num: int, warm: set[Hashable]) -> tuple[Made, float]:
@@ -269,8 +269,7 @@ def _draw_cell(cell: Cell, made: Made, num: int) -> Image.Image:
     if made.texts is None and images is not None:
         if told is None:
             return draw_mosaic(images, columns=columns)
-        beside = [np.concatenate([told[i : i + 1], images[i * num : (i + 1) * num]]) for i in range(count)]
-        return draw_mosaic(np.concatenate(beside), columns=min(1 + num, 8))
+        return draw_mosaic(behind_given(list(told), list(images), num, None), columns=given_columns(num))
     if images is None and told is not None:
         images = np.repeat(told, num, axis=0)
     pictures = [None] * len(made.texts or ()) if images is None else list(images)

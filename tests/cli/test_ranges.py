@@ -27,6 +27,8 @@ def test_only_numbers_with_an_interval_are_looked_at():
     check_ranges("config", {"a": 1.0, "b": -5}, {"a": "[0, 1]", "c": "[0, 1]"})
     with pytest.raises(UserError, match="config.b must be at least 0 and at most 1, not -5"):
         check_ranges("config", {"a": 1.0, "b": -5}, {"b": "[0, 1]"})
+    with pytest.raises(UserError, match="b must be above 0.5 and below 2147483648, not -5"):
+        check_ranges("config", {"b": -5}, {"b": "(0.5, 2147483648)"})
 
 
 def test_seeds_are_those_that_the_generators_tell_apart():

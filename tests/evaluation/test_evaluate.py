@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from data import scenes
 from evaluation import evaluate
+from evaluation.__main__ import main
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.clip.reranking import ClipScorer
 from evaluation.evaluate import Tools, evaluate_run, on_dataset
@@ -62,7 +63,11 @@ def test_records_carry_what_they_depend_on_and_are_replaced_not_repeated(stage2)
     assert (stage2.run.folder / "samples" / "evaluation_validation_guidance_3.0.png").is_file()
 
 
-def test_mistakes(stage1):
+def test_mistakes(stage1, stage2):
+    with pytest.raises(UserError, match="leave out --keep_rows"):
+        evaluate_run(stage2, ["caption_accuracy"], ["validation"], 10, 0, {"keep_rows": 3})
+    with pytest.raises(UserError, match="unrecognized arguments: --keep_rows=3"):
+        main([f"--run={stage2.run.folder}", "--keep_rows=3"])
     with pytest.raises(UserError, match="does not apply"):
         evaluate_run(stage1, ["caption_accuracy"], ["validation"], 10, 0, {})
     with pytest.raises(UserError, match="fewer than --num=5000"):
@@ -92,7 +97,7 @@ def test_a_file_of_records_is_json_whatever_it_held(tmp_path):
     write_records(run, [{"metric": "b", "values": {"x": 1.0}}])
     assert "NaN" not in (tmp_path / "evaluation.json").read_text()
     assert [record["values"]["x"] for record in read_records(tmp_path)] == [None, 1.0]
-    for text in ("{", "{}", "[1]"):
+    for text in ("{", "{}", "[1]", "[" * 100_000):
         (tmp_path / "evaluation.json").write_text(text)
         with pytest.raises(UserError, match="evaluation.json is n.*; move it away"):
             read_records(tmp_path)

@@ -16,10 +16,10 @@ import argparse
 import dataclasses
 import sys
 import time
-import types
 from collections.abc import Callable
 from typing import Any
 
+from dalle_pytorch_imports import stand_ins
 from side_by_side import print_side_by_side, time_in_turn, use_all_cores
 
 from cli.allocator import reexec_with_fast_allocator
@@ -194,7 +194,7 @@ def torch_decoding(size: Size, batch_size: int) -> Callable[[int], None]:
 
 def torch_model(size: Size) -> Any:
     """dalle-pytorch's network."""
-    stand_in_for_missing()
+    sys.modules.update(stand_ins())
     from dalle_pytorch import DALLE, DiscreteVAE
 
     tokenizer = DiscreteVAE(
@@ -212,38 +212,6 @@ def torch_model(size: Size) -> Any:
         shift_tokens=False,
         rotary_emb=False,
     )
-
-
-def stand_in_for_missing() -> None:
-    """Gives dalle-pytorch what it imports and does not need here; positions of a row and a column it does need."""
-    import torch
-
-    class AxialPositions(torch.nn.Module):
-        """A learned vector for each row and column, summed."""
-
-        def __init__(self, dim: int, axial_shape: tuple[int, int]):
-            super().__init__()
-            rows, columns = axial_shape
-            self.rows = torch.nn.Parameter(torch.randn(rows, 1, dim))
-            self.columns = torch.nn.Parameter(torch.randn(1, columns, dim))
-
-        def forward(self, x: Any) -> Any:
-            return (self.rows + self.columns).flatten(0, 1)[None, : x.shape[1]].clone()
-
-    names = {
-        "pkg_resources": {"get_distribution": None},
-        "omegaconf": {"OmegaConf": None},
-        "taming": {},
-        "taming.models": {},
-        "taming.models.vqgan": {"VQModel": None, "GumbelVQ": None},
-        "rotary_embedding_torch": {"apply_rotary_emb": None, "RotaryEmbedding": None, "broadcat": None},
-        "axial_positional_embedding": {"AxialPositionalEmbedding": AxialPositions},
-    }
-    for name, contents in names.items():
-        if name not in sys.modules:
-            sys.modules[name] = types.ModuleType(name)
-            for key, value in contents.items():
-                setattr(sys.modules[name], key, value)
 
 
 if __name__ == "__main__":

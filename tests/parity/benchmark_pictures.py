@@ -168,7 +168,9 @@ def read_with_torch(files: list[Path], filter: str, size: int, batch_size: int, 
             with Image.open(io.BytesIO(files[index % len(files)].read_bytes())) as picture:
                 return self.transform(picture.convert("RGB"))
 
-    return iter(torch.utils.data.DataLoader(Files(), batch_size, num_workers=workers, prefetch_factor=READY // workers))
+    return iter(
+        torch.utils.data.DataLoader(Files(), batch_size, num_workers=workers, prefetch_factor=max(1, READY // workers))
+    )
 
 
 if __name__ == "__main__":

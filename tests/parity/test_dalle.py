@@ -5,7 +5,6 @@ minDALL-E is not on PyPI: its transformer is written here from the published lay
 
 import math
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from weights.formats import mindall_e
 from weights.run import Run
 
 from ..weights.clip_samples import assert_same_trees
+from .dalle_pytorch_imports import stand_ins
 
 TOLERANCE = 1e-4  # float32
 TEXT, CODES = 6, 11
@@ -31,19 +31,8 @@ TEXT, CODES = 6, 11
 @pytest.fixture(scope="module")
 def theirs():
     """The package; what it imports for features that no test uses is a name here."""
-    stubs = {
-        "pkg_resources": ("get_distribution",),
-        "omegaconf": ("OmegaConf",),
-        "rotary_embedding_torch": ("RotaryEmbedding", "broadcat", "apply_rotary_emb"),
-        "taming.models.vqgan": ("VQModel", "GumbelVQ"),
-        "taming.models": (),
-        "taming": (),
-    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, attributes in stubs.items():
-            module = types.ModuleType(name)
-            for attribute in attributes:
-                setattr(module, attribute, None)
+        for name, module in stand_ins().items():
             patch.setitem(sys.modules, name, module)
         import dalle_pytorch
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
-from sample.sheets.grid import draw_grid, draw_mosaic, draw_table, to_uint8
+from sample.sheets.grid import behind_given, draw_grid, draw_mosaic, draw_table, given_columns, to_uint8
 
 
 def test_pixels_map_to_bytes_and_are_clipped():
@@ -45,6 +45,15 @@ def test_marks_frame_each_picture():
 
 def test_gray_pictures_are_drawn():
     assert draw_grid(np.full((1, 4, 4, 1), 200, np.uint8), columns=1).getpixel((20, 20)) == (200, 200, 200)
+
+
+@pytest.mark.parametrize(("num", "columns", "empty"), [(1, 2, 0), (7, 8, 0), (8, 8, 7)])
+def test_each_given_picture_begins_a_row(num, columns, empty):
+    made = [f"{letter}{number}" for letter in "ab" for number in range(num)]
+    places = behind_given(["A", "B"], made, num, None)
+    assert given_columns(num) == columns and len(places) % columns == 0 and places.count(None) == 2 * empty
+    assert [places.index(given) % columns for given in "AB"] == [0, 0]
+    assert [place for place in places if place] == ["A", *made[:num], "B", *made[num:]]
 
 
 def test_wrong_numbers_are_errors():

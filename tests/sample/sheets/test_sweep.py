@@ -14,7 +14,7 @@ from evaluation.caption_accuracy import captioned_pictures
 from sample.__main__ import main
 from sample.conditions import Made, Order, make_conditions
 from sample.embedding import ClipEmbedder
-from sample.sheets.sweep import Measure, diversity, make_cells, vary
+from sample.sheets.sweep import Cell, Measure, _draw_cell, diversity, make_cells, vary
 from sample.trained import TrainedSampler
 
 PROMPTS = ("a small red circle, on a black background", "a large blue star on a gray background")
@@ -143,6 +143,13 @@ def test_diversity_is_the_mean_distance_of_pairs_of_a_prompt():
     images[1, 1] = 255
     assert diversity(images) == 0.5  # 0 for the first prompt, 1 for the second
     assert diversity(images[:, :1]) is None
+
+
+def test_a_given_picture_begins_a_row_of_its_cell_however_many_are_made():
+    told = np.stack([np.full((64, 64, 3), value, np.uint8) for value in (10, 20)])
+    cell = Cell({}, Order(make_conditions(["a"], images=["x.png", "y.png"])), {"image": told})
+    shown = np.asarray(_draw_cell(cell, Made(np.full((16, 64, 64, 3), 200, np.uint8), None), 8))
+    assert shown[:: 64 + 2, 0, 0].tolist() == [10, 200, 20, 200]
 
 
 def test_every_run_that_draws_can_be_swept(diffusion_run, debug_run, tmp_path):
