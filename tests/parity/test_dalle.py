@@ -17,6 +17,7 @@ import models
 from cli.errors import UserError
 from sample.trained import TrainedSampler
 from scripts.convert import main as convert
+from weights.files.origin import Leniency, open_origin
 from weights.formats import dalle_pytorch as layout
 from weights.formats import mindall_e
 from weights.run import Run
@@ -133,6 +134,13 @@ def test_what_ours_has_not_is_refused_by_its_name(theirs, options, name, tmp_pat
             convert([f"--input={tmp_path}/dalle.pt", f"--output={tmp_path}/{name}"])
         assert "\n" not in str(error.value)
         assert name in str(error.value) or said is not hparams
+
+
+def test_keys_of_a_checkpoint_are_let_pass_at_any_depth(tmp_path):
+    hparams = {"dim": 1, "note": 2, "loss": {"note": 1, "weight": 7}}
+    torch.save({"hparams": hparams, "vae_params": None, "weights": {"a": torch.ones(1)}}, tmp_path / "dalle.pt")
+    origin = open_origin(f"{tmp_path}/dalle.pt", Leniency(frozenset({"note"})))
+    assert layout._read_checkpoint(origin)[0]["hparams"] == {"dim": 1, "loss": {"weight": 7}}
 
 
 def test_with_openai_s_tokenizer_a_checkpoint_draws_pictures(theirs, tmp_path):

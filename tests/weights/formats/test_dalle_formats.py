@@ -168,6 +168,13 @@ def test_mindall_e_in_and_out_again(tmp_path, capsys):
         convert([f"--input={theirs}", f"--output={tmp_path}/none"])
 
 
+def test_empty_tensors_of_mindall_e_are_one_line():
+    sizes = {"tok_emb_txt": (13, 0), "tok_emb_img": (11, 0), "pos_emb_txt": (6, 0), "pos_emb_img": (16, 0)}
+    tensors = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in sizes.items()}
+    with pytest.raises(UserError, match="cannot be built"):
+        mindall_e.from_mindall_e(models.create_model(**mindall_e.transformer_fields_of_tensors(tensors)), tensors)
+
+
 DOCUMENTS = {
     "dalle_pytorch": (HPARAMS, lambda value: dalle_pytorch.dalle_fields(value, 11, (4, 4)), dalle_pytorch._TABLE),
     "mindall_e": (MINDALL_E, mindall_e.transformer_fields, mindall_e._TABLE),
