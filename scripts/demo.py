@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cli import entry_point
 from cli.errors import EXIT_FAILURE, EXIT_OK, UserError
+from cli.ranges import check_seed
 from evaluation.report import Section, headline_records, write_report
 from weights.run import DONE
 
@@ -36,19 +37,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--workdir", default="runs/demo", help="where runs and the report go (default runs/demo)")
     parser.add_argument("--data_dir", default="", help="where datasets are kept (default: the user's)")
     parser.add_argument("--num", type=int, default=500, help="captions graded of each split (default 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of both trainings (default 0)")
     parser.add_argument("--debug", action="store_true", help="tiny sizes: the whole path in under a minute or two")
     options = parser.parse_args(arguments)
     if not 1 <= options.num <= _LARGEST_NUM:
         raise UserError(f"--num must be between 1 and {_LARGEST_NUM}, the size of a split, not {options.num}")
-    return _Demo(Path(options.workdir), options.data_dir, options.num, options.debug).run()
+    seed = check_seed("--seed", options.seed)
+    return _Demo(Path(options.workdir), options.data_dir, options.num, seed, options.debug).run()
 
 
 class _Demo:
     """The stages, and the report that is written meanwhile."""
 
-    def __init__(self, workdir: Path, data_dir: str, num: int, debug: bool):
+    def __init__(self, workdir: Path, data_dir: str, num: int, seed: int, debug: bool):
         self.dvae, self.dalle, self.report = workdir / "dvae", workdir / "dalle", workdir / "report.html"
         self._data_dir, self._num, self._variant = data_dir, num, ":debug" if debug else ""
+        self._seed = f"--config.seed={seed}"
         self._start = time.monotonic()
 
     def run(self) -> int:
@@ -66,7 +70,7 @@ class _Demo:
             ("making the dataset", ["scripts.prepare", "--dataset=scenes/single32", *where]),
             (
                 "stage 1: training the image tokenizer",
-                ["train", f"--config=configs/scenes/dvae.py{self._variant}", f"--workdir={dvae}", *data],
+                ["train", f"--config=configs/scenes/dvae.py{self._variant}", f"--workdir={dvae}", self._seed, *data],
             ),
             ("stage 1: grading reconstructions", ["evaluation", f"--run={dvae}", num]),
             (
@@ -76,6 +80,7 @@ class _Demo:
                     f"--config=configs/scenes/dalle.py{self._variant}",
                     f"--workdir={dalle}",
                     f"--config.frozen.dvae.source={dvae}",
+                    self._seed,
                     *data,
                 ],
             ),
