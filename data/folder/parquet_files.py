@@ -29,7 +29,7 @@ SUFFIX = ".parquet"
 PORTION = 512  # rows that make a portion, or the whole row groups that have them
 
 _MAX_LIST = 1000  # captions of one picture
-_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError, NotImplementedError)
+_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,9 @@ def test_an_interrupted_preparation_does_not_count(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
-    full = lambda _, options: ArrayRecordWriter("/dev/full", options)  # noqa: E731
+    def full(path: str, options: str) -> ArrayRecordWriter:
+        return ArrayRecordWriter("/dev/full", options)
+
     monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter", full)
     with pytest.raises(OSError, match="No space left on device"):
         scenes.prepare("single32", tmp_path, train=1, validation=1, held_out=1)

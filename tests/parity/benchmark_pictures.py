@@ -115,10 +115,10 @@ def prepare(folder: Path, files: list[Path]) -> None:
             return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
-            return {"train": ((path.name, {"image": path.read_bytes()}) for path in files)}
+            return {"train": self._generate_examples()}
 
         def _generate_examples(self):
-            raise NotImplementedError
+            return ((path.name, {"image": path.read_bytes()}) for path in files)
 
     tfds.disable_progress_bar()
     Photographs(data_dir=folder, file_format="array_record").download_and_prepare()

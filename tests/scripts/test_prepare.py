@@ -74,7 +74,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path):
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch):
-    full = lambda _, options: ArrayRecordWriter("/dev/full", options)  # noqa: E731
+    def full(path: str, options: str) -> ArrayRecordWriter:
+        return ArrayRecordWriter("/dev/full", options)
+
     monkeypatch.setattr("data.folder.examination.ArrayRecordWriter", full)
     source = write_folder(MADE[:5], tmp_path / "in")
     with pytest.raises(UserError, match="cannot write the dataset to .*: .*No space left on device"):
