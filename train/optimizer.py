@@ -242,6 +242,10 @@ def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransf
     )
 
 
+# Of the quintic iteration that makes a matrix about orthogonal, and how often it is done (Jordan et al. 2024).
+_NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+
+
 def _muon(momentum: float) -> optax.GradientTransformation:
     """Momentum made orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks").
 
@@ -249,20 +253,49 @@ def _muon(momentum: float) -> optax.GradientTransformation:
     "Muon is Scalable for LLM Training", eq. 4).
     """
 
-    def axes(params: Tree) -> Tree:
-        return jax.tree_util.tree_map_with_path(lambda path, x: _matrix_axes(path_name(path), x.ndim), params)
-
-    def scale(path: tuple[Any, ...], update: Array) -> Array:
-        sides = _matrix_axes(path_name(path), update.ndim)
-        return 0.2 * max(math.prod(update.shape[axis] for axis in side) for side in sides) ** 0.5 * update
+    def orthogonal(path: tuple[Any, ...], update: Array) -> Array:
+        rows, columns = _matrix_axes(path_name(path), update.ndim)
+        matrices = tuple(axis for axis in range(update.ndim) if axis not in rows + columns)
+        order = matrices + rows + columns
+        turned = update.transpose(order)
+        height, width = (math.prod(update.shape[axis] for axis in side) for side in (rows, columns))
+        steps = [_orthogonalize(matrix) for matrix in turned.reshape(-1, height, width)]
+        scaled = 0.2 * max(height, width) ** 0.5 * jnp.stack(steps)
+        return scaled.reshape(turned.shape).transpose(sorted(range(update.ndim), key=order.__getitem__))
 
     return optax.chain(
-        optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=axes),
-        optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates)),
+        optax.trace(momentum, nesterov=True),
+        optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(orthogonal, updates)),
     )
 
 
-def _matrix_axes(name: str, ndim: int) -> Any:
+def _orthogonalize(x: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    """Brings singular values to about 1, by the iteration x <- (a + b x x^T + c (x x^T)^2) x.
+
+    The factors are polynomials of the first x x^T, so that where x is long its iteration is one of squares: they are
+    multiplied up, and x is multiplied once.
+    """
+    if x.shape[0] > x.shape[1]:
+        return _orthogonalize(x.T).T
+    x = x / (jnp.linalg.norm(x) + 1e-8)
+    a, b, c = _NEWTON_SCHULZ
+    gram = x @ x.T
+    if x.shape[1] < 1.5 * x.shape[0]:
+        for iteration in range(_ITERATIONS):
+            gram = x @ x.T if iteration else gram
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x
+    identity = jnp.eye(len(x), dtype=x.dtype)
+    product = identity
+    for iteration in range(_ITERATIONS):
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product if iteration else factor
+        if iteration < _ITERATIONS - 1:
+            gram = factor @ gram @ factor
+    return product @ x
+
+
+def _matrix_axes(name: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Which axes of a kernel are its matrix's rows (inputs) and columns (outputs); others count matrices.
 
     Raises:
@@ -271,9 +304,9 @@ def _matrix_axes(name: str, ndim: int) -> Any:
     if not name.endswith("kernel"):
         raise UserError(f"transform 'muon' is of kernels, and parameter {name} is none; give it another rule")
     if re.search(r"(query_|/)key_value/kernel$", name):  # [inputs, query and key and value, heads, width of a head]
-        return optax.contrib.MuonDimensionNumbers((0,), (2, 3))
+        return (0,), (2, 3)
     if re.search(r"/(query|key|value)/kernel$", name):  # [inputs, heads, width of a head]
-        return optax.contrib.MuonDimensionNumbers((0,), (1, 2))
+        return (0,), (1, 2)
     if name.endswith("up_gate/kernel"):  # [inputs, up and gate, hidden]
-        return optax.contrib.MuonDimensionNumbers((0,), (2,))
-    return optax.contrib.MuonDimensionNumbers(tuple(range(ndim - 1)), (ndim - 1,))
+        return (0,), (2,)
+    return tuple(range(ndim - 1)), (ndim - 1,)

@@ -107,10 +107,8 @@ def test_muon_follows_nesterovs_momentum():
     optimizer, _ = create_optimizer(optimizer_config(transform="muon", b1=0.6), params, steps=10)
     _, state = optimizer.update(first, optimizer.init(params), params)
     updates, _ = optimizer.update(second, state, params)
-    # Averages of weight 0.4, corrected for their start at 0: 0.6 mu_2 / (1 - 0.6^3) + 0.4 g_2 / (1 - 0.6^2).
-    momentum = jax.tree.map(
-        lambda a, b: 0.6 * (0.6 * 0.4 * a + 0.4 * b) / (1 - 0.6**3) + 0.4 * b / (1 - 0.6**2), first, second
-    )
+    # The sum m_2 = g_2 + 0.6 g_1, and one step ahead of it.
+    momentum = jax.tree.map(lambda a, b: 0.6 * (b + 0.6 * a) + b, first, second)
     np.testing.assert_allclose(*map(jax.tree.leaves, (updates, muon(params, momentum))), rtol=1e-3, atol=1e-5)
 
 
