@@ -15,7 +15,7 @@ from data.preprocess import transform_pair
 from data.records import CAPTIONS, open_records
 from data.scenes import Scene, World, find_world, parse_caption
 from evaluation.clip.linear_probe import choose_probe
-from evaluation.clip.retrieval import retrieval_metrics
+from evaluation.clip.retrieval import match_captions, retrieval_metrics
 from evaluation.clip.scene_prompts import (
     OBJECT_ATTRIBUTES,
     alternatives,
@@ -203,9 +203,8 @@ def _retrieval(trained: TrainedSampler, pictures: Pictures, embed: Embed) -> Rec
     else:
         meanings = captions
     kept = list({meaning: place for place, meaning in reversed(list(enumerate(meanings)))}.values())[::-1]
-    texts = [text for place in kept for text in captions[place]]
-    owner = np.repeat(np.arange(len(kept)), [len(captions[place]) for place in kept])
-    values = retrieval_metrics(pictures.features[kept], embed(texts), owner)
+    texts, own = match_captions([captions[place] for place in kept])
+    values = retrieval_metrics(pictures.features[kept], embed(texts), own)
     counted = {name: len(texts) if name.startswith("text") else len(kept) for name in values}
     return {"values": values, "counted": counted, "pictures": len(kept), "captions": len(texts)}
 
