@@ -33,7 +33,11 @@ def test_a_config_is_locked_documented_and_survives_json(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if "/paper/" in name else []) for name in CONFIGS]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.split("/")[1] in ("paper", "drawings") else [])
+        for name in CONFIGS
+    ],
 )
 def test_the_debug_variant_runs_without_any_other_run(name, debug_run):
     trained = TrainedSampler.open(debug_run(name.removeprefix("configs/")), chunk=2)
