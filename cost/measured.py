@@ -195,7 +195,7 @@ def measure_data(
     """
     data = locate_precomputed(config).data
     tokenizer = load_tokenizer(data) if data.text_length else None
-    stream = open_stream(data, tokenizer, split=data.split, seed=config.seed, train=True)
+    stream = open_stream(data, tokenizer, split=data.split, seed=config.seed, train=True, batch_size=config.batch_size)
     rows = process_rows(batch_sharding(make_mesh(config.mesh)), config.batch_size)
     reader = BatchReader(
         stream,

@@ -18,8 +18,9 @@ import io
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,6 +29,8 @@ from PIL import Image, ImageCms, ImageFile
 from cli.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+
+_T = TypeVar("_T")
 
 MAX_PIXELS = 2**26  # that are decoded: 8192 x 8192, some 700 MB at the peak
 MAX_BYTES = 2**28  # of a file
@@ -101,6 +104,26 @@ def open_picture(source: bytes | str | Path, size: int = 0) -> Image.Image:
         raise PictureError(f"cannot read the picture {source}: {error}") from error
 
 
+def picture_size(source: bytes) -> tuple[int, int]:
+    """The height and width of what `read_picture` makes of the bytes of a file, from what stands before its pixels.
+
+    A PNG that tells its orientation behind them is taken as it lies.
+
+    Raises:
+      PictureError: if it is of a kind that is not read, or too large.
+    """
+
+    def upright(picture: ImageFile.ImageFile) -> tuple[int, int]:
+        _check_pixels(picture, picture.size)
+        width, height = picture.size
+        # Of a TIFF Pillow has exchanged them already, and it would decode a PNG to look for more.
+        known = picture.format != "PNG" or {"exif", "xmp", "XML:com.adobe.xmp"} & set(picture.info)
+        turned = picture.format != "TIFF" and known and _orientation(picture) in (5, 6, 7, 8)
+        return (width, height) if turned else (height, width)
+
+    return _open(source, upright)
+
+
 def as_rgb(pixels: UInt8[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels that are stored as such, [h w] or [h w c] with one channel, two with alpha, three or four, as RGB.
 
@@ -133,18 +156,29 @@ def _check_bytes(num: int) -> None:
 
 
 def _decode(data: bytes, size: int) -> Image.Image:
-    _check_bytes(len(data))
-    _hush()
-    try:
-        picture = Image.open(io.BytesIO(data), formats=_formats())
+    def pixels(picture: ImageFile.ImageFile) -> Image.Image:
         whole = picture.size
         picture.draft(None, (size, size) if size else None)  # of a JPEG alone
         _check_pixels(picture, whole)
         _scale_transparency(picture)
         picture.load()
         turn = _TURNS.get(_orientation(picture))
-        picture = _to_rgb(picture)
-        return picture if turn is None else picture.transpose(turn)
+        rgb = _to_rgb(picture)
+        return rgb if turn is None else rgb.transpose(turn)
+
+    return _open(data, pixels)
+
+
+def _open(data: bytes, use: Callable[[ImageFile.ImageFile], _T]) -> _T:
+    """What `use` makes of a picture that is opened and not yet decoded.
+
+    Raises:
+      PictureError: for whatever either raises.
+    """
+    _check_bytes(len(data))
+    _hush()
+    try:
+        return use(Image.open(io.BytesIO(data), formats=_formats()))
     except PictureError:
         raise
     except Image.UnidentifiedImageError as error:

@@ -5,6 +5,7 @@ therefore needs no iterator state, and a run continues on any number of devices,
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import numpy as np
 from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
+from cli.errors import UserError
 from data import points
+from data.buckets import BucketOrder, choose_buckets, shapes_of
+from data.picture_sizes import picture_sizes
 from data.pictures import open_picture, read_picture
 from data.precomputed import REPLACES, StoredField
-from data.preprocess import choose_caption, transform_pair
+from data.preprocess import TRANSFORMS, choose_caption, transform_pair
 from data.records import CAPTIONS, PLACE, dataset_folder, open_records
 from data.tally import TRUNCATED, Tally
 from data.tokenizer import Tokenizer
@@ -32,13 +36,14 @@ def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]
         `label_field` is named.
 
     Returns:
-      name -> (shape of one example, dtype), in the order of the stream.
+      name -> (shape of one example, dtype), in the order of the stream; where batches have several shapes, of the
+      largest.
     """
     if points.is_points(config.dataset):
         return {"point": ((2,), np.dtype(np.float32)), "index": ((), np.dtype(np.int32))}
-    size, length = config.image_size, config.text_length
+    length = config.text_length
     spec: dict[str, tuple[tuple[int, ...], np.dtype]] = {
-        "image": ((size, size, 3), np.dtype(np.uint8)),
+        "image": ((*max(picture_shapes(config), key=math.prod), 3), np.dtype(np.uint8)),
         "index": ((), np.dtype(np.int32)),
     }
     if length:
@@ -46,6 +51,11 @@ def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]
     if config.label_field:
         spec["label"] = ((), np.dtype(np.int32))
     return spec
+
+
+def picture_shapes(config: ConfigDict) -> tuple[tuple[int, int], ...]:
+    """The heights and widths that pictures of a batch may have, those of `config.data.buckets` or one square."""
+    return shapes_of(config.buckets) or ((config.image_size, config.image_size),)
 
 
 def load_tokenizer(config: ConfigDict) -> Tokenizer:
@@ -67,10 +77,12 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
 
 def picture_reader(config: ConfigDict) -> Callable[[bytes], Any]:
     """How the pictures of `config.data` are read for its transform."""
+    # Which of its shapes a picture will get, its bytes do not say.
+    longest = max(map(max, picture_shapes(config)))
     # What is kept is kept as pixels, which take less; otherwise Pillow's image is spared a copy.
     return functools.partial(
         read_picture if config.cache else open_picture,
-        size=transform_pair(config.transform).draft_side(config.image_size) if config.draft else 0,
+        size=transform_pair(config.transform).draft_side(longest) if config.draft else 0,
     )
 
 
@@ -78,30 +90,46 @@ class ExampleStream:
     """The endless, index-determined stream of training examples, or one pass over an evaluation split.
 
     `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] (i modulo 2^31), with a tokenizer `text` int32
-    [L], and with a `label_field` `label` int32 []. What is precomputed stands in place of the picture.
+    [L], and with a `label_field` `label` int32 []. What is precomputed stands in place of the picture. With
+    `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
     """
 
-    def __init__(self, config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool):
+    def __init__(
+        self,
+        config: ConfigDict,
+        tokenizer: Tokenizer | None,
+        *,
+        split: str,
+        seed: int,
+        train: bool,
+        batch_size: int = 0,
+        order: BucketOrder | None = None,
+    ):
         """Builds the stream.
 
         Args:
-          config: `config.data`: dataset, data_dir, image_field, text_field, label_field, image_size, transform,
-            draft, text_length, bpe_dropout, cache; and the folder of what is precomputed, if anything is.
+          config: `config.data`: dataset, data_dir, image_field, text_field, label_field, image_size, buckets,
+            transform, draft, text_length, bpe_dropout, cache; and the folder of what is precomputed, if anything is.
           tokenizer: encodes captions; None leaves text out.
           split: the split to read.
           seed: of shuffling and augmentation.
           train: shuffle and repeat, choose captions and crops at random. Otherwise records come in stored order,
             repeated too, with the first caption and what evaluation does with pictures in place of the transform.
+          batch_size: of the batches over all processes, on which the order depends where there are buckets.
+          order: of the buckets, where it is known.
 
         Raises:
           UserError: if the dataset is not prepared, or has no such split, pictures, captions or class numbers, or what
-            is precomputed is of something else.
+            is precomputed is of something else, or there are buckets and the transform cuts squares.
         """
         self._label = config.label_field
         needs = ((CAPTIONS,) if tokenizer is not None else ()) + ((self._label,) if self._label else ())
         folders = {name: Path(config[name]) for name in REPLACES if config.get(name, "")}
         self._pictures = "image" not in {REPLACES[name] for name in folders}
         pair = transform_pair(config.transform)
+        self._shapes, self._order = shapes_of(config.buckets), order
+        if self._shapes:
+            self._check_buckets(config, batch_size)
         self.source = open_records(
             config,
             split,
@@ -128,7 +156,10 @@ class ExampleStream:
         for field in self._stored.values():
             self.source.leave_out(field.damaged)
         self._seed = seed
-        self._recipe = (config, tokenizer, split, seed, train)
+        if self._shapes and order is None:
+            buckets = choose_buckets(picture_sizes(config, split), self._shapes)
+            self._order = BucketOrder(buckets, batch_size, seed, shuffle=train)
+        self._recipe = (config, tokenizer, split, seed, train, batch_size)
         # The order of `grain.MapDataset.seed(seed).shuffle().repeat()`, without the statistics it keeps of each read.
         self._order_seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
@@ -137,6 +168,10 @@ class ExampleStream:
         """Number of records in one pass."""
         return len(self.source)
 
+    def pass_batches(self, batch_size: int) -> int:
+        """Number of whole batches in one pass, at least 1."""
+        return self._order.pass_batches if self._order is not None else max(1, len(self.source) // batch_size)
+
     @property
     def classes(self) -> int:
         """Number of classes that a label may name; 0 without labels."""
@@ -144,7 +179,7 @@ class ExampleStream:
 
     def __reduce__(self) -> tuple[Callable[..., "ExampleStream"], tuple[Any, ...]]:
         """Another process opens the dataset itself."""
-        return _rebuild, self._recipe
+        return _rebuild, (*self._recipe, self._order)
 
     @property
     def tally(self) -> Tally:
@@ -153,6 +188,8 @@ class ExampleStream:
 
     def place(self, index: int) -> int:
         """Returns which record example `index` is made of; every epoch has each record once."""
+        if self._order is not None:
+            return self._order.place(index)
         epoch, place = divmod(index, len(self.source))
         if not self._train:
             return place
@@ -165,7 +202,8 @@ class ExampleStream:
         epoch = index // len(self.source)
         example: Example = {name: field.row(record[PLACE], epoch) for name, field in self._stored.items()}
         if self._pictures:
-            example["image"] = self._transform(record["image"], self._size, rng)
+            shape = self._size if self._order is None else self._shapes[self._order.bucket(index)]
+            example["image"] = self._transform(record["image"], shape, rng)
         example["index"] = np.int32(index % 2**31)
         if self._tokenizer is not None:
             caption = choose_caption(record[CAPTIONS], rng)
@@ -177,21 +215,44 @@ class ExampleStream:
             example["label"] = np.asarray(record[self._label], np.int32)
         return example
 
+    def _check_buckets(self, config: ConfigDict, batch_size: int) -> None:
+        """Raises UserError unless there can be buckets."""
+        if not self._pictures:
+            raise UserError("config.data.buckets shapes pictures, and this run reads stored tokens; leave one out")
+        if not transform_pair(config.transform).any_shape:
+            able = ", ".join(name for name, pair in TRANSFORMS.items() if pair.any_shape)
+            raise UserError(
+                f"config.data.buckets asks for several shapes, and config.data.transform={config.transform!r} cuts "
+                f"squares; choose one of {able}"
+            )
+        if batch_size < 1:
+            raise ValueError("buckets need the size of batches")
+
     def batch(self, indices: Sequence[int]) -> Example:
         """Returns the examples of these indices, stacked."""
         examples = [self[index] for index in indices]
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def _rebuild(config: ConfigDict, tokenizer: Tokenizer | None, split: str, seed: int, train: bool) -> ExampleStream:
-    return ExampleStream(config, tokenizer, split=split, seed=seed, train=train)
+def _rebuild(
+    config: ConfigDict,
+    tokenizer: Tokenizer | None,
+    split: str,
+    seed: int,
+    train: bool,
+    batch_size: int,
+    order: BucketOrder | None,
+) -> ExampleStream:
+    return ExampleStream(config, tokenizer, split=split, seed=seed, train=train, batch_size=batch_size, order=order)
 
 
 Stream = ExampleStream | points.PointStream
 
 
-def open_stream(config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool) -> Stream:
+def open_stream(
+    config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool, batch_size: int = 0
+) -> Stream:
     """The stream of a dataset: stored, or of points that are made on the fly. Arguments as of `ExampleStream`."""
     if points.is_points(config.dataset):
         return points.PointStream(config.dataset, split, seed)
-    return ExampleStream(config, tokenizer, split=split, seed=seed, train=train)
+    return ExampleStream(config, tokenizer, split=split, seed=seed, train=train, batch_size=batch_size)

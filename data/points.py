@@ -61,6 +61,10 @@ class PointStream:
     tally = Tally()  # of nothing
     classes = 0
 
+    def pass_batches(self, batch_size: int) -> int:
+        """Number of whole batches in one pass, which nobody ends."""
+        return self.epoch_size // batch_size
+
     def __init__(self, dataset: str, split: str, seed: int):
         """Chooses a distribution.
 

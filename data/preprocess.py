@@ -7,7 +7,7 @@ function of that place alone.
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -15,10 +15,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
+from data.buckets import Shape, cut_to
 
 Picture = UInt8[np.ndarray, "_ _ c"]
 Source = Picture | Image.Image  # what transforms take: pixels, or (faster) Pillow's image of them
-PictureTransform = Callable[[Source, int, np.random.Generator | None], Picture]
+PictureTransform = Callable[[Source, Any, np.random.Generator | None], Picture]
 
 _LONGEST = 64  # times the short side that is resized of the long one: a line of pixels would fill the memory
 
@@ -30,11 +31,13 @@ class TransformPair(NamedTuple):
       training: may draw from the example's generator.
       evaluation: draws nothing, and takes None for the generator. A pair of twice the same draws nothing at all.
       reads: the short side that is needed of a picture, in sizes of the result; 0 for all there is.
+      any_shape: whether both take (height, width) as well as the side of a square, as buckets ask for.
     """
 
     training: PictureTransform
     evaluation: PictureTransform
     reads: float = 1.0
+    any_shape: bool = False
 
     def draft_side(self, size: int) -> int:
         """The short side, in pixels, that is asked of a draft of a picture for a result of `size`; 0 for all of it."""
@@ -89,13 +92,35 @@ def clip_evaluation(
     """
     del rng
     image = _resize_short_side(image, size)
-    top, left = (round((extent - size) / 2) for extent in image.shape[:2])  # a half goes to the even number
-    return image[top : top + size, left : left + size]
+    top, left = (round((extent - size) / 2) for extent in _extent(image))  # a half goes to the even number
+    return _rgb(_crop(image, top, left, size))
 
 
 def clip_training(image: Source, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """CLIP's only augmentation (Radford et al. 2021, section 2.4): a random square of the resized picture."""
-    return _random_crop(_resize_short_side(image, size), size, rng)
+    return _rgb(_random_crop(_resize_short_side(image, size), size, rng))
+
+
+def center_crop(image: Source, size: int | Shape, rng: np.random.Generator | None = None) -> Picture:
+    """The middle of a picture, as large as it has the aspect ratio that is asked for, resized. Draws nothing.
+
+    Args:
+      image: of any size and aspect ratio.
+      size: height and width of the result, or the side of a square.
+      rng: not used.
+    """
+    del rng
+    return _cover(image, size, lambda slack: slack // 2)
+
+
+def random_crop(image: Source, size: int | Shape, rng: np.random.Generator) -> Picture:
+    """As `center_crop`, of a random place: what pictures of a bucket lack in training is not always the same."""
+    return _cover(image, size, lambda slack: int(rng.integers(slack + 1)))
+
+
+def random_crop_flip(image: Source, size: int | Shape, rng: np.random.Generator) -> Picture:
+    """As `random_crop`, flipped horizontally in half of the cases."""
+    return _flip(random_crop(image, size, rng), rng)
 
 
 def center_square_flip(image: Source, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} c"]:
@@ -161,6 +186,9 @@ TRANSFORMS: Mapping[str, TransformPair] = {
     "dalle_training": TransformPair(dalle_training, center_square, reads=9 / 8),
     "clip_training": TransformPair(clip_training, clip_evaluation),
     "clip_evaluation": TransformPair(clip_evaluation, clip_evaluation),
+    "center_crop": TransformPair(center_crop, center_crop, any_shape=True),
+    "random_crop": TransformPair(random_crop, center_crop, any_shape=True),
+    "random_crop_flip": TransformPair(random_crop_flip, center_crop, any_shape=True),
     "celeba_training": TransformPair(celeba_training, celeba_evaluation, reads=0),
     "adm_training": TransformPair(adm_training, adm_evaluation),
 }
@@ -228,24 +256,54 @@ def _random_side(side: int, size: int, between: tuple[float, float], rng: np.ran
     return int(rng.integers(low, high + 1))
 
 
-def _resize(image: Source, side: int) -> Picture:
-    """Resizes a square: to a smaller one by averages over areas, to a larger one by a bicubic filter.
+def _cover(image: Source, size: int | Shape, offset: Callable[[int], int]) -> Picture:
+    """A part of the aspect ratio of `size`, resized to it; `offset` says how much of the slack lies before the part."""
+    shape = (size, size) if isinstance(size, int) else size
+    extent = _extent(image)
+    height, width = cut_to(extent, shape)
+    top, left = (offset(slack) if slack else 0 for slack in (extent[0] - height, extent[1] - width))
+    return _resize(_crop(image, top, left, height, width), *shape)
 
-    An output pixel is the mean over its own area, to which the pixels at its edge count by the part of them in it;
-    rounded to the nearest. The listings of the DALL-E paper move the areas a little apart beside (corners aligned).
+
+def _resize(image: Source, side: int, width: int = 0) -> Picture:
+    """Resizes a square, or a rectangle where a width is given beside its height `side`.
+
+    To a smaller one by averages over areas, to one that is larger in any direction by a bicubic filter. An output pixel
+    is the mean over its own area, to which the pixels at its edge count by the part of them in it; rounded to the
+    nearest. The listings of the DALL-E paper move the areas a little apart beside (corners aligned).
     """
-    if _extent(image)[0] < side:
-        image = _image(image).resize((side, side), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image)
-    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
-    if len(pixels) == side:
-        return pixels
-    count, channels = len(pixels), pixels.shape[-1]
-    areas = _areas(count, side)
-    rows = (areas @ pixels.reshape(count, -1).astype(np.float32)).reshape(side, count, channels)
-    means = areas @ np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(count, -1)
-    turned = np.rint(means, out=means).astype(np.uint8).reshape(side, side, channels)
-    return np.ascontiguousarray(turned.swapaxes(0, 1))
+    shape = (side, width or side)
+    before = _extent(image)
+    if before[0] < shape[0] or before[1] < shape[1]:
+        image, before = _image(image).resize(shape[::-1], Image.Resampling.BICUBIC), shape
+    if before == shape:
+        pixels = np.asarray(image)
+        return pixels if pixels.ndim == 3 else pixels[..., None]
+    pixels, channels = _four_channels(image)
+    down, across = (_areas(count, parts) for count, parts in zip(before, shape, strict=True))
+    rows = down @ pixels.reshape(before[0], -1).astype(np.float32)
+    columns = np.ascontiguousarray(rows.view(np.complex128).T).view(np.float32)  # turned pixel by pixel
+    means = across @ columns
+    turned = np.rint(means, out=means).astype(np.uint8).view(np.uint32)  # [width height], a pixel each
+    return _of_four_channels(np.ascontiguousarray(turned.T).view(np.uint8).reshape(*shape, 4), channels)
+
+
+def _four_channels(image: Source) -> tuple[UInt8[np.ndarray, "h w 4"], int]:
+    """Pixels with so many channels that each can be moved as one number, which is fast; and how many they had."""
+    height, width = _extent(image)
+    channels = len(image.getbands()) if isinstance(image, Image.Image) else image.shape[-1]
+    if channels == 3:
+        data = _image(image).tobytes("raw", "RGBX")
+        return np.frombuffer(data, np.uint8).reshape(height, width, 4), channels
+    pixels = np.asarray(image).reshape(height, width, channels)
+    return np.concatenate([pixels, np.zeros((height, width, 4 - channels), np.uint8)], axis=-1), channels
+
+
+def _of_four_channels(pixels: UInt8[np.ndarray, "h w 4"], channels: int) -> Picture:
+    """The first channels of them."""
+    if channels == 3:
+        return np.asarray(Image.frombytes("RGB", pixels.shape[1::-1], pixels.data, "raw", "RGBX"))
+    return np.ascontiguousarray(pixels[..., :channels])
 
 
 @functools.lru_cache(maxsize=256)
@@ -262,12 +320,18 @@ def _areas(count: int, side: int) -> scipy.sparse.csr_array:
     )
 
 
-def _resize_short_side(image: Source, size: int) -> UInt8[np.ndarray, "_ _ 3"]:
-    """Resizes the short side to `size` and the long one in proportion, rounded down; gray and alpha become RGB.
+def _resize_short_side(image: Source, size: int) -> Image.Image:
+    """Resizes the short side to `size` and the long one in proportion, rounded down.
 
     Alpha is dropped after the resize, as the published transforms drop it: a clear pixel adds nothing to its neighbors.
     """
     picture = _image(_cut_long(image))
     short = min(picture.size)
     width, height = (int(size * extent / short) for extent in picture.size)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC).convert("RGB"))
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _rgb(image: Source) -> UInt8[np.ndarray, "_ _ 3"]:
+    """The pixels of a picture, in which gray and alpha become RGB."""
+    picture = _image(image)
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))

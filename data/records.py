@@ -164,6 +164,11 @@ class RecordSource:
         }
 
     @property
+    def image_field(self) -> str:
+        """The name of the field of pictures; "" where they are not read."""
+        return self._image or ""
+
+    @property
     def has_captions(self) -> bool:
         """Whether there is a field of captions; a record may still have none."""
         return self._text is not None

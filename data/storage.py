@@ -72,6 +72,14 @@ def disk_errors() -> Iterator[None]:
         raise OSError(errno.EIO, " ".join(str(error).split())[:300]) from error
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A draft that gets its name when the block has ended well."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
+    yield draft
+    draft.replace(path)
+
+
 def _is_whole(builder: Any) -> bool:
     """Whether every split is described and every record file is there."""
     splits = builder.info.splits

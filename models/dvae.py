@@ -157,7 +157,8 @@ class ImageTokenizer(nn.Module):
     """What both tokenizers share: sizes, trunk, and the mapping of pixels. Defaults are the published sizes.
 
     Attributes:
-      image_size: height and width of the images, in pixels.
+      image_size: height and width of the images, in pixels. Others that divide into tokens are taken too, and have
+        another grid of them, which a second stage may not.
       channels: of the images.
       vocab_size: number of codes.
       encoder_hidden, decoder_hidden: width of the finest group.
@@ -234,13 +235,14 @@ class ImageTokenizer(nn.Module):
         """Encodes images in [-1, 1]: logits of the codes (discrete VAE) or vectors (VQ-VAE), float32.
 
         Raises:
-          ValueError: if the images are not of `image_size` or `channels`.
+          ValueError: if the images do not divide into tokens, or have other `channels`.
         """
-        expected = (self.image_size, self.image_size, self.channels)
-        if images.shape[1:] != expected:
+        height, width, channels = images.shape[1:]
+        side = self.image_size // self.token_grid[0]
+        if height % side or width % side or channels != self.channels:
             raise ValueError(
-                f"images of height, width, channels {images.shape[1:]} given to a model of {expected}: "
-                f"the {self.token_grid} token grid that stage 2 relies on would differ"
+                f"images of height, width, channels {images.shape[1:]} given to a tokenizer of {self.channels} "
+                f"channels, whose tokens are {side} x {side} pixels"
             )
         x = map_pixels(images)
         x = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=self.patch_size, q=self.patch_size)

@@ -44,7 +44,8 @@ class UViT(nn.Module):
     and not at 2 standard deviations, cuts nothing off), classes N(0, 1), convolutions as PyTorch starts them.
 
     Attributes:
-      image_size: height and width of what is diffused: pixels or latents.
+      image_size: height and width of what is diffused: pixels or latents. Others work where patches divide them and
+        no position of a patch is learned.
       patch_size: side P of a patch.
       width: D.
       depth: layers beside the middle one, as published: 12 is 13 layers, 6 on each side of it.
@@ -183,7 +184,7 @@ class UViT(nn.Module):
         del train
         self._check_inputs(x_t, conditioning)
         patches = self.patch(x_t.astype(self.dtype))
-        grid = self.image_size // self.patch_size
+        grid = patches.shape[1:3]
         embedded = sinusoidal_embedding(t, self.width).astype(self.dtype)
         if self.mlp_time_embed:
             embedded = self.time_mlp(embedded)
@@ -194,7 +195,7 @@ class UViT(nn.Module):
             tokens.insert(0, embedded[:, None])
         if conditioning.label is not None:
             tokens.insert(0, self.label(conditioning.label)[:, None])
-        x = self._add_positions(jnp.concatenate(tokens, axis=1))
+        x = self._add_positions(jnp.concatenate(tokens, axis=1), grid)
         first = self.extra_tokens
         if isinstance(conditioning.mask, KeyLengths):
             # The context goes last, where lengths can hide its end: behind positions, layers do not know an order.
@@ -207,16 +208,16 @@ class UViT(nn.Module):
             self.out_blocks,
             self.skips,
             x,
-            self._mask(conditioning),
+            self._mask(conditioning, grid),
             embedded if self.time == "adaln" else None,
             scan=self.scan,
             remat=self.remat,
         )
-        x = self.final_norm(x)[:, first : first + grid**2]
+        x = self.final_norm(x)[:, first : first + grid[0] * grid[1]]
         if self.convolution == "tokens":
-            x = self.token_conv(rearrange(x, "b (h w) d -> b h w d", h=grid))
+            x = self.token_conv(rearrange(x, "b (h w) d -> b h w d", h=grid[0]))
             x = rearrange(x, "b h w d -> b (h w) d")
-        side = {"h": grid, "p": self.patch_size, "q": self.patch_size}
+        side = {"h": grid[0], "p": self.patch_size, "q": self.patch_size}
         image = rearrange(self.pixel_head(x), "b (h w) (p q c) -> b (h p) (w q) c", **side)
         return shard_rows(self.image_conv(image) if self.convolution == "image" else image)
 
@@ -226,22 +227,21 @@ class UViT(nn.Module):
         patches = (self.image_size // self.patch_size) ** 2
         return {"learned": self.extra_tokens + patches, "sincos_2d": self.extra_tokens, "none": 0}[self.positions]
 
-    def _add_positions(self, x: Array) -> Array:
-        """Adds to each token [B L D] its position."""
+    def _add_positions(self, x: Array, grid: tuple[int, int]) -> Array:
+        """Adds to each token [B L D] its position; patches have a grid of (height, width)."""
         if self._learned_positions:
             learned = self.position(jnp.arange(self._learned_positions))
             x = x.at[:, : self._learned_positions].add(learned)
         if self.positions == "sincos_2d":
-            grid = self.image_size // self.patch_size
-            x = x.at[:, self.extra_tokens :].add(grid_embedding(grid, grid, self.width).astype(x.dtype))
+            x = x.at[:, self.extra_tokens :].add(grid_embedding(*grid, self.width).astype(x.dtype))
         return x
 
-    def _mask(self, conditioning: Conditioning) -> Array | KeyLengths | None:
+    def _mask(self, conditioning: Conditioning, grid: tuple[int, int]) -> Array | KeyLengths | None:
         """Which tokens all others may see, [B 1 1 L], or how many; None for all."""
         if conditioning.mask is None:
             return None
         before = self.extra_tokens - self.context_length
-        behind = (self.image_size // self.patch_size) ** 2
+        behind = grid[0] * grid[1]
         if isinstance(conditioning.mask, KeyLengths):
             return KeyLengths(before + behind + conditioning.mask.lengths)
         seen = jnp.pad(conditioning.mask, ((0, 0), (before, behind)), constant_values=True)
@@ -273,8 +273,16 @@ class UViT(nn.Module):
     def _check_inputs(self, x_t: Array, conditioning: Conditioning) -> None:
         """Raises ValueError for arguments that are not this network's."""
         shape = (self.image_size, self.image_size, self.in_channels)
-        if x_t.shape[1:] != shape:
-            raise ValueError(f"x_t is {x_t.shape[1:]}, the network's image_size and in_channels are {shape}")
+        if self.positions == "learned" and x_t.shape[1:] != shape:
+            raise ValueError(
+                f"x_t is {x_t.shape[1:]}, the network's image_size and in_channels are {shape}, and its positions are "
+                "learned"
+            )
+        if any(side % self.patch_size for side in x_t.shape[1:3]) or x_t.shape[-1] != self.in_channels:
+            raise ValueError(
+                f"x_t is {x_t.shape[1:]}, the network's patch_size and in_channels are {self.patch_size}, "
+                f"{self.in_channels}"
+            )
         for name, built, field in (
             ("tokens", self.context_length > 0, "context_length"),
             ("label", self.num_classes > 0, "num_classes"),

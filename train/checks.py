@@ -6,6 +6,7 @@ from cli.config import flatten
 from cli.errors import UserError
 from cli.ranges import check_ranges, check_seed
 from data.pipeline import Stream
+from data.points import is_points
 from data.tokenizer import Tokenizer
 from models import MODELS
 from train.distributed.sharding import check_pattern, check_rules
@@ -31,8 +32,34 @@ def check_config(config: ConfigDict) -> None:
     complete_rules(config.optimizer, config.steps)
     check_pattern("config.ema.paths", config.ema.paths)
     check_rules(config.mesh.rules)
+    _check_buckets(config.data)
     if max(config.steps, config.batch_size * 2) >= 2**31:
         raise UserError("config.steps must stay below 2^31, and config.batch_size below 2^30")
+
+
+def _check_buckets(data: ConfigDict) -> None:
+    """Raises UserError if `config.data.buckets` are no shapes."""
+    shapes = data.buckets
+    right = isinstance(shapes, tuple | list) and all(
+        isinstance(shape, tuple | list) and len(shape) == 2 and all(type(side) is int and side > 0 for side in shape)
+        for shape in shapes
+    )
+    if not right or len(set(map(tuple, shapes))) < len(shapes):
+        raise UserError(
+            f"config.data.buckets is {shapes!r}; it must be a tuple of different (height, width) in pixels, such as "
+            "((64,64),(48,80),(80,48))"
+        )
+    if shapes and is_points(data.dataset):
+        raise UserError(f"config.data.buckets shapes pictures, and {data.dataset} has none; leave it empty")
+
+
+def check_whole_batches(config: ConfigDict, examples_seen: int) -> None:
+    """Raises UserError if a run would go on within a batch, where batches have shapes."""
+    if config.data.buckets and examples_seen % config.batch_size:
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide the {examples_seen:,} examples that this run has "
+            "seen, and with config.data.buckets a batch is of one shape; set it to the size before, or one that does"
+        )
 
 
 def check_profile(updates: int, config: ConfigDict) -> None:

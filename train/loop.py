@@ -20,7 +20,7 @@ from data.batch_reader import BatchReader
 from data.pipeline import Stream, open_stream
 from data.tokenizer import Tokenizer
 from sample.sheets.grid import draw_grid
-from train.checks import check_classes, check_config, check_parts, check_profile
+from train.checks import check_classes, check_config, check_parts, check_profile, check_whole_batches
 from train.distributed.mesh import make_mesh, place_batch, process_rows
 from train.distributed.preemption import StopSignal
 from train.distributed.processes import all_agree, from_first, is_first
@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: int = 0) -> int:
             print(f"warning: {line}", flush=True)
         training = _prepare(config, tokenizer)
         state, start = _restore(config, training, store, steps)
+        check_whole_batches(config, count_examples(state.examples_seen))
         if start >= config.steps:
             if is_first():
                 (workdir / DONE).write_text(f"{start}\n", encoding="utf-8")
@@ -119,13 +120,12 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
     check_parts(config, tokenizer)
     config = locate_precomputed(config)
-    stream = open_stream(config.data, tokenizer, split=config.data.split, seed=config.seed, train=True)
+    opening = {"seed": config.seed, "batch_size": config.batch_size}
+    stream = open_stream(config.data, tokenizer, split=config.data.split, train=True, **opening)
     check_classes(config, stream)
     example = {name: (value.shape[1:], value.dtype) for name, value in stream.batch([0]).items()}
     program = create_program(config, make_mesh(config.mesh), example)
-    validation_stream = open_stream(
-        config.data, tokenizer, split=config.data.validation_split, seed=config.seed, train=False
-    )
+    validation_stream = open_stream(config.data, tokenizer, split=config.data.validation_split, train=False, **opening)
     size, rows = config.batch_size, process_rows(program.rows, config.batch_size)
     if validation_stream.epoch_size < size and is_first():
         print(
@@ -135,11 +135,12 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
         )
 
     def validation() -> Iterator[Batch]:
-        for number in range(min(config.evaluate.batches, max(1, validation_stream.epoch_size // size))):
+        for number in range(min(config.evaluate.batches, validation_stream.pass_batches(size))):
             batch = validation_stream.batch([number * size + row for row in rows])
             yield place_batch(batch, rows, size, program.rows)
 
-    previews = range(config.evaluate.previews)
+    # Pictures of one batch have one shape.
+    previews = range(min(config.evaluate.previews, size) if config.data.buckets else config.evaluate.previews)
     return _Training(
         program=program,
         stream=stream,

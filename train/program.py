@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.errors import FlaxError
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data.pipeline import batch_spec
+from data.pipeline import batch_spec, picture_shapes
 from train.checks import check_config
 from train.distributed.mesh import batch_sharding, check_batch_size, replicated
 from train.distributed.sharding import shardings
@@ -129,9 +130,28 @@ def create_program(
         ),
         eval_step=jax.jit(make_eval_step(config, objective), out_shardings=whole),
     )
+    if config.data.buckets:
+        _check_buckets(config, program)
+        return program
     try:
         with program.in_mesh():  # the trace is kept, so looking for mistakes here costs nothing
             program.train_step.eval_shape(abstract_state, program.abstract_frozen, abstract_batch)
     except ValueError as error:  # an implementation that these devices do not have, for example
         raise UserError(f"this config cannot be trained on these devices: {str(error).splitlines()[0]}") from error
     return program
+
+
+def _check_buckets(config: ConfigDict, program: Program) -> None:
+    """Raises UserError unless the networks take pictures of every shape: each of them is traced."""
+    image = program.abstract_batch["image"]
+    for shape in picture_shapes(config.data):
+        batch = {**program.abstract_batch, "image": image.update(shape=(image.shape[0], *shape, *image.shape[3:]))}
+        try:
+            with program.in_mesh():
+                program.train_step.eval_shape(program.abstract_state, program.abstract_frozen, batch)
+        except (ValueError, TypeError, FlaxError) as error:  # what networks of one shape raise
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"config.data.buckets has {shape[0]} x {shape[1]}, which a network of this {config.objective} does not "
+                f"take: {reason}; choose other shapes, or a network that takes any"
+            ) from error

@@ -5,13 +5,12 @@ same bytes, which is checked, and depend on nothing but the portion and the sett
 before a kill is finished.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from cli.errors import UserError
 from data.folder.items import Item, Portion
 from data.pictures import PictureError, read_picture
-from data.storage import disk_errors
+from data.storage import disk_errors, whole_file
 
 RESIZES = {
     "short": "the short side becomes --size, the other one in proportion",
@@ -89,6 +88,7 @@ class ExaminePortion:
             "name": item.name,
             "file": _file_digest(item),
             "pixels": digest.hexdigest(),
+            "size": resized_size((height, width), self.settings),
             "captions": len(item.captions),
             "label": item.label,
         }
@@ -162,18 +162,19 @@ class WritePortion:
         features = self.fields.features()
         drafts = {split: path.with_name(f"{path.name}.{os.getpid()}.draft") for split, path in self.shards.items()}
         writers: dict[str, ArrayRecordWriter] = {}
-        sizes, numbers, encoded = dict.fromkeys(self.shards, 0), dict.fromkeys(self.shards, 0), 0
+        sizes, encoded = dict.fromkeys(self.shards, 0), 0
+        shapes: dict[str, list[tuple[int, int]]] = {split: [] for split in self.shards}
         try:
             for split, path in drafts.items():
                 with disk_errors():
                     writers[split] = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-            for item, split in self._items():
+            for item, split, shape in self._items():
                 record, again = self._record(item)
                 serialized = _serialize(features, record)
                 with disk_errors():
                     writers[split].write(serialized)
                 sizes[split] += len(serialized)
-                numbers[split] += 1
+                shapes[split].append(shape)
                 encoded += again
         finally:
             for writer in writers.values():
@@ -182,11 +183,11 @@ class WritePortion:
         for split, draft in drafts.items():
             draft.replace(self.shards[split])
         with whole_file(self.done) as draft:
-            draft.write_text(json.dumps({"bytes": sizes, "records": numbers, "encoded": encoded}), encoding="utf-8")
+            draft.write_text(json.dumps({"bytes": sizes, "shapes": shapes, "encoded": encoded}), encoding="utf-8")
         return len(self.splits)
 
-    def _items(self) -> Iterator[tuple[Item, str]]:
-        """The items that are kept, with their splits."""
+    def _items(self) -> Iterator[tuple[Item, str, tuple[int, int]]]:
+        """The items that are kept, with their splits and the heights and widths that their pictures get."""
         changed = SourceChanged("the source changed while it was prepared; run the same command again")
         rows = read_journal(self.journal)
         count = 0
@@ -196,7 +197,7 @@ class WritePortion:
             if split := self.splits[count - 1]:
                 if item.rejected is not None or _file_digest(item) != rows[count - 1]["file"]:
                     raise changed
-                yield item, split
+                yield item, split, rows[count - 1]["size"]
         if count != len(rows):
             raise changed
 
@@ -206,27 +207,35 @@ class WritePortion:
         return {"id": item.name, "image": data, **self.fields.values(item)}, data is not item.data
 
 
+def resized_size(size: Sequence[int], settings: PictureSettings) -> tuple[int, int]:
+    """The height and width that a picture of `size` is stored with."""
+    height, width = size
+    if not settings.size:
+        return height, width
+    if settings.resize == "square":
+        side = min(height, width, settings.size)
+        return side, side
+    scale = min(1, settings.size / (min if settings.resize == "short" else max)(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def resized(data: bytes, settings: PictureSettings) -> bytes:
     """The file of a picture that was made smaller; the very same bytes where nothing has to change."""
     if not settings.size:
         return data
     picture = Image.fromarray(read_picture(data))
     width, height = picture.size
+    after = resized_size((height, width), settings)
+    if after == (height, width):
+        return data
+    box = None
     if settings.resize == "square":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
-        if side <= settings.size and width == height:
-            return data
-        size = (min(side, settings.size),) * 2
-        picture = picture.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    else:
-        scale = settings.size / (min if settings.resize == "short" else max)(width, height)
-        if scale >= 1:
-            return data
-        size = tuple(max(1, round(extent * scale)) for extent in (width, height))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        box = (left, top, left + side, top + side)
+    picture = picture.resize(after[::-1], Image.Resampling.LANCZOS, box=box)
     file = io.BytesIO()
-    if settings.encoding == "png" or max(size) > _MAX_JPEG:
+    if settings.encoding == "png" or max(after) > _MAX_JPEG:
         picture.save(file, "PNG")
     else:
         picture.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
@@ -238,14 +247,6 @@ def _serialize(features: tfds.features.FeaturesDict, record: Mapping[str, Any]) 
     example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
     example.ParseFromString(features.serialize_example(features.encode_example(record)))
     return example.SerializeToString(deterministic=True)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A draft that gets its name when the block has ended well."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    yield draft
-    draft.replace(path)
 
 
 def _file_digest(item: Item) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import tensorflow_datasets as tfds
 
 from cli.errors import UserError
@@ -26,14 +27,16 @@ from data.folder.examination import (
     SourceChanged,
     WritePortion,
     read_journal,
-    whole_file,
 )
 from data.folder.items import Listing, is_number, shown
 from data.folder.tables import Fields
 from data.folder.workers import Workers
+from data.picture_sizes import sizes_file, store_sizes
+from data.storage import whole_file
 
 DATASET = "folder"
 VERSION = "1.0.0"
+NOTES = 2  # which form of journals, and of what is kept of a portion that is written
 REPORT = "report.json"
 SPLITS = ("train", "validation")
 
@@ -137,7 +140,7 @@ def _unfinished(work: Path, request: Request, listing: Listing) -> Path:
 
     It is named after the plan: a process that outlives the one that started it, for a moment, writes nowhere else.
     """
-    plan = json.dumps([VERSION, _decisive(request), listing.fingerprint, len(listing.portions)])
+    plan = json.dumps([VERSION, NOTES, _decisive(request), listing.fingerprint, len(listing.portions)])
     folder = work / hashlib.blake2b(plan.encode(), digest_size=8).hexdigest()
     for other in work.iterdir():
         if other.is_dir() and other != folder:
@@ -307,11 +310,13 @@ def _describe(work: Path, request: Request, listing: Listing, decision: Decision
     """Writes what TFDS needs to read the shards, and the report."""
     folder = work / VERSION
     counts, sizes, encoded = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0), 0
+    shapes: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
     for index in sorted({index for index, _ in decision.shards}):
         written = json.loads((work / "written" / f"{index:06d}.json").read_text(encoding="utf-8"))
         encoded += written["encoded"]
-        for split, number in written["records"].items():
-            counts[split].append(number)
+        for split, found in written["shapes"].items():
+            counts[split].append(len(found))
+            shapes[split] += found
             sizes[split] += written["bytes"][split]
     template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=DATASET, filetype_suffix="array_record")
     tfds.folder_dataset.write_metadata(
@@ -327,6 +332,9 @@ def _describe(work: Path, request: Request, listing: Listing, decision: Decision
         check_data=False,
         description=f"Pictures of {shown(request.source)}.",
     )
+    for split in SPLITS:
+        if shapes[split]:
+            store_sizes(sizes_file(folder, split), np.array(shapes[split], np.int32))
     report = {
         "dataset": f"{DATASET}/{request.name}",
         "kind": listing.kind,

@@ -10,12 +10,14 @@ from data.preprocess import (
     TRANSFORMS,
     adm_evaluation,
     celeba_evaluation,
+    center_crop,
     center_square,
     choose_caption,
     clip_evaluation,
     clip_training,
     dalle_training,
     dvae_training,
+    random_crop,
     transform_pair,
 )
 
@@ -49,7 +51,7 @@ def test_what_is_the_same_in_evaluation_draws_nothing(name):
     image = ramp(*sizes_for(name)[0])
     pictures = {pair.training(image, 32, np.random.default_rng(seed)).tobytes() for seed in range(8)}
     assert (len(pictures) == 1) == (pair.training is pair.evaluation)
-    assert pair.evaluation in (center_square, clip_evaluation, celeba_evaluation, adm_evaluation)
+    assert pair.evaluation in (center_square, center_crop, clip_evaluation, celeba_evaluation, adm_evaluation)
 
 
 @pytest.mark.parametrize("name", ["center_square_flip", "celeba_training", "adm_training"])
@@ -210,6 +212,20 @@ def test_squares_shrink_by_averages_over_areas():
     )
     exact = np.einsum("ij,jkc,lk->ilc", cover, large.astype(float), cover) / (97 / 64) ** 2
     assert np.abs(center_square(large, 64) - exact).max() <= 0.5 + 1e-4
+
+
+def test_a_crop_has_the_shape_that_is_asked_for_and_loses_no_more_than_it_must():
+    image = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
+    means = image.reshape(12, 5, 20, 5, 3).astype(float).mean((1, 3))
+    assert np.abs(center_crop(image, (12, 20)) - means).max() <= 0.5
+    assert (center_crop(image, (60, 90)) == image[:, 5:95]).all()
+    assert (center_crop(image, (48, 100)) == image[6:54]).all()
+    places = set()
+    for seed in range(200):
+        crop = random_crop(image, (60, 90), np.random.default_rng(seed))
+        places.add(next(left for left in range(11) if (crop == image[:, left : left + 90]).all()))
+    assert places == set(range(11))
+    assert center_crop(image, (120, 200)).shape == (120, 200, 3)  # a small picture is enlarged
 
 
 def test_captions_are_chosen_among_all_and_the_first_without_chance():

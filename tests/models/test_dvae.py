@@ -80,10 +80,12 @@ def test_token_grid_is_what_tokenize_returns(name, patch, widths, grid, images):
     assert decoded.shape == images.shape
 
 
-def test_an_image_of_another_size_is_refused(images):
+def test_an_image_of_another_size_is_taken_where_it_divides_into_tokens(images):
     model, variables = build("dvae")
-    with pytest.raises(ValueError, match=r"\(8, 16, 3\) given to a model of \(16, 16, 3\)"):
-        call(model, variables, images[:, :8], method="tokenize")
+    tokens = call(model, variables, images[:, :8], method="tokenize")
+    assert tokens.shape == (2, 4, 8) and call(model, variables, tokens, method="decode_tokens").shape == (2, 8, 16, 3)
+    with pytest.raises(ValueError, match=r"\(7, 16, 3\) given to a tokenizer of 3 channels, whose tokens are 2 x 2"):
+        call(model, variables, images[:, :7], method="tokenize")
     with pytest.raises(ValueError, match="image_size=18 is not a multiple of 4"):
         assert models.create_model("dvae", **{**TINY, "image_size": 18, "patch_size": 2}).token_grid
 

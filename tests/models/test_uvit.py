@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from flax import nnx
 
 import models
@@ -325,6 +326,22 @@ def test_arguments_of_another_network_are_refused():
     refused(plain, x_t, Conditioning(mask=jnp.ones((2, 3), bool)), "conditioning.mask hides tokens, and there are none")
     refused(model, x_t, both.replace(tokens=tokens[:, :2]), r"tokens are \(2, 6\), the network's .* \(3, 6\)")
     refused(model, x_t[:, :6], both, r"x_t is \(6, 8, 3\)")
+
+
+def test_a_picture_of_another_shape_is_read_and_written_patch_by_patch():
+    """Without positions layers know no order: 2 x 8 patches in a row are the same as 4 x 4 of them."""
+    model = UViT(**{**TINY, "depth": 2, "positions": "none", "convolution": "none"})
+
+    def patches_of(x, height):
+        return rearrange(x, "b (h p) (w q) c -> b (h w) p q c", h=height, p=2, q=2)
+
+    wide = jax.random.normal(KEY, (1, 4, 16, 3))
+    square = rearrange(patches_of(wide, 2), "b (h w) p q c -> b (h p) (w q) c", h=4)
+    outputs = [apply(model, x, jnp.array([7.0]), Conditioning()) for x in (wide, square)]
+    np.testing.assert_allclose(patches_of(outputs[0], 2), patches_of(outputs[1], 4), atol=1e-5, rtol=1e-5)
+    fixed = UViT(**{**TINY, "depth": 2, "positions": "sincos_2d"})
+    output = jax.eval_shape(fixed.init_with_output, KEY, wide, jnp.array([7.0]), Conditioning())[0]
+    assert output.shape == wide.shape
 
 
 def test_a_linen_network_computes_the_same_inside_flax_nnx():

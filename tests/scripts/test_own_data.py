@@ -109,7 +109,7 @@ def test_every_command_of_the_page_works(tmp_path: Path, start_process: Callable
         if module == "scripts.prepare":
             assert "--config.models.clip.text_vocab_size=514 --config.models.clip.text_end_id=513" in printed
         done.append(module)
-    assert done == ["scripts.prepare", "train", "train", "sample", "train", "scripts.prepare"]
+    assert done == ["scripts.prepare", "train", "train", "sample", "train", "train", "scripts.prepare"]
     assert (tmp_path / "dogs.png").is_file()
     assert (tmp_path / "data" / "folder" / "photos" / "1.0.0" / "inspect.html").stat().st_size > 50_000
     report = json.loads((tmp_path / "data" / "folder" / "photos_256" / "1.0.0" / "report.json").read_text())

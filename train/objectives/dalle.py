@@ -132,10 +132,20 @@ class DalleObjective:
         return {"samples": Preview(images=rows, columns=len(text), labels=np.concatenate([text, text]))}
 
     def _image_tokens(self, frozen: Tree, batch: Batch) -> Int[Array, "b *n"]:
-        """The batch's image tokens: precomputed, or from its pictures."""
+        """The batch's image tokens: precomputed, or from its pictures.
+
+        Raises:
+          ValueError: if these have another grid of tokens.
+        """
         if "image_tokens" in batch:
             return batch["image_tokens"]
-        return self._apply_tokenizer(frozen, from_uint8(batch["image"]), "tokenize")
+        tokens = self._apply_tokenizer(frozen, from_uint8(batch["image"]), "tokenize")
+        if tokens.shape[1:] != self.model.image_grid:
+            raise ValueError(
+                f"pictures of {' x '.join(map(str, batch['image'].shape[1:3]))} have {tokens.shape[1:]} tokens, and "
+                f"the transformer's image_grid is {self.model.image_grid}"
+            )
+        return tokens
 
     def _apply_tokenizer(self, frozen: Tree, x: Array, method: str) -> Array:
         """Runs the frozen tokenizer."""

@@ -110,7 +110,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, monk
     prepare(source, tmp_path / "one", min_size=MIN_SIZE)
     prepare(source, tmp_path / "two", workers=2, min_size=MIN_SIZE)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert len(list(tmp_path.glob("one/folder/made/1.0.0/*train*"))) == 5
+    assert len(list(tmp_path.glob("one/folder/made/1.0.0/*-train.array_record*"))) == 5
 
 
 class Killed(BaseException):
