@@ -77,3 +77,16 @@ UVIT = (
     (r"(patch|token_conv)/kernel", (None, None, None, "fsdp")),
     *WHOLE,
 )
+
+DIT = (
+    *TRANSFORMER,
+    (r"/query/kernel", ("fsdp", "tensor")),
+    (r"/query/bias", ("tensor",)),
+    (r"/key_value/kernel", ("fsdp", None, "tensor")),
+    (r"/key_value/bias", (None, "tensor")),
+    (r"label/embedding", (None, "fsdp")),
+    (r"(time_1|context_1)/kernel", (None, "fsdp")),
+    (r"(time_2|context_2|modulation)/kernel", ("fsdp", "tensor")),
+    (r"patch/kernel", (None, None, None, "fsdp")),
+    *WHOLE,
+)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from models.clip import Clip
 from models.dalle import Dalle
+from models.dit import DiT
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
 from models.inception import Inception
 from models.point_denoiser import PointDenoiser
@@ -22,6 +23,7 @@ from models.uvit import UViT
 MODELS: dict[str, type[nn.Module]] = {
     "clip": Clip,
     "dalle": Dalle,
+    "dit": DiT,
     "dvae": DiscreteVAE,
     "inception": Inception,
     "point_denoiser": PointDenoiser,

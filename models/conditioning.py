@@ -26,3 +26,19 @@ class Conditioning:
     tokens: Float[_ArrayOrShape, "b l d"] | None = None
     mask: Bool[_ArrayOrShape, "b l"] | KeyLengths | None = None
     label: Int[_ArrayOrShape, "b"] | None = None
+
+
+def check_conditioning(conditioning: Conditioning, *, tokens: tuple[str, int], label: tuple[str, int]) -> None:
+    """Raises ValueError unless a network is told what it was built for, and nothing else.
+
+    Args:
+      conditioning: what it is told.
+      tokens: name and value of the field that has it read tokens where it is not 0.
+      label: likewise of labels.
+    """
+    for name, (field, value) in (("tokens", tokens), ("label", label)):
+        if (value > 0) != (getattr(conditioning, name) is not None):
+            needed = f"needs conditioning.{name}" if value else f"was built without conditioning.{name}"
+            raise ValueError(f"the network {needed}: its {field} is {value}")
+    if conditioning.mask is not None and conditioning.tokens is None:
+        raise ValueError("conditioning.mask hides tokens, and there are none; leave it out")

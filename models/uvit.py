@@ -16,7 +16,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from models.conditioning import Conditioning
+from models.conditioning import Conditioning, check_conditioning
 from models.layers.attention import KeyLengths
 from models.layers.convolution import Conv
 from models.layers.dense import Dense
@@ -283,15 +283,11 @@ class UViT(nn.Module):
                 f"x_t is {x_t.shape[1:]}, the network's patch_size and in_channels are {self.patch_size}, "
                 f"{self.in_channels}"
             )
-        for name, built, field in (
-            ("tokens", self.context_length > 0, "context_length"),
-            ("label", self.num_classes > 0, "num_classes"),
-        ):
-            if built != (getattr(conditioning, name) is not None):
-                needed = f"needs conditioning.{name}" if built else f"was built without conditioning.{name}"
-                raise ValueError(f"the network {needed}: its {field} is {getattr(self, field)}")
-        if conditioning.mask is not None and conditioning.tokens is None:
-            raise ValueError("conditioning.mask hides tokens, and there are none; leave it out")
+        check_conditioning(
+            conditioning,
+            tokens=("context_length", self.context_length),
+            label=("num_classes", self.num_classes),
+        )
         if conditioning.tokens is not None:
             given, context = conditioning.tokens.shape[1:], (self.context_length, self.context_width)
             if given != context:

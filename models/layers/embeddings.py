@@ -30,7 +30,9 @@ def sinusoidal_embedding(
     return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, width % 2)))
 
 
-def grid_embedding(height: int, width: int, features: int) -> Float[Array, "l {features}"]:
+def grid_embedding(
+    height: int, width: int, features: int, *, column_first: bool = False, sine_first: bool = False
+) -> Float[Array, "l {features}"]:
     """Fixed positions of a grid in raster order: sines and cosines of the row, then of the column, of amplitude 1.
 
     They are as large as a normalized state; learned positions that start at 0.02 are small beside it.
@@ -39,6 +41,8 @@ def grid_embedding(height: int, width: int, features: int) -> Float[Array, "l {f
       height: of the grid.
       width: of the grid.
       features: D, a multiple of 4.
+      column_first: the column's waves before the row's, as in DiT.
+      sine_first: of each, sines before cosines, as there.
 
     Returns:
       float32 [height * width, features].
@@ -48,5 +52,6 @@ def grid_embedding(height: int, width: int, features: int) -> Float[Array, "l {f
     """
     if features % 4:
         raise ValueError(f"positions on a grid take a width that is a multiple of 4, not {features}")
-    row, column = jnp.divmod(jnp.arange(height * width, dtype=jnp.float32), width)
-    return jnp.concatenate([sinusoidal_embedding(x, features // 2) for x in (row, column)], axis=-1)
+    places = jnp.divmod(jnp.arange(height * width, dtype=jnp.float32), width)
+    places = places[::-1] if column_first else places
+    return jnp.concatenate([sinusoidal_embedding(x, features // 2, sine_first=sine_first) for x in places], axis=-1)

@@ -22,18 +22,22 @@ ContextMask = Bool[Array, "b m"] | KeyLengths
 
 
 class ContextAttention(nn.Module):
-    """Multi-head attention from one sequence to another; queries, keys and values have no bias, the output has one.
+    """Multi-head attention from one sequence to another; the output has a bias.
 
     Attributes:
       heads: number of heads N; they share the width of the queries' sequence.
-      kernel_init: a key of `KERNEL_INITS`.
+      kernel_init: an initializer, or a key of `KERNEL_INITS`.
+      out_init: of the output's kernel; None for the same.
+      use_bias: whether queries, keys and values have a bias.
       implementation: see `models.layers.attention.attend`.
       dtype: of the computation; scores and softmax are float32.
       param_dtype: of the parameters.
     """
 
     heads: int
-    kernel_init: str = "fan_in"
+    kernel_init: str | nn.initializers.Initializer = "fan_in"
+    out_init: nn.initializers.Initializer | None = None
+    use_bias: bool = False
     implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -51,11 +55,12 @@ class ContextAttention(nn.Module):
             zeros.
         """
         width = x.shape[-1]
-        init = KERNEL_INITS[self.kernel_init]
-        dense = {"kernel_init": init, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = KERNEL_INITS[self.kernel_init] if isinstance(self.kernel_init, str) else self.kernel_init
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = {"kernel_init": init, "use_bias": self.use_bias, **types}
         head = (self.heads, width // self.heads)
-        query = DenseGeneral(head, use_bias=False, name="query", **dense)(x)
-        key_value = DenseGeneral((2, *head), use_bias=False, name="key_value", **dense)(context)
+        query = DenseGeneral(head, name="query", **dense)(x)
+        key_value = DenseGeneral((2, *head), name="key_value", **dense)(context)
         # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
         implementation = "xla" if self.is_initializing() else self.implementation
         lengths = isinstance(mask, KeyLengths)
@@ -64,7 +69,7 @@ class ContextAttention(nn.Module):
         if mask is not None:
             sees = mask.lengths > 0 if lengths else mask.any(axis=1)
             y = jnp.where(sees[:, None, None, None], y, jnp.zeros((), y.dtype))
-        return DenseGeneral(width, axis=(-2, -1), name="out", **dense)(y)
+        return DenseGeneral(width, axis=(-2, -1), kernel_init=self.out_init or init, name="out", **types)(y)
 
 
 class ContextBlock(nn.Module):

@@ -158,21 +158,23 @@ def check_remat(remat: str) -> None:
 
 
 def apply_blocks(
-    blocks: Sequence[Block],
+    blocks: Sequence[Any],
     x: Float[Array, "b l d"],
-    masks: Sequence[np.ndarray | None],
+    masks: Sequence[Any],
     kinds: Sequence[int],
-    *,
+    *told: Any,
     scan: bool = False,
     remat: str = "none",
 ) -> Float[Array, "b l d"]:
     """Applies layers of one kind in turn.
 
     Args:
-      blocks: layers that are bound to their parameters and differ in these alone.
+      blocks: layers that are bound to their parameters and differ in these alone; a `Block`, or another module that is
+        called with x, a mask and what is told, and has a `dtype`.
       x: the input.
-      masks: the different masks that layers have.
+      masks: the different masks that layers have; None for a layer that sees all.
       kinds: which of them each layer has.
+      *told: what every layer is called with beside.
       scan: trace and compile one layer for all of them (`jax.lax.scan`). Where parameters are split over devices, they
         are then gathered one layer at a time. The parameters' names and shapes do not depend on it, as they are stacked
         here, in the layers' `dtype`: a copy a call.
@@ -181,15 +183,15 @@ def apply_blocks(
     """
     if not blocks or blocks[0].is_initializing() or (remat == "none" and not scan):
         for block, kind in zip(blocks, kinds, strict=True):
-            x = block(x, masks[kind])
+            x = block(x, masks[kind], *told)
         return x
 
     # Pure functions of their parameters, so that they can be scanned and recomputed.
     layer = blocks[0].clone(parent=None, name=None)
     params = [block.variables["params"] for block in blocks]
 
-    def apply(x: Array, params: Any, mask: Mask | None) -> Array:
-        return layer.apply({"params": params}, x, mask)
+    def apply(x: Array, params: Any, mask: Any) -> Array:
+        return layer.apply({"params": params}, x, mask, *told)
 
     if not scan:
         layers = [rematerialized(functools.partial(apply, mask=mask), remat) for mask in masks]
@@ -214,7 +216,7 @@ def rematerialized(function: Callable[..., Any], remat: str, prevent_cse: bool =
     return jax.checkpoint(function, policy=REMAT[remat], prevent_cse=prevent_cse)
 
 
-def stacked_parameters(blocks: Sequence[Block]) -> Any:
+def stacked_parameters(blocks: Sequence[Any]) -> Any:
     """Parameters of layers of one kind as one tree, layers first, for `jax.lax.scan`."""
     params = [_cast_dense(block.variables["params"], block.dtype) for block in blocks]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
@@ -222,7 +224,8 @@ def stacked_parameters(blocks: Sequence[Block]) -> Any:
 
 def _cast_dense(params: Any, dtype: DTypeLike) -> Any:
     """A layer's parameters; those of dense layers as these would cast them, so that a copy takes less memory."""
-    dense = ("attention", "mlp")  # LayerNorm computes with the parameters as they are
+    # LayerNorm computes with the parameters as they are.
+    dense = ("attention", "context_attention", "modulation", "mlp")
     return {
         name: jax.tree.map(lambda leaf: leaf.astype(dtype), tree) if name in dense else tree
         for name, tree in params.items()

@@ -10,16 +10,19 @@ import pytest
 
 import models
 from models.conditioning import Conditioning
+from models.layers.attention import KeyLengths
 
 from .random_parameters import random_parameters
 
 UNET = {"image_size": 8, "in_channels": 3, "width": 8, "multipliers": (1, 2), "attention_levels": (), "blocks": 1}
 UNET |= {"heads": 2, "groups": 4, "out_channels": 4, "num_classes": 4}
 UVIT = {"image_size": 8, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "out_channels": 4, "num_classes": 4}
+DIT = {"image_size": 8, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "out_channels": 4, "num_classes": 4}
 # Name of a case -> (name of a model, its fields); a case reads tokens or labels, or both.
 BACKBONES = {
     "unet of tokens and labels": ("unet", {**UNET, "attention": "transformer", "context_width": 6}),
     "uvit of tokens and labels": ("uvit", {**UVIT, "context_length": 5, "context_width": 6}),
+    "dit of tokens and labels": ("dit", {**DIT, "context_width": 6}),
     "uvit of labels": ("uvit", {**UVIT, "time": "adaln", "long_skip": "add"}),
     "unet of labels": ("unet", {**UNET, "scale_shift": True, "resampler": "residual"}),
 }
@@ -118,6 +121,40 @@ def test_without_a_mask_all_tokens_are_in_sight(case, cases):
     network = cases(case)
     everything = network(mask=jnp.ones(network.conditioning.mask.shape, bool))
     np.testing.assert_allclose(network(mask=None), everything, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("unet of tokens and labels", {}),
+        ("unet of tokens and labels", {"remat": "full"}),
+        ("uvit of tokens and labels", {}),
+        ("uvit of tokens and labels", {"scan": True, "remat": "full"}),
+        ("dit of tokens and labels", {"scan": True, "remat": "full"}),
+    ],
+    ids=str,
+)
+def test_lengths_hide_what_a_mask_hides(case, change, cases):
+    """Prediction and gradients, however layers are run; an example without a token in sight among them."""
+    network = cases(case)
+    lengths = jnp.array([0, 3])
+    length = network.conditioning.tokens.shape[1]
+
+    def run(model, mask):
+        def loss(params, tokens):
+            told = network.conditioning.replace(tokens=tokens, mask=mask)
+            prediction = model.apply({"params": params}, network.x_t, network.t, told)
+            return jnp.sum(prediction**2), prediction
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(network.params, network.conditioning.tokens)
+
+    by_mask = run(network.model, jnp.arange(length) < lengths[:, None])
+    by_lengths = run(network.model.clone(**change), KeyLengths(lengths))
+    for mine, expected in zip(jax.tree.leaves(by_lengths), jax.tree.leaves(by_mask), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=2e-5 * np.abs(expected).max())
+    gradient = by_lengths[0][1]
+    for row, seen in enumerate(lengths):
+        assert not np.any(gradient[row, seen:]) and np.all(np.any(gradient[row, :seen], axis=-1))
 
 
 @pytest.mark.parametrize("case", ALL)

@@ -8,7 +8,6 @@ import pytest
 import models
 from cost.flops import matrix_flops
 from models.conditioning import Conditioning
-from models.layers.attention import KeyLengths
 from models.layers.dropout import drop as drop_values
 from models.layers.group_norm_resnet import AttentionBlock, ResidualBlock
 from models.layers.spatial_transformer import ContextAttention
@@ -201,29 +200,6 @@ def test_recomputing_gives_the_same_gradient(fields, remat):
     assert matrix_flops(gradient(recomputed), params) > 1.1 * matrix_flops(gradient(plain), params)
     same = jax.jit(gradient(recomputed))(params), jax.jit(gradient(plain))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), *same)
-
-
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_lengths_hide_what_a_mask_hides(remat):
-    """Prediction and gradients to the bit; an example without a token among them."""
-    model = models.create_model("unet", **TINY_TRANSFORMER, remat=remat)
-    params = random_parameters(model)
-    rng = np.random.default_rng(0)
-    x_t, t = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 8, 8, 3), (3,)))
-    tokens, lengths = jnp.asarray(rng.normal(size=(3, 4, 6)), jnp.float32), jnp.array([0, 2, 4])
-
-    def run(mask):
-        def loss(params, tokens):
-            prediction = model.apply({"params": params}, x_t, t, Conditioning(tokens=tokens, mask=mask))
-            return jnp.sum(prediction**2), prediction
-
-        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, tokens)
-
-    by_lengths, by_mask = run(KeyLengths(lengths)), run(jnp.arange(4) < lengths[:, None])
-    jax.tree.map(np.testing.assert_array_equal, by_lengths, by_mask)
-    gradient = by_lengths[0][1]
-    for row, seen in enumerate(lengths):
-        assert not np.any(gradient[row, seen:]) and np.all(np.any(gradient[row, :seen], axis=-1))
 
 
 def test_an_example_that_sees_no_token_reads_zeros():

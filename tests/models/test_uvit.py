@@ -17,7 +17,6 @@ from flax import nnx
 
 import models
 from models.conditioning import Conditioning
-from models.layers.attention import KeyLengths
 from models.layers.embeddings import grid_embedding
 from models.uvit import UViT
 from weights.formats.uvit import from_uvit
@@ -356,26 +355,3 @@ def test_a_linen_network_computes_the_same_inside_flax_nnx():
     graph, state = nnx.split(wrapped)
     output = jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(state, *inputs)
     np.testing.assert_array_equal(output, apply(model, *inputs))
-
-
-@pytest.mark.parametrize("change", [{}, {"scan": True, "remat": "full"}, {"positions": "sincos_2d"}], ids=str)
-def test_lengths_hide_what_a_mask_hides(change):
-    """Prediction and gradients; with lengths the context stands behind the patches."""
-    model = UViT(**{**BOTH, **change})
-    lengths = jnp.array([0, 1, 2, 3])
-    params = random_params(model)
-
-    def run(mask):
-        def loss(params, tokens, x_t, t, conditioning):
-            prediction = model.apply({"params": params}, x_t, t, conditioning.replace(tokens=tokens))
-            return jnp.sum(prediction**2), prediction
-
-        x_t, t, conditioning = inputs_of(model, mask=mask)
-        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, conditioning.tokens, x_t, t, conditioning)
-
-    by_mask, by_lengths = run(jnp.arange(3) < lengths[:, None]), run(KeyLengths(lengths))
-    for mine, expected in zip(jax.tree.leaves(by_lengths), jax.tree.leaves(by_mask), strict=True):
-        np.testing.assert_allclose(mine, expected, atol=2e-5 * np.abs(expected).max())
-    tokens = by_lengths[0][1]
-    for row, seen in enumerate(lengths):
-        assert not np.any(tokens[row, seen:]) and np.all(np.any(tokens[row, :seen], axis=-1))

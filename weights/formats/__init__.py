@@ -5,6 +5,7 @@ from weights.formats import (
     dalle_mini,
     dalle_pytorch,
     diffusers,
+    dit,
     mindall_e,
     open_clip,
     transformers,
@@ -15,7 +16,7 @@ from weights.formats.contract import Format
 FORMATS: dict[str, Format] = {
     each.name: each
     for each in (
-        *(transformers.FORMAT, open_clip.FORMAT, open_clip.OPENAI_FORMAT, diffusers.FORMAT, uvit.FORMAT),
+        *(transformers.FORMAT, open_clip.FORMAT, open_clip.OPENAI_FORMAT, diffusers.FORMAT, uvit.FORMAT, dit.FORMAT),
         *(dall_e.FORMAT, dalle_pytorch.FORMAT, mindall_e.FORMAT, dalle_mini.FORMAT),
     )
 }

@@ -13,12 +13,15 @@ from typing import Any
 
 from cli.errors import UserError
 from models import create_model
+from models.dit import DiT
 from models.unet import UNet
 from weights.files.fields import IDLE, Field, fixed, flag, read_fields, real, several, whole, word
 from weights.files.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensors, Tree, linear
 from weights.files.origin import Origin, Subfolder, peek_json, read_weights
-from weights.formats.contract import Converted, Files, Format
+from weights.formats import diffusers_dit
+from weights.formats.contract import Converted, Files, Format, Network
 from weights.formats.diffusers_scheduler import read_scheduler
+from weights.formats.dit import dit_run
 from weights.formats.runs import denoiser_run
 
 CONFIG = "config.json"
@@ -423,24 +426,49 @@ def _ratio(width: int, first: int) -> int | float:
     return width // first if width % first == 0 else width / first
 
 
+def _dit_origin(origin: Origin) -> Origin | None:
+    """Where the files of a DiT are; None if there is none."""
+    for place in (Subfolder(origin, diffusers_dit.PIPELINE_FOLDER), origin):
+        config = place.find(CONFIG)
+        if config is not None and peek_json(config).get("_class_name") == diffusers_dit.CLASS:
+            return place
+    return None
+
+
 def _recognizes(origin: Origin) -> bool:
+    if _dit_origin(origin) is not None:
+        return True
     config = origin.find(f"{PIPELINE_FOLDER}/{CONFIG}", CONFIG)
     return config is not None and peek_json(config).get("_class_name") in (PLAIN, CONDITION)
 
 
 def _read(origin: Origin) -> Converted:
+    process, sample = (None, {}) if origin.find(SCHEDULER) is None else read_scheduler(origin.json(SCHEDULER))
+    if (place := _dit_origin(origin)) is not None:
+        fields = diffusers_dit.dit_fields(place.json(CONFIG))
+        params = diffusers_dit.dit_from_diffusers(create_model(**fields), read_weights(place, WEIGHTS))
+        return dit_run(fields, params, process, sample)
     fields, tensors = read_unet(origin)
     params, _ = unet_from_diffusers(create_model(**fields), tensors)
-    process, sample = (None, {}) if origin.find(SCHEDULER) is None else read_scheduler(origin.json(SCHEDULER))
     return denoiser_run(fields, params, process, sample)
+
+
+def _write(network: Network) -> Files:
+    model, params = network.model, network.params
+    if isinstance(model, DiT):
+        return {
+            CONFIG: diffusers_dit.dit_config(model),
+            WEIGHTS[0]: diffusers_dit.dit_to_diffusers(model, params),
+        }
+    return unet_files(model, params)
 
 
 FORMAT = Format(
     name="diffusers",
-    networks=("unet",),
-    inputs="a UNet, or a pipeline with one; a pipeline's scheduler says what process it was trained on",
-    outputs="UNet2DModel.from_pretrained(DIR), or UNet2DConditionModel if it has transformers",
+    networks=("unet", "dit"),
+    inputs="a UNet or a DiT, or a pipeline with one; a pipeline's scheduler says what process it was trained on",
+    outputs="UNet2DModel.from_pretrained(DIR), UNet2DConditionModel if it has transformers, or DiTTransformer2DModel",
     recognizes=_recognizes,
     read=_read,
-    write=lambda network: unet_files(network.model, network.params),
+    write=_write,
 )

@@ -8,7 +8,7 @@ import models
 from cli.errors import UserError
 from weights.files.fields import IDLE, fixed, flag, group, read_fields, real, several, whole, word
 from weights.files.layout import model_shapes
-from weights.formats import diffusers, diffusers_scheduler, open_clip, transformers, uvit
+from weights.formats import diffusers, diffusers_dit, diffusers_scheduler, dit, open_clip, transformers, uvit
 
 from ..clip_samples import FIELDS, RESNET
 from ..unet_samples import ADM, STABLE_DIFFUSION_1
@@ -25,6 +25,7 @@ def open_clip_document(fields):
 CONFIG, PREPROCESSOR = transformers.clip_configs(models.create_model(**FIELDS))
 UVIT = {"image_size": 8, "patch_size": 2, "in_channels": 3, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
 UVIT_ARGUMENTS = uvit.uvit_arguments(models.create_model("uvit", activation="gelu", convolution="image", **UVIT))
+DIT = models.create_model("dit", **UVIT, out_channels=6)
 # Name -> (a document as it is written, what reads it, its table).
 DOCUMENTS = {
     "UNet2DModel": (unet(ADM), diffusers.unet_fields, diffusers._TABLES[diffusers.PLAIN]),
@@ -63,6 +64,18 @@ DOCUMENTS = {
         UVIT_ARGUMENTS,
         uvit.uvit_fields,
         {argument: field for argument, _, field in uvit._ARGUMENTS} | uvit._OTHER_ARGUMENTS,
+    ),
+}
+DOCUMENTS |= {
+    "DiT": (
+        dit.dit_arguments(DIT),
+        dit.dit_fields,
+        {argument: field for argument, _, field in dit._ARGUMENTS} | dit._OTHER_ARGUMENTS,
+    ),
+    "DiTTransformer2DModel": (
+        diffusers_dit.dit_config(DIT.clone(last_period=True, mlp_norm_epsilon=1e-5)),
+        diffusers_dit.dit_fields,
+        diffusers_dit.TABLE,
     ),
 }
 ABSURD = (None, [], [1, 2, 3, 4, 5, 6, 7], "64", {"a": 1}, -7, 0, 2.5, 1e400, 10**40, True, [None])
