@@ -68,6 +68,7 @@ def get_defaults() -> ConfigDict:
     config.ema.warm_up = True
     config.ema.every = 1  # steps
     config.ema.paths = ".*"
+    config.ema.lengths = ()  # of power-function averages kept beside, such as (0.05, 0.1): see weights.power_averages
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all devices that are left
@@ -105,6 +106,11 @@ def get_diffusion_sampling(sampler: str, steps: int, guidance: float = 1.0) -> C
             "steps": steps,
             "spacing": "",  # of the times; "" for the sampler's own
             "eta": 0.0,  # of ddim
+            "churn": 0.0,  # of heun, in schedule edm: noise added between its times, with the next three
+            "churn_min": 0.0,
+            "churn_max": 0.0,  # 0 for no end
+            "churn_noise": 1.0,
+            "guided_channels": 0,  # the first ones of the data that are guided; 0 for all
             "guidance": guidance,
             "rescale": 0.0,  # of guided pictures to the spread of unguided ones, 0 to 1
             "guidance_start": 0.0,  # shares of the process between which there is guidance

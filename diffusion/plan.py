@@ -76,13 +76,17 @@ class Plan:
         return len(self.t)
 
     @property
+    def first_sigma(self) -> float:
+        """The standard deviation of the noise in what sampling starts from."""
+        return float(np.sqrt(np.square(self.sigma[0]) - np.square(self.first_noise)))
+
+    @property
     def first_scale(self) -> float:
         """The standard deviation of the noise that sampling starts from, as published samplers have it.
 
         That of noisy data of variance 1, or sigma alone where noise grows on unscaled data.
         """
-        sigma = np.sqrt(np.square(self.sigma[0]) - np.square(self.first_noise))
-        return float(sigma if self.alpha[0] == 1 else np.hypot(self.alpha[0], sigma))
+        return self.first_sigma if self.alpha[0] == 1 else float(np.hypot(self.alpha[0], self.first_sigma))
 
     @property
     def stochastic(self) -> bool:

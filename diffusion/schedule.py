@@ -324,7 +324,55 @@ class FlowSchedule:
         return 2 * t / (1 - t)
 
 
-ContinuousSchedule = VPSchedule | VESchedule | FlowSchedule  # SubVPSchedule is a VPSchedule
+@dataclasses.dataclass(frozen=True)
+class EDMSchedule:
+    """Noise on unscaled data whose time is its standard deviation, x_t = x_0 + t eps (Karras et al. 2022, section 3).
+
+    Attributes:
+      sigma_min: where sampling ends, but for the step to clean data.
+      sigma_max: where it begins.
+
+    Raises:
+      ValueError: on a number that makes no such process.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        require("sigma_min", self.sigma_min, lambda sigma: sigma >= _LEAST_SIGNAL, f"at least {_LEAST_SIGNAL}")
+        most = 1 / _LEAST_SIGNAL
+        require(
+            "sigma_max", self.sigma_max, lambda sigma: self.sigma_min < sigma <= most, f"above sigma_min, to {most:.0e}"
+        )
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The first time and the last."""
+        return self.sigma_min, self.sigma_max
+
+    def alpha(self, t: Times) -> Any:
+        """The factor of the data, 1."""
+        return _numpy(t).ones_like(t)
+
+    def sigma(self, t: Times) -> Any:
+        """The standard deviation of the noise."""
+        return t
+
+    def time_of_noise(self, noise_to_signal: Times) -> np.ndarray:
+        """Where sigma / alpha reaches these values: float64."""
+        return np.asarray(noise_to_signal, np.float64)
+
+    def drift(self, t: Times) -> Any:
+        """The factor f in dx = f x dt + g dw, 0."""
+        return _numpy(t).zeros_like(t)
+
+    def diffusion_squared(self, t: Times) -> Any:
+        """The square of g in dx = f x dt + g dw."""
+        return 2 * t
+
+
+ContinuousSchedule = VPSchedule | VESchedule | FlowSchedule | EDMSchedule  # SubVPSchedule is a VPSchedule
 Schedule = DiscreteSchedule | ContinuousSchedule
 
 SCHEDULES: dict[str, Any] = {
@@ -333,6 +381,7 @@ SCHEDULES: dict[str, Any] = {
     "sub_vp": SubVPSchedule,
     "ve": VESchedule,
     "flow": FlowSchedule,
+    "edm": EDMSchedule,
 }
 
 

@@ -1,10 +1,11 @@
 """Solvers by the names that samplers are published under, each on its own times unless told otherwise."""
 
+import math
 from collections.abc import Callable
 
 from diffusion import solvers
 from diffusion.plan import Plan
-from diffusion.schedule import DiscreteSchedule, FlowSchedule, Schedule
+from diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, Schedule, require
 from diffusion.times import TimeGrid, continuous_grid, discrete_grid
 
 SOLVERS = (
@@ -18,8 +19,10 @@ SOLVERS = (
     "dpm_solver_singlestep",
     "unipc",
     "reverse_sde",
+    "flow_sde",
 )
 
+LAST_STEP = 0.04  # of flow_sde, to the data (Ma et al. 2024, the authors' code)
 TIME_MIN = 1e-3  # where samplers of the SDEs stop, as published (Lu et al. 2022a, section 4.2)
 
 _OF_INTERVALS = ("dpm_solver_multistep", "dpm_solver_singlestep", "unipc")
@@ -35,7 +38,18 @@ _PLANS: dict[str, Callable[[TimeGrid], Plan]] = {
 
 
 def make_plan(
-    schedule: Schedule, sampler: str, steps: int, *, spacing: str = "", eta: float = 0.0, variance: str = "small"
+    schedule: Schedule,
+    sampler: str,
+    steps: int,
+    *,
+    spacing: str = "",
+    eta: float = 0.0,
+    variance: str = "small",
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = 0.0,
+    churn_noise: float = 1.0,
+    strength: float = 1.0,
 ) -> Plan:
     """The plan of a sampler.
 
@@ -44,10 +58,16 @@ def make_plan(
       sampler: one of `SOLVERS`.
       steps: S; the network is asked once a step, by "heun" twice.
       spacing: of `diffusion.times`; "" for the sampler's own: of a chain "linspace" for DPM-Solver, UniPC, Euler and
-        Heun, and "leading" for the others; in continuous time "log_snr", for the singlestep solver, the reverse SDE and
-        flow "time".
+        Heun, and "leading" for the others; of noise levels (EDM) "karras"; in other continuous time "log_snr", for the
+        singlestep solver, the SDEs and flow "time". A chain's times may be between its steps, "time" or "log_snr".
       eta: of "ddim".
       variance: of "ddpm".
+      churn: of "heun", with the three that follow: S_churn of Karras et al. 2022, algorithm 2.
+      churn_min: S_min.
+      churn_max: S_max; 0 for no end.
+      churn_noise: S_noise.
+      strength: share of the steps that are made, the last ones, rounded up: what begins between noise and data, as in
+        SDEdit (Meng et al. 2022, section 3).
 
     Raises:
       ValueError: if there is no such sampler or spacing, or the steps are impossible.
@@ -56,23 +76,20 @@ def make_plan(
         raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SOLVERS)}")
     if eta != 0 and sampler != "ddim":
         raise ValueError(f"eta={eta} belongs to the sampler ddim, not to {sampler}")
-    if isinstance(schedule, DiscreteSchedule):
-        if sampler == "reverse_sde":
-            raise ValueError("sampler 'reverse_sde' needs a schedule in continuous time; ddpm is that of a chain")
-        usual = "linspace" if sampler in (*_OF_INTERVALS, *_BETWEEN_STEPS) else "leading"
-        grid = discrete_grid(
-            schedule,
-            steps,
-            spacing or usual,
-            intervals=sampler in _OF_INTERVALS,
-            whole=sampler not in _BETWEEN_STEPS,
-        )
-    else:
-        by_time = sampler in ("dpm_solver_singlestep", "reverse_sde") or isinstance(schedule, FlowSchedule)
-        first = None if isinstance(schedule, FlowSchedule) else max(TIME_MIN, schedule.time_range[0])
-        grid = continuous_grid(schedule, steps, spacing or ("time" if by_time else "log_snr"), time_min=first)
-        if sampler == "reverse_sde":
-            return solvers.reverse_sde(grid, schedule)
+    churns = {"churn": churn, "churn_min": churn_min, "churn_max": churn_max, "churn_noise": churn_noise}
+    for name, value in churns.items():
+        require(name, value, lambda number: number >= 0, "at least 0")
+        if sampler != "heun" and value != (1.0 if name == "churn_noise" else 0.0):
+            raise ValueError(f"{name}={value} belongs to the sampler heun, not to {sampler}")
+    if sampler == "flow_sde" and not isinstance(schedule, FlowSchedule):
+        raise ValueError("sampler 'flow_sde' needs schedule flow")
+    require("strength", strength, lambda share: 0 < share <= 1, "above 0 and at most 1")
+    grid = _grid(schedule, sampler, steps, spacing)
+    grid = grid.last(math.ceil(strength * len(grid) - 1e-9))
+    if sampler == "flow_sde":
+        return solvers.flow_sde(grid)
+    if sampler == "reverse_sde" and not isinstance(schedule, DiscreteSchedule):
+        return solvers.reverse_sde(grid, schedule)
     if sampler == "ddpm":
         return solvers.ddpm(grid, variance)
     if sampler == "ddim":
@@ -80,8 +97,33 @@ def make_plan(
     if sampler == "dpm_solver_singlestep":
         return solvers.dpm_solver_singlestep(grid, _orders(grid))
     if sampler == "heun":
-        return solvers.heun(grid, straight=isinstance(schedule, FlowSchedule))
+        straight = isinstance(schedule, FlowSchedule)
+        return solvers.heun(grid, churn, (churn_min, churn_max or math.inf), churn_noise, straight=straight)
     return _PLANS[sampler](grid)
+
+
+def _grid(schedule: Schedule, sampler: str, steps: int, spacing: str) -> TimeGrid:
+    """The times of a sampler."""
+    if isinstance(schedule, DiscreteSchedule):
+        if sampler == "reverse_sde":
+            raise ValueError("sampler 'reverse_sde' needs a schedule in continuous time; ddpm is that of a chain")
+        if spacing in ("time", "log_snr"):
+            return continuous_grid(schedule, steps, spacing)
+        usual = "linspace" if sampler in (*_OF_INTERVALS, *_BETWEEN_STEPS) else "leading"
+        return discrete_grid(
+            schedule,
+            steps,
+            spacing or usual,
+            intervals=sampler in _OF_INTERVALS,
+            whole=sampler not in _BETWEEN_STEPS,
+        )
+    if isinstance(schedule, EDMSchedule):
+        return continuous_grid(schedule, steps, spacing or "karras", clean=sampler != "reverse_sde")
+    if sampler == "flow_sde" and not spacing and steps > 1:
+        return continuous_grid(schedule, steps, time_min=max(LAST_STEP, schedule.time_range[0]), clean=True)
+    by_time = sampler in ("dpm_solver_singlestep", "reverse_sde", "flow_sde") or isinstance(schedule, FlowSchedule)
+    first = None if isinstance(schedule, FlowSchedule) else max(TIME_MIN, schedule.time_range[0])
+    return continuous_grid(schedule, steps, spacing or ("time" if by_time else "log_snr"), time_min=first)
 
 
 def _orders(grid: TimeGrid) -> tuple[int, ...]:

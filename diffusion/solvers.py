@@ -101,7 +101,9 @@ def heun(
       ValueError: if churn is asked for on a grid of another kind, or the grid begins in noise alone without `straight`.
     """
     if churn and (straight or not (np.all(grid.alpha == 1) and np.allclose(grid.t, grid.sigma))):
-        raise ValueError("churn raises the noise between the schedule's times: it needs alpha = 1 and t = sigma")
+        raise ValueError(
+            "churn raises the noise between the schedule's times: it needs alpha = 1 and t = sigma, as in schedule edm"
+        )
     if grid.alpha[0] == 0 and not straight:
         raise ValueError("heun needs some signal at its first time, which is noise alone; choose ddim or unipc")
     scale, steps = grid.alpha + grid.sigma if straight else grid.alpha, len(grid)
@@ -312,6 +314,25 @@ def reverse_sde(grid: TimeGrid, schedule: ContinuousSchedule) -> Plan:
     noise = np.sqrt(span * squared)
     noise[-1] = 0
     return _plan(grid, state=1 - span * f - pull, model=pull * alpha, noise=noise)
+
+
+def flow_sde(grid: TimeGrid) -> Plan:
+    """Euler-Maruyama steps of a flow's reverse SDE with diffusion w_t = 2 sigma_t (Ma et al. 2024, "SiT", section 3.4).
+
+    dx = (v - w score / 2) dt + sqrt(w) dw of the velocity v = (x - x_0) / t and score = ((1 - t) x_0 - x) / t^2, finite
+    where the flow is noise alone. The last step is without noise, to the estimate of the data, one of the choices of
+    the authors' code; their default leaves sigma of the last time.
+
+    Raises:
+      ValueError: if the grid is not that of a straight flow.
+    """
+    t = grid.t[:-1]
+    if not (np.allclose(grid.sigma[:-1], t) and np.allclose(grid.alpha[:-1], 1 - t)):
+        raise ValueError("sampler 'flow_sde' needs schedule flow")
+    span = grid.t[:-1] - grid.t[1:]
+    state, model, noise = 1 - 2 * span / t, span * (2 - t) / t, np.sqrt(2 * t * span)
+    state[-1], model[-1], noise[-1] = grid.t[-1] / t[-1], 1 - grid.t[-1] / t[-1], 0.0
+    return _plan(grid, state=state, model=model, noise=noise)
 
 
 class _ExponentialStep:

@@ -43,6 +43,10 @@ class TimeGrid:
         """The number of steps S."""
         return len(self.t) - 1
 
+    def last(self, num: int) -> "TimeGrid":
+        """The grid of its last `num` steps."""
+        return TimeGrid(self.t[-num - 1 :], self.alpha[-num - 1 :], self.sigma[-num - 1 :])
+
     @property
     def noise(self) -> Float[np.ndarray, " s"]:
         """Sigma / alpha."""
@@ -95,7 +99,7 @@ def timesteps(
     elif spacing == "trailing":
         times = np.round(total - np.arange(num)[::-1] * (total / num)) - 1
     else:
-        raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
+        raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}, time, log_snr")
     times = times if num > 1 else np.array([total - 1])
     return np.unique(np.minimum(times, total - 1))[::-1].astype(np.float64)
 
@@ -185,7 +189,10 @@ def continuous_grid(
         times = np.linspace(high, low, points)
     elif spacing in ("log_snr", "karras"):
         ends = np.array([high, low])
-        noise_max, noise_min = schedule.sigma(ends) / schedule.alpha(ends)
+        with np.errstate(divide="ignore"):
+            noise_max, noise_min = schedule.sigma(ends) / schedule.alpha(ends)
+        if not math.isfinite(noise_max):
+            raise ValueError(f"spacing {spacing!r} needs a finite noise level, and the first time is noise alone")
         levels = np.geomspace(noise_max, noise_min, points) if spacing == "log_snr" else None
         levels = karras_noise(noise_max, noise_min, points) if levels is None else levels
         times = np.clip(schedule.time_of_noise(levels), low, high)

@@ -11,7 +11,14 @@ from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
 from cli.ranges import check_seed
 from cli.text_files import read_lines
-from sample.arguments import add_sampling_arguments, sampling_settings
+from sample.arguments import SETTINGS, add_sampling_arguments, chosen_average, open_trained, sampling_settings
+from sample.sheets.axes import parse_axes
+
+# What --sweep may be over, and what its values are.
+SWEPT: dict[str, type] = {
+    **{name: setting.kind for name, setting in SETTINGS.items() if not setting.besides},
+    **{"seed": int, "step": int, "ema": float},
+}
 
 _DESCRIPTION = """\
 Evaluates a run, or a CLIP that was converted (--dataset says of what), and writes evaluation.json into its folder, each
@@ -42,6 +49,10 @@ kid                kernel distance of Inception features (Binkowski et al. 2018)
 inception_score    of the pictures drawn alone (Salimans et al. 2016)
 precision_recall   of manifolds of features (Kynkaanniemi et al. 2019)
 cmmd               kernel distance of CLIP embeddings (Jayasumana et al. 2024)
+
+--sweep KEY=V1,V2 evaluates each combination of values, of sampling settings, seed, step (the checkpoint's) and ema:
+  --metrics=fid --features=inception:FILE --num=50000 --sweep guidance=1,1.5,4 --sweep ema=0.05,0.1,1
+Each record says with what it was computed: number of pictures, weights, guidance, sampler.
 """
 
 
@@ -80,7 +91,12 @@ def main(arguments: Sequence[str]) -> None:
     classes.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the dataset's)")
     classes.add_argument("--templates", metavar="FILE", help="prompts, one a line, with {} for the name of a class")
     classes.add_argument("--num_train", type=int, default=5000, help="pictures that a linear probe is fitted on")
+    parser.add_argument(
+        "--sweep", metavar="KEY=V1,V2,...", action="append", default=[], help="evaluates combinations; repeatable"
+    )
     options = parser.parse_args(arguments)
+    given = [name for name, value in vars(options).items() if value not in (None, []) and name != "seed"]
+    axes = parse_axes(options.sweep, given, SWEPT)
     check_seed("--seed", options.seed)
     if options.num < 1:
         raise UserError(f"--num must be at least 1, not {options.num}")
@@ -89,12 +105,17 @@ def main(arguments: Sequence[str]) -> None:
     if options.num_real < 0 or options.kid_subset_size < 0 or options.kid_subsets < 1:
         raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
-    from evaluation.evaluate import Tools, default_splits, evaluate_run, on_dataset  # imports jax
-    from evaluation.records import format_table, read_records, write_records
-    from sample.trained import TrainedSampler
+    from evaluation.evaluate import Tools, default_splits  # imports jax
+    from evaluation.records import format_table, read_records
+    from evaluation.sweep import evaluate_cells
 
-    trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
-    trained = on_dataset(trained, options.dataset, options.data_dir, options.image_field, options.text_field)
+    def open_run(ema: bool | float, step: int | None) -> Any:
+        from evaluation.evaluate import on_dataset
+
+        trained = open_trained(options, ema, step)
+        return on_dataset(trained, options.dataset, options.data_dir, options.image_field, options.text_field)
+
+    trained = open_run(chosen_average(options), options.step)
     if not os.access(trained.run.folder, os.W_OK):
         raise UserError(f"{trained.run.folder} cannot be written, where results go; copy it and evaluate the copy")
     settings = sampling_settings(options)
@@ -103,13 +124,8 @@ def main(arguments: Sequence[str]) -> None:
     tools = Tools(_feature_settings(options), _scorer(options), _clip_settings(options))
     read_records(trained.run.folder)  # to which the results are added: a mistake there is found before the work
     done: list[dict[str, Any]] = []
-
-    def keep(record: dict[str, Any]) -> None:
-        write_records(trained.run, [record])
-        done.append(record)
-
     try:
-        evaluate_run(trained, metrics, splits, options.num, options.seed, settings, tools, keep)
+        evaluate_cells(trained, open_run, axes, metrics, splits, options.num, options.seed, settings, tools, done)
     finally:
         if done:
             print(format_table(done))

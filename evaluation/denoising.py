@@ -77,6 +77,7 @@ def _errors(
     eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(keys)
     x_t = process.noised(x_0, eps, t)
     told = sampler.conditioning(params, frozen, sampler.blank({"text": text}, len(t)))
-    output = sampler.model.apply({"params": params["denoiser"]}, x_t, process.network_time(t), told)
+    seen = process.network_input(x_t, t)
+    output = sampler.model.apply({"params": params["denoiser"]}, seen, process.network_time(t), told)
     prediction, *_ = jnp.split(output, [x_0.shape[-1]], axis=-1)  # learned variances come behind it
     return jnp.mean(jnp.square(prediction - process.target(x_0, eps, t)), axis=(1, 2, 3))

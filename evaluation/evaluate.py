@@ -278,7 +278,7 @@ def _spell(settings: Mapping[str, Any]) -> str:
 
 def _provenance(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Record:
     data = trained.config.data
-    drawing = {"seed": seed, **trained.config.sample, **settings} if trained.config.sample else {}
+    drawing = {"seed": seed, **trained.config.sample, **settings, **trained.guide} if trained.config.sample else {}
     return {
         "num": num,
         "step": trained.weights.step,

@@ -19,6 +19,8 @@ class TextEncoder(nn.Module):
       width: D.
       layers: number of layers.
       heads: number of attention heads N.
+      head_dim: width K of one; None for D / N.
+      attention_bias: whether queries, keys and values have one; not in the paper's code, which has heads of 64, too.
       activation: see `models.layers.mlp.ACTIVATIONS`.
       implementation: of attention, see `models.layers.attention.attend`.
       scan: see `models.layers.transformer.apply_blocks`.
@@ -32,6 +34,8 @@ class TextEncoder(nn.Module):
     width: int
     layers: int
     heads: int
+    head_dim: int | None = None
+    attention_bias: bool = True
     activation: str = "gelu"
     implementation: str = "auto"
     scan: bool = False
@@ -45,7 +49,7 @@ class TextEncoder(nn.Module):
 
     def setup(self) -> None:
         check_remat(self.remat)
-        if self.width % self.heads:
+        if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(0.02)
@@ -55,9 +59,10 @@ class TextEncoder(nn.Module):
             Block(
                 width=self.width,
                 heads=self.heads,
-                head_dim=self.width // self.heads,
+                head_dim=self.head_dim or self.width // self.heads,
                 mlp_hidden=4 * self.width,
                 activation=self.activation,
+                attention_bias=self.attention_bias,
                 initializers=BlockInitializers.scaled(0.02, self.layers),
                 implementation=self.implementation,
                 **types,

@@ -9,7 +9,7 @@ from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
 from cli.ranges import check_seed
-from sample.arguments import add_sampling_arguments, sampling_settings
+from sample.arguments import add_sampling_arguments, chosen_average, open_trained, sampling_settings
 from sample.sheets.axes import parse_axes, read_texts
 
 _DESCRIPTION = """\
@@ -17,7 +17,8 @@ Gives a trained run what it reads (captions, classes, pictures, or several of th
 (pictures, text, or both) as a labelled grid, text under the pictures. Of several options it takes all combinations:
 each picture with each prompt and each class. A run that is told nothing draws --num pictures; an image tokenizer shows
 each picture beside its reconstruction; a DALL-E that is given --image with --prompt keeps the top of the picture and
-draws the rest; of a diffusion of points there is a figure: data noised, samples denoised, and where the network pulls.
+draws the rest; a diffusion that is given --image changes it as much as --strength says, or draws it anew where --mask
+is white; of a diffusion of points there is a figure: data noised, samples denoised, and where the network pulls.
 What a run does not read is an error that names what it reads.
 Sample i of a seed is the same whatever else is drawn. Guidance is uncond + w * (cond - uncond); 1 means none.
 
@@ -57,14 +58,14 @@ def main(arguments: Sequence[str]) -> None:
     from sample.embedding import ClipEmbedder
     from sample.files import prepare_out, write_files, write_picture
     from sample.sheets.sweep import run_sweep
-    from sample.sheets.trajectory import draw_trajectory
-    from sample.trained import TrainedSampler  # imports jax, as those above
+    from sample.sheets.trajectory import draw_trajectory  # imports jax, as those above
 
-    trained = TrainedSampler.open(options.run, step=options.step, ema=not options.no_ema)
+    trained = open_trained(options, chosen_average(options), options.step)
     check_shown(trained)
     seed, settings, out = options.seed or 0, sampling_settings(options), Path(options.out)
     trained.check_settings(settings, {axis.name: axis.values for axis in axes})
-    order = Order(make_conditions(prompts, options.label, options.image), seed, settings, options.negative_prompt)
+    conditions = make_conditions(prompts, options.label, options.image)
+    order = Order(conditions, seed, settings, options.negative_prompt, options.mask)
     prepare_out(out)
     # Of one picture there is one reconstruction, or one text to look at first; but several ways to go on from its top.
     pictured = "image" in given or "image" in (axis.name for axis in axes)
@@ -105,6 +106,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: no caption)")
     parser.add_argument("--image", action="append", default=[], help="a picture file; repeatable")
+    parser.add_argument(
+        "--mask", metavar="FILE", help="a picture file, white where a diffusion draws each --image anew (default: all)"
+    )
     parser.add_argument(
         "--num",
         type=int,

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cli.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -32,10 +34,20 @@ SETTINGS: Mapping[str, Setting] = {
     "top_k": Setting(int, "0 for all; default: the run's config"),
     "top_p": Setting(float, "1 for all; default: the run's config"),
     "keep_rows": Setting(int, "rows of tokens kept of an --image to complete; default: half of them", besides=True),
+    "strength": Setting(
+        float,
+        "how much a diffusion changes an --image: 0 not at all, 1 all of it; default: 0.8, with a --mask 1",
+        besides=True,
+    ),
     "sampler": Setting(str, "such as ddpm, ddim, dpm_solver_multistep; a wrong one lists them all", _DIFFUSION),
     "steps": Setting(int, "of the sampler", _DIFFUSION),
     "spacing": Setting(str, "of its times, such as leading, trailing, karras; '' for its own", _DIFFUSION),
     "eta": Setting(float, "of ddim: 0 draws no noise, 1 as much as ddpm", _DIFFUSION),
+    "churn": Setting(float, "of heun in schedule edm: noise added between its times; 0 for none", _DIFFUSION),
+    "churn_min": Setting(float, "the noise level above which it is added", _DIFFUSION),
+    "churn_max": Setting(float, "the noise level below which it is added; 0 for any", _DIFFUSION),
+    "churn_noise": Setting(float, "standard deviation of what is added", _DIFFUSION),
+    "guided_channels": Setting(int, "how many channels are guided, the first ones; 0 for all", _DIFFUSION),
     "rescale": Setting(float, "0 to 1: of guided pictures, to the spread of unguided ones", _DIFFUSION),
     "guidance_start": Setting(float, "share of the process before which there is none", _DIFFUSION),
     "guidance_stop": Setting(float, "share of the process after which there is none", _DIFFUSION),
@@ -45,10 +57,15 @@ SETTINGS: Mapping[str, Setting] = {
 # Setting -> (its value without effect, the setting whose value makes all others so, that value).
 _IDLE = {
     **{"rescale": (0.0, "guidance", 1.0), "guidance_start": (0.0, "guidance", 1.0)},
-    **{"guidance_stop": (1.0, "guidance", 1.0)},
+    **{"guidance_stop": (1.0, "guidance", 1.0), "guided_channels": (0, "guidance", 1.0)},
+    **{"churn_min": (0.0, "churn", 0.0), "churn_max": (0.0, "churn", 0.0), "churn_noise": (1.0, "churn", 0.0)},
     **{"top_k": (0, "temperature", 0.0), "top_p": (1.0, "temperature", 0.0)},
 }
-_MEANS = {"guidance": "guidance 1 means none", "temperature": "temperature 0 takes the most likely token"}
+_MEANS = {
+    "guidance": "guidance 1 means none",
+    "temperature": "temperature 0 takes the most likely token",
+    "churn": "churn 0 adds no noise",
+}
 
 
 def idle_settings(
@@ -81,6 +98,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, besides: bool = True
     parser.add_argument("--run", required=True, help="the run folder")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument("--no_ema", action="store_true", help="use the parameters, not their moving average")
+    parser.add_argument(
+        "--ema",
+        type=float,
+        metavar="LENGTH",
+        help="a moving average made of those that training kept (config.ema.lengths), such as 0.1; 0 for the "
+        "parameters, 1 for the run's own average (default)",
+    )
+    parser.add_argument("--guide_run", metavar="RUN", help="a weaker diffusion that guidance leads away from")
+    parser.add_argument("--guide_step", type=int, metavar="STEP", help="its checkpoint (default: the newest)")
     parser.add_argument("--seed", type=int, default=0)
     places: dict[str, Any] = {"": parser}
     for name, setting in SETTINGS.items():
@@ -94,3 +120,38 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, besides: bool = True
 def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the overrides of `config.sample` that were given."""
     return {name: value for name in SETTINGS if (value := getattr(options, name, None)) is not None}
+
+
+def chosen_average(options: argparse.Namespace) -> bool | float:
+    """Which weights were asked for: True for the run's moving average, False for none, or a length.
+
+    Raises:
+      UserError: if both options say something.
+    """
+    if options.ema is not None and options.no_ema:
+        raise UserError("--ema and --no_ema are both given; leave one of them out")
+    return average_of(float(not options.no_ema) if options.ema is None else options.ema)
+
+
+def average_of(number: float) -> bool | float:
+    """What `--ema` means: 0 and 1 as False and True."""
+    return bool(number) if number in (0, 1) else number
+
+
+def open_trained(options: argparse.Namespace, ema: bool | float, step: int | None) -> Any:
+    """The run that was asked for, guided if it is to be; a `sample.trained.TrainedSampler`.
+
+    Args:
+      options: of the command line.
+      ema: see `chosen_average`.
+      step: of the checkpoint, None for the newest.
+
+    Raises:
+      UserError: if there is no such run or checkpoint, or a guide does not fit.
+    """
+    from sample.trained import TrainedSampler  # imports jax
+
+    if options.guide_step is not None and not options.guide_run:
+        raise UserError("--guide_step is of a --guide_run; give that, or leave it out")
+    trained = TrainedSampler.open(options.run, step=step, ema=ema)
+    return trained.guided_by(options.guide_run, options.guide_step) if options.guide_run else trained

@@ -24,6 +24,7 @@ _GIVEN = {
     "label": ("classes", "--label=N"),
     "image": ("pictures", "--image=FILE"),
     "negative": ("negative prompt", "--negative_prompt=TEXT"),
+    "mask": ("mask", "--mask=FILE"),
 }
 
 
@@ -78,24 +79,28 @@ class Order:
       seed: s; sample i of a condition is drawn with `fold_in(key(s), i)`.
       settings: overrides of `config.sample`.
       negative_prompt: what guidance leads away from; None for the blank caption.
+      mask: a picture file, white where pictures that are given are drawn anew; None for all of them.
     """
 
     conditions: tuple[Condition, ...]
     seed: int = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     negative_prompt: str | None = None
+    mask: str | None = None
 
     def describe(self, trained: TrainedSampler) -> dict[str, Any]:
         """Run, step, seed and the settings of the sampler, those of the run's config included."""
-        negative = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
+        texts = {"negative_prompt": self.negative_prompt, "mask": self.mask}
+        told = {name: value for name, value in texts.items() if value is not None}
         may_read = besides(trained.sampler)
         brought = {name: value for row in self.rows for name, value in may_read.get(row, {}).items()}
-        return trained.describe(self.seed, {**brought, **self.settings, **negative})
+        return trained.describe(self.seed, {**brought, **self.settings, **told})
 
     @property
     def rows(self) -> tuple[str, ...]:
         """The rows of a request that it fills."""
-        return (*self.conditions[0].rows, *(("negative",) if self.negative_prompt is not None else ()))
+        more = {"negative": self.negative_prompt, "mask": self.mask}
+        return (*self.conditions[0].rows, *(row for row, value in more.items() if value is not None))
 
     def records(self, num: int) -> list[dict[str, Any]]:
         """Condition, seed and index of each of `num` samples of each condition."""
@@ -150,6 +155,10 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
         rows["image"] = np.stack([pictures[str(condition.image)] for condition in order.conditions])
     if order.negative_prompt is not None:
         rows["negative"] = np.repeat(trained.encode([order.negative_prompt])["text"], len(order.conditions), axis=0)
+    if order.mask is not None:
+        data = trained.config.data
+        mask = read_square(order.mask, data.image_size, transform_pair(data.transform).evaluation)
+        rows["mask"] = np.repeat((mask.mean(axis=-1) >= 128)[None], len(order.conditions), axis=0)
     trained.sampler.request(**rows, **order.settings)
     return rows
 

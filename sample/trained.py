@@ -37,6 +37,7 @@ class TrainedSampler:
       frozen: weights of the frozen stages.
       tokenizer: of the run; None without text.
       chunk: images drawn in one call. Requests are padded to it, so one program serves every number of images.
+      guide: what says which weights guide it, {"guide_run", "guide_step"}; {} without any.
     """
 
     run: Run
@@ -46,12 +47,13 @@ class TrainedSampler:
     frozen: Any
     tokenizer: Tokenizer | None
     chunk: int
+    guide: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, step: int | None = None, ema: bool = True, chunk: int = CHUNK
+        cls, folder: str | Path, *, step: int | None = None, ema: bool | float = True, chunk: int = CHUNK
     ) -> "TrainedSampler":
-        """Loads a run.
+        """Loads a run; `step` and `ema` as in `weights.run.Run.load`.
 
         Raises:
           UserError: if the run, its checkpoint or a frozen stage is missing, or nothing can be sampled from it.
@@ -63,6 +65,30 @@ class TrainedSampler:
         config.sample = ConfigDict({**sampler.settings, **config.sample})  # an older run may lack settings
         weights = run.load(step, ema)
         return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk)
+
+    def guided_by(self, folder: str | Path, step: int | None = None) -> "TrainedSampler":
+        """The same, led away from what another run draws; see `DiffusionSampler.guided_by`.
+
+        Args:
+          folder: of that run; an earlier checkpoint of the same run is one, too.
+          step: of its checkpoint; None for the newest.
+
+        Raises:
+          UserError: if there is no such run or checkpoint, or this one cannot be guided by it.
+        """
+        other = TrainedSampler.open(folder, step=step)
+        if not hasattr(self.sampler, "guided_by"):
+            raise UserError(f"{self.run.folder} is a run of {self.config.objective}, which no second run guides")
+        files = [run.folder / TOKENIZER for run in (self.run, other.run)]
+        if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+            raise UserError(f"{folder} reads captions with another tokenizer than {self.run.folder}")
+        weights = {"params": other.weights.params, "frozen": other.frozen}
+        return dataclasses.replace(
+            self,
+            sampler=self.sampler.guided_by(other.sampler),
+            frozen={**self.frozen, "guide": weights},
+            guide={"guide_run": str(folder), "guide_step": other.weights.step},
+        )
 
     @property
     def setting_names(self) -> tuple[str, ...]:
@@ -96,7 +122,7 @@ class TrainedSampler:
     def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights these are, and all settings of their sampler, those of the run's config included."""
         weights = {"run": str(self.run.folder), "step": self.weights.step, "ema": self.weights.ema}
-        return {**weights, "seed": seed, **self.config.sample.to_dict(), **settings}
+        return {**weights, **self.guide, "seed": seed, **self.config.sample.to_dict(), **settings}
 
     def program(self, rows: Rows, **settings: Any) -> Hashable:
         """What a request is compiled for: requests that agree in it share a program, whatever their number.

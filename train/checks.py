@@ -13,6 +13,7 @@ from train.distributed.sharding import check_pattern, check_rules
 from train.health import MODES
 from train.optimizer import complete_rules
 from train.step_profile import WARM_UP
+from weights.power_averages import exponent
 
 _NUMBERS = {
     **dict.fromkeys(("steps", "batch_size"), "[1, inf)"),
@@ -30,6 +31,11 @@ def check_config(config: ConfigDict) -> None:
     if config.nonfinite not in MODES:
         raise UserError(f"config.nonfinite={config.nonfinite!r} is unknown; choose one of {', '.join(MODES)}")
     complete_rules(config.optimizer, config.steps)
+    for length in config.ema.lengths:
+        try:
+            exponent(length)
+        except (UserError, TypeError) as error:
+            raise UserError(f"config.ema.lengths={tuple(config.ema.lengths)}: {error}") from None
     check_pattern("config.ema.paths", config.ema.paths)
     check_rules(config.mesh.rules)
     _check_buckets(config.data)

@@ -37,6 +37,7 @@ from train.transfer import initialize_parts
 from train.unread import unread_keys
 from train.workdir import copy_tokenizer, open_workdir, pin_frozen, storage_errors, wandb_id
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
+from weights.power_averages import AVERAGES
 from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, PROFILE, TOKENIZER
 from weights.sources import load_frozen
 
@@ -224,6 +225,8 @@ def _run(
         trace = StepProfile(workdir / PROFILE, profile if is_first() else 0, start, config.steps, log.say)
         resources.callback(trace.close)
         resources.callback(store.close)
+        snapshots = CheckpointStore(workdir / AVERAGES)  # all stay: other averages are made of them
+        resources.callback(snapshots.close)
         log.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
         for line in describe_held(config, state.params):
             log.say(line)
@@ -258,6 +261,8 @@ def _run(
                     health.check_state(step, state.params, state.variables)
                     log.sync()
                     store.save(step, state.as_trees())
+                    if state.averages:
+                        snapshots.save(step, {AVERAGES: state.averages})
             if evaluation_due or save_due:
                 clock.restart(step)  # a rate is of training alone
             if last or stopping:

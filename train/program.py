@@ -25,6 +25,7 @@ from train.optimizer import create_optimizer
 from train.state import TrainState, create_state
 from train.step import make_eval_step, make_train_step
 from train.trainable import trained_params
+from weights import power_averages
 from weights.sources import abstract_frozen
 
 Tree = Any
@@ -100,8 +101,10 @@ def create_program(
 
     def init(batch: Batch) -> TrainState:
         params, variables = objective.init(init_rng, batch)
-        averaged = trained_params(params, config.trainable) if config.ema.decay > 0 else {}
-        return create_state(params, variables, init_optimizer(params), averaged)
+        trained = trained_params(params, config.trainable)
+        averaged = trained if config.ema.decay > 0 else {}
+        averages = power_averages.start(trained, config.ema.lengths)
+        return create_state(params, variables, init_optimizer(params), averaged, averages)
 
     def place(tree: Tree) -> Tree:
         return jax.tree.map(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
+from weights.power_averages import AVERAGES
 from weights.run import overlay
 
 Tree = Any
@@ -26,6 +27,7 @@ class TrainState:
       variables: {part: {collection: tree}}, updated without one; may be empty.
       ema_params: moving average of the trained ones of params, in float32 or finer, or {} without one.
       opt_state: of the optimizer, of the trained ones likewise.
+      averages: power-function averages of the trained ones, see `weights.power_averages`, or {} without any.
     """
 
     step: Any
@@ -34,6 +36,7 @@ class TrainState:
     variables: Tree
     ema_params: Tree
     opt_state: Tree
+    averages: Tree = struct.field(default_factory=dict)
 
     @property
     def inference_params(self) -> Tree:
@@ -48,6 +51,7 @@ class TrainState:
             "variables": self.variables,
             "ema_params": self.ema_params,
             "opt_state": self.opt_state,
+            AVERAGES: self.averages,
         }
 
     @classmethod
@@ -69,7 +73,9 @@ def add_examples(words: Int[Array, "2"], number: int) -> Int[Array, "2"]:
     return jnp.stack([words[0] + low // _WORD, low % _WORD])
 
 
-def create_state(params: Tree, variables: Tree, opt_state: Tree, averaged: Tree) -> TrainState:
+def create_state(
+    params: Tree, variables: Tree, opt_state: Tree, averaged: Tree, averages: Tree | None = None
+) -> TrainState:
     """State before the first update.
 
     Args:
@@ -77,6 +83,7 @@ def create_state(params: Tree, variables: Tree, opt_state: Tree, averaged: Tree)
       variables: {part: {collection: tree}}.
       opt_state: of the optimizer.
       averaged: those of params of which there is a moving average, which starts at them; {} for none.
+      averages: of `weights.power_averages.start`; None for none.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -85,6 +92,7 @@ def create_state(params: Tree, variables: Tree, opt_state: Tree, averaged: Tree)
         variables=variables,
         ema_params=start_average(averaged),
         opt_state=opt_state,
+        averages=averages or {},
     )
 
 

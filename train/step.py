@@ -17,6 +17,7 @@ from train.objectives.contract import Batch, Metrics, Objective
 from train.optimizer import Schedule, apply_bounds, update_ema
 from train.state import TrainState, add_examples
 from train.trainable import trained_params
+from weights import power_averages
 from weights.run import overlay
 
 Tree = Any
@@ -100,6 +101,7 @@ def make_train_step(
             variables=variables,
             ema_params=ema,
             opt_state=opt_state,
+            averages=power_averages.update(state.averages, trained, step),
         )
 
         leaf_norms = jnp.stack([optax.tree.norm(gradient) for gradient in jax.tree.leaves(gradients)])

@@ -12,6 +12,7 @@ from models import create_model
 from train.distributed.sharding import path_name
 from train.state import TrainState, start_average
 from train.trainable import trained_params
+from weights import power_averages
 from weights.run import Run, model_of
 from weights.sources import (
     RANDOM,
@@ -59,12 +60,14 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
         params[name] = jax.tree.map(place_whole, part.params, params[name])
         if name in variables and part.variables:
             variables[name] = jax.tree.map(place_whole, part.variables, variables[name])
-    averaged = trained_params(params, config.trainable) if jax.tree.leaves(state.ema_params) else {}
+    trained = trained_params(params, config.trainable)
+    averaged = trained if jax.tree.leaves(state.ema_params) else {}
+    averages = power_averages.start(trained, config.ema.lengths)
     as_before = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
     opt_state = jax.jit(init_optimizer, out_shardings=as_before)(params)
-    return dataclasses.replace(
-        state, params=params, variables=variables, ema_params=start_average(averaged), opt_state=opt_state
-    )
+    averaged = start_average(averaged)
+    changed = {"params": params, "variables": variables, "ema_params": averaged, "averages": averages}
+    return dataclasses.replace(state, opt_state=opt_state, **changed)
 
 
 def _check_fields(config: ConfigDict, name: str) -> None:

@@ -89,6 +89,8 @@ def _of_process(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
     process = config.get("process") or {}
     if process.get("weighting", "uniform") == "uniform" and process.get("gamma", 5.0) != 5.0:
         yield "config.process.gamma", process["gamma"], "weighting 'uniform' has none"
+    if process.get("prediction", "eps") != "edm" and process.get("sigma_data", 0.5) != 0.5:
+        yield "config.process.sigma_data", process["sigma_data"], "prediction 'edm' alone is told it"
     schedule = process.get("schedule") or {}
     if schedule.get("kind", "linear") in _ENDLESS_BETAS:
         for key, default in (("start", 1e-4), ("end", 2e-2)):

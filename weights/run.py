@@ -34,6 +34,7 @@ from weights.checkpoint import CheckpointStore
 from weights.files.layout import check_tensors, model_shapes
 from weights.files.origin import read_json
 from weights.files.tensors import check_finite, read_tensors
+from weights.power_averages import synthesize
 
 Tree = Any
 
@@ -66,13 +67,13 @@ class RunWeights:
       params: {part: tree}: exponential moving average if the run keeps one and it was asked for.
       variables: {part: {collection: tree}}; may be empty.
       step: of the checkpoint.
-      ema: whether `params` is the moving average.
+      ema: whether `params` is the moving average, or its length where it was made after training.
     """
 
     params: Tree
     variables: Tree
     step: int
-    ema: bool
+    ema: bool | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,19 +131,25 @@ class Run:
             raise UserError(f"{self.folder} has no checkpoint yet; wait for the first one or train further")
         return steps[0]
 
-    def load(self, step: int | None = None, ema: bool = True, parts: Collection[str] | None = None) -> RunWeights:
+    def load(
+        self, step: int | None = None, ema: bool | float = True, parts: Collection[str] | None = None
+    ) -> RunWeights:
         """Reads weights onto the first device.
 
         Args:
           step: of the checkpoint; None for the newest one, the only one (0) of a run that was trained elsewhere.
-          ema: take the moving average where there is one.
+          ema: take the moving average where there is one; or the length of one that is made of those that training
+            kept, see `weights.power_averages`.
           parts: which networks, of `models()`; None for those that the run trains.
 
         Raises:
           UserError: if there is no such checkpoint, or the weights are missing, damaged or not those of the config.
         """
         parts = self.config.models.keys() if parts is None else parts
+        length = None if isinstance(ema, bool) else ema
         if self.converted:
+            if length is not None:
+                raise UserError(f"{self.folder} was trained elsewhere and has no averages to make others of")
             if step:
                 raise UserError(f"{self.folder} was trained elsewhere and has no checkpoint {step}; set `step` to 0")
             params, variables = self._read_weights(parts)
@@ -153,16 +160,17 @@ class Run:
             raise UserError(f"{self.folder} has no checkpoint {step}; it has {', '.join(map(str, store.steps()))}")
         step = latest if step is None else step
         stored = store.abstract(step)
-        ema = ema and "ema_params" in stored
+        averaged = {} if length is None else synthesize(self.folder, length, step)
+        ema = length is None and ema and "ema_params" in stored
         names = ["variables", "ema_params" if ema else "params"]
         if ema and jax.tree.structure(stored["ema_params"]) != jax.tree.structure(stored["params"]):
             names.append("params")  # there is no average of what the run does not train
         trees = store.load(step, names)
-        whole = overlay(trees.get("params", {}), trees.get("ema_params", {}))
+        whole = overlay(overlay(trees.get("params", {}), trees.get("ema_params", {})), averaged)
         params, variables = (
             {part: tree for part, tree in of_parts.items() if part in parts} for of_parts in (whole, trees["variables"])
         )
-        return RunWeights(params, variables, step, ema)
+        return RunWeights(params, variables, step, ema if length is None else length)
 
     def _read_weights(self, parts: Collection[str]) -> tuple[dict[str, Tree], dict[str, Tree]]:
         """Reads (params, variables) of some parts from `WEIGHTS`, after comparing all of it with the config."""

@@ -10,7 +10,8 @@ is learned; here it is a small multilayer perceptron, and the paper's fixed sche
 Hardware and time: 2 CPU cores, about a minute beside other work.
 
 Arguments: `eps` (default), `x0`, `v`: what the network predicts, at equal training; `vp`: the variance-preserving SDE
-in continuous time, which has an exact likelihood; `flow`: rectified flow; `debug` (seconds).
+in continuous time, which has an exact likelihood; `flow`: rectified flow; `edm`: the noise levels, preconditioning and
+sampler of Karras et al. 2022; `debug` (seconds).
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +22,7 @@ from configs.mesh_rules import WHOLE
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the experiment."""
-    argument = check_argument(argument, ("eps", "x0", "v", "vp", "flow", "debug"))
+    argument = check_argument(argument, ("eps", "x0", "v", "vp", "flow", "edm", "debug"))
     config = get_defaults()
     config.objective = "diffusion"
     config.steps = 4000
@@ -36,18 +37,21 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.process = ConfigDict()
     config.process.schedule = ConfigDict()
-    if argument in ("vp", "flow"):
+    if argument in ("vp", "flow", "edm"):
         config.process.schedule.name = argument
     else:
         config.process.schedule.name = "discrete"
         config.process.schedule.kind = "sohl_dickstein"
         config.process.schedule.steps = 40
-    config.process.prediction = {"x0": "x0", "v": "v", "flow": "flow"}.get(argument, "eps")
+    config.process.prediction = argument if argument in ("x0", "v", "flow", "edm") else "eps"
+    if argument == "edm":
+        config.process.times = "log_normal"
+        config.process.sigma_data = 1.0
 
     config.loss.dropout = 0.0
 
-    sampler = {"vp": "dpm_solver_multistep", "flow": "heun"}.get(argument, "ddpm")
-    config.sample = get_diffusion_sampling(sampler, steps=40)
+    sampler = {"vp": "dpm_solver_multistep", "flow": "heun", "edm": "heun"}.get(argument, "ddpm")
+    config.sample = get_diffusion_sampling(sampler, steps=18 if argument == "edm" else 40)
 
     config.optimizer.schedule.peak = 2e-3
     config.optimizer.schedule.warmup_steps = 100

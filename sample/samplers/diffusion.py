@@ -2,6 +2,14 @@
 
 Guidance is uncond + w (cond - uncond), w = 1 meaning none (Ho and Salimans 2022), of the network's output, in one call
 on both halves of a doubled batch. The unconditional half reads the blank caption, or a negative prompt.
+
+In place of the unconditional half there may be a second, weaker network, told the same (autoguidance, Karras et al.
+2024, "Guiding a Diffusion Model with a Bad Version of Itself").
+
+A picture may be given. It is noised and denoised again by the last steps of the sampler (SDEdit, Meng et al. 2022); or,
+with a mask, drawn anew where that says so. There the network's estimate of the data is replaced by the picture where
+it is known: any solver then takes known pixels along the noise that they began with, and stochastic ones draw them from
+their own posterior, so that at each step the network sees what it would see of such a picture.
 """
 
 import dataclasses
@@ -13,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -23,11 +31,14 @@ from diffusion.process import Process
 from diffusion.schedule import create_schedule
 from diffusion.solver_choice import make_plan
 from models.conditioning import Conditioning
+from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, read_settings
 
 Tree = Any
 Request = dict[str, Any]
 
+STRENGTH = 0.8  # of a picture that is given without a mask
+_CHURN = ("churn", "churn_min", "churn_max", "churn_noise")
 _NUMBERS = ("guidance", "rescale", "guidance_start", "guidance_stop")
 
 
@@ -40,12 +51,23 @@ class Steps:
       steps: S.
       spacing: of the times; "" for the sampler's own.
       eta: of DDIM.
+      churn: of Heun's method, as the three that follow; see `diffusion.solver_choice.make_plan`.
+      churn_min: the noise level above which noise is added.
+      churn_max: the one below which; 0 for any.
+      churn_noise: standard deviation of what is added.
+      guided_channels: how many of the data's channels, the first ones, are guided; 0 for all. The others follow the
+        condition alone: 3 of 4 in the published code of DiT.
     """
 
     sampler: str = "dpm_solver_multistep"
     steps: int = 25
     spacing: str = ""
     eta: float = 0.0
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float = 0.0
+    churn_noise: float = 1.0
+    guided_channels: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +106,8 @@ class DiffusionSampler:
       rescale: default phi, see `diffusion.guidance.Guidance`.
       guidance_start: default share of the process before which there is no guidance.
       guidance_stop: default share after which there is none.
+      guide: the sampler of a network that guidance leads away from, whose weights are `frozen["guide"]`:
+        {"params": {"denoiser": tree, ...}, "frozen": those of its own frozen stages}; None for usual guidance.
     """
 
     model: nn.Module
@@ -95,6 +119,7 @@ class DiffusionSampler:
     rescale: float = 0.0
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    guide: "DiffusionSampler | None" = None
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "DiffusionSampler":
@@ -155,6 +180,23 @@ class DiffusionSampler:
         """Whether the denoiser was trained with its condition and without."""
         return self.text is not None or self.null_label is not None
 
+    def guided_by(self, guide: Any) -> "DiffusionSampler":
+        """This sampler, which another one's network guides.
+
+        Raises:
+          UserError: if that draws something else, or was told or trained on something else.
+        """
+        if not isinstance(guide, DiffusionSampler):
+            raise UserError("a diffusion is guided by another diffusion; give one as --guide_run")
+        for name, ours, theirs in (
+            ("process", self.process, guide.process),
+            ("size and channels", self.sample_shape, guide.sample_shape),
+            ("condition", (self.reads, self.classes), (guide.reads, guide.classes)),
+        ):
+            if ours != theirs:
+                raise UserError(f"the --guide_run is of another {name} than the run: {theirs}, not {ours}")
+        return dataclasses.replace(self, guide=guide)
+
     @property
     def class_range(self) -> str:
         """The classes' numbers, for messages."""
@@ -168,8 +210,10 @@ class DiffusionSampler:
 
     @property
     def may_read(self) -> dict[str, dict[str, Any]]:
-        """The rows that a user may give besides."""
-        return {"negative": {}} if self.text is not None else {}
+        """The rows that a user may give besides: of pictures one to change, and where."""
+        negative: dict[str, dict[str, Any]] = {"negative": {}} if self.text is not None else {}
+        given = {"image": {"strength": STRENGTH}, "mask": {"strength": 1.0}} if "image" in self.makes else {}
+        return negative | given
 
     @property
     def makes(self) -> tuple[str, ...]:
@@ -186,6 +230,8 @@ class DiffusionSampler:
         text: Int[np.ndarray, "b l"] | None = None,
         label: Int[np.ndarray, " b"] | None = None,
         negative: Int[np.ndarray, "b l"] | None = None,
+        image: UInt8[np.ndarray, "b H W 3"] | None = None,
+        mask: Bool[np.ndarray, "b H W"] | None = None,
         **overrides: Any,
     ) -> Request:
         """A request for pictures, one for each key.
@@ -194,8 +240,11 @@ class DiffusionSampler:
           text: caption ids; None draws without a caption.
           label: class numbers; None draws without a class.
           negative: ids of what to lead away from, in place of the blank caption.
-          **overrides: of the defaults: sampler, steps, spacing, eta; guidance, rescale, guidance_start, guidance_stop;
-            and trajectory=True for what the network saw and estimated on the way.
+          image: pictures to change.
+          mask: where they are drawn anew; all other pixels stay. None changes all of them.
+          **overrides: of the defaults, those of `Steps`; guidance, rescale, guidance_start, guidance_stop;
+            strength, of pictures that are given, from 0, which returns them, to 1, which draws fresh ones where there
+            is no mask; and trajectory=True for what the network saw and estimated on the way.
 
         Returns:
           What `__call__` takes. Prompts, classes and the numbers of guidance lead to no new compilation.
@@ -214,7 +263,14 @@ class DiffusionSampler:
         wrong = [n for n in rows["label"].tolist() if not 0 <= n < self.classes] if "label" in rows else []
         if wrong:
             raise UserError(f"there is no class {wrong[0]}; classes are {self.class_range}")
-        steps, numbers = self._settings(overrides)
+        strength = self._strength(image, mask, overrides)
+        if image is not None:
+            rows["image"] = np.asarray(image)
+        if mask is not None:
+            rows["mask"] = np.asarray(mask)
+        steps, numbers = self._settings({key: value for key, value in overrides.items() if key != "strength"})
+        if self.guide is not None and "negative" in rows:
+            raise UserError("guidance leads away from the --guide_run; leave out the negative prompt, or that")
         if numbers["guidance"] == 1 and "negative" in rows:
             raise UserError(
                 "a negative prompt has no effect with guidance 1, which means none; choose another guidance"
@@ -223,6 +279,7 @@ class DiffusionSampler:
             **rows,
             **{key: np.float32(value) for key, value in numbers.items()},
             "steps": steps,
+            "strength": strength,
             "trajectory": bool(overrides.get("trajectory", False)),
         }
 
@@ -234,7 +291,8 @@ class DiffusionSampler:
         Args:
           params: {"denoiser": tree, ...}.
           variables: unused.
-          frozen: {"clip": {"params": tree, "variables": collections}} where captions are read by a frozen CLIP.
+          frozen: {"clip": {"params": tree, "variables": collections}} where captions are read by a frozen CLIP, and
+            "guide" where there is one.
           request: from `request`.
           keys: one for each sample.
 
@@ -242,24 +300,20 @@ class DiffusionSampler:
           {"image" (or "point"): float [b ...]}; with a trajectory also "states" and "estimates", [b s ...].
         """
         del variables
-        guided = self.conditional and float(request["guidance"]) != 1.0
-        arrays = {key: value for key, value in request.items() if key not in ("steps", "trajectory")}
-        return _draw(self, request["steps"], guided, request["trajectory"], params, frozen, arrays, keys)
+        guided = (self.conditional or self.guide is not None) and float(request["guidance"]) != 1.0
+        steps, strength, trajectory = (request[key] for key in ("steps", "strength", "trajectory"))
+        arrays = {key: value for key, value in request.items() if key not in ("steps", "strength", "trajectory")}
+        return _draw(self, steps, strength, guided, trajectory, params, frozen, arrays, keys)
 
-    def plan(self, steps: Steps) -> Plan:
-        """The plan of a solver on this process.
+    def plan(self, steps: Steps, strength: float = 1.0) -> Plan:
+        """The plan of a solver on this process; of its last steps, see `make_plan`.
 
         Raises:
           ValueError: if there is no such sampler or spacing, or the steps are impossible.
         """
-        return make_plan(
-            self.process.schedule,
-            steps.sampler,
-            steps.steps,
-            spacing=steps.spacing,
-            eta=steps.eta,
-            variance=self.process.variance,
-        )
+        more = {name: getattr(steps, name) for name in ("spacing", "eta", *_CHURN)}
+        more |= {"variance": self.process.variance, "strength": strength}
+        return make_plan(self.process.schedule, steps.sampler, steps.steps, **more)
 
     def estimate(self, params: Tree, x_t: Float[np.ndarray, "b *shape"], t: float) -> Float[np.ndarray, "b *shape"]:
         """The estimate of the data in x_t, without a condition."""
@@ -301,6 +355,23 @@ class DiffusionSampler:
             filled["label"] = jnp.full(count, self.null_label, jnp.int32)
         return filled
 
+    def _strength(self, image: Any, mask: Any, overrides: Mapping[str, Any]) -> float:
+        """How much of a picture is changed; raises UserError unless what is given goes together."""
+        if image is None:
+            for name in ("strength", "mask"):
+                if name in overrides or (name == "mask" and mask is not None):
+                    raise UserError(f"{name} is of a picture to change; give one, --image=FILE")
+            return 1.0
+        if "image" not in self.makes:
+            raise UserError("this run makes no pictures, so there is none to change")
+        strength = float(overrides.get("strength", STRENGTH if mask is None else 1.0))
+        if not 0 <= strength <= 1:
+            raise UserError(f"strength={strength} is impossible; use 0, the picture itself, to 1, a fresh one")
+        height, width = self.sample_shape[:2]
+        if image.shape[1:3] != (height, width):
+            raise UserError(f"pictures are {image.shape[1]} x {image.shape[2]}, this run's are {height} x {width}")
+        return strength
+
     def _settings(self, overrides: Mapping[str, Any]) -> tuple[Steps, dict[str, float]]:
         """The solver and the numbers of guidance, defaults filled in; raises UserError unless they are possible."""
         unknown = sorted(set(overrides) - {*self.settings, "trajectory"})
@@ -311,6 +382,8 @@ class DiffusionSampler:
         self._check_steps(steps)
         numbers = {key: float(overrides.get(key, getattr(self, key))) for key in _NUMBERS}
         _check_numbers(numbers)
+        if self.guide is not None:
+            return steps, numbers
         if numbers["guidance"] != 1 and not self.conditional:
             raise UserError("this run takes no condition, so there is nothing to guide; leave guidance at 1")
         if numbers["guidance"] != 1 and not self.guidable:
@@ -319,16 +392,22 @@ class DiffusionSampler:
 
     def _check_steps(self, steps: Steps) -> None:
         """Raises UserError unless the solver can run."""
+        if not 0 <= steps.guided_channels <= self.sample_shape[-1]:
+            raise UserError(
+                f"guided_channels={steps.guided_channels} is impossible: the data have {self.sample_shape[-1]} "
+                "channels, and 0 guides all"
+            )
         try:
             self.plan(steps)
         except (TypeError, ValueError) as error:
             raise UserError(f"sampler {steps.sampler!r} with {steps.steps} steps: {error}") from error
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _draw(
     sampler: DiffusionSampler,
     steps: Steps,
+    strength: float,
     guided: bool,
     trajectory: bool,
     params: Tree,
@@ -338,46 +417,69 @@ def _draw(
 ) -> dict[str, Array]:
     """The compiled program of `DiffusionSampler.__call__`."""
     process, count = sampler.process, len(keys)
-    plan = sampler.plan(steps)
+    given = from_uint8(request["image"]) if "image" in request else None
+    known = ~request["mask"][..., None] if "mask" in request else None
+    if given is not None and strength == 0:
+        shown = {key: given[:, None] for key in ("states", "estimates")} if trajectory else {}
+        return {**{name: given for name in sampler.makes}, **shown}
+    plan = sampler.plan(steps, strength)
     rows = {key: request[key] for key in ("text", "label") if key in request}
     cond = sampler.conditioning(params, frozen, sampler.blank(rows, count))
-    told = cond
-    if guided:
+    told, guide = cond, sampler.guide
+    weak, weakly_told = frozen.get("guide"), None
+    if guided and guide is not None:
+        weakly_told = guide.conditioning(weak["params"], weak["frozen"], guide.blank(rows, count))
+    elif guided:
         negative = {"text": request["negative"]} if "negative" in request else {}
         if sampler.null_label is None and "label" in rows:
             negative["label"] = rows["label"]
         told = interleave(cond, sampler.conditioning(params, frozen, sampler.blank(negative, count)))
     guidance = Guidance(request["guidance"], request["rescale"], request["guidance_start"], request["guidance_stop"])
-    low, high = process.schedule.time_range
 
     def denoise(x_t: Array, t: Array) -> Any:
         def network(x: Array, time: Array) -> Array:
             if not guided:
                 return sampler.check_output(sampler.model.apply({"params": params["denoiser"]}, x, time, told), x)
-            output = sampler.model.apply({"params": params["denoiser"]}, pairs(x), pairs(time), told)
-            sampler.check_output(output, x)
-            return _guide(guidance, process, *separate(output), (high - t) / (high - low))
+            if guide is not None:
+                strong = sampler.model.apply({"params": params["denoiser"]}, x, time, told)
+                both = strong, guide.model.apply({"params": weak["params"]["denoiser"]}, x, time, weakly_told)
+            else:
+                both = separate(sampler.model.apply({"params": params["denoiser"]}, pairs(x), pairs(time), told))
+            for output in both:
+                sampler.check_output(output, x)
+            return _guide(guidance, process, steps.guided_channels, *both, 1 - process.progress(t))
 
         estimate = process.denoiser(network)(x_t, t)
+        if known is not None:
+            data, *fraction = estimate if isinstance(estimate, tuple) else (estimate,)
+            estimate = (jnp.where(known, given, data), *fraction) if fraction else jnp.where(known, given, data)
         # A fixed variance is the plan's own; the network's idea of it is asked for in ancestral sampling alone.
         return estimate[0] if process.variance == "learned" and plan.log_variance is None else estimate
 
     first = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), sampler.sample_shape))(keys)
     noise_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 1)
     x = plan.first_scale * first
+    if given is not None:
+        noised = float(plan.alpha[0]) * given + plan.first_sigma * first
+        # All of it, or at full strength what is known of it: the rest is as fresh as without a picture.
+        x = noised if strength < 1 else x if known is None else jnp.where(known, noised, x)
     solution = solve(plan, denoise, x, per_example_noise(noise_keys, x), trajectory=trajectory)
-    outputs = {name: solution.x for name in sampler.makes}
+    drawn = solution.x if known is None else jnp.where(known, given, solution.x)
+    outputs = {name: drawn for name in sampler.makes}
     if trajectory:
         outputs |= {key: jnp.moveaxis(getattr(solution, key), 0, 1) for key in ("states", "estimates")}
     return outputs
 
 
-def _guide(guidance: Guidance, process: Process, cond: Array, uncond: Array, progress: Array) -> Array:
-    """The guided output; learned variances are the conditional ones (Nichol et al. 2021, GLIDE)."""
-    if process.variance != "learned":
-        return guidance(cond, uncond, progress)
-    mean, values = jnp.split(cond, 2, axis=-1)
-    return jnp.concatenate([guidance(mean, jnp.split(uncond, 2, axis=-1)[0], progress), values], axis=-1)
+def _guide(guidance: Guidance, process: Process, channels: int, cond: Array, uncond: Array, progress: Array) -> Array:
+    """The guided output; learned variances, and channels behind the first `channels`, are the conditional ones.
+
+    Variances are so in Nichol et al. 2021, GLIDE.
+    """
+    data = cond.shape[-1] // 2 if process.variance == "learned" else cond.shape[-1]
+    channels = channels or data
+    guided = guidance(cond[..., :channels], uncond[..., :channels], progress)
+    return jnp.concatenate([guided, cond[..., channels:]], axis=-1) if channels < cond.shape[-1] else guided
 
 
 def _text_context(config: ConfigDict) -> TextContext | None:

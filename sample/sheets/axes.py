@@ -1,8 +1,9 @@
 """What a sweep runs over: `--sweep KEY=V1,V2,...`, read and checked before anything is loaded."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cli.errors import UserError
@@ -53,12 +54,15 @@ def spell(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def parse_axes(texts: Sequence[str], given: Collection[str]) -> tuple[Axis, ...]:
+def parse_axes(
+    texts: Sequence[str], given: Collection[str], keys: Mapping[str, type] = MappingProxyType(KEYS)
+) -> tuple[Axis, ...]:
     """Reads the values of `--sweep`.
 
     Args:
       texts: such as "guidance=1,2,3" or "prompt=@captions.txt".
       given: keys that have a value of their own on the command line.
+      keys: what an axis may be named, and what its values are.
 
     Raises:
       UserError: on an unknown, repeated or given key, no values, one that does not fit the key, or the same one twice.
@@ -66,15 +70,15 @@ def parse_axes(texts: Sequence[str], given: Collection[str]) -> tuple[Axis, ...]
     axes: list[Axis] = []
     for text in texts:
         name, equals, values = text.partition("=")
-        if name not in KEYS:
-            raise UserError(f"--sweep {name}: there is no such key; choose from {', '.join(KEYS)}")
+        if name not in keys:
+            raise UserError(f"--sweep {name}: there is no such key; choose from {', '.join(keys)}")
         if not equals or not values.strip():
             raise UserError(f"--sweep {name} has no values; give them as in --sweep {name}=V1,V2")
         if name in (axis.name for axis in axes):
             raise UserError(f"--sweep {name} stands twice; give all of its values at once, with commas")
         if name in given:
             raise UserError(f"--sweep {name} and --{name} are both given; leave one of them out")
-        parsed = read_texts(_items(values), f"--sweep {name}") if name in TEXTS else _values(name, values)
+        parsed = read_texts(_items(values), f"--sweep {name}") if name in TEXTS else _values(name, values, keys[name])
         twice = [value for value in parsed if parsed.count(value) > 1]
         if twice:
             raise UserError(f"--sweep {name} has {spell(twice[0])} twice; leave one out")
@@ -117,9 +121,9 @@ def _items(values: str) -> list[str]:
     return [values.strip()] if values.strip().startswith("@") else [item.strip() for item in values.split(",")]
 
 
-def _values(name: str, values: str) -> list[Any]:
+def _values(name: str, values: str, kind: type) -> list[Any]:
     """Values of a setting, of the type that it has; "" is one of spacing alone."""
-    kind, parsed = KEYS[name], []
+    parsed: list[Any] = []
     for item in (item.strip() for item in values.split(",")):
         if not item and name != "spacing":
             raise UserError(f"--sweep {name}={values} has an empty value; leave out a comma")

@@ -72,12 +72,11 @@ def draw_point_run(trained: TrainedSampler, num: int, seed: int, settings: Mappi
     plan = sampler.plan(sampler.request(**settings)["steps"])
     data = PointStream(config.data.dataset, config.data.validation_split, seed).batch(range(num))["point"]
     eps = np.random.default_rng(seed).standard_normal(data.shape).astype(np.float32)
-    low, high = process.schedule.time_range
     axis = np.linspace(-0.92 * _LIMIT, 0.92 * _LIMIT, 15, dtype=np.float32)
     places = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     noised, denoised, fields = [], [], []
     for share in _SHARES:
-        near = int(np.argmin(np.abs(plan.t - (low + share * (high - low)))))
+        near = int(np.argmin(np.abs(np.asarray(process.progress(plan.t)) - share)))
         t = plan.t[near]
         alpha, sigma = float(process.schedule.alpha(t)), float(process.schedule.sigma(t))
         noised.append(alpha * data + sigma * eps if share else data)

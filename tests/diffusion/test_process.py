@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 
 from diffusion.process import PREDICTIONS, Process
-from diffusion.schedule import DiscreteSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
+from diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
 
 CHAIN = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
 ZERO_SNR = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012, zero_terminal_snr=True)
-SCHEDULES = (CHAIN, VPSchedule(), SubVPSchedule(), VESchedule(sigma_max=5.0), FlowSchedule())
+SCHEDULES = (CHAIN, VPSchedule(), SubVPSchedule(), VESchedule(sigma_max=5.0), FlowSchedule(), EDMSchedule())
+# What is predicted of which schedule: EDM's needs data that are not scaled.
+PAIRS = [
+    pytest.param(schedule, prediction, id=f"{type(schedule).__name__}-{prediction}")
+    for schedule in SCHEDULES
+    for prediction in PREDICTIONS
+    if prediction != "edm" or isinstance(schedule, VESchedule | EDMSchedule)
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +30,7 @@ def _times(schedule):
     return Process(schedule).draw_time(jnp.array([0.1, 0.5, 0.8]))
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
+@pytest.mark.parametrize(("schedule", "prediction"), PAIRS)
 def test_the_target_gives_back_data_and_noise(schedule, prediction, rows):
     process, t = Process(schedule, prediction), _times(schedule)
     data, eps = rows
@@ -34,8 +40,7 @@ def test_the_target_gives_back_data_and_noise(schedule, prediction, rows):
     np.testing.assert_allclose(process.eps(data, x_t, t), eps, atol=1e-4)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("schedule", "prediction"), PAIRS)
 def test_min_snr_counts_the_same_whatever_is_predicted(schedule, prediction, rows):
     # An output that is wrong by a given error of the data must cost min(SNR, gamma) times that error squared.
     process, t = Process(schedule, prediction, weighting="min_snr", gamma=5.0), _times(schedule)
@@ -100,6 +105,26 @@ def test_the_network_is_fed_what_published_networks_were():
     assert Process(VPSchedule()).network_time(t).tolist() == [0, 999]
     assert Process(FlowSchedule(), "flow").network_time(t).tolist() == [0, 1000]
     np.testing.assert_allclose(Process(VESchedule()).network_time(t), np.log([0.01, 50]), rtol=1e-5)
+    np.testing.assert_allclose(Process(EDMSchedule()).network_time(jnp.array([2.0])), np.log([2.0]) / 4, rtol=1e-5)
+
+
+def test_edm_s_network_sees_and_makes_unit_variance():
+    """Table 1 of Karras et al. 2022: its scalings, its weight of the estimate's error, its noise levels in training."""
+    process = Process(EDMSchedule(), "edm", times="log_normal", sigma_data=0.4)
+    rng = np.random.default_rng(0)
+    data, eps = (jnp.asarray(rng.normal(size=(3, 20_000)), jnp.float32) for _ in range(2))
+    data, sigma = 0.4 * data, np.array([0.05, 0.5, 30.0])
+    t = jnp.asarray(sigma, jnp.float32)
+    x_t, target = process.noised(data, eps, t), process.target(data, eps, t)
+    np.testing.assert_allclose(np.std(process.network_input(x_t, t), axis=1), 1, rtol=0.03)
+    np.testing.assert_allclose(np.std(target, axis=1), 1, rtol=0.03)
+    np.testing.assert_allclose(process.data(jnp.zeros_like(x_t), x_t, t)[:, 0], 0.16 / (sigma**2 + 0.16) * x_t[:, 0])
+    error = jnp.square(process.data(target + 0.1, x_t, t) - data).mean(axis=1)
+    counts = (sigma**2 + 0.4**2) / (sigma * 0.4) ** 2
+    np.testing.assert_allclose(process.weight(t) * 0.1**2, counts * error, rtol=5e-3)
+    drawn = np.log(process.draw_time((jnp.arange(10_000) + 0.5) / 10_000))
+    assert (drawn.mean(), drawn.std()) == pytest.approx((-1.2, 1.2), abs=0.01)
+    assert process.progress(jnp.array([0.002, 0.4, 80.0])).tolist() == pytest.approx([0, 0.5, 1], abs=1e-3)
 
 
 def test_the_denoiser_estimates_the_data(rows):
@@ -139,6 +164,9 @@ def test_the_denoiser_clips_and_splits_where_asked(rows):
         ({"schedule": VPSchedule(), "variance": "learned"}, "belongs to the steps of a chain"),
         ({"schedule": CHAIN, "times": "logit_normal"}, "needs a schedule in continuous time"),
         ({"schedule": VPSchedule(), "time_shift": 1}, "time_shift belongs to the steps of a chain"),
+        ({"schedule": FlowSchedule(), "prediction": "edm"}, "'edm' is of noise on unscaled data"),
+        ({"schedule": VPSchedule(), "times": "log_normal"}, "'log_normal' is of noise on unscaled data"),
+        ({"schedule": EDMSchedule(), "prediction": "edm", "sigma_data": 0.0}, "sigma_data=0.0 is impossible"),
         ({"schedule": CHAIN, "weighting": "min_snr", "gamma": 0.0}, "gamma=0.0 is impossible"),
         ({"schedule": CHAIN, "weighting": "clipped_snr"}, "'clipped_snr' with prediction 'eps'"),
         ({"schedule": CHAIN, "weighting": "clipped_snr", "prediction": "v", "gamma": 0.5}, "gamma of at least 1"),

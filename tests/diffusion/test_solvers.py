@@ -10,7 +10,7 @@ import pytest
 
 from diffusion import solvers
 from diffusion.plan import per_example_noise, solve
-from diffusion.schedule import DiscreteSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
+from diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
 from diffusion.solver_choice import SOLVERS, make_plan
 from diffusion.times import TimeGrid, continuous_grid, discrete_grid
 
@@ -134,12 +134,13 @@ def test_no_eta_draws_more_noise_than_a_state_may_have(eta):
 )
 def test_every_sampler_has_a_plan_or_a_reason(sampler, schedule, gaussian):
     impossible = {
-        "zero_snr": ("heun", "reverse_sde"),
+        "zero_snr": ("heun", "reverse_sde", "flow_sde"),
         "flow": ("plms", "reverse_sde"),
+        "vp": ("flow_sde",),
     }
     name = {FlowSchedule: "flow", DiscreteSchedule: "zero_snr"}.get(type(schedule), "vp")
     if sampler in impossible.get(name, ()):
-        with pytest.raises(ValueError, match="noise alone|continuous time"):
+        with pytest.raises(ValueError, match="noise alone|continuous time|schedule flow"):
             make_plan(schedule, sampler, 20)
         return
     plan = make_plan(schedule, sampler, 20)
@@ -204,6 +205,55 @@ def test_the_reverse_sde_draws_the_data(schedule, gaussian):
     end = _run(solvers.reverse_sde(grid, schedule), gaussian.denoiser(schedule), x, keys)
     assert abs(end.mean() - gaussian.mean) < 4 * gaussian.std / count**0.5 + 0.01
     assert abs(end.std() - gaussian.std) < 4 * gaussian.std / (2 * count) ** 0.5 + 0.02
+
+
+def test_the_flow_s_sde_draws_the_data(gaussian):
+    count, schedule = 4000, FlowSchedule()
+    plan = make_plan(schedule, "flow_sde", 250)
+    # 249 even steps to 0.04, and one to the data.
+    np.testing.assert_allclose(plan.t, 1 - 0.96 / 249 * np.arange(250), atol=1e-12)
+    keys = jax.random.split(jax.random.key(0), count)
+    x = jax.vmap(jax.random.normal)(jax.random.split(jax.random.key(1), count))
+    end = _run(plan, gaussian.denoiser(schedule), x, keys)
+    assert abs(end.mean() - gaussian.mean) < 4 * gaussian.std / count**0.5 + 0.01
+    assert abs(end.std() - gaussian.std) < 4 * gaussian.std / (2 * count) ** 0.5 + 0.02
+
+
+def test_the_singlestep_solver_takes_a_chain_s_times_between_its_steps(gaussian):
+    """U-ViT's authors: 50 calls of "fast" order 3, times evenly from 1000 to 1 as their network is told them."""
+    chain = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
+    plan = make_plan(chain, "dpm_solver_singlestep", 50, spacing="time")
+    np.testing.assert_allclose(plan.t + 1, np.linspace(1000, 1, 51)[:-1])
+    assert np.flatnonzero(plan.starts).tolist() == list(range(0, 50, 3))
+    np.testing.assert_allclose(plan.state[-1], chain.sigma(0.0) / plan.sigma[-2])  # the last step is of order 2
+    x, denoise = np.linspace(-1, 1, 5), gaussian.denoiser(chain)
+    ends = [
+        _end_in_float64(make_plan(chain, "dpm_solver_singlestep", n, spacing="time"), denoise, x) for n in (50, 200)
+    ]
+    exact = gaussian.end(continuous_grid(chain, 50), x)
+    assert np.abs(ends[0] - exact).max() < 2e-3 and np.abs(ends[1] - exact).max() < 1e-4
+
+
+def test_edm_s_sampler_is_the_published_algorithm(gaussian):
+    """Algorithm 1 of Karras et al. 2022 with its times: 18 steps, 35 calls."""
+    schedule, steps = EDMSchedule(), 18
+    plan = make_plan(schedule, "heun", steps)
+    assert plan.evaluations == 35 and not plan.stochastic
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    times = np.append((high + np.arange(steps) / (steps - 1) * (low - high)) ** 7, 0.0)
+    np.testing.assert_allclose(plan.t[::2], times[:-1])
+    denoise, x = gaussian.denoiser(schedule), 80 * np.linspace(-1, 1, 5)
+    expected = x
+    for t, after in zip(times[:-1], times[1:], strict=True):
+        slope = (expected - denoise(expected, t)) / t
+        euler = expected + (after - t) * slope
+        if after:
+            slope = (slope + (euler - denoise(euler, after)) / after) / 2
+        expected = expected + (after - t) * slope
+    np.testing.assert_allclose(_end_in_float64(plan, denoise, x), expected, atol=1e-9)
+    churned = make_plan(schedule, "heun", steps, churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003)
+    raised = (times[:-1] >= 0.05) & (times[:-1] <= 50)
+    np.testing.assert_allclose(churned.t[::2], times[:-1] * (1 + raised * min(40 / steps, 2**0.5 - 1)))
 
 
 def test_churn_keeps_the_distribution(gaussian):
@@ -305,7 +355,10 @@ GRID = discrete_grid(DiscreteSchedule(), 6)
         (lambda: make_plan(DiscreteSchedule(), "ddpm", 5, eta=np.nan), "eta=nan belongs to the sampler ddim"),
         (lambda: dataclasses.replace(solvers.ddim(GRID), noise=np.full(6, np.nan)), "noise is not finite"),
         (lambda: dataclasses.replace(solvers.ddim(GRID), state=np.full(6, 1e39)), "state is not finite in float32"),
-        (lambda: solvers.heun(GRID, churn=1.0), "needs alpha = 1 and t = sigma"),
+        (lambda: solvers.heun(GRID, churn=1.0), "needs alpha = 1 and t = sigma, as in schedule edm"),
+        (lambda: make_plan(EDMSchedule(), "euler", 5, churn=1.0), "churn=1.0 belongs to the sampler heun"),
+        (lambda: make_plan(EDMSchedule(), "heun", 5, churn=-1.0), "churn=-1.0 is impossible"),
+        (lambda: make_plan(FlowSchedule(), "euler", 5, spacing="karras"), "the first time is noise alone"),
         (lambda: solve(solvers.ddpm(GRID), lambda x, t: x, jnp.zeros(2)), "draws noise; give it noise="),
     ],
 )

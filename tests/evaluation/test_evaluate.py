@@ -139,3 +139,26 @@ def test_fields_are_the_run_s_on_its_own_dataset_and_named_or_usual_elsewhere(st
         stage2.config.data.text_field = ""
     assert [run.config.data.text_field for run in (own, other, named)] == ["captions", "", "told"]
     assert named.config.data.image_field == "image"
+
+
+def test_a_sweep_says_in_each_record_what_it_was_computed_with(debug_run, capsys):
+    folder = debug_run("scenes/ddpm_uvit.py")
+    command = [f"--run={folder}", "--metrics=caption_accuracy", "--splits=validation", "--num=2", "--seed=77"]
+    main([*command, "--sweep", "guidance=1,3", "--sweep", "ema=0,1", "--steps=2"])
+    records = [record for record in read_records(folder) if record.get("seed") == 77]
+    assert {(record["ema"], record["guidance"]) for record in records} == {
+        (a, w) for a in (False, True) for w in (1, 3)
+    }
+    for record in records:
+        assert (record["num"], record["steps"], record["sampler"]) == (2, 2, "dpm_solver_multistep")
+    assert "cell 4 of 4: ema=1, guidance=3: caption_accuracy on validation: all" in capsys.readouterr().out
+    for axis, message in (
+        ("temperature=1,2", "has no such setting; it has .*sampler, spacing, steps"),
+        ("ema=0.5", "length 0.5 is impossible"),
+        ("keep_rows=1,2", "there is no such key; choose from guidance"),
+        ("steps=1,2", "--sweep steps and --steps are both given"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([*command, "--steps=2", "--sweep", axis])
+    with pytest.raises(UserError, match="ema=0.1: .* has no averages to make others of"):
+        main([*command, "--sweep", "ema=0.1,1"])

@@ -62,12 +62,10 @@ def test_a_negative_prompt_changes_guided_pictures_and_is_written_down(diffusion
     ("reads", "arguments", "message"),
     [
         ("captions", [], "takes captions; give --prompt=TEXT"),
-        ("captions", ["--label=1"], "takes no classes; it takes captions; give --prompt"),
+        ("captions", ["--label=1"], "takes no classes; it takes captions; give --prompt=TEXT .and besides .*--image"),
         ("captions", ["--prompt=x", "--negative_prompt=y", "--guidance=1"], "no effect with guidance 1"),
         ("captions", ["--prompt=x", "--negative_prompt= "], "--negative_prompt is empty"),
         ("captions", ["--prompt=x", "--label=1"], "takes no classes; it takes captions; give --prompt=TEXT"),
-        ("captions", ["--image=x.png"], "takes no pictures; it takes captions; give --prompt=TEXT"),
-        ("classes", ["--image=x.png"], "takes no pictures; it takes classes; give --label=N, N from 0 to 4"),
         ("classes", [], r"takes classes; give --label=N, N from 0 to 4, the last for none"),
         ("classes", ["--label=5"], "there is no class 5; classes are 0 to 4"),
         ("classes", ["--label=-1"], "there is no class -1; classes are 0 to"),
@@ -78,7 +76,7 @@ def test_a_negative_prompt_changes_guided_pictures_and_is_written_down(diffusion
         ("nothing", ["--prompt=x"], "takes no captions; it takes no condition at all"),
         ("nothing", ["--label=1"], "takes no classes; it takes no condition at all"),
         ("nothing", ["--guidance=2"], "nothing to guide"),
-        ("nothing", ["--image=x.png"], "takes no pictures; it takes no condition at all"),
+        ("nothing", ["--image=x.png"], "cannot read the picture x.png: there is no such file"),
     ],
 )
 def test_mistakes_get_a_line(diffusion_run, tmp_path, reads, arguments, message):
@@ -167,3 +165,32 @@ def test_mistakes_of_a_completion_get_a_line(debug_run, halves, tmp_path, argume
     with pytest.raises(UserError, match=message) as raised:
         main([f"--run={debug_run('scenes/dalle.py')}", *arguments, f"--out={tmp_path}/x.png"])
     assert "\n" not in str(raised.value)
+
+
+def test_a_diffusion_changes_a_picture_where_a_mask_is_white(diffusion_run, draw, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:24, 4:20] = 255
+    names = []
+    for name, array in (("picture", picture), ("mask", mask)):
+        names.append(f"{tmp_path}/{name}.png")
+        Image.fromarray(array).save(names[-1])
+    command = [f"--run={diffusion_run('captions')}", f"--image={names[0]}", "--num=2", "--prompt=a red circle"]
+    images, records, settings = draw(*command, f"--mask={names[1]}")
+    for image in images:
+        np.testing.assert_array_equal(image[mask == 0], picture[mask == 0])
+        assert np.abs(image.astype(int) - picture)[mask > 0].mean() > 20
+    assert np.abs(images[0] - images[1])[mask > 0].max() > 2
+    assert (settings["mask"], settings["strength"], records[0]["image"]) == (names[1], 1.0, names[0])
+    same, _, settings = draw(*command, "--strength=0")
+    np.testing.assert_array_equal(same[0], picture)
+    assert settings["strength"] == 0 and "mask" not in settings
+
+
+def test_a_mask_is_of_a_picture(diffusion_run, debug_run, tmp_path):
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "mask.png")
+    more = [f"--mask={tmp_path}/mask.png", f"--out={tmp_path}/grid.png", "--prompt=x"]
+    with pytest.raises(UserError, match="mask is of a picture to change; give one, --image=FILE"):
+        main([f"--run={diffusion_run('captions')}", *more])
+    with pytest.raises(UserError, match="takes no mask; it takes"):
+        main([f"--run={debug_run('scenes/dalle.py')}", *more])

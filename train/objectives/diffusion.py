@@ -106,7 +106,8 @@ class DiffusionObjective:
         told = sampler.conditioning(params, frozen, sampler.blank(rows, len(t)))
         noise = {"dropout_keys": keys[:, 3]} if train and getattr(sampler.model, "dropout", 0) else {}
         tree = {"params": params["denoiser"]}
-        output = sampler.model.apply(tree, x_t, process.network_time(t), told, train, **noise)
+        seen = process.network_input(x_t, t)
+        output = sampler.model.apply(tree, seen, process.network_time(t), told, train, **noise)
         sampler.check_output(output, x_0)
         prediction, bound = output, None
         if process.variance == "learned":
@@ -121,8 +122,7 @@ class DiffusionObjective:
         values = {"loss": loss, "mse": mse, **({"bound": bound} if bound is not None else {})}
         ones = jnp.ones_like(t)
         metrics = {name: (jnp.sum(value), jnp.sum(ones)) for name, value in values.items()}
-        low, high = process.schedule.time_range
-        quarter = jnp.clip(jnp.floor((t - low) / max(high - low, 1e-9) * QUARTERS), 0, QUARTERS - 1)
+        quarter = jnp.clip(jnp.floor(process.progress(t) * QUARTERS), 0, QUARTERS - 1)
         for number in range(QUARTERS):
             inside = (quarter == number).astype(jnp.float32)
             metrics[f"mse_q{number + 1}"] = (jnp.sum(inside * mse), jnp.sum(inside))

@@ -1,5 +1,6 @@
 """Sampling from a diffusion: whose picture is whose, guidance, compilation, and what is refused."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,12 @@ from cli.errors import UserError
 from configs.paper import uvit
 from configs.scenes import clip, ddpm_uvit
 from configs.toy import swiss_roll
+from diffusion.guidance import Guidance
+from diffusion.process import Process
+from diffusion.schedule import DiscreteSchedule
 from sample.samplers import create_sampler
+from sample.samplers.diffusion import _guide
+from sample.sheets.grid import to_uint8
 
 TEXT = np.random.default_rng(0).integers(1, 20, (4, 12)).astype(np.int32)
 
@@ -116,7 +122,7 @@ def test_a_guided_step_is_one_call_on_both_halves(drawer, monkeypatch):
         }
     )
     draw = sample.samplers.diffusion._draw.__wrapped__
-    jax.eval_shape(functools.partial(draw, sampler, request["steps"], True, False), trees, {}, arrays, keys())
+    jax.eval_shape(functools.partial(draw, sampler, request["steps"], 1.0, True, False), trees, {}, arrays, keys())
     assert sizes == [8]
 
 
@@ -138,6 +144,7 @@ def test_a_trajectory_ends_in_the_picture(drawer):
         ({"sampler": "lms"}, "unknown sampler 'lms'"),
         ({"steps": 0}, "0 steps are not between 1"),
         ({"spacing": "log"}, "unknown spacing 'log'"),
+        ({"guided_channels": 4}, "guided_channels=4 is impossible: the data have 3 channels"),
         ({"label": np.zeros(4, np.int32)}, "this run takes no classes"),
     ],
 )
@@ -145,6 +152,120 @@ def test_what_is_impossible_is_refused(drawer, settings, message):
     sampler, _ = drawer
     with pytest.raises(UserError, match=message):
         sampler.request(TEXT, **settings)
+
+
+PICTURES = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpm_solver_multistep"])
+def test_a_picture_changes_as_much_as_strength_says(drawer, solver):
+    sampler, draw = drawer
+    picture = PICTURES / np.float32(127.5) - 1
+    settings = {"sampler": solver, "steps": 5}
+    untouched = draw(image=PICTURES, strength=0.0, **settings)["image"]
+    np.testing.assert_array_equal(to_uint8(untouched), PICTURES)
+    np.testing.assert_array_equal(draw(image=PICTURES, strength=1.0, **settings)["image"], draw(**settings)["image"])
+    # Between, it begins with the picture under the noise of one of the sampler's times: here the last three steps.
+    outputs = draw(image=PICTURES, strength=0.5, trajectory=True, **settings)
+    plan = sampler.plan(sampler.request(TEXT, **settings)["steps"])
+    assert outputs["states"].shape[1] == 3
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (8, 8, 3)))(keys())
+    np.testing.assert_allclose(outputs["states"][:, 0], plan.alpha[2] * picture + plan.sigma[2] * noise, atol=1e-5)
+    assert np.abs(outputs["image"] - picture).max() > 0.1
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpm_solver_multistep"])
+def test_what_a_mask_does_not_say_stays(drawer, solver):
+    sampler, draw = drawer
+    picture, mask = PICTURES / np.float32(127.5) - 1, np.zeros((4, 8, 8), bool)
+    mask[:, 3:, 2:7] = True
+    settings = {"sampler": solver, "steps": 6, "mask": mask, "trajectory": True}
+    outputs = draw(image=PICTURES, **settings)
+    np.testing.assert_array_equal(to_uint8(outputs["image"])[~mask], PICTURES[~mask])
+    assert np.abs(outputs["image"] - picture)[mask].mean() > 0.1
+    # What is drawn depends on what is known, and not on what is masked.
+    other = PICTURES.copy()
+    other[mask] = 0
+    np.testing.assert_array_equal(draw(image=other, **settings)["image"], outputs["image"])
+    other = PICTURES.copy()
+    other[~mask] = 0
+    assert np.abs(draw(image=other, **settings)["image"] - outputs["image"])[mask].max() > 1e-2
+    if solver == "ddpm":
+        return
+    # Without noise of its own, a solver takes what is known along the noise that it began with.
+    plan = sampler.plan(sampler.request(TEXT, sampler=solver, steps=6)["steps"])
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (8, 8, 3)))(keys())
+    for step in range(6):
+        expected = plan.alpha[step] * picture + plan.sigma[step] * noise
+        np.testing.assert_allclose(outputs["states"][:, step][~mask], expected[~mask], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"strength": 0.5}, "strength is of a picture to change; give one, --image=FILE"),
+        ({"mask": np.ones((4, 8, 8), bool)}, "mask is of a picture to change"),
+        ({"image": PICTURES, "strength": 1.5}, "strength=1.5 is impossible; use 0"),
+        ({"image": PICTURES[:, :4]}, "pictures are 4 x 8, this run's are 8 x 8"),
+    ],
+    ids=["strength alone", "mask alone", "impossible strength", "another size"],
+)
+def test_pictures_and_masks_go_together(drawer, given, message):
+    with pytest.raises(UserError, match=message):
+        drawer[0].request(TEXT, **given)
+
+
+def test_a_weaker_network_guides_instead_of_none(drawer):
+    """Autoguidance: D_0 + w (D_1 - D_0), both told the caption; a sample of one step is that estimate."""
+    sampler, _ = drawer
+    sampler = dataclasses.replace(sampler, process=dataclasses.replace(sampler.process, clip=False))
+    guided = sampler.guided_by(sampler)
+    shapes = jax.eval_shape(init_of(sampler), jax.random.key(0))
+
+    def params(seed):
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+    strong, weak = params(0), params(1)
+    settings = {"sampler": "ddim", "steps": 1}
+    frozen = {"guide": {"params": weak, "frozen": {}}}
+
+    def draw(sampler, params, frozen, **more):
+        return np.asarray(sampler(params, {}, frozen, sampler.request(TEXT, **settings, **more), keys())["image"])
+
+    alone = [draw(sampler, one, {}, guidance=1.0) for one in (strong, weak)]
+    assert np.abs(alone[0] - alone[1]).max() > 0.1
+    np.testing.assert_allclose(
+        draw(guided, strong, frozen, guidance=3.0), alone[1] + 3.0 * (alone[0] - alone[1]), atol=1e-4
+    )
+    np.testing.assert_array_equal(draw(guided, strong, frozen, guidance=1.0), alone[0])
+    with pytest.raises(UserError, match="guidance leads away from the --guide_run"):
+        guided.request(TEXT, negative=TEXT)
+    with pytest.raises(UserError, match="the --guide_run is of another process"):
+        guided.guided_by(dataclasses.replace(sampler, process=Process(DiscreteSchedule(steps=7))))
+
+
+def init_of(sampler):
+    """Makes the parameters of a sampler's networks."""
+
+    def init(key):
+        inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sampler.model.example_inputs(1))
+        text = sampler.text.model.init(key, jnp.asarray(TEXT[:1]))["params"]
+        return {"denoiser": sampler.model.init(key, *inputs)["params"], "text": text}
+
+    return init
+
+
+def test_channels_that_are_not_guided_follow_the_condition_alone():
+    """As DiT's code guides 3 of 4 channels; learned variances are the conditional ones too."""
+    cond, uncond = (jax.random.normal(jax.random.key(i), (2, 4, 4, 8)) for i in range(2))
+    process = Process(DiscreteSchedule(), variance="learned")
+    guided = _guide(Guidance(4.0), process, 3, cond, uncond, jnp.float32(0.5))
+    np.testing.assert_allclose(guided[..., :3], (uncond + 4.0 * (cond - uncond))[..., :3], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(guided[..., 3:], cond[..., 3:])
+    everything = _guide(Guidance(4.0), process, 0, cond, uncond, jnp.float32(0.5))
+    np.testing.assert_allclose(everything[..., 3], (uncond + 4.0 * (cond - uncond))[..., 3], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(everything[..., 4:], cond[..., 4:])
 
 
 def test_a_run_without_conditions_refuses_them():

@@ -7,7 +7,6 @@ import pytest
 
 import models
 from cli.errors import UserError
-from models.dit import DiT
 from weights.files.origin import Folder, WeightsFile, open_origin
 from weights.formats import FORMATS
 from weights.formats.contract import Network, write_files
@@ -45,8 +44,8 @@ def test_there_and_back(tmp_path):
 
 
 def test_shapes_of_published_files_tell_their_networks():
-    published = DiT(**{**SMALL, "image_size": 32, "width": 1152, "depth": 28, "heads": 16, "mlp_ratio": 4})
-    published = published.clone(num_classes=1001)
+    size = {"image_size": 32, "width": 1152, "depth": 28, "heads": 16, "mlp_ratio": 4, "num_classes": 1001}
+    published = models.create_model(**{**SMALL, **size})
     shape = {
         **{"x_embedder.proj.weight": (1152, 4, 2, 2), "pos_embed": (1, 256, 1152)},
         **{"blocks.0.mlp.fc1.weight": (4608, 1152), "final_layer.linear.weight": (32, 1152)},
