@@ -83,13 +83,13 @@ def test_a_new_network_predicts_zeros_and_starts_as_published():
     for kernel in (params["time_1"]["kernel"], params["context_2"]["kernel"], params["label"]["embedding"]):
         assert np.std(kernel) == pytest.approx(0.02, rel=0.1)
     block = params["blocks_0"]
-    for kernel, inputs, outputs in (
+    for kernel, fan_in, fan_out in (
         (params["patch"]["kernel"], 12, 64),
         (block["attention"]["query_key_value"]["kernel"], 64, 3 * 64),
         (block["attention"]["out"]["kernel"], 64, 64),
         (block["mlp"]["up"]["kernel"], 64, 256),
     ):
-        limit = (6 / (inputs + outputs)) ** 0.5
+        limit = (6 / (fan_in + fan_out)) ** 0.5
         assert 0.98 * limit < np.abs(kernel).max() <= limit
 
 

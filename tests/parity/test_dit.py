@@ -1,5 +1,7 @@
 """DiT of diffusers computes what ours computes with the same weights, both ways; and its authors' checkpoints."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,8 +57,9 @@ def test_a_network_through_the_command_and_back(network, tmp_path):
     print(f"largest difference {difference:.1e} of values up to {np.abs(theirs).max():.1f}")
     assert difference < 1e-4 and theirs.std() > 0.1 and np.abs(theirs[0] - theirs[1]).max() > 0.1
 
+    kind: Any = DiTTransformer2DModel
     convert(["--to=diffusers", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
-    back, report = DiTTransformer2DModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    back, report = kind.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(report.values()), report
     for name, tensor in network.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name

@@ -20,6 +20,13 @@ SMALL |= {"width": 384, "depth": 2, "heads": 6, "mlp_ratio": 1}
 OF_DIFFUSERS = {**SMALL, "width": 16, "heads": 2, "mlp_ratio": 4, "last_period": True, "mlp_norm_epsilon": 1e-5}
 
 
+def written(form, network):
+    """What a format makes of a network."""
+    write = FORMATS[form].write
+    assert write is not None
+    return write(network)
+
+
 def test_there_and_back(tmp_path):
     model, params, _ = tiny(SMALL)
     files = dit_files(model, params)
@@ -60,7 +67,7 @@ def test_shapes_of_published_files_tell_their_networks():
 
 def test_diffusers_there_and_back(tmp_path):
     model, params, _ = tiny(OF_DIFFUSERS)
-    write_files(tmp_path, FORMATS["diffusers"].write(Network(model, params, {})))
+    write_files(tmp_path, written("diffusers", Network(model, params, {})))
     origin = open_origin(str(tmp_path))
     assert FORMATS["diffusers"].recognizes(origin) and not FORMATS["dit"].recognizes(origin)
     read = FORMATS["diffusers"].read(origin)
@@ -76,7 +83,7 @@ def test_diffusers_there_and_back(tmp_path):
 
 def test_layers_that_embed_time_differently_are_refused(tmp_path):
     model, params, _ = tiny(OF_DIFFUSERS)
-    tensors = FORMATS["diffusers"].write(Network(model, params, {}))["diffusion_pytorch_model.safetensors"]
+    tensors = written("diffusers", Network(model, params, {}))["diffusion_pytorch_model.safetensors"]
     name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
     with pytest.raises(UserError, match=f"{name} is not that of transformer_blocks.0"):
         dit_from_diffusers(model, {**tensors, name: tensors[name] + 1})
@@ -95,4 +102,4 @@ def test_layers_that_embed_time_differently_are_refused(tmp_path):
 def test_what_theirs_cannot_compute_is_refused(form, change, message):
     model = models.create_model(**{**SMALL, **change})
     with pytest.raises(UserError, match=message):
-        FORMATS[form].write(Network(model, {}, {}))
+        written(form, Network(model, {}, {}))
