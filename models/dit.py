@@ -112,7 +112,7 @@ class DiT(nn.Module):
     Positions are fixed: sines and cosines of column and row, no parameters.
 
     Attributes:
-      image_size: height and width of what is diffused: pixels or latents.
+      image_size: height and width of what is diffused: pixels or latents. Others work where patches divide them.
       patch_size: side P of a patch.
       width: D.
       depth: number of layers.
@@ -156,9 +156,9 @@ class DiT(nn.Module):
         super().__post_init__()
 
     @property
-    def grid(self) -> int:
-        """Patches along a side."""
-        return self.image_size // self.patch_size
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches of a picture of `image_size`."""
+        return (self.image_size // self.patch_size,) * 2
 
     def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Conditioning]:
         """Shapes of the arguments of `__call__`; without a mask."""
@@ -227,14 +227,15 @@ class DiT(nn.Module):
         tokens = conditioning.tokens
         if tokens is not None:
             tokens = shard_rows(self.context_2(nn.gelu(self.context_1(tokens), approximate=True)))
-        patches = rearrange(self.patch(x_t.astype(self.dtype)), "b h w d -> b (h w) d")
-        positions = grid_embedding(self.grid, self.grid, self.width, column_first=True, sine_first=True)
-        x = shard_rows(patches + positions.astype(self.dtype))
+        patches = self.patch(x_t.astype(self.dtype))
+        height, width = patches.shape[1:3]
+        positions = grid_embedding(height, width, self.width, column_first=True, sine_first=True)
+        x = shard_rows(rearrange(patches, "b h w d -> b (h w) d") + positions.astype(self.dtype))
         masks, kinds = (conditioning.mask,), (0,) * self.depth
         x = apply_blocks(self.blocks, x, masks, kinds, condition, tokens, scan=self.scan, remat=self.remat)
         shift, scale = jnp.split(self.final_modulation(condition)[:, None], 2, axis=-1)
         pixels = self.pixel_head(self.final_norm(x) * (1 + scale) + shift)
-        side = {"h": self.grid, "p": self.patch_size, "q": self.patch_size}
+        side = {"h": height, "p": self.patch_size, "q": self.patch_size}
         return shard_rows(rearrange(pixels, "b (h w) (p q c) -> b (h p) (w q) c", **side))
 
     def _check_fields(self) -> None:
@@ -251,9 +252,9 @@ class DiT(nn.Module):
 
     def _check_inputs(self, x_t: Array, conditioning: Conditioning) -> None:
         """Raises ValueError for arguments that are not this network's."""
-        shape = (self.image_size, self.image_size, self.in_channels)
-        if x_t.shape[1:] != shape:
-            raise ValueError(f"x_t is {x_t.shape[1:]}, the network's image_size and in_channels are {shape}")
+        if any(side % self.patch_size for side in x_t.shape[1:3]) or x_t.shape[-1] != self.in_channels:
+            needed = f"{self.patch_size} and {self.in_channels}"
+            raise ValueError(f"x_t is {x_t.shape[1:]}, the network's patch_size and in_channels are {needed}")
         check_conditioning(
             conditioning, tokens=("context_width", self.context_width), label=("num_classes", self.num_classes)
         )

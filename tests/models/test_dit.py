@@ -55,7 +55,7 @@ def test_published_sizes(size, patch_size, parameters, gmacs):
         apply = lambda params, *inputs, model=model: model.apply({"params": params}, *inputs)  # noqa: E731
         products[layers] = matrix_flops(apply, params, *model.example_inputs(1)) / 2e9
     trained = counts[1] + (depth - 1) * (counts[2] - counts[1])
-    fixed = grid_embedding(1, 1, model.width).size * model.grid**2
+    fixed = grid_embedding(1, 1, model.width).size * model.grid[0] * model.grid[1]
     if parameters is not None:
         assert trained + fixed == parameters
     if (size, patch_size) == ("XL", 2):
@@ -126,7 +126,9 @@ def test_arguments_of_another_network_are_refused():
         (x_t, both.replace(label=None), "needs conditioning.label: its num_classes is 5"),
         (x_t, Conditioning(label=both.label), "needs conditioning.tokens: its context_width is 6"),
         (x_t, both.replace(tokens=wide), "tokens are 7 wide, the network's context_width is 6"),
-        (jax.ShapeDtypeStruct((1, 6, 8, 3), jnp.float32), both, r"x_t is \(6, 8, 3\)"),
+        (jax.ShapeDtypeStruct((1, 7, 8, 3), jnp.float32), both, r"x_t is \(7, 8, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(model.init, KEY, changed, t, told)
+    wide = jax.ShapeDtypeStruct((1, 6, 10, 3), jnp.float32)
+    assert jax.eval_shape(model.init_with_output, KEY, wide, t, both)[0].shape == (1, 6, 10, 3)

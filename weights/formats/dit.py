@@ -75,7 +75,7 @@ LAYOUT = Layout(
 
 def fixed_positions(model: DiT) -> np.ndarray:
     """The positions of a network's patches as it adds them, [L, D]."""
-    return np.asarray(grid_embedding(model.grid, model.grid, model.width, column_first=True, sine_first=True))
+    return np.asarray(grid_embedding(*model.grid, model.width, column_first=True, sine_first=True))
 
 
 def from_dit(model: DiT, tensors: Mapping[str, np.ndarray]) -> Tree:
@@ -87,7 +87,7 @@ def from_dit(model: DiT, tensors: Mapping[str, np.ndarray]) -> Tree:
     positions = fixed_positions(model)
     given = np.asarray(tensors.get(POSITIONS, positions[None]), np.float32)
     if given.shape != (1, *positions.shape) or np.abs(given[0] - positions).max() > 1e-2:  # half precision has 1e-3
-        raise UserError(f"{POSITIONS} are not the fixed sines and cosines of {model.grid} x {model.grid} patches")
+        raise UserError(f"{POSITIONS} are not the fixed sines and cosines of {model.grid[0]} x {model.grid[1]} patches")
     return LAYOUT.read(model, {name: array for name, array in tensors.items() if name != POSITIONS})["params"]
 
 
