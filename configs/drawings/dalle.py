@@ -34,7 +34,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.ema.decay = 0.998
     if argument != "debug":
         stage1 = dvae.get_config(argument)
-        config.steps = 5000
+        config.steps = 7500
         config.data.dataset = stage1.data.dataset
         config.data.text_length = config.models.dalle.text_length = 28
         config.frozen.dvae.update(stage1.models.dvae)
