@@ -98,6 +98,14 @@ def get_defaults() -> ConfigDict:
     return config
 
 
+def muon_of(hidden: str) -> tuple[dict[str, str | float], ...]:
+    """Returns rules of an optimizer: Muon for the kernels in whose paths `hidden` is found, the default for all else.
+
+    Jordan et al. 2024 keep it to hidden layers too: first and last ones, embeddings, biases and scales have AdamW.
+    """
+    return {"pattern": hidden, "transform": "muon", "b1": 0.95}, {"pattern": ".*"}
+
+
 def get_diffusion_sampling(sampler: str, steps: int, guidance: float = 1.0) -> ConfigDict:
     """Returns the `config.sample` of a diffusion: solver, and guidance, of which 1 means none."""
     return ConfigDict(

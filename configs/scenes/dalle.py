@@ -13,7 +13,7 @@ run).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, make_debug
+from configs.common import check_argument, get_defaults, make_debug, muon_of
 from configs.mesh_rules import FROZEN_CONVOLUTIONS, TRANSFORMER, WHOLE
 from configs.scenes import dvae
 
@@ -59,8 +59,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.dalle.remat = "none"
     config.models.dalle.dtype = "float32"
 
-    config.loss.text_weight = 1 / 8
-    config.loss.image_weight = 7 / 8
+    config.loss.text_weight = 1 / 64  # published 1/8; what the text model learns of pairs is against those held out
+    config.loss.image_weight = 63 / 64
     config.loss.mask_pads = False
     config.loss.caption_dropout = 0.1
 
@@ -69,12 +69,13 @@ def get_config(argument: str = "") -> ConfigDict:
     config.sample.top_k = 0
     config.sample.top_p = 1.0
 
+    config.optimizer.rules = muon_of(r"blocks_\d+/.*kernel$")
     config.optimizer.b2 = 0.96
     config.optimizer.weight_decay = 0.045
     config.optimizer.clip_norm = 1.0
     config.optimizer.schedule.peak = 2e-3
     config.optimizer.schedule.warmup_steps = 100
-    config.ema.decay = 0.99
+    config.ema.decay = 0.995
 
     config.mesh.rules = TRANSFORMER + FROZEN_CONVOLUTIONS + WHOLE
 

@@ -19,7 +19,7 @@ read by a frozen CLIP; needs runs/clip), `debug` (seconds).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
+from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug, muon_of
 from configs.mesh_rules import UVIT
 from configs.scenes import clip
 
@@ -87,7 +87,7 @@ def get_training(pairs: bool) -> ConfigDict:
 
     # Of the blocks, and of what joins or resamples them.
     hidden = r"(block|skip|residual|attention|resample)\w*/.*kernel$"
-    config.optimizer.rules = ({"pattern": hidden, "transform": "muon", "b1": 0.95}, {"pattern": ".*"})
+    config.optimizer.rules = muon_of(hidden)
     config.optimizer.b2 = 0.99
     config.optimizer.clip_norm = 1.0
     config.optimizer.weight_decay = 0.03

@@ -15,7 +15,7 @@ at the same size, on single32), `debug` (seconds).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, make_debug
+from configs.common import check_argument, get_defaults, make_debug, muon_of
 from configs.mesh_rules import CONVOLUTIONS, WHOLE
 
 
@@ -24,7 +24,7 @@ def get_config(argument: str = "") -> ConfigDict:
     argument = check_argument(argument, ("single32", "pair32", "gumbel", "debug"))
     config = get_defaults()
     config.objective = "dvae" if argument == "gumbel" else "vqvae"
-    config.steps = 2000
+    config.steps = 2000 if argument == "gumbel" else 1600
     config.batch_size = 64
 
     config.data.dataset = "scenes/pair32" if argument == "pair32" else "scenes/single32"
@@ -63,6 +63,9 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.optimizer.clip_norm = 1.0
     config.optimizer.schedule.peak = 2e-3
+    if config.objective == "vqvae":
+        config.optimizer.schedule.peak = 4e-3
+        config.optimizer.rules = muon_of(r"group_\d+_block_\d+/.*kernel$")
     config.optimizer.schedule.warmup_steps = 50
     config.ema.decay = 0.99
 
