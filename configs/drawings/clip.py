@@ -19,7 +19,7 @@ Arguments: `emoji64` (default; 64 pixels, seen at 32), `debug` (seconds; on scen
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument
+from configs.common import check_argument, muon_of
 from configs.scenes import clip
 
 
@@ -30,10 +30,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.transform = "dalle_training"  # other crops of the same picture
     config.data.bpe_dropout = 0.1
     config.optimizer.weight_decay = 0.2
-    config.optimizer.rules = (
-        {"pattern": r"blocks_\d+/.*kernel$", "transform": "muon", "b1": 0.95},
-        {"pattern": ".*"},
-    )
+    config.optimizer.rules = muon_of(r"blocks_\d+/.*kernel$")
     config.ema.decay = 0.998
     if argument != "debug":
         config.steps = 9000

@@ -26,10 +26,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config = dalle.get_config("debug" if argument == "debug" else "")
     config.data.transform = "dalle_training"
     config.data.bpe_dropout = 0.1
-    config.optimizer.rules = (
-        {"pattern": r"blocks_\d+/.*kernel$", "transform": "muon", "b1": 0.95},
-        {"pattern": ".*"},
-    )
     config.optimizer.weight_decay = 0.1
     config.ema.decay = 0.998
     if argument != "debug":
