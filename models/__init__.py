@@ -15,10 +15,12 @@ from models.dalle import Dalle
 from models.dit import DiT
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
 from models.inception import Inception
+from models.llama import Llama
 from models.point_denoiser import PointDenoiser
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 from models.uvit import UViT
+from models.vision_adapter import VisionAdapter
 
 MODELS: dict[str, type[nn.Module]] = {
     "clip": Clip,
@@ -26,10 +28,12 @@ MODELS: dict[str, type[nn.Module]] = {
     "dit": DiT,
     "dvae": DiscreteVAE,
     "inception": Inception,
+    "llama": Llama,
     "point_denoiser": PointDenoiser,
     "text_encoder": TextEncoder,
     "uvit": UViT,
     "unet": UNet,
+    "vision_adapter": VisionAdapter,
     "vqvae": VectorQuantizedVAE,
 }
 

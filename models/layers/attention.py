@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.layers.attention_choice import choose_attention, device_in_context
 from models.layers.dense import DenseGeneral
 from models.layers.partitioning import device_platform, map_rows_and_heads
+from models.layers.rotary import RotaryEmbedding
 
 Initializer = nn.initializers.Initializer
 
@@ -57,8 +58,8 @@ Mask = Bool[Array, "..."] | Bool[np.ndarray, "..."] | MaskChoice | KeyLengths
 
 def attend(
     q: Float[Array, "b l n k"],
-    k: Float[Array, "b m n k"],
-    v: Float[Array, "b m n k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h k"],
     mask: Mask | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "b l n k"]:
@@ -80,8 +81,9 @@ def attend(
 
     Args:
       q: queries.
-      k: keys.
-      v: values.
+      k: keys, of as many heads or of fewer, H, each of which answers N / H heads of queries that follow each other
+        (grouped queries, Ainslie et al. 2023).
+      v: values, of as many heads as the keys.
       mask: True = attend, broadcastable to [b n l m]; what a numpy array [l m] says is known while tracing. A row
         without any True gives the mean of `v` in "xla", and is undefined in the others.
       implementation: one of `IMPLEMENTATIONS`.
@@ -97,7 +99,9 @@ def attend(
         implementation = choose_attention(device_in_context(), q.dtype, q.shape[-1], lengths, kind)
     with jax.named_scope(f"attention_{implementation}"):
         if implementation == "xla":
-            return _attend_xla(q, k, v, mask)
+            return _attend_xla(q, k, v, mask) if q.shape[2] == k.shape[2] else _attend_grouped(q, k, v, mask)
+        # The fused kernels' heads are split over devices, where a group might come apart.
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
         if implementation == "cudnn":
             return _attend_cudnn(q, k, v, mask)
         return _attend_splash(q, k, v, mask, implementation == "splash_interpreted")
@@ -123,6 +127,23 @@ def _attend_xla(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
         scores += jnp.where(_array(mask, keys), 0.0, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnlm,bnmk->bnlk", weights, v).transpose(0, 2, 1, 3)
+
+
+def _attend_grouped(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
+    """As `_attend_xla`, where N / H heads of queries share one of keys: no copies of these are made."""
+    batch, length, heads, width = q.shape
+    keys, groups = k.shape[1:3]
+    q = (q * width**-0.5).reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    scores = jnp.einsum("bgrlk,bgmk->bgrlm", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        seen = jnp.asarray(_array(mask, keys))
+        seen = seen[(None,) * (4 - seen.ndim)]
+        seen = seen[:, :, None] if seen.shape[1] == 1 else seen.reshape(len(seen), groups, -1, *seen.shape[2:])
+        scores += jnp.where(seen, 0.0, _HIDDEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = jnp.einsum("bgrlm,bgmk->bgrlk", weights, v)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
 def _attend_cudnn(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
@@ -287,7 +308,7 @@ class KeyValueCache:
     """Keys and values of every position that a layer has read; positions not yet read hold zeros.
 
     Attributes:
-      key: [B L N K].
+      key: [B L N K], of as many heads as the layer has of keys.
       value: [B L N K].
     """
 
@@ -296,15 +317,19 @@ class KeyValueCache:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with a joint query/key/value projection.
+    """Multi-head self-attention with a joint query/key/value projection, or of grouped queries with two projections.
 
     Attributes:
       width: input and output width D.
       heads: number of heads N.
       head_dim: width K of one head; N K need not be D.
+      kv_heads: number of heads of keys and values, which divides N (see `attend`): queries then have a projection of
+        their own. None for as many as there are queries, projected together with them.
+      rotary: how positions turn queries and keys; None for not at all.
       kernel_init: initializer of the query/key/value projection.
       out_init: initializer of the output projection.
-      use_bias: whether the query/key/value projection has a bias; the output projection has one.
+      use_bias: whether the query/key/value projection has a bias.
+      out_bias: whether the output projection has one.
       implementation: see `attend`; of `__call__`.
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -313,32 +338,45 @@ class SelfAttention(nn.Module):
     width: int
     heads: int
     head_dim: int
+    kv_heads: int | None = None
+    rotary: RotaryEmbedding | None = None
     kernel_init: Initializer = nn.initializers.normal(0.02)
     out_init: Initializer = nn.initializers.normal(0.02)
     use_bias: bool = True
+    out_bias: bool = True
     implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        self.query_key_value = DenseGeneral(
-            (3, self.heads, self.head_dim),
+        project = functools.partial(
+            DenseGeneral,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
+        if self.kv_heads is None:
+            self.query_key_value = project((3, self.heads, self.head_dim))
+        else:
+            if self.kv_heads < 1 or self.heads % self.kv_heads:
+                raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+            self.query = project((self.heads, self.head_dim))
+            self.key_value = project((2, self.kv_heads, self.head_dim))
         self.out = DenseGeneral(
             self.width,
             axis=(-2, -1),
+            use_bias=self.out_bias,
             kernel_init=self.out_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
 
-    def __call__(self, x: Float[Array, "b l d"], mask: Mask | None = None) -> Float[Array, "b l d"]:
-        """Attends within x. `mask` as in `attend`."""
-        q, k, v = self._project(x)
+    def __call__(
+        self, x: Float[Array, "b l d"], mask: Mask | None = None, positions: Int[Array, "*b l"] | None = None
+    ) -> Float[Array, "b l d"]:
+        """Attends within x. `mask` as in `attend`; `positions` if it is rotary, None for 0, 1, 2, ..."""
+        q, k, v = self._project(x, positions)
         # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
         implementation = "xla" if self.is_initializing() else self.implementation
         return self.out(attend(q, k, v, mask, implementation))
@@ -349,7 +387,7 @@ class SelfAttention(nn.Module):
         """Attends from one position an example, whose input is `query`, to all of x; `mask` as in `attend_from_one`.
 
         Much less work than `__call__` where the other positions' outputs are not needed. Its attention is the plain
-        one, whatever `implementation` says.
+        one, whatever `implementation` says. Of a layer with a joint projection, that is not rotary.
         """
         params = self.query_key_value.variables["params"]
         kernel = params["kernel"].astype(self.dtype)
@@ -366,12 +404,17 @@ class SelfAttention(nn.Module):
         Attention is the plain one here and in `decode`, whatever `implementation` says: a network that was trained with
         a fused kernel decodes on any device, and one query against a long cache has nothing to gain from one.
         """
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, None)
         y = self.out(attend(q, k, v, mask))
         return y, KeyValueCache(_pad_length(k, length), _pad_length(v, length))
 
     def decode(
-        self, x: Float[Array, "b 1 d"], mask: Mask, position: Int[Array, ""], cache: KeyValueCache
+        self,
+        x: Float[Array, "b 1 d"],
+        mask: Mask,
+        position: Int[Array, ""],
+        cache: KeyValueCache,
+        positions: Int[Array, "b 1"] | None = None,
     ) -> tuple[Float[Array, "b 1 d"], KeyValueCache]:
         """Attends from one new position to the cache.
 
@@ -380,16 +423,26 @@ class SelfAttention(nn.Module):
           mask: its row of the mask, [1 L]; it must hide what is not yet read.
           position: its index, at which the cache is written.
           cache: of all L positions.
+          positions: if it is rotary, that of each example, which pads before it in the cache do not count; None for
+            `position`.
 
         Returns:
           (output, the cache with the new position in it).
         """
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, jnp.reshape(position, 1) if positions is None else positions)
         key = jax.lax.dynamic_update_slice_in_dim(cache.key, k.astype(cache.key.dtype), position, axis=1)
         value = jax.lax.dynamic_update_slice_in_dim(cache.value, v.astype(cache.value.dtype), position, axis=1)
         return self.out(attend(q, key, value, mask)), KeyValueCache(key, value)
 
-    def _project(self, x: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, each [B L N K]."""
-        joint = self.query_key_value(x)
-        return joint[..., 0, :, :], joint[..., 1, :, :], joint[..., 2, :, :]
+    def _project(self, x: Array, positions: Array | None) -> tuple[Array, Array, Array]:
+        """Queries [B L N K], keys and values, both [B L H K]."""
+        if self.kv_heads is None:
+            joint = self.query_key_value(x)
+            q, k, v = joint[..., 0, :, :], joint[..., 1, :, :], joint[..., 2, :, :]
+        else:
+            q, both = self.query(x), self.key_value(x)
+            k, v = both[..., 0, :, :], both[..., 1, :, :]
+        if self.rotary is None:
+            return q, k, v
+        positions = jnp.arange(x.shape[1]) if positions is None else positions
+        return self.rotary.turn(q, positions), self.rotary.turn(k, positions), v

@@ -68,6 +68,7 @@ class GatedMLP(nn.Module):
       activation: of the gate, a key of `ACTIVATIONS`; "gelu" makes it GEGLU.
       kernel_init: initializer of the first layers, which are one: index 0 of its output is up, 1 the gate.
       out_init: initializer of the last layer.
+      use_bias: whether the layers have one.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
@@ -76,13 +77,14 @@ class GatedMLP(nn.Module):
     activation: str = "gelu"
     kernel_init: Initializer = nn.initializers.normal(0.02)
     out_init: Initializer = nn.initializers.normal(0.02)
+    use_bias: bool = True
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Applies the block to each position on its own."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
         both = DenseGeneral((2, self.hidden), kernel_init=self.kernel_init, name="up_gate", **types)(x)
         y = both[..., 0, :] * ACTIVATIONS[self.activation](both[..., 1, :])
         return Dense(x.shape[-1], kernel_init=self.out_init, name="down", **types)(y)

@@ -8,6 +8,7 @@ wrong, at 25,000 all of it.
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -20,6 +21,28 @@ Initializer = nn.initializers.Initializer
 def layer_norm(**fields: Any) -> nn.LayerNorm:
     """A LayerNorm (Ba et al. 2016) of epsilon 1e-5, unless `fields` have another."""
     return nn.LayerNorm(**{"epsilon": 1e-5, "use_fast_variance": False, **fields})
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean of x^2 + epsilon), times a scale (Zhang and Sennrich 2019); the quotient is float32, then cast.
+
+    Attributes:
+      epsilon: added to the mean of squares.
+      dtype: of the result.
+      param_dtype: of the scale.
+    """
+
+    epsilon: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Normalizes the last axis."""
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return y.astype(self.dtype) * scale.astype(self.dtype)
 
 
 class AdaptiveLayerNorm(nn.Module):

@@ -14,10 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.layers.attention import KeyValueCache, Mask, MaskChoice, SelfAttention
 from models.layers.mlp import MLP, GatedMLP
-from models.layers.normalization import AdaptiveLayerNorm, layer_norm
+from models.layers.normalization import AdaptiveLayerNorm, RMSNorm, layer_norm
 from models.layers.partitioning import shard_rows
+from models.layers.rotary import RotaryEmbedding
 
 Initializer = nn.initializers.Initializer
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer": layer_norm, "rms": RMSNorm}
 
 REMAT = {
     "none": None,
@@ -54,9 +57,10 @@ class BlockInitializers:
 
 
 class Block(nn.Module):
-    """A pre-normalization transformer layer; LayerNorm has float32 statistics and epsilon 1e-5.
+    """A pre-normalization transformer layer; norms have float32 statistics and epsilon 1e-5.
 
-    Raises ValueError when called with a condition that it was not built for, or without the one that it was.
+    Raises ValueError when called with a condition that it was not built for, or without the one that it was, and if
+    there is no such norm.
 
     Attributes:
       width: D.
@@ -65,8 +69,15 @@ class Block(nn.Module):
       mlp_hidden: hidden width of the feed-forward block.
       activation: see `models.layers.mlp.ACTIVATIONS`.
       initializers: of the parameters.
+      kv_heads: of keys and values, see `models.layers.attention.SelfAttention`.
+      rotary: see there.
+      norm: "layer" for LayerNorm, "rms" for RMSNorm; not of an adaptive layer.
       attention_bias: whether the query/key/value projection has one.
+      attention_out_bias: whether attention's output projection has one.
       gated_mlp: the feed-forward block is a `GatedMLP`; `initializers` of its biases are not used.
+      mlp_bias: whether a gated feed-forward block has biases; a plain one has.
+      residual_gates: what attention and the feed-forward block add is multiplied by tanh of a number each, which
+        starts at 0, so that the layer starts as the identity (Alayrac et al. 2022, section 3.2).
       adaptive: a condition scales and shifts what both norms return (`AdaptiveLayerNorm`); only `__call__` takes one.
       implementation: see `models.layers.attention.attend`.
       dtype: of the computation; LayerNorm statistics, attention scores and softmax are float32 in any case.
@@ -79,8 +90,14 @@ class Block(nn.Module):
     mlp_hidden: int
     activation: str
     initializers: BlockInitializers
+    kv_heads: int | None = None
+    rotary: RotaryEmbedding | None = None
+    norm: str = "layer"
     attention_bias: bool = True
+    attention_out_bias: bool = True
     gated_mlp: bool = False
+    mlp_bias: bool = True
+    residual_gates: bool = False
     adaptive: bool = False
     implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
@@ -89,36 +106,49 @@ class Block(nn.Module):
     def setup(self) -> None:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         inits = self.initializers
-        norm: Any = functools.partial(AdaptiveLayerNorm if self.adaptive else layer_norm, **types)
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
+        norm: Any = functools.partial(AdaptiveLayerNorm if self.adaptive else NORMS[self.norm], **types)
         self.attention_norm = norm()
         self.attention = SelfAttention(
             self.width,
             self.heads,
             self.head_dim,
+            self.kv_heads,
+            self.rotary,
             kernel_init=inits.attention,
             out_init=inits.attention_out,
             use_bias=self.attention_bias,
+            out_bias=self.attention_out_bias,
             implementation=self.implementation,
             **types,
         )
         self.mlp_norm = norm()
         kernels = {"kernel_init": inits.mlp, "out_init": inits.mlp_out}
         if self.gated_mlp:
-            self.mlp = GatedMLP(self.mlp_hidden, self.activation, **kernels, **types)
+            self.mlp = GatedMLP(self.mlp_hidden, self.activation, use_bias=self.mlp_bias, **kernels, **types)
         else:
             biases = {"bias_init": inits.mlp_bias, "out_bias_init": inits.mlp_out_bias}
             self.mlp = MLP(self.mlp_hidden, self.activation, **kernels, **biases, **types)
+        if self.residual_gates:
+            zeros = nn.initializers.zeros_init()
+            self.attention_gate = self.param("attention_gate", zeros, (1,), self.param_dtype)
+            self.mlp_gate = self.param("mlp_gate", zeros, (1,), self.param_dtype)
 
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Mask | None = None, condition: Float[Array, "b c"] | None = None
+        self,
+        x: Float[Array, "b l d"],
+        mask: Mask | None = None,
+        condition: Float[Array, "b c"] | None = None,
+        positions: Int[Array, "*b l"] | None = None,
     ) -> Float[Array, "b l d"]:
-        """Applies the layer; `mask` as in `attend`, `condition` if it is adaptive."""
+        """Applies the layer; `mask` as in `attend`, `condition` if it is adaptive, `positions` if it is rotary."""
         if self.adaptive != (condition is not None):
             needs, given = ("needs", "none") if self.adaptive else ("takes no", "one")
             raise ValueError(f"a layer with adaptive={self.adaptive} {needs} condition, {given} was given")
         conditions = (condition,) if self.adaptive else ()
-        x = shard_rows(x + self.attention(self.attention_norm(x, *conditions), mask))
-        return shard_rows(x + self.mlp(self.mlp_norm(x, *conditions)))
+        x = self._add_attention(x, self.attention(self.attention_norm(x, *conditions), mask, positions))
+        return self._add_mlp(x, *conditions)
 
     def read(
         self, query: Float[Array, "b d"], x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None
@@ -131,24 +161,40 @@ class Block(nn.Module):
           mask: True = that position attends; its row of the mask.
         """
         y = self.attention.read(self.attention_norm(query), self.attention_norm(x), mask)
-        query = shard_rows(query + y)
-        return shard_rows(query + self.mlp(self.mlp_norm(query)))
+        return self._add_mlp(self._add_attention(query, y))
 
     def prefill(
         self, x: Float[Array, "b l d"], mask: np.ndarray, length: int
     ) -> tuple[Float[Array, "b l d"], KeyValueCache]:
         """As `__call__`, and starts a cache of `length` positions."""
         y, cache = self.attention.prefill(self.attention_norm(x), mask, length)
-        x = shard_rows(x + y)
-        return shard_rows(x + self.mlp(self.mlp_norm(x))), cache
+        return self._add_mlp(self._add_attention(x, y)), cache
 
     def decode(
-        self, x: Float[Array, "b 1 d"], mask: Array, position: Int[Array, ""], cache: KeyValueCache
+        self,
+        x: Float[Array, "b 1 d"],
+        mask: Array,
+        position: Int[Array, ""],
+        cache: KeyValueCache,
+        positions: Int[Array, "b 1"] | None = None,
     ) -> tuple[Float[Array, "b 1 d"], KeyValueCache]:
-        """Applies the layer to one new position; `mask` [1 L] is its row."""
-        y, cache = self.attention.decode(self.attention_norm(x), mask, position, cache)
-        x = shard_rows(x + y)
-        return shard_rows(x + self.mlp(self.mlp_norm(x))), cache
+        """Applies the layer to one new position; `mask` [1 L] is its row, `positions` as in `SelfAttention.decode`."""
+        y, cache = self.attention.decode(self.attention_norm(x), mask, position, cache, positions)
+        return self._add_mlp(self._add_attention(x, y)), cache
+
+    def _add_attention(self, x: Array, y: Array) -> Array:
+        """The state with what attention makes of it."""
+        return shard_rows(x + (gated(y, self.attention_gate) if self.residual_gates else y))
+
+    def _add_mlp(self, x: Array, *conditions: Array) -> Array:
+        """The state with what the feed-forward block makes of it."""
+        y = self.mlp(self.mlp_norm(x, *conditions))
+        return shard_rows(x + (gated(y, self.mlp_gate) if self.residual_gates else y))
+
+
+def gated(y: Float[Array, "*b d"], gate: Float[Array, "1"]) -> Float[Array, "*b d"]:
+    """Y times tanh of a gate."""
+    return y * jnp.tanh(gate).astype(y.dtype)
 
 
 def check_remat(remat: str) -> None:

@@ -329,3 +329,12 @@ def test_decoding_from_a_cache_is_attention_in_parallel():
     for i in range(2, 6):
         y, cache = decode(params, x[:, i : i + 1], mask[i : i + 1], i, cache)
         np.testing.assert_allclose(y, expected[:, i : i + 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, np.tri(5, 7, dtype=bool), "heads"], ids=["none", "causal", "of each head"])
+def test_grouped_queries_are_those_of_repeated_keys(mask):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, *shape, 4)), jnp.float32) for shape in ((5, 6), (7, 2), (7, 2)))
+    mask = jnp.asarray(rng.random((2, 6, 5, 7)) < 0.7) if isinstance(mask, str) else mask
+    expected = attend(q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2), mask)
+    np.testing.assert_allclose(attend(q, k, v, mask), expected, atol=1e-6)
