@@ -134,9 +134,10 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     part = options.part or fitting[0]
     fields = trained_model(run, part)
     if fields["name"] not in form.networks:
-        raise UserError(f"part {part!r} of {options.run} is a {fields['name']}; {form.name} is of {form.networks[0]}")
+        holds = ", ".join(form.networks)
+        raise UserError(f"part {part!r} of {options.run} is a {fields['name']}; {form.name} is of {holds}")
     output = free_folder(options.output)
-    weights = run.load(options.step or None, parts=(part,))
+    weights = run.load(options.step or None, parts=(part,), mapped=True)
     network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}))
     files = form.write(network)
     write_files(new_folder(output), files)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cli.errors import UserError
@@ -31,7 +30,8 @@ def write_pretrained(
     Args:
       folder: a new or empty one.
       config: as a run's: objective, models, and what else the weights need (frozen, process, sample, sizes in data).
-      params: {part: tree} of its networks, and of frozen ones whose source is `weights.run.OWN`.
+      params: {part: tree} of its networks, and of frozen ones whose source is `weights.run.OWN`; leaves are arrays, or
+        `weights.files.tensors.Deferred`, which are made one by one.
       variables: {part: {collection: tree}}; may be empty.
       provenance: where the weights are from; a hash of them is added.
       tokenizer: of its captions.
@@ -44,7 +44,7 @@ def write_pretrained(
     for part, tree in params.items():
         for collection, leaves in {"params": tree, **variables.get(part, {})}.items():
             for path, leaf in flatten_dict(leaves).items():
-                tensors[tensor_name(part, collection, "/".join(path))] = np.asarray(leaf)
+                tensors[tensor_name(part, collection, "/".join(path))] = leaf
     write_tensors(folder / WEIGHTS, tensors)
     with (folder / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

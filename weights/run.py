@@ -132,7 +132,11 @@ class Run:
         return steps[0]
 
     def load(
-        self, step: int | None = None, ema: bool | float = True, parts: Collection[str] | None = None
+        self,
+        step: int | None = None,
+        ema: bool | float = True,
+        parts: Collection[str] | None = None,
+        mapped: bool = False,
     ) -> RunWeights:
         """Reads weights onto the first device.
 
@@ -141,6 +145,8 @@ class Run:
           ema: take the moving average where there is one; or the length of one that is made of those that training
             kept, see `weights.power_averages`.
           parts: which networks, of `models()`; None for those that the run trains.
+          mapped: leave the weights of a run that was trained elsewhere in their file, as numpy arrays of it: they need
+            no memory until they are used.
 
         Raises:
           UserError: if there is no such checkpoint, or the weights are missing, damaged or not those of the config.
@@ -152,7 +158,7 @@ class Run:
                 raise UserError(f"{self.folder} was trained elsewhere and has no averages to make others of")
             if step:
                 raise UserError(f"{self.folder} was trained elsewhere and has no checkpoint {step}; set `step` to 0")
-            params, variables = self._read_weights(parts)
+            params, variables = self._read_weights(parts, mapped)
             return RunWeights(params, variables, step=0, ema=False)
         store = CheckpointStore(self.folder / CHECKPOINTS)
         latest = self.latest_step()
@@ -172,7 +178,7 @@ class Run:
         )
         return RunWeights(params, variables, step, ema if length is None else length)
 
-    def _read_weights(self, parts: Collection[str]) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    def _read_weights(self, parts: Collection[str], mapped: bool) -> tuple[dict[str, Tree], dict[str, Tree]]:
         """Reads (params, variables) of some parts from `WEIGHTS`, after comparing all of it with the config."""
         file = self.folder / WEIGHTS
         tensors = read_tensors(file)
@@ -186,7 +192,8 @@ class Run:
         check_finite(str(file), tensors, allowed=read_json(self.folder / PROVENANCE).get(NONFINITE) is True)
         trees: dict[str, dict[str, Tree]] = unflatten_dict(
             {
-                tuple(name.split("/")): jnp.asarray(array, wanted[name].dtype)
+                # A copy, where the arrays are not wanted as they lie in the file.
+                tuple(name.split("/")): array if mapped else jnp.array(array, wanted[name].dtype)
                 for name, array in tensors.items()
                 if name.split("/")[1] in parts
             }

@@ -5,6 +5,7 @@ they are arranged. Both directions follow from the same rule, so that what is wr
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cli.errors import UserError
-from weights.files.tensors import Tensors
+from weights.files.tensors import Deferred, Tensors
 
 Tree = Any
 
@@ -71,16 +72,17 @@ class Rule:
     Attributes:
       path: a regular expression of the whole path of a leaf, "image/blocks_0/mlp/up/kernel".
       names: what it is called there: a template of `re.Match.expand`, or a function of the match. A last part that is
-        one of our leaf names is translated. Several names hold what lies apart on the third axis from the end here:
-        query, key and value.
-      kernel: the form of a leaf called "kernel"; a bias is flat there.
+        one of our leaf names is translated. Several names hold what lies apart on one axis here: query, key and value.
+      kernel: the form of a leaf called "kernel", or of each of its names; a bias is flat there.
       other: the form of anything else.
+      axis: what several names lie apart on, from the end: the third.
     """
 
     path: str
-    names: str | tuple[str, ...] | Callable[[re.Match[str]], str]
-    kernel: Form = LINEAR
+    names: str | tuple[str, ...] | Callable[[re.Match[str]], str | tuple[str, ...]]
+    kernel: Form | tuple[Form, ...] = LINEAR
     other: Form = SAME
+    axis: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,25 +114,37 @@ class Layout:
         Raises:
           UserError: if tensors are missing, unexpected or of another shape; lists all of them.
         """
+        return jax.tree.map(lambda leaf: jnp.array(leaf.make(), leaf.dtype), self.read_deferred(model, tensors))
+
+    def read_deferred(self, model: Any, tensors: Mapping[str, Any]) -> dict[str, Tree]:
+        """As `read`, of a network that need not fit the memory: leaves are `Deferred`, tensors may be."""
         expected = model_shapes(model)
         places = {path: self._find(path) for path in expected}
         wanted: dict[str, tuple[int, ...]] = {}
         for path, leaf in expected.items():
-            names, form = places[path]
             # An array without memory: only the shapes of what it becomes are wanted.
-            outward = _separated(np.broadcast_to(np.zeros((), np.float32), leaf.shape), len(names))
-            wanted |= {name: form.outward(array).shape for name, array in zip(names, outward, strict=True)}
+            outward = _separated(np.broadcast_to(np.zeros((), np.float32), leaf.shape), places[path])
+            wanted |= {
+                name: form.outward(array).shape for (name, form), array in zip(places[path].parts, outward, strict=True)
+            }
         given = {name: array for name, array in tensors.items() if not re.fullmatch(self.ignored, name)}
         check_tensors(self.what, wanted, {name: tuple(array.shape) for name, array in given.items()})
 
-        arrays: dict[tuple[str, ...], jax.Array] = {}
-        for path, leaf in expected.items():
-            names, form = places[path]
-            shape = leaf.shape if len(names) == 1 else leaf.shape[:-3] + leaf.shape[-2:]
-            parts = [form.inward(np.asarray(given[name]), shape) for name in names]
-            value = parts[0] if len(parts) == 1 else np.stack(parts, axis=len(leaf.shape) - 3)
-            arrays[tuple(path.split("/"))] = jnp.array(value, leaf.dtype)
-        return unflatten_dict(arrays)
+        def make(path: str) -> np.ndarray:
+            shape, place = expected[path].shape, places[path]
+            if len(place.parts) == 1:
+                ((name, form),) = place.parts
+                return form.inward(np.asarray(given[name]), shape)
+            axis = len(shape) - place.axis
+            shape = shape[:axis] + shape[axis + 1 :]
+            return np.stack([form.inward(np.asarray(given[name]), shape) for name, form in place.parts], axis=axis)
+
+        return unflatten_dict(
+            {
+                tuple(path.split("/")): Deferred(leaf.shape, leaf.dtype, functools.partial(make, path))
+                for path, leaf in expected.items()
+            }
+        )
 
     def write(self, variables: Mapping[str, Tree]) -> Tensors:
         """Converts {collection: tree} to tensors of float32, by their names.
@@ -138,28 +152,49 @@ class Layout:
         Raises:
           UserError: if this layout has no place for some of them.
         """
-        tensors: Tensors = {}
+        tensors = self.write_deferred(variables)
+        # Copies, writable and not views of ours.
+        return {name: np.array(tensor.make(), np.float32, order="C") for name, tensor in tensors.items()}
+
+    def write_deferred(self, variables: Mapping[str, Tree]) -> dict[str, Deferred]:
+        """As `write`, one by one and in the dtypes that they have."""
+        tensors: dict[str, Deferred] = {}
+
+        def make(value: Any, place: _Place, index: int) -> np.ndarray:
+            return place.parts[index][1].outward(_separated(np.asarray(value), place)[index])
+
         for path, value in _by_path(variables).items():
-            names, form = self._find(path)
-            parts = _separated(np.asarray(value, np.float32), len(names))
-            # Copies, writable and not views of ours.
-            tensors |= {name: np.array(form.outward(part), order="C") for name, part in zip(names, parts, strict=True)}
+            place = self._find(path)
+            like = _separated(np.broadcast_to(np.zeros((), np.float32), value.shape), place)
+            for index, ((name, form), part) in enumerate(zip(place.parts, like, strict=True)):
+                shape = form.outward(part).shape
+                tensors[name] = Deferred(shape, value.dtype, functools.partial(make, value, place, index))
         return tensors
 
-    def _find(self, path: str) -> tuple[tuple[str, ...], Form]:
-        """Names and form of the leaf at "collection/module/.../leaf"."""
+    def _find(self, path: str) -> "_Place":
+        """Where the leaf at "collection/module/.../leaf" is."""
         leaf = path.rpartition("/")[2]
         for rule in self.rules:
             if match := re.fullmatch(rule.path, path.partition("/")[2]):
                 templates = rule.names(match) if callable(rule.names) else rule.names
                 templates = (templates,) if isinstance(templates, str) else templates
                 form = {"kernel": rule.kernel, "bias": FLAT}.get(leaf, rule.other)
-                return tuple(self._translated(match.expand(template)) for template in templates), form
+                forms = form if isinstance(form, tuple) else (form,) * len(templates)
+                names = (self._translated(match.expand(template)) for template in templates)
+                return _Place(tuple(zip(names, forms, strict=True)), rule.axis)
         raise UserError(f"the layout of {self.what} has no place for {path}; convert to another one")
 
     def _translated(self, name: str) -> str:
         head, dot, leaf = name.rpartition(".")
         return head + dot + self.leaves.get(leaf, leaf) if dot else name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where one of our leaves is: (name, form) of each part of it, which lie apart on an axis from the end."""
+
+    parts: tuple[tuple[str, Form], ...]
+    axis: int
 
 
 def check_tensors(what: str, wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
@@ -216,6 +251,6 @@ def _by_path(tree: Mapping[str, Tree]) -> dict[str, Any]:
     return {"/".join(path): leaf for path, leaf in flatten_dict(dict(tree)).items()}
 
 
-def _separated(array: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Takes the third axis from the end apart where values have several names."""
-    return [array] if parts == 1 else list(np.moveaxis(array, array.ndim - 3, 0))
+def _separated(array: np.ndarray, place: _Place) -> list[np.ndarray]:
+    """Takes an axis apart where values have several names."""
+    return [array] if len(place.parts) == 1 else list(np.moveaxis(array, array.ndim - place.axis, 0))

@@ -1,11 +1,17 @@
 """Files of named tensors as numpy arrays: safetensors, npz, and what PyTorch saves, which is read without PyTorch.
 
+Tensors of a safetensors file stay in it until they are used, and are written one by one: of a network that is larger
+than the memory, no more than a tensor needs be in it.
+
 A PyTorch file (.pt, .pth, .bin, .ckpt, .pkl) is a pickle, and unpickling runs whatever code the file names. The reader
 here knows the few names that a tensor is made of, gives them harmless stand-ins, and refuses every other one. It reads
 zip archives (PyTorch 1.6 and later), the stream of pickles of earlier versions, and pickled modules and TorchScript
 archives, of which it takes the parameters and buffers and leaves the code.
 """
 
+import dataclasses
+import json
+import math
 import os
 import pickle
 import uuid
@@ -17,7 +23,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from jax.typing import DTypeLike
 
 from cli.errors import UserError
 from weights.files.torch_pickle import Refused, read_pickle, tensors_of
@@ -38,11 +44,34 @@ _SAFETENSORS_DTYPES = {
     **{"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2},
 }
 
+_NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
+_HEADER = 8  # bytes of a safetensors file before its header, which say how long that is
+
 # What a damaged file makes of the readers; none of them executes what a file says.
 _DAMAGE = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError, RecursionError),
     *(MemoryError, NotImplementedError, pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """An array that is made when numpy asks for it, and not kept.
+
+    Attributes:
+      shape: of the array.
+      dtype: of the array.
+      make: returns it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+    make: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        """The array, as numpy's protocol has it."""
+        del copy  # nobody else has it
+        return np.asarray(self.make(), self.dtype if dtype is None else dtype)
 
 
 def read_tensors(path: str | Path) -> Tensors:
@@ -54,7 +83,8 @@ def read_tensors(path: str | Path) -> Tensors:
 
     Returns:
       name -> array of the stored dtype (bfloat16 and float8 as ml_dtypes has them) and shape, in the file's order. Some
-      arrays may be read-only, strided, or share memory, as the stored tensors did.
+      arrays may be read-only, strided, or share memory, as the stored tensors did; those of a safetensors file are the
+      file itself (memory-mapped), which must not be overwritten in place while they are used.
 
     Raises:
       UserError: if the file is missing, damaged, of another format, or holds anything but tensors.
@@ -123,7 +153,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
 
     Args:
       path: of the file, named .safetensors; its folder is made.
-      tensors: name -> array, of any strides.
+      tensors: name -> array, of any strides, or `Deferred`; made and written one by one.
 
     Raises:
       UserError: if the path is named otherwise or cannot be written.
@@ -135,22 +165,85 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file({name: np.array(array, order="C") for name, array in tensors.items()}, draft)  # takes no strides
+            _write_safetensors(draft, tensors)
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"cannot write the weights {path}: {error}") from error
 
 
+def in_shards(tensors: Mapping[str, Any], largest: int = 5 * 10**9) -> dict[str, Mapping[str, Any]]:
+    """The files that transformers and diffusers have of a network: one, or several with an index of what is where.
+
+    Args:
+      tensors: name -> array or `Deferred`.
+      largest: bytes of a file; one tensor may be larger.
+
+    Returns:
+      file name -> tensors, or the index's JSON object.
+    """
+    shards: list[dict[str, Any]] = [{}]
+    filled = total = 0
+    for name, array in tensors.items():
+        size = _bytes(array)
+        if shards[-1] and filled + size > largest:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = array
+        filled, total = filled + size, total + size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    files = {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
+    places = {name: file for file, shard in files.items() for name in shard}
+    return {**files, "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": places}}
+
+
 def _read_safetensors(path: Path) -> Tensors:
+    with safetensors.safe_open(path, framework="numpy"):  # checks names, shapes and places
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_HEADER), "little")
+        header = json.loads(file.read(length))
+    start = _HEADER + length
+    data = np.memmap(path, np.uint8, mode="r", offset=start) if path.stat().st_size > start else np.zeros(0, np.uint8)
+    header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in safetensors.deserialize(path.read_bytes()):
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise Refused(f"holds {name!r} as {entry['dtype']}, which numpy has no dtype for")
-        dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
-        tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+        begin, end = entry["data_offsets"]
+        array = np.asarray(data)[begin:end].view(_SAFETENSORS_DTYPES[entry["dtype"]])
+        tensors[name] = array.reshape(entry["shape"])
     return tensors
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Writes header, then tensors one by one: wide ones first, so that each begins at a multiple of its width."""
+    header, place = {}, 0
+    dtypes = {name: np.dtype(array.dtype).newbyteorder("=") for name, array in tensors.items()}
+    if unknown := [f"{name} as {dtype}" for name, dtype in dtypes.items() if dtype not in _NAMES_OF_DTYPES]:
+        raise UserError(f"cannot write the weights {path}: safetensors has no place for {unknown[0]}")
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    for name in names:
+        end = place + _bytes(tensors[name])
+        kind = _NAMES_OF_DTYPES[dtypes[name]]
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_HEADER, "little") + text)
+        for name in names:
+            array = np.array(tensors[name], dtypes[name], order="C")  # of any strides
+            if array.nbytes != header[name]["data_offsets"][1] - header[name]["data_offsets"][0]:
+                raise ValueError(f"{name} was said to be {list(tensors[name].shape)} and is {list(array.shape)}")
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def _bytes(array: Any) -> int:
+    """Of an array that may be none yet."""
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
 def _read_npz(path: Path) -> Tensors:

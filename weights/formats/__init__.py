@@ -6,6 +6,7 @@ from weights.formats import (
     dalle_pytorch,
     diffusers,
     dit,
+    meta_llama,
     mindall_e,
     open_clip,
     transformers,
@@ -18,5 +19,6 @@ FORMATS: dict[str, Format] = {
     for each in (
         *(transformers.FORMAT, open_clip.FORMAT, open_clip.OPENAI_FORMAT, diffusers.FORMAT, uvit.FORMAT, dit.FORMAT),
         *(dall_e.FORMAT, dalle_pytorch.FORMAT, mindall_e.FORMAT, dalle_mini.FORMAT),
+        meta_llama.FORMAT,
     )
 }

@@ -1,20 +1,24 @@
-"""CLIP as the transformers library has it (`CLIPModel`): its config and tensors to our fields and parameters, and back.
+"""What the transformers library saves: CLIP here (`CLIPModel`), Llama and Llama Vision in files of their own.
 
-The traps of that format: configs of before 2023 give the end token as 2, which the library takes for "the highest id
+The traps of CLIP's config: those of before 2023 give the end token as 2, which the library takes for "the highest id
 of the row"; and the activation stands twice, once for each tower.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cli.errors import UserError
 from models import create_model
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
+from models.llama import Llama
+from models.vision_adapter import VisionAdapter
 from weights.files.fields import IDLE, Field, fixed, read_fields, real, several, whole, word
 from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors, Tree, linear
 from weights.files.origin import Origin, peek_json, read_weights
 from weights.formats.contract import Converted, Files, Format
 from weights.formats.runs import CLIP_OPTIONS, clip_run
+from weights.formats.transformers_llama import llama_files, read_llama
+from weights.formats.transformers_mllama import mllama_files, read_mllama
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -167,7 +171,7 @@ def clip_fields(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | Non
       UserError: if it is another model's, or a CLIP that ours cannot compute.
     """
     if config.get("model_type") != "clip":
-        raise UserError(f"config.json is of model_type {config.get('model_type')!r}; only 'clip' is converted")
+        raise UserError(f"config.json is of model_type {config.get('model_type')!r}; of CLIPs only 'clip' is converted")
     given = read_fields("this CLIP", config, _CONFIG)
     towers = {}
     for tower, table in _TOWERS.items():
@@ -355,23 +359,40 @@ def square(key: str, value: Any) -> int:
     return sides.pop()
 
 
-def _recognizes(origin: Origin) -> bool:
-    config = origin.find("config.json")
-    return config is not None and peek_json(config).get("model_type") == "clip"
-
-
-def _read(origin: Origin, tokenizer: str = "") -> Converted:
+def _read_clip(origin: Origin, tokenizer: str) -> Converted:
     fields, tensors = read_clip(origin)
     return clip_run(origin, fields, *clip_from_transformers(create_model(**fields), tensors), tokenizer)
 
 
+_READERS: dict[str, Callable[[Origin], Converted]] = {"llama": read_llama, "mllama": read_mllama}
+_WRITERS: dict[type, Callable[[Any, Tree], Files]] = {
+    Clip: clip_files,
+    Llama: llama_files,
+    VisionAdapter: mllama_files,
+}
+
+
+def _recognizes(origin: Origin) -> bool:
+    config = origin.find("config.json")
+    return config is not None and peek_json(config).get("model_type") in ("clip", *_READERS)
+
+
+def _read(origin: Origin, tokenizer: str = "") -> Converted:
+    kind = origin.json("config.json").get("model_type")
+    if kind not in _READERS:  # an unknown one is refused there
+        return _read_clip(origin, tokenizer)
+    if tokenizer:
+        raise UserError("--tokenizer is of a CLIP, and this is a language model; leave it out")
+    return _READERS[kind](origin)
+
+
 FORMAT = Format(
     name="transformers",
-    networks=("clip",),
-    inputs="a CLIP as save_pretrained writes it",
-    outputs="CLIPModel.from_pretrained(DIR)",
+    networks=("clip", "llama", "vision_adapter"),
+    inputs="a CLIP, Llama or Llama Vision (Mllama) as save_pretrained writes it",
+    outputs="CLIPModel, LlamaForCausalLM or MllamaForConditionalGeneration.from_pretrained(DIR)",
     recognizes=_recognizes,
     read=_read,
-    write=lambda network: clip_files(network.model, network.params),
+    write=lambda network: _WRITERS[type(network.model)](network.model, network.params),
     options=CLIP_OPTIONS,
 )

@@ -42,7 +42,7 @@ def test_the_discrete_vae_of_openai_s_shapes():
     model = models.create_model("dvae")
     sides = {"encoder": {}, "decoder": {}}
     for path, leaf in model_shapes(model).items():
-        (name,), form = dall_e._LAYOUT._find(path)
+        ((name, form),) = dall_e._LAYOUT._find(path).parts
         side, _, name = name.partition(".")
         sides[side][name] = form.outward(np.broadcast_to(np.float32(0), leaf.shape))  # arrays without memory
     sides = tuple(sides.values())

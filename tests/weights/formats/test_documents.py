@@ -9,6 +9,8 @@ from cli.errors import UserError
 from weights.files.fields import IDLE, fixed, flag, group, read_fields, real, several, whole, word
 from weights.files.layout import model_shapes
 from weights.formats import diffusers, diffusers_dit, diffusers_scheduler, dit, open_clip, transformers, uvit
+from weights.formats import transformers_llama as llama
+from weights.formats import transformers_mllama as mllama
 
 from ..clip_samples import FIELDS, RESNET
 from ..unet_samples import ADM, STABLE_DIFFUSION_1
@@ -26,6 +28,14 @@ CONFIG, PREPROCESSOR = transformers.clip_configs(models.create_model(**FIELDS))
 UVIT = {"image_size": 8, "patch_size": 2, "in_channels": 3, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
 UVIT_ARGUMENTS = uvit.uvit_arguments(models.create_model("uvit", activation="gelu", convolution="image", **UVIT))
 DIT = models.create_model("dit", **UVIT, out_channels=6)
+LLAMA = llama.text_config(
+    models.create_model("llama", vocab_size=9, width=8, depth=4, heads=2, kv_heads=1, mlp_hidden=8, rope_factor=8.0)
+)
+TILES = {"cross_layers": (1, 3), "image_token": 9, "image_size": 8, "patch_size": 4, "image_width": 8, "image_heads": 2}
+TILES |= {"rope_factor": 8.0, "image_layers": 2, "global_layers": 1, "feature_layers": (0,)}
+MLLAMA = mllama.mllama_config(
+    models.create_model("vision_adapter", vocab_size=9, width=8, depth=4, heads=2, kv_heads=1, mlp_hidden=8, **TILES)
+)
 # Name -> (a document as it is written, what reads it, its table).
 DOCUMENTS = {
     "UNet2DModel": (unet(ADM), diffusers.unet_fields, diffusers._TABLES[diffusers.PLAIN]),
@@ -39,6 +49,20 @@ DOCUMENTS = {
         for name in ("DDIMScheduler", "UniPCMultistepScheduler")
     },
     "CLIPModel": (CONFIG, transformers.clip_fields, transformers._CONFIG),
+    "Llama": (
+        LLAMA,
+        lambda document: {"name": "llama", **llama.text_fields("this", read_fields("this", document, llama.TEXT))},
+        llama.TEXT,
+    ),
+    "Mllama": (MLLAMA, mllama.mllama_fields, mllama._CONFIG),
+    **{
+        f"Mllama's {key}": (
+            MLLAMA[key],
+            lambda document, key=key: mllama.mllama_fields({**MLLAMA, key: document}),
+            table,
+        )
+        for key, table in (("text_config", mllama._TEXT), ("vision_config", mllama._VISION))
+    },
     **{
         f"CLIPModel's {tower} tower": (
             CONFIG[f"{tower}_config"],
