@@ -226,6 +226,8 @@ def _run(
         resources.callback(trace.close)
         resources.callback(store.close)
         snapshots = CheckpointStore(workdir / AVERAGES)  # all stay: other averages are made of them
+        if is_first():  # a kill may have come between a snapshot and its checkpoint
+            snapshots.remove_after(start)
         resources.callback(snapshots.close)
         log.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
         for line in describe_held(config, state.params):

@@ -6,6 +6,7 @@ wants and needs no code of the training run.
 
 import contextlib
 import logging
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,6 +67,12 @@ class CheckpointStore:
         """Renames a damaged checkpoint, so that it is no longer one but can be looked at."""
         with contextlib.suppress(FileNotFoundError):  # another process may have been quicker
             (self.folder / str(step)).rename(self.folder / f"{step}.unreadable")
+
+    def remove_after(self, step: int) -> None:
+        """Removes checkpoints of later steps: what a run that goes on from `step` will make again."""
+        for number in self.steps():
+            if number > step:
+                shutil.rmtree(self.folder / str(number))
 
     def save(self, step: int, trees: dict[str, Tree]) -> None:
         """Begins to save named trees; an error of an earlier background save is raised here or by `close`.

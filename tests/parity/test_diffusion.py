@@ -12,9 +12,9 @@ import torch
 from diffusion import solvers
 from diffusion.plan import solve
 from diffusion.process import Process
-from diffusion.schedule import DiscreteSchedule, create_schedule
+from diffusion.schedule import DiscreteSchedule, EDMSchedule, create_schedule
 from diffusion.solver_choice import SOLVERS
-from diffusion.times import discrete_grid
+from diffusion.times import continuous_grid, discrete_grid
 from weights.formats.diffusers_scheduler import SAMPLERS, read_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -212,6 +212,21 @@ def test_euler_ancestral_steps():
         after = plan.alpha[i + 1] if i < 9 else 1.0
         ours = (plan.state[i] * seen + plan.model[i, 0] * estimate + plan.noise[i] * noise.ravel()) / after
         np.testing.assert_allclose(ours, stepped.numpy().ravel(), atol=1e-3, rtol=1e-4)
+
+
+def test_edm_s_preconditioning_and_times():
+    scheduler, process = diffusers.EDMEulerScheduler(sigma_data=0.5), Process(EDMSchedule(), "edm", sigma_data=0.5)
+    scheduler.set_timesteps(18)
+    grid = continuous_grid(EDMSchedule(), 18, "karras", clean=True)
+    np.testing.assert_allclose(grid.sigma, scheduler.sigmas.numpy(), rtol=1e-5)
+    x, output = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    for sigma in (0.002, 0.5, 80.0):
+        t = jnp.full(3, sigma)
+        seen = scheduler.precondition_inputs(torch.from_numpy(x), torch.tensor(sigma)).numpy()
+        np.testing.assert_allclose(process.network_input(jnp.asarray(x), t), seen, rtol=1e-5)
+        data = scheduler.precondition_outputs(torch.from_numpy(x), torch.from_numpy(output), torch.tensor(sigma))
+        np.testing.assert_allclose(process.data(jnp.asarray(output), jnp.asarray(x), t), data.numpy(), atol=1e-5)
+        np.testing.assert_allclose(process.network_time(t), float(scheduler.precondition_noise(sigma)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", sorted(SAMPLERS))

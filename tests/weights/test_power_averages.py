@@ -1,5 +1,6 @@
 """Moving averages of any length, made after training: against averages taken directly, and what is refused."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -74,6 +75,12 @@ def test_three_lengths_of_a_run_equal_averages_that_it_kept(tmp_path):
         made = synthesize(tmp_path, length, 10, of=KEPT)
         for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(kept[average_key(length)]), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    # A run that was killed after it stored averages, and before the checkpoint of that step, makes them again.
+    (tmp_path / "DONE").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "10")
+    assert train(load_config([CONFIG, *overrides]), tmp_path) == EXIT_OK
+    again = store.load(10, (AVERAGES,))[AVERAGES]
+    jax.tree.map(np.testing.assert_array_equal, again, kept)
     sampler = TrainedSampler.open(tmp_path, ema=0.15)
     assert sampler.describe(0, {})["ema"] == 0.15
     jax.tree.map(
