@@ -70,7 +70,7 @@ def test_of_a_training_checkpoint_the_moving_average_is_read(tmp_path):
     model = models.create_model("dit", **fields, heads=6, num_classes=3)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1))["params"]
     average, current = (
-        {name: torch.from_numpy(array) for name, array in to_dit(model, jax.tree.map(fill, shapes)).items()}
+        {name: torch.from_numpy(np.array(array)) for name, array in to_dit(model, jax.tree.map(fill, shapes)).items()}
         for fill in (lambda leaf: np.full(leaf.shape, 2.0), lambda leaf: np.full(leaf.shape, 1.0))
     )
     torch.save({"model": current, "ema": average, "opt": {"state": {}}, "args": None}, tmp_path / "DiT-0050000.pt")
