@@ -171,7 +171,8 @@ def clip_fields(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | Non
       UserError: if it is another model's, or a CLIP that ours cannot compute.
     """
     if config.get("model_type") != "clip":
-        raise UserError(f"config.json is of model_type {config.get('model_type')!r}; of CLIPs only 'clip' is converted")
+        kind = config.get("model_type")
+        raise UserError(f"config.json is of model_type {kind!r}; only 'clip', 'llama' and 'mllama' are converted")
     given = read_fields("this CLIP", config, _CONFIG)
     towers = {}
     for tower, table in _TOWERS.items():
