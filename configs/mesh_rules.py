@@ -20,6 +20,17 @@ TRANSFORMER = (
     (r"_head/bias", ("tensor",)),
 )
 
+# The language model and the vision adapter. Heads of keys and values are few: `tensor` must divide them too.
+LLAMA = (
+    *TRANSFORMER,
+    (r"attention/query/kernel", ("fsdp", "tensor")),
+    (r"attention/key_value/kernel", ("fsdp", None, "tensor")),
+    (r"mlp/up_gate/kernel", ("fsdp", None, "tensor")),
+    (r"projection/kernel", ("fsdp",)),
+    (r"patch/kernel", (None, None, None, "fsdp")),
+    *WHOLE,
+)
+
 # Pixels and statistics have 3 and 6 channels, which no axis divides: there the other side of the kernel is split.
 # No trained convolution is split on both sides: XLA's partitioner then gives wrong gradients of its input when a device
 # has few rows (seen on the CPU with jax 0.10.2: 5 % off at 2 rows on data 2 x fsdp 2 x tensor 2).

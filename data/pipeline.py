@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from data import points
 from data.buckets import BucketOrder, choose_buckets, shapes_of
+from data.dialogues import check_dialogues, encode_dialogue, make_dialogue
 from data.picture_sizes import picture_sizes
 from data.pictures import open_picture, read_picture
 from data.precomputed import REPLACES, StoredField
@@ -109,7 +110,8 @@ class ExampleStream:
 
         Args:
           config: `config.data`: dataset, data_dir, image_field, text_field, label_field, image_size, buckets,
-            transform, draft, text_length, bpe_dropout, cache; and the folder of what is precomputed, if anything is.
+            transform, draft, text_length, dialogues, bpe_dropout, cache; and the folder of what is precomputed, if
+            anything is.
           tokenizer: encodes captions; None leaves text out.
           split: the split to read.
           seed: of shuffling and augmentation.
@@ -123,6 +125,9 @@ class ExampleStream:
             is precomputed is of something else, or there are buckets and the transform cuts squares.
         """
         self._label = config.label_field
+        self._dialogues, self._dataset = config.get("dialogues", ""), config.dataset
+        if self._dialogues:
+            check_dialogues(self._dialogues, config.dataset, tokenizer)
         needs = ((CAPTIONS,) if tokenizer is not None else ()) + ((self._label,) if self._label else ())
         folders = {name: Path(config[name]) for name in REPLACES if config.get(name, "")}
         self._pictures = "image" not in {REPLACES[name] for name in folders}
@@ -206,8 +211,13 @@ class ExampleStream:
             example["image"] = self._transform(record["image"], shape, rng)
         example["index"] = np.int32(index % 2**31)
         if self._tokenizer is not None:
-            caption = choose_caption(record[CAPTIONS], rng)
-            ids, truncated = self._tokenizer.encode(caption, self._length, self._dropout, rng)
+            if self._dialogues:
+                # Evaluation asks of all kinds too, each record always the same.
+                caption = make_dialogue(self._dataset, record[CAPTIONS], rng or np.random.default_rng((0, place)))
+                ids, truncated = encode_dialogue(self._tokenizer, caption, self._length)
+            else:
+                caption = choose_caption(record[CAPTIONS], rng)
+                ids, truncated = self._tokenizer.encode(caption, self._length, self._dropout, rng)
             if truncated:
                 self.tally.add(TRUNCATED, place, f"caption cut to {self._length} tokens: {caption!r}")
             example["text"] = ids

@@ -7,6 +7,8 @@ each picture on its own in the text, the last one; of several in a row all, from
 before the first picture sees none, and is what the language model alone makes of it.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -129,6 +131,17 @@ class VisionAdapter(nn.Module):
             jax.ShapeDtypeStruct((batch_size, 1), jnp.int32),
         )
 
+    def network_at(self, path: str) -> dict[str, Any]:
+        """The arguments of `models.create_model` of a network within this one, whose parameters are its own there.
+
+        Raises:
+          KeyError: if there is none; names those that there are.
+        """
+        if path != "language":
+            raise KeyError(f"vision_adapter has no network {path!r} within it; it has language")
+        fields = {name: getattr(self, name) for name in Llama.__dataclass_fields__ if name not in ("parent", "name")}
+        return {"name": "llama", **fields}
+
     def setup(self) -> None:
         cross = self.cross_layers
         if tuple(sorted(set(cross))) != tuple(cross) or any(not 0 <= layer < self.depth for layer in cross):
@@ -137,8 +150,8 @@ class VisionAdapter(nn.Module):
             raise ValueError(f"image_token={self.image_token} must be one of {self.vocab_size + self.extra_tokens} ids")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         computed = {"implementation": self.implementation, "scan": self.scan, "remat": self.remat, **types}
-        language = {name: getattr(self, name) for name in Llama.__dataclass_fields__ if name not in ("parent", "name")}
-        self.language = Llama(**language)
+        fields = self.network_at("language")
+        self.language = Llama(**{name: value for name, value in fields.items() if name != "name"})
         init = nn.initializers.normal(INIT_STD)
         if self.extra_tokens:
             self.extra_embedding = nn.Embed(self.extra_tokens, self.width, embedding_init=init, **types)

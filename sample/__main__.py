@@ -86,6 +86,8 @@ def main(arguments: Sequence[str]) -> None:
             drawn = draw_samples(trained, order, options.num or one or 8, clip, options.keep)
         write_picture(out, drawn.picture)
         written = str(out)
+        if drawn.images is None:  # what was said is read here, too
+            print("\n".join(drawn.texts or ()))
     if options.files:
         write_files(Path(options.files), drawn)
     print(f"{written}: {drawn} ({json.dumps(drawn.settings)})")

@@ -33,6 +33,7 @@ SETTINGS: Mapping[str, Setting] = {
     "temperature": Setting(float, "0 is greedy; default: the run's config"),
     "top_k": Setting(int, "0 for all; default: the run's config"),
     "top_p": Setting(float, "1 for all; default: the run's config"),
+    "answer_length": Setting(int, "tokens of an answer at most; default: the run's config"),
     "keep_rows": Setting(int, "rows of tokens kept of an --image to complete; default: half of them", besides=True),
     "strength": Setting(
         float,

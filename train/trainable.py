@@ -58,8 +58,9 @@ def describe_held(config: ConfigDict, params: Tree) -> list[str]:
     lines = [f"training {count:,} of {total:,} parameters (config.trainable); the others stay as they are"]
     for part, tree in params.items():
         held = count_parameters(tree) - count_parameters(trained.get(part, {}))
-        source = config.initialize[part].source if part in config.initialize else ""
-        if held and source in ("", RANDOM):
+        entries = config.initialize.items()
+        sources = {entry.source for name, entry in entries if str(entry.get("at", name)).split("/")[0] == part}
+        if held and sources <= {"", RANDOM}:
             lines.append(f"warning: config.initialize.{part} names no source, so what is held of {part} is random")
     return lines
 

@@ -6,11 +6,15 @@ from sample.samplers.clip import ClipSampler
 from sample.samplers.dalle import DalleSampler
 from sample.samplers.diffusion import DiffusionSampler
 from sample.samplers.dvae import ReconstructionSampler
+from sample.samplers.llama import LlamaSampler
+from sample.samplers.vision_adapter import VisionAdapterSampler
 
 SAMPLERS: dict[str, Any] = {
     "clip": ClipSampler,
     "dalle": DalleSampler,
     "diffusion": DiffusionSampler,
     "dvae": ReconstructionSampler,
+    "llama": LlamaSampler,
+    "vision_adapter": VisionAdapterSampler,
     "vqvae": ReconstructionSampler,
 }

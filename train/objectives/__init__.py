@@ -10,6 +10,8 @@ from train.objectives.contract import Objective
 from train.objectives.dalle import DalleObjective
 from train.objectives.diffusion import DiffusionObjective
 from train.objectives.dvae import DiscreteVAEObjective
+from train.objectives.llama import LlamaObjective
+from train.objectives.vision_adapter import VisionAdapterObjective
 from train.objectives.vqvae import VectorQuantizedVAEObjective
 
 OBJECTIVES: dict[str, Any] = {
@@ -17,6 +19,8 @@ OBJECTIVES: dict[str, Any] = {
     "dalle": DalleObjective,
     "diffusion": DiffusionObjective,
     "dvae": DiscreteVAEObjective,
+    "llama": LlamaObjective,
+    "vision_adapter": VisionAdapterObjective,
     "vqvae": VectorQuantizedVAEObjective,
 }
 

@@ -1,0 +1,80 @@
+"""The language model of configs/scenes/llama.py learns to look at the pictures of `scenes`; itself it does not change.
+
+Paper: Dubey et al. 2024, "The Llama 3 Herd of Models", section 7. The image encoder starts from nothing here.
+
+    python -m train --config=configs/scenes/vision_adapter.py --workdir=runs/vision_adapter      (needs runs/llama)
+    python -m sample --run=runs/vision_adapter --image=FILE --prompt="which color is the circle?"
+
+Trained are encoder, projection, cross-attention layers and the embedding of the picture's token
+(`config.trainable`); gates start at 0, so that the first step answers as the language model does.
+
+Hardware and time: 2 CPU cores, not measured.
+
+Arguments: `single32` (default), `pair32`, `debug` (seconds; needs no other run).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import check_argument, get_defaults, make_debug
+from configs.mesh_rules import LLAMA
+from configs.scenes import llama
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """Returns the experiment."""
+    argument = check_argument(argument, ("single32", "pair32", "debug"))
+    language = llama.get_config(argument)
+    config = get_defaults()
+    config.objective = "vision_adapter"
+    config.steps = 6000
+    config.batch_size = 64
+
+    for key in ("dataset", "image_size", "text_length", "text_ends", "dialogues", "cache"):
+        config.data[key] = language.data[key]
+
+    # The language model within: a run of configs/scenes/llama.py.
+    config.initialize.language = ConfigDict({"source": "runs/llama", "part": "llama", "at": "vision_adapter/language"})
+    config.initialize.vision_adapter = ConfigDict({"source": "", "part": "vision_adapter"})  # or a whole one
+    config.trainable = (r"^vision_adapter/(?!language/)",)
+
+    config.models.vision_adapter = ConfigDict(language.models.llama.to_dict())
+    model = config.models.vision_adapter
+    model.name = "vision_adapter"
+    model.cross_layers = (0, 2)
+    model.image_token = model.vocab_size  # the first of the extra ones
+    model.extra_tokens = 1
+    model.image_size = config.data.image_size
+    model.patch_size = 4
+    model.image_width = 96
+    model.image_heads = 2
+    model.image_layers = 3
+    model.global_layers = 1
+    model.image_mlp_ratio = 3
+    model.max_tiles = 1
+    model.feature_layers = (1, 2)
+    model.tile_tables = "grid"
+
+    for key, value in language.sample.items():
+        config.sample[key] = value
+
+    config.optimizer.b2 = 0.98
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.no_decay = r"(bias|scale|embedding|gate|grid)$"
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.schedule.peak = 1e-3
+    config.optimizer.schedule.warmup_steps = 200
+    config.ema.decay = 0.99
+
+    config.mesh.rules = LLAMA
+
+    config.checkpoint.every = 500
+    config.evaluate.every = 500
+    config.log.every = 20
+    if argument == "debug":
+        make_debug(config, steps=4, batch_size=8)
+        llama.shrink(model)
+        model.cross_layers = (1,)
+        model.image_width, model.image_layers, model.feature_layers = 32, 2, (1,)
+        config.initialize.language.source = "random"
+    config.lock()
+    return config

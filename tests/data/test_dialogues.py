@@ -1,0 +1,82 @@
+"""Questions about scenes: their answers are right, each kind is asked, and rows say where the answer is."""
+
+import re
+from collections import Counter
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cli.errors import UserError
+from data.dialogues import check_dialogues, encode_dialogue, make_dialogue
+from data.scenes.captions import write_captions
+from data.scenes.questions import TYPES, Dialogue, answer_type
+from data.scenes.scene import WORLDS, sample_scene
+from data.tokenizer import Tokenizer
+from sample.samplers.llama import answer_mask
+
+
+def seen(scene, question, answer):
+    """Whether an answer is right, told from the scene and not from a caption."""
+    things = {f"{item.color} {item.shape}": item for item in scene.objects}
+    kind = answer_type(question)
+    if kind == "count":
+        return answer == ("one" if len(scene.objects) == 1 else "two")
+    if kind == "yes or no":
+        (thing,) = re.fullmatch(r"is there an? (.*)\?", question).groups()
+        return answer == ("yes" if thing in things else "no")
+    if kind == "describe":
+        return answer in write_captions(WORLDS["pair32" if len(scene.objects) == 2 else "single32"], scene)
+    if len(scene.objects) == 1:
+        (item,) = scene.objects
+        return answer == {"shape": item.shape, "color": item.color}.get(kind, f"on a {scene.background} background")
+    first, second = scene.objects
+    back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[scene.relation]
+    for one, other, relation in ((first, second, scene.relation), (second, first, back)):
+        theirs = f"{relation} the {other.color} {other.shape}"
+        if kind == "where" and question == f"where is the {one.color} {one.shape}?":
+            return answer == theirs
+        if kind == "shape" and question == f"which shape is {theirs}?":
+            return answer == one.shape
+        if kind == "color" and question == f"which color is the {one.shape} {theirs}?":
+            return answer == one.color
+    return False
+
+
+@pytest.mark.parametrize("world", ["single32", "pair32"])
+def test_answers_are_right_and_each_kind_is_asked(world):
+    rng = np.random.default_rng(0)
+    kinds, said = Counter(), Counter()
+    for _ in range(400):
+        scene = sample_scene(WORLDS[world], rng)
+        captions = write_captions(WORLDS[world], scene)
+        question, answer = make_dialogue(f"scenes/{world}", captions, rng)
+        if len(scene.objects) == 1 or answer_type(question) != "describe":
+            assert seen(scene, question, answer), (scene, question, answer)
+        else:
+            assert answer in captions
+        kinds[answer_type(question)] += 1
+        said[answer] += 1
+    assert set(kinds) == set(TYPES) and min(kinds.values()) > 40
+    assert 0.5 < said["yes"] / said["no"] < 2
+
+
+def test_the_answer_is_what_stands_between_both_ends():
+    tokenizer = Tokenizer.train(["which color is the red circle", "a red circle"], 300).with_ends()
+    row, truncated = encode_dialogue(tokenizer, Dialogue("which color is the circle?", "red"), 40)
+    mask = np.asarray(answer_mask(jnp.asarray(row)[None], tokenizer.end_id))[0]
+    assert not truncated and tokenizer.decode(row) == "which color is the circle?"
+    assert tokenizer.decode(row[mask]) == "red" and row[mask][-1] == tokenizer.end_id
+    cut, truncated = encode_dialogue(tokenizer, Dialogue("which color is the circle?", "red"), int(mask.argmax()) + 1)
+    assert truncated and len(cut) == mask.argmax() + 1
+
+
+def test_what_cannot_be_asked_about_is_one_line():
+    tokenizer = Tokenizer.train(["a"], 257)
+    for arguments, message in (
+        (("coco", "scenes/single32", tokenizer), "choose one of scenes"),
+        (("scenes", "coco", tokenizer), "asks about datasets scenes/..., not coco"),
+        (("scenes", "scenes/single32", tokenizer), "set config.data.text_ends=True"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_dialogues(*arguments)

@@ -1,0 +1,79 @@
+"""The vision adapter of Llama 3.2 (Dubey et al. 2024, section 7): next-token prediction of answers about pictures.
+
+    loss = mean over the tokens of answers of -ln p
+
+Questions and the pictures' tokens are read and not predicted. The language model stays as it is where
+`config.trainable` leaves it out, as the paper has it: nothing of it is in the gradient or the optimizer.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from models.vision_adapter import VisionAdapter
+from sample.samplers.dvae import from_uint8
+from sample.samplers.llama import answer_mask
+from sample.samplers.vision_adapter import VisionAdapterSampler, cut_square, with_picture
+from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
+from train.objectives.llama import token_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionAdapterObjective:
+    """Trains part `vision_adapter`, a `models.vision_adapter.VisionAdapter`.
+
+    Attributes:
+      sampler: holds the network, and answers in the previews.
+    """
+
+    sampler: VisionAdapterSampler
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "VisionAdapterObjective":
+        """Reads `config.models.vision_adapter`, `config.data.image_size` and `config.sample`."""
+        return cls(VisionAdapterSampler.from_config(config))
+
+    @property
+    def model(self) -> VisionAdapter:
+        """The network that is trained."""
+        return self.sampler.model
+
+    def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:
+        """Returns ({"vision_adapter": parameters}, {})."""
+        del batch
+        inputs = [jnp.zeros(x.shape, x.dtype) for x in self.model.example_inputs(1)]
+        return {"vision_adapter": self.model.init(rng, *inputs)["params"]}, {}
+
+    def loss(
+        self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""], step: Array, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The cross-entropy of answers, mean over examples of the mean over their tokens.
+
+        An example's loss does not depend on the others, so it adds up over any split of the batch.
+
+        Metrics: as of `train.objectives.llama.token_loss`, over the answers' tokens. `batch` holds image uint8
+        [b H W 3] and text int32 [b t], rows of `data.dialogues`.
+        """
+        del frozen, rng, step, train
+        text = batch["text"]
+        tiles, canvas = cut_square(from_uint8(batch["image"]), self.model.image_size, self.model.max_tiles)
+        tokens = with_picture(text, self.model.image_token)[:, :-1]  # entry i predicts token i of the text
+        logits = self.model.apply({"params": params["vision_adapter"]}, tokens, tiles, canvas)
+        loss, metrics = token_loss(logits, text, answer_mask(text, self.sampler.end_id))
+        return loss, Aux(metrics=metrics, variables=variables)
+
+    def preview(
+        self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""]
+    ) -> dict[str, Preview]:
+        """Pictures, each with the question and what is answered."""
+        text, image = np.asarray(batch["text"]), np.asarray(batch["image"])
+        end = self.sampler.end_id
+        questions = np.where(np.cumsum(text == end, axis=1) - (text == end) == 0, text, 0)
+        request = self.sampler.request(questions, image)
+        answers = np.asarray(self.sampler(params, variables, frozen, request, example_keys(rng, batch))["text"])
+        # One row a picture: a tokenizer reads no further than an end, so that the question loses its own.
+        rows = np.concatenate([np.where(questions == end, 0, questions), answers], axis=1)
+        return {"answers": Preview(images=image, columns=len(image), labels=rows)}
