@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from models.conditioning import Conditioning, check_conditioning
 from models.layers.attention import SelfAttention
 from models.layers.convolution import Conv
-from models.layers.dense import Dense
+from models.layers.dense import Dense, DenseGeneral
 from models.layers.embeddings import grid_embedding, sinusoidal_embedding
 from models.layers.mlp import MLP
 from models.layers.normalization import layer_norm
@@ -74,8 +74,8 @@ class DiTBlock(nn.Module):
     ) -> Float[Array, "b l d"]:
         """Applies the layer; `mask` is of the tokens, see `models.layers.spatial_transformer.ContextAttention`."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = Dense(6 * self.width, kernel_init=_ZEROS, name="modulation", **types)
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(dense(condition)[:, None], 6, axis=-1)
+        modulation = DenseGeneral((6, self.width), kernel_init=_ZEROS, name="modulation", **types)(condition)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation[:, i, None] for i in range(6))
         attention = SelfAttention(
             self.width,
             self.heads,
@@ -197,7 +197,7 @@ class DiT(nn.Module):
         ]
         # In float32 whatever the layers compute in: a prediction is of noise, whose small values matter.
         self.final_norm = _plain_norm(EPSILON, jnp.float32, None)
-        self.final_modulation = Dense(2 * self.width, kernel_init=_ZEROS, **exact)
+        self.final_modulation = DenseGeneral((2, self.width), kernel_init=_ZEROS, **exact)
         self.pixel_head = Dense(self.patch_size**2 * self.out_channels, kernel_init=_ZEROS, **exact)
 
     def __call__(
@@ -233,7 +233,8 @@ class DiT(nn.Module):
         x = shard_rows(rearrange(patches, "b h w d -> b (h w) d") + positions.astype(self.dtype))
         masks, kinds = (conditioning.mask,), (0,) * self.depth
         x = apply_blocks(self.blocks, x, masks, kinds, condition, tokens, scan=self.scan, remat=self.remat)
-        shift, scale = jnp.split(self.final_modulation(condition)[:, None], 2, axis=-1)
+        modulation = self.final_modulation(condition)
+        shift, scale = modulation[:, 0, None], modulation[:, 1, None]
         pixels = self.pixel_head(self.final_norm(x) * (1 + scale) + shift)
         side = {"h": height, "p": self.patch_size, "q": self.patch_size}
         return shard_rows(rearrange(pixels, "b (h w) (p q c) -> b (h p) (w q) c", **side))

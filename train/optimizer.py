@@ -307,6 +307,6 @@ def _matrix_axes(name: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]
         return (0,), (2, 3)
     if re.search(r"/(query|key|value)/kernel$", name):  # [inputs, heads, width of a head]
         return (0,), (1, 2)
-    if name.endswith("up_gate/kernel"):  # [inputs, up and gate, hidden]
+    if name.endswith(("up_gate/kernel", "modulation/kernel")):  # [inputs, up and gate, hidden]; likewise shifts, scales
         return (0,), (2,)
     return tuple(range(ndim - 1)), (ndim - 1,)

@@ -15,7 +15,7 @@ def random_parameters(model, seed: int = 0):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         noise = np.random.default_rng((seed, zlib.crc32(name.encode()))).normal(size=leaf.shape)
         if name.endswith("kernel"):
-            joint = any(word in name for word in ("query", "key", "gate"))  # [in, several, ...]
+            joint = any(word in name for word in ("query", "key", "gate", "modulation"))  # [in, several, ...]
             noise /= np.sqrt(leaf.shape[0] if joint else np.prod(leaf.shape[:-1]))
         elif not name.endswith("embedding"):
             noise = 0.1 * noise + name.endswith("scale")
