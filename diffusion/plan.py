@@ -45,6 +45,8 @@ class Plan:
       corrector: None, or [S, J + 3]: before x_i is used it becomes its products with x_i, y_{i-1}, m_i, m_{i-1}, ...
       log_variance: None, or [S, 2]: c_i is learned, between the square roots of these two variances.
       first_noise: added to what the sampler starts from.
+      start_sigma: of the noise in what it starts from; None for that in the first state that the network is asked
+        about.
     """
 
     t: Float[np.ndarray, " s"]
@@ -59,6 +61,7 @@ class Plan:
     corrector: np.ndarray | None = None
     log_variance: np.ndarray | None = None
     first_noise: float = 0.0
+    start_sigma: float | None = None
 
     def __post_init__(self) -> None:
         with np.errstate(over="ignore"):
@@ -78,7 +81,7 @@ class Plan:
     @property
     def first_sigma(self) -> float:
         """The standard deviation of the noise in what sampling starts from."""
-        return float(np.sqrt(np.square(self.sigma[0]) - np.square(self.first_noise)))
+        return float(self.sigma[0] if self.start_sigma is None else self.start_sigma)
 
     @property
     def first_scale(self) -> float:

@@ -109,15 +109,16 @@ class Process:
         """What published networks of the schedule are fed.
 
         A chain's step, from 0 or (`time_shift`) from 1; 999 t for VP and sub-VP (Song et al.'s code), 1000 t for flow
-        (Esser et al. 2024), ln sigma for VE, and a quarter of it for EDM.
+        (Esser et al. 2024), ln sigma for VE; a quarter of that for EDM, and on any schedule with prediction "edm"
+        (Karras et al. 2022, table 1).
         """
         schedule = self.schedule
         if isinstance(schedule, DiscreteSchedule):
             return t + self.time_shift
         if isinstance(schedule, VPSchedule):
             return 999 * t
-        if isinstance(schedule, EDMSchedule):
-            return jnp.log(t) / 4
+        if isinstance(schedule, EDMSchedule) or self.prediction == "edm":
+            return jnp.log(schedule.sigma(t)) / 4
         return 1000 * t if isinstance(schedule, FlowSchedule) else jnp.log(schedule.sigma(t))
 
     def network_input(self, x_t: Rows, t: Float[Array, "b"]) -> Rows:

@@ -85,7 +85,8 @@ def make_plan(
         raise ValueError("sampler 'flow_sde' needs schedule flow")
     require("strength", strength, lambda share: 0 < share <= 1, "above 0 and at most 1")
     grid = _grid(schedule, sampler, steps, spacing)
-    grid = grid.last(math.ceil(strength * len(grid) - 1e-9))
+    total = len(grid)
+    grid = grid.last(max(1, math.ceil(strength * total - 1e-9)))
     if sampler == "flow_sde":
         return solvers.flow_sde(grid)
     if sampler == "reverse_sde" and not isinstance(schedule, DiscreteSchedule):
@@ -98,7 +99,8 @@ def make_plan(
         return solvers.dpm_solver_singlestep(grid, _orders(grid))
     if sampler == "heun":
         straight = isinstance(schedule, FlowSchedule)
-        return solvers.heun(grid, churn, (churn_min, churn_max or math.inf), churn_noise, straight=straight)
+        within = (churn_min, churn_max or math.inf)
+        return solvers.heun(grid, churn, within, churn_noise, straight=straight, total=total)
     return _PLANS[sampler](grid)
 
 

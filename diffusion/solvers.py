@@ -85,6 +85,7 @@ def heun(
     churn_noise: float = 1.0,
     *,
     straight: bool = False,
+    total: int | None = None,
 ) -> Plan:
     """Heun's method with the ODE of `euler`, two network calls a step, one for the last (Karras et al. 2022).
 
@@ -96,6 +97,8 @@ def heun(
       churn_noise: S_noise, the standard deviation of what is added.
       straight: average the slopes of x / (alpha + sigma) over sigma / (alpha + sigma) in place of those of x / alpha
         over sigma / alpha. Rectified flow's own time, and finite where a chain begins in noise alone.
+      total: N of algorithm 2, which shares churn out; more than the grid's steps where it is the last part of a longer
+        one. None for as many.
 
     Raises:
       ValueError: if churn is asked for on a grid of another kind, or the grid begins in noise alone without `straight`.
@@ -104,12 +107,13 @@ def heun(
         raise ValueError(
             "churn raises the noise between the schedule's times: it needs alpha = 1 and t = sigma, as in schedule edm"
         )
+    total = len(grid) if total is None else total
     if grid.alpha[0] == 0 and not straight:
         raise ValueError("heun needs some signal at its first time, which is noise alone; choose ddim or unipc")
     scale, steps = grid.alpha + grid.sigma if straight else grid.alpha, len(grid)
     s = grid.sigma / scale
     churned = (s[:-1] >= churn_range[0]) & (s[:-1] <= churn_range[1])
-    raised = s[:-1] * (1 + np.where(churned, min(churn / steps, np.sqrt(2) - 1), 0))
+    raised = s[:-1] * (1 + np.where(churned, min(churn / total, np.sqrt(2) - 1), 0))
     extra = np.append(churn_noise * np.sqrt(np.square(raised) - np.square(s[:-1])), 0.0)
     rows: list[dict[str, Any]] = []
     for i in range(steps):
@@ -128,7 +132,7 @@ def heun(
             two = {"t": grid.t[i + 1], "alpha": grid.alpha[i + 1], "sigma": grid.sigma[i + 1], "starts": False}
             rows.append({**two, "state": ratio * state, "model": model, "noise": extra[i + 1]})
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    return Plan(**columns, first_noise=float(extra[0]))
+    return Plan(**columns, first_noise=float(extra[0]), start_sigma=float(grid.sigma[0]))
 
 
 def plms(grid: TimeGrid) -> Plan:

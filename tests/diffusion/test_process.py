@@ -105,6 +105,7 @@ def test_the_network_is_fed_what_published_networks_were():
     assert Process(VPSchedule()).network_time(t).tolist() == [0, 999]
     assert Process(FlowSchedule(), "flow").network_time(t).tolist() == [0, 1000]
     np.testing.assert_allclose(Process(VESchedule()).network_time(t), np.log([0.01, 50]), rtol=1e-5)
+    np.testing.assert_allclose(Process(VESchedule(), "edm").network_time(t), np.log([0.01, 50]) / 4, rtol=1e-5)
     np.testing.assert_allclose(Process(EDMSchedule()).network_time(jnp.array([2.0])), np.log([2.0]) / 4, rtol=1e-5)
 
 

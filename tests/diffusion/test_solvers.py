@@ -35,7 +35,7 @@ def _run(plan, denoise, x, keys=None):
     return np.asarray(jax.jit(run)(jnp.asarray(x, jnp.float32)))
 
 
-def _end_in_float64(plan, denoise, x):
+def _end_in_float64(plan, denoise, x, noises=None):
     """What `solve` computes, in numpy: float32 would hide the order of a good solver."""
     y, past, changes = x, [], []
     for i in range(plan.evaluations):
@@ -51,6 +51,7 @@ def _end_in_float64(plan, denoise, x):
         x = plan.state[i] * y + sum(factor * value for factor, value in zip(plan.model[i], past, strict=False))
         if plan.of_change is not None:
             x = x + sum(factor * value for factor, value in zip(plan.of_change[i], changes, strict=False))
+        x = x + plan.noise[i] * noises[i] if noises and plan.noise[i] else x
     return x
 
 
@@ -253,6 +254,38 @@ def test_edm_s_sampler_is_the_published_algorithm(gaussian):
     churned = make_plan(schedule, "heun", steps, churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003)
     raised = (times[:-1] >= 0.05) & (times[:-1] <= 50)
     np.testing.assert_allclose(churned.t[::2], times[:-1] * (1 + raised * min(40 / steps, 2**0.5 - 1)))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("scale", [1.003, 1.5])
+def test_churn_is_the_published_algorithm(scale, strength, gaussian):
+    """Algorithm 2 of Karras et al. 2022 with its noise, from its first time or a later one."""
+    schedule, steps = EDMSchedule(), 18
+    churn = {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0 if scale == 1.003 else 0.0, "churn_noise": scale}
+    plan = make_plan(schedule, "heun", steps, strength=strength, **churn)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    times = np.append((high + np.arange(steps) / (steps - 1) * (low - high)) ** 7, 0.0)[-round(steps * strength) - 1 :]
+    assert plan.first_sigma == pytest.approx(times[0])
+    denoise, rng = gaussian.denoiser(schedule), np.random.default_rng(0)
+    x, noises = times[0] * np.linspace(-1, 1, 5), rng.normal(size=(len(times) - 1, 5))
+    expected = x
+    for t, after, noise in zip(times[:-1], times[1:], noises, strict=True):
+        gamma = min(40 / steps, 2**0.5 - 1) if 0.05 <= t <= (churn["churn_max"] or np.inf) else 0.0
+        raised = t + gamma * t
+        expected = expected + np.sqrt(raised**2 - t**2) * scale * noise
+        slope = (expected - denoise(expected, raised)) / raised
+        euler = expected + (after - raised) * slope
+        if after:
+            slope = (slope + (euler - denoise(euler, after)) / after) / 2
+        expected = expected + (after - raised) * slope
+    # The plan adds the noise of a step at the end of the one before, of which the last row is number 2 i - 1.
+    drawn = {-1: noises[0], **{2 * i - 1: noise for i, noise in enumerate(noises) if i}}
+    end = _end_in_float64(plan, denoise, x + plan.first_noise * noises[0], drawn)
+    np.testing.assert_allclose(end, expected, atol=1e-9)
+
+
+def test_the_least_strength_is_one_step():
+    assert make_plan(EDMSchedule(), "heun", 5, strength=1e-12).evaluations == 1
 
 
 def test_churn_keeps_the_distribution(gaussian):
