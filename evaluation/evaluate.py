@@ -281,8 +281,7 @@ def _provenance(trained: TrainedSampler, num: int, seed: int, settings: Mapping[
     drawing = {"seed": seed, **trained.config.sample, **settings, **trained.guide} if trained.config.sample else {}
     return {
         "num": num,
-        "step": trained.weights.step,
-        "ema": trained.weights.ema,
+        **trained.weights.record,
         "dataset": data.dataset
         if "point" in trained.sampler.makes
         else f"{data.dataset}/{dataset_folder(data.dataset, data.data_dir).name}",

@@ -121,7 +121,7 @@ class TrainedSampler:
 
     def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights these are, and all settings of their sampler, those of the run's config included."""
-        weights = {"run": str(self.run.folder), "step": self.weights.step, "ema": self.weights.ema}
+        weights = {"run": str(self.run.folder), **self.weights.record}
         return {**weights, **self.guide, "seed": seed, **self.config.sample.to_dict(), **settings}
 
     def program(self, rows: Rows, **settings: Any) -> Hashable:

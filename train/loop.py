@@ -73,6 +73,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: int = 0) -> int:
             print(f"warning: {line}", flush=True)
         training = _prepare(config, tokenizer)
         state, start = _restore(config, training, store, steps)
+        _complete_snapshots(workdir, state, start)
         check_whole_batches(config, count_examples(state.examples_seen))
         if start >= config.steps:
             if is_first():
@@ -193,6 +194,20 @@ def _restore(
     return initialize_parts(config, state, program.init_optimizer), 0
 
 
+def _complete_snapshots(workdir: Path, state: TrainState, start: int) -> None:
+    """Makes the averages that are kept those of the run until `start`: a kill may have come between them and it."""
+    snapshots = CheckpointStore(workdir / AVERAGES)
+
+    def missing() -> bool:
+        with storage_errors(workdir):
+            snapshots.remove_after(start)
+            return start > 0 and start not in snapshots.steps()
+
+    if from_first(missing) and state.averages:  # saving is collective
+        snapshots.save(start, {AVERAGES: state.averages})
+        snapshots.close()
+
+
 def _run(
     config: ConfigDict,
     workdir: Path,
@@ -226,8 +241,6 @@ def _run(
         resources.callback(trace.close)
         resources.callback(store.close)
         snapshots = CheckpointStore(workdir / AVERAGES)  # all stay: other averages are made of them
-        if is_first():  # a kill may have come between a snapshot and its checkpoint
-            snapshots.remove_after(start)
         resources.callback(snapshots.close)
         log.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
         for line in describe_held(config, state.params):

@@ -103,7 +103,7 @@ def create_program(
         params, variables = objective.init(init_rng, batch)
         trained = trained_params(params, config.trainable)
         averaged = trained if config.ema.decay > 0 else {}
-        averages = power_averages.start(trained, config.ema.lengths)
+        averages = power_averages.start(trained, config.ema.lengths, config.ema.paths)
         return create_state(params, variables, init_optimizer(params), averaged, averages)
 
     def place(tree: Tree) -> Tree:

@@ -63,7 +63,7 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
             variables[name] = jax.tree.map(place_whole, part.variables, variables[name])
     trained = trained_params(params, config.trainable)
     averaged = trained if jax.tree.leaves(state.ema_params) else {}
-    averages = power_averages.start(trained, config.ema.lengths)
+    averages = power_averages.start(trained, config.ema.lengths, config.ema.paths)
     as_before = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
     opt_state = jax.jit(init_optimizer, out_shardings=as_before)(params)
     averaged = start_average(averaged)

@@ -64,7 +64,8 @@ def _without(schedule: Mapping[str, Any], key: str) -> str:
 def _of_average(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
     defaults = get_defaults().ema
     for key in ("warm_up", "every", "paths"):
-        if config[key] != defaults[key] and not config.decay:
+        read = config.decay or (key == "paths" and config.lengths)
+        if config[key] != defaults[key] and not read:
             yield f"config.ema.{key}", config[key], "there is no moving average while config.ema.decay is 0"
 
 

@@ -166,7 +166,11 @@ class CheckpointStore:
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             policy = ocp.training.preservation_policies.LatestN(self._keep) if self._keep else None
-            self._writer = ocp.training.Checkpointer(self.folder, preservation_policy=policy)
+            # The processes of a run meet at barriers, and two stores that save at once must not meet at each other's.
+            context = ocp.Context(
+                multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.folder.name)
+            )
+            self._writer = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=policy)
         return self._writer
 
     def _remove_leftovers(self, step: int) -> None:

@@ -2,11 +2,13 @@
 
 A power-function average weighs the parameters of update s, seen from update t, by how much (s / t)^(gamma + 1) grows
 there. Its length is the deviation of that profile over t, between 0 and 0.28; a longer one has a smaller gamma. Every
-checkpoint stores the averages of the one or two lengths that training keeps; any other length is the sum of these
-snapshots whose profile is nearest to its own, in the sense of least squares.
+checkpoint stores the averages of the one or two lengths that training keeps; another length is the sum of these
+snapshots whose profile is nearest to its own, in the sense of least squares. How near that is depends on the snapshots:
+with few of them, or one length, some lengths are out of reach, and refused.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from cli.errors import UserError
@@ -23,6 +26,8 @@ Tree = Any
 
 AVERAGES = "averages"  # of a run: the folder of snapshots, and the name of their tree
 LONGEST = 0.28  # of a gamma above 0
+
+FARTHEST = 0.05  # from the profile that was asked for, as a share of its norm
 
 _BINS = 10_000  # of a profile: updates are counted together where there are more
 
@@ -60,16 +65,25 @@ def average_key(length: float) -> str:
     return f"length_{length:g}"
 
 
-def start(params: Tree, lengths: Sequence[float]) -> Tree:
+def start(params: Tree, lengths: Sequence[float], paths: str = ".*") -> Tree:
     """The averages before the first update, {`average_key`: {part: tree}}, in float32 or finer; copies.
 
     What they start at does not count in any: the first update takes its place.
+
+    Args:
+      params: {part: tree}.
+      lengths: of the averages.
+      paths: a regex of the paths that are averaged; averages lack the others.
     """
+    flat = flatten_dict(params, sep="/")
+    averaged = unflatten_dict({path: leaf for path, leaf in flat.items() if re.search(paths, path)}, sep="/")
+    if not averaged:
+        return {}
 
     def copy(leaf: Any) -> Any:
         return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
-    return {average_key(length): jax.tree.map(copy, params) for length in lengths}
+    return {average_key(length): jax.tree.map(copy, averaged) for length in lengths}
 
 
 def update(averages: Tree, params: Tree, step: Any) -> Tree:
@@ -77,14 +91,17 @@ def update(averages: Tree, params: Tree, step: Any) -> Tree:
 
     Args:
       averages: from `start`, or of the update before.
-      params: {part: tree} after the update.
+      params: {part: tree} after the update; those that averages lack are left out.
       step: t, updates done, this one included: int32 [].
     """
     left = jnp.log1p(-1 / step.astype(jnp.float32))  # keeps what 1 / t is beside 1 when t is large
 
     def move(length: float, tree: Tree) -> Tree:
         share = -jnp.expm1(exponent(length) * left)
-        return jax.tree.map(lambda a, b: a + share.astype(a.dtype) * (b.astype(a.dtype) - a), tree, params)
+        new: dict[Any, Any] = flatten_dict(params)
+        old: dict[Any, Any] = flatten_dict(tree)
+        moved = {path: a + share.astype(a.dtype) * (new[path].astype(a.dtype) - a) for path, a in old.items()}
+        return unflatten_dict(moved)
 
     return {key: move(_length(key), tree) for key, tree in averages.items()}
 
@@ -95,12 +112,42 @@ def profile(snapshot: Snapshot, edges: Float[np.ndarray, " m"]) -> Float[np.ndar
     return np.diff(reached)
 
 
-def combination(snapshots: Sequence[Snapshot], target: Snapshot) -> Float[np.ndarray, " n"]:
+def combination(snapshots: Sequence[Snapshot], target: Snapshot) -> tuple[Float[np.ndarray, " n"], float]:
     """Factors of snapshots, which add up to 1, whose sum is nearest to the average that `target` says.
 
+    Returns:
+      (factors, how far the sum's profile is from the target's, as a share of the norm of that).
+
     Raises:
-      UserError: if there are no snapshots at or before it.
+      UserError: if there are no snapshots at or before it, or it is farther than `FARTHEST` from all of their sums.
     """
+    factors, error = _nearest(snapshots, target)
+    if error > FARTHEST:
+        lengths = [round(0.01 * n, 2) for n in range(1, round(100 * LONGEST) + 1)]
+        reached = [each for each in lengths if _nearest(snapshots, Snapshot(target.step, each))[1] <= FARTHEST]
+        raise UserError(
+            f"the averages that were stored come no nearer than {error:.0%} to one of length {target.length:g} at step "
+            f"{target.step}; {_spell(reached)} within {FARTHEST:.0%}, and more checkpoints or lengths "
+            "(config.checkpoint.every, config.ema.lengths) would bring more"
+        )
+    return factors, error
+
+
+def _spell(lengths: Sequence[float]) -> str:
+    """Which lengths are reached, in whole hundredths, for messages."""
+    if not lengths:
+        return "no length in whole hundredths is"
+    runs = [[lengths[0], lengths[0]]]
+    for each in lengths[1:]:
+        if each - runs[-1][1] > 0.015:
+            runs.append([each, each])
+        runs[-1][1] = each
+    spelled = ", ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in runs)
+    return f"lengths {spelled} are"
+
+
+def _nearest(snapshots: Sequence[Snapshot], target: Snapshot) -> tuple[Float[np.ndarray, " n"], float]:
+    """See `combination`; however far it is."""
     usable = [i for i, each in enumerate(snapshots) if each.step <= target.step]
     if not usable:
         raise UserError(f"no average was stored at or before step {target.step}")
@@ -114,10 +161,11 @@ def combination(snapshots: Sequence[Snapshot], target: Snapshot) -> Float[np.nda
         solution = np.linalg.lstsq((known[rest] - known[nearest]).T, wanted - known[nearest], rcond=1e-10)[0]
         factors[np.array(usable)[rest]] = solution
     factors[usable[nearest]] = 1 - factors.sum()
-    return factors
+    missed = factors[usable] @ known - wanted
+    return factors, float(np.linalg.norm(missed) / np.linalg.norm(wanted))
 
 
-def synthesize(run: Path, length: float, step: int, of: Sequence[float] | None = None) -> Tree:
+def synthesize(run: Path, length: float, step: int, of: Sequence[float] | None = None) -> tuple[Tree, float]:
     """The average of a length, from the snapshots in a run folder.
 
     Args:
@@ -127,10 +175,10 @@ def synthesize(run: Path, length: float, step: int, of: Sequence[float] | None =
       of: lengths of the snapshots to make it of; None for all.
 
     Returns:
-      {part: tree} of what is trained, float32.
+      ({part: tree} of what is averaged, float32; how far its profile is from the one asked for, see `combination`).
 
     Raises:
-      UserError: if the run stored none, or the length is impossible.
+      UserError: if the run stored none, or the length is impossible or out of their reach.
     """
     exponent(length)
     store = CheckpointStore(run / AVERAGES)
@@ -143,14 +191,14 @@ def synthesize(run: Path, length: float, step: int, of: Sequence[float] | None =
     stored = {number: store.abstract(number)[AVERAGES] for number in steps if number <= step}
     kept = [Snapshot(number, _length(key)) for number, tree in stored.items() for key in tree]
     snapshots = [each for each in kept if of is None or each.length in of]
-    factors = combination(snapshots, Snapshot(step, length))
+    factors, error = combination(snapshots, Snapshot(step, length))
     total: Tree = None
     for number in stored:
         trees = store.load(number, (AVERAGES,))[AVERAGES]
         for snapshot, factor in zip(snapshots, factors, strict=True):
             if snapshot.step == number and factor:
                 total = _add(total, trees[average_key(snapshot.length)], float(factor))
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), total)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), total), error
 
 
 def _length(key: str) -> float:

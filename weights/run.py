@@ -68,12 +68,20 @@ class RunWeights:
       variables: {part: {collection: tree}}; may be empty.
       step: of the checkpoint.
       ema: whether `params` is the moving average, or its length where it was made after training.
+      ema_error: of one that was made after training: how far its profile is from that of its length, as a share.
     """
 
     params: Tree
     variables: Tree
     step: int
     ema: bool | float
+    ema_error: float | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Which weights these are: {"step", "ema"}, and "ema_error" where there is one."""
+        error = {} if self.ema_error is None else {"ema_error": round(self.ema_error, 6)}
+        return {"step": self.step, "ema": self.ema, **error}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +174,7 @@ class Run:
             raise UserError(f"{self.folder} has no checkpoint {step}; it has {', '.join(map(str, store.steps()))}")
         step = latest if step is None else step
         stored = store.abstract(step)
-        averaged = {} if length is None else synthesize(self.folder, length, step)
+        averaged, error = ({}, None) if length is None else synthesize(self.folder, length, step)
         ema = length is None and ema and "ema_params" in stored
         names = ["variables", "ema_params" if ema else "params"]
         if ema and jax.tree.structure(stored["ema_params"]) != jax.tree.structure(stored["params"]):
@@ -176,7 +184,7 @@ class Run:
         params, variables = (
             {part: tree for part, tree in of_parts.items() if part in parts} for of_parts in (whole, trees["variables"])
         )
-        return RunWeights(params, variables, step, ema if length is None else length)
+        return RunWeights(params, variables, step, ema if length is None else length, error)
 
     def _read_weights(self, parts: Collection[str], mapped: bool) -> tuple[dict[str, Tree], dict[str, Tree]]:
         """Reads (params, variables) of some parts from `WEIGHTS`, after comparing all of it with the config."""

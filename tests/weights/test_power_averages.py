@@ -47,15 +47,35 @@ def test_an_update_moves_averages_as_defined():
         np.testing.assert_allclose(average, direct(values, length), atol=1e-6)
 
 
+def test_parameters_that_are_not_averaged_are_left_out():
+    params = {"part": {"w": jnp.ones(3), "b": jnp.ones(2)}, "other": {"b": jnp.ones(1)}}
+    averages = start(params, KEPT, "part/w$")
+    assert averages.keys() == {average_key(length) for length in KEPT}
+    moved = update(averages, params, jnp.int32(1))
+    assert jax.tree.structure(moved) == jax.tree.structure(averages) and moved[average_key(0.1)].keys() == {"part"}
+    assert len(jax.tree.leaves(moved)) == 2 and start(params, KEPT, "nothing") == {}
+
+
+def test_a_length_that_snapshots_do_not_reach_is_refused():
+    """One snapshot of each of two lengths is far from a longer average; what it names instead is within reach."""
+    snapshots = [Snapshot(1000, length) for length in KEPT]
+    with pytest.raises(
+        UserError, match=r"no nearer than 60% to one of length 0.2 .*; lengths 0.05 to 0.06, 0.08 to 0.11 are within"
+    ):
+        combination(snapshots, Snapshot(1000, 0.2))
+    assert combination(snapshots, Snapshot(1000, 0.1))[1] < 1e-6
+
+
 def test_few_snapshots_come_near_any_length():
     """As in a long run: a hundred updates between snapshots, and parameters that wander."""
     steps = 3000
     values = np.cumsum(np.random.default_rng(0).normal(size=(steps, 50)), axis=0)
     snapshots = [Snapshot(step, length) for step in range(100, steps + 1, 100) for length in KEPT]
     stored = np.stack([direct(values[: each.step], each.length) for each in snapshots])
-    for length in OTHERS:
-        for step in (steps, 2000):
-            factors = combination(snapshots, Snapshot(step, length))
+    for step, lengths in ((steps, OTHERS), (2000, (0.03, 0.15, 0.2))):
+        for length in lengths:
+            factors, missed = combination(snapshots, Snapshot(step, length))
+            assert 0 < missed < 0.05
             assert factors.sum() == pytest.approx(1) and not np.any(factors[[s.step > step for s in snapshots]])
             wanted = direct(values[:step], length)
             error = np.linalg.norm(factors @ stored - wanted) / np.linalg.norm(wanted - values[step - 1])
@@ -72,7 +92,7 @@ def test_three_lengths_of_a_run_equal_averages_that_it_kept(tmp_path):
     assert store.steps() == list(range(10, 0, -1))
     kept = store.load(10, (AVERAGES,))[AVERAGES]
     for length in OTHERS:
-        made = synthesize(tmp_path, length, 10, of=KEPT)
+        made, _ = synthesize(tmp_path, length, 10, of=KEPT)
         for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(kept[average_key(length)]), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-6)
     # A run that was killed after it stored averages, and before the checkpoint of that step, makes them again.
@@ -81,6 +101,10 @@ def test_three_lengths_of_a_run_equal_averages_that_it_kept(tmp_path):
     assert train(load_config([CONFIG, *overrides]), tmp_path) == EXIT_OK
     again = store.load(10, (AVERAGES,))[AVERAGES]
     jax.tree.map(np.testing.assert_array_equal, again, kept)
+    # One that was killed between the two the other way round stores what it lacks.
+    shutil.rmtree(tmp_path / AVERAGES / "10")
+    assert train(load_config([CONFIG, *overrides]), tmp_path) == EXIT_OK
+    jax.tree.map(np.testing.assert_array_equal, store.load(10, (AVERAGES,))[AVERAGES], kept)
     sampler = TrainedSampler.open(tmp_path, ema=0.15)
     assert sampler.describe(0, {})["ema"] == 0.15
     jax.tree.map(
