@@ -25,6 +25,7 @@ Evaluates a run, or a CLIP that was converted (--dataset says of what), and writ
 metric as it ends: one that fails is named at the end, and costs no other.
 
 caption_accuracy   share of captions whose picture has every attribute right, and each attribute (embedded dataset)
+answers            share of questions about a picture that are answered right, of each kind, and about a wrong picture
 reconstruction     error of an image tokenizer, codes it uses, and scenes still read right after it
 
 energy_distance    of a diffusion of points: between points drawn and data, beside that of data and other data

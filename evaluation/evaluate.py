@@ -13,6 +13,7 @@ from cli.errors import UserError
 from data.points import is_points
 from data.records import dataset_folder, first_captions, first_classes, open_records
 from data.scenes import find_world
+from evaluation.answers import ANSWERS, answer_values
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.clip.metrics import CLIP_METRICS, SHOWN, ClipSettings, clip_makers, default_metrics
 from evaluation.clip.reranking import SCORED, ClipScorer, scorer_record
@@ -95,6 +96,8 @@ def applicable_metrics(
     if "point" in sampler.makes:
         defaults = default_point_metrics(trained)
         return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
+    if "text" in sampler.makes and set(sampler.reads) == {"text", "image"}:
+        return (ANSWERS,), ()
     if "image" not in sampler.makes:
         return (), ()
     if reconstructs(sampler):
@@ -207,6 +210,8 @@ def _values_of(
     """What one metric finds that shares nothing with others."""
     if name in SCORED:
         return scorer_record(name, trained, cast(ClipScorer, tools.scorer), split, num, seed, settings)
+    if name == ANSWERS:
+        return answer_values(trained, split, num, seed, settings)
     if name == CAPTION_LOSS:
         return caption_loss(trained, split, num, seed)
     if name in POINT_METRICS:

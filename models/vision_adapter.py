@@ -43,8 +43,9 @@ class Sight:
 class VisionAdapter(nn.Module):
     """A `Llama` with an image encoder, a projection, and gated cross-attention layers before some of its own layers.
 
-    Gates start at 0: at first the logits are those of the language model, to the bit. The language model's parameters
-    are under `language`, all others are the adapter's and the encoder's.
+    Gates start at 0: at first the logits are those of the language model, in float32 to the bit (in bfloat16 a compiler
+    may round between the layers elsewhere than without them). The language model's parameters are under `language`, all
+    others are the adapter's and the encoder's.
 
     Attributes:
       vocab_size: of the language model, as the fields up to `tied`; see `models.llama.Llama`.

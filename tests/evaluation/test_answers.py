@@ -1,0 +1,43 @@
+"""Answers about pictures are counted a kind, and what a description says is compared with the scene."""
+
+import numpy as np
+import pytest
+
+from data.scenes import parse_caption
+from data.scenes.questions import TYPES
+from data.scenes.scene import WORLDS
+from evaluation.answers import describes
+from evaluation.clip.metrics import ClipSettings
+from evaluation.evaluate import applicable_metrics, evaluate_run
+from sample.trained import TrainedSampler
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("a large red circle left of a small blue star on a black background", True),
+        ("a blue star to the right of a red circle", True),
+        ("a red circle left of a blue star on navy", False),
+        ("a red circle right of a blue star", False),
+        ("a red circle", False),
+        ("a red red of star", False),
+        ("", False),
+    ],
+)
+def test_a_description_is_right_where_all_that_it_names_is_there(text, right):
+    world = WORLDS["pair32"]
+    truth = parse_caption(world, "a large red circle left of a small blue star on a black background")
+    assert describes(world, text, truth) == right
+
+
+def test_each_kind_of_question_is_counted(debug_run, monkeypatch):
+    trained = TrainedSampler.open(debug_run("scenes/vision_adapter.py"), chunk=4)
+    assert applicable_metrics(trained, "validation", ClipSettings())[0] == ("answers",)
+    said = iter(["circle"] * 100)
+    monkeypatch.setattr(TrainedSampler, "decode", lambda self, ids: tuple(next(said) for _ in ids))
+    (record,) = evaluate_run(trained, ("answers",), ("validation",), 4, 0, {})
+    values = record["values"]
+    kinds = {kind.replace(" ", "_") for kind in TYPES}
+    assert set(values) == kinds | {f"wrong_picture_{kind}" for kind in kinds}
+    assert values["color"] == values["describe"] == 0.0 and values["shape"] == values["wrong_picture_shape"]
+    assert np.isfinite(list(values.values())).all()
