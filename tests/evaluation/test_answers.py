@@ -30,6 +30,7 @@ def test_a_description_is_right_where_all_that_it_names_is_there(text, right):
     assert describes(world, text, truth) == right
 
 
+@pytest.mark.slow
 def test_each_kind_of_question_is_counted(debug_run, monkeypatch):
     trained = TrainedSampler.open(debug_run("scenes/vision_adapter.py"), chunk=4)
     assert applicable_metrics(trained, "validation", ClipSettings())[0] == ("answers",)

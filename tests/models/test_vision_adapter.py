@@ -144,6 +144,7 @@ def test_cached_decoding_looks_at_pictures_once_and_scores_as_one_pass():
         logits, cache = step(variables, jnp.asarray(rows[:, made], jnp.int32), made, cache, sight)
 
 
+@pytest.mark.slow
 def test_beams_share_the_pictures_of_their_example():
     model, params, _ = tiny()
     tokens, tiles, canvas = inputs()
@@ -162,6 +163,7 @@ def test_beams_share_the_pictures_of_their_example():
     np.testing.assert_array_equal(together, np.stack(alone))
 
 
+@pytest.mark.slow
 def test_recomputed_and_scanned_layers_are_the_same():
     _, params, apply = tiny()
     _, _, other = tiny(scan=True, remat="full")
