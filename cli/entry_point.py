@@ -29,8 +29,8 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Calls `main(arguments)` and ends the process with the exit code of the contract.
 
-    A UserError becomes one line on stderr and exit code 2. Ctrl-C outside a training loop ends quietly with 130. Any
-    other exception keeps its traceback and Python's exit code 1.
+    A UserError, or what a store of objects raises, becomes one line on stderr and exit code 2. Ctrl-C outside a
+    training loop ends quietly with 130. Any other exception keeps its traceback and Python's exit code 1.
     """
     spare_the_search_for_a_tpu()
     keep_compiled_programs()
@@ -46,4 +46,11 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         # The reader (head, less) went away; pointing stdout at nothing keeps the interpreter's last flush quiet.
         sys.stdout = None  # pyright: ignore[reportAttributeAccessIssue]
         code = EXIT_OK
+    except Exception as error:
+        from cli.locations import explain
+
+        if not (line := explain(error)):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        code = EXIT_USER_ERROR
     sys.exit(EXIT_OK if code is None else code)

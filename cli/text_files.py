@@ -1,20 +1,21 @@
 """The one reader of text files that people write: prompts, names of classes, templates, captions, JSON."""
 
-from pathlib import Path
+import os
 
 from cli.errors import UserError
+from cli.locations import locate
 
 MARK = "\ufeff"  # what some editors put in front of UTF-8
 LIMIT = 1 << 26  # bytes: 64 MiB, far above any list that is written by hand
 
 
-def read_text(path: str | Path, what: str = "file", limit: int = LIMIT) -> str:
+def read_text(path: str | os.PathLike[str], what: str = "file", limit: int = LIMIT) -> str:
     """Reads UTF-8, with or without a byte order mark, whose lines end in a line feed or in CR and line feed.
 
     Nothing else ends a line: a form feed or a line separator of Unicode inside a sentence belongs to the sentence.
 
     Args:
-      path: of the file, or of a pipe.
+      path: of the file, here or in a store, or of a pipe.
       what: names the file in errors, such as "prompt file".
       limit: most bytes that are read.
 
@@ -25,7 +26,7 @@ def read_text(path: str | Path, what: str = "file", limit: int = LIMIT) -> str:
       UserError: names the file, if it is missing, cannot be read, is too large, or is not UTF-8.
     """
     try:
-        with Path(path).open("rb") as file:
+        with locate(path).open("rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:
         raise UserError(f"there is no {what} {path}") from None
@@ -56,7 +57,7 @@ def decode(data: bytes) -> str:
     return text.removeprefix(MARK).replace("\r\n", "\n")
 
 
-def read_lines(path: str | Path, what: str = "file", limit: int = LIMIT) -> tuple[str, ...]:
+def read_lines(path: str | os.PathLike[str], what: str = "file", limit: int = LIMIT) -> tuple[str, ...]:
     """Reads a list of one entry a line; blanks around an entry, and blank lines, are left out.
 
     Args:

@@ -8,13 +8,13 @@ import gzip
 import html
 import json
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ftfy
 import tokenizers
 
 from cli.errors import UserError
+from cli.locations import Location, locate_from_home
 from cli.text_files import read_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -47,7 +47,7 @@ def clean_caption(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def read_clip_vocabulary(path: str | Path) -> ClipVocabulary:
+def read_clip_vocabulary(path: str | Location) -> ClipVocabulary:
     """Reads a vocabulary of CLIP's form in any format that it is found in.
 
     Args:
@@ -57,7 +57,7 @@ def read_clip_vocabulary(path: str | Path) -> ClipVocabulary:
     Raises:
       UserError: if nothing is there, or it is something else.
     """
-    file = _vocabulary_file(Path(path).expanduser())
+    file = _vocabulary_file(locate_from_home(path))
     try:
         vocabulary = _read_tokenizer_file(file) if file.suffix == ".json" else _read_merges_file(file)
         _check(vocabulary)
@@ -91,7 +91,7 @@ def byte_pieces() -> list[str]:
     return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
-def _vocabulary_file(path: Path) -> Path:
+def _vocabulary_file(path: Location) -> Location:
     if path.is_dir():
         for name in _FILES:
             if (path / name).is_file():
@@ -102,7 +102,7 @@ def _vocabulary_file(path: Path) -> Path:
     return path
 
 
-def _read_merges_file(file: Path) -> ClipVocabulary:
+def _read_merges_file(file: Location) -> ClipVocabulary:
     """Reads a list of merges, a pair a line after a line with its version."""
     content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     version, *lines = content.decode("utf-8").split("\n")
@@ -118,7 +118,7 @@ def _read_merges_file(file: Path) -> ClipVocabulary:
     return ClipVocabulary({piece: place for place, piece in enumerate(pieces)}, merges)
 
 
-def _read_tokenizer_file(file: Path) -> ClipVocabulary:
+def _read_tokenizer_file(file: Location) -> ClipVocabulary:
     """Reads the one file that transformers, and a run of this project, keep a tokenizer in."""
     stored: dict[str, Any] = json.loads(read_text(file))
     model = stored["model"]

@@ -27,6 +27,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageCms, ImageFile
 
 from cli.errors import UserError
+from cli.locations import Location, in_store, write_whole
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
@@ -134,6 +135,16 @@ def as_rgb(pixels: UInt8[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "h w 3"]:
         raise PictureError(f"an array of {' x '.join(map(str, pixels.shape))} numbers is no picture")
     pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     return np.asarray(_to_rgb(Image.fromarray(pixels)))
+
+
+def save_picture(location: Location, picture: Image.Image) -> None:
+    """Writes a picture as the format that its location's name ends in."""
+    if not in_store(location):
+        picture.save(location)
+        return
+    file = io.BytesIO()
+    picture.save(file, Image.registered_extensions()[location.suffix.lower()])
+    write_whole(location, file.getvalue())
 
 
 def _read_file(name: str | Path) -> bytes:

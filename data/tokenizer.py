@@ -3,7 +3,6 @@
 import functools
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import tokenizers
 from jaxtyping import Int
 
 from cli.errors import UserError
+from cli.locations import Location, locate, write_whole
 from cli.text_files import read_text
 from data.bounded_cache import BoundedCache
 from data.clip_vocabulary import END, END_OF_WORD, START, clean_caption, clip_model, read_clip_vocabulary
@@ -94,7 +94,7 @@ class Tokenizer:
         return cls(model)
 
     @classmethod
-    def from_clip_vocabulary(cls, path: str | Path, ends: bool = True) -> "Tokenizer":
+    def from_clip_vocabulary(cls, path: str | Location, ends: bool = True) -> "Tokenizer":
         """Reads CLIP's published vocabulary, from any file or folder that `read_clip_vocabulary` takes.
 
         Args:
@@ -107,13 +107,13 @@ class Tokenizer:
         return cls(clip_model(read_clip_vocabulary(path), ends))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Location) -> "Tokenizer":
         """Reads a tokenizer that `save` wrote: trained or CLIP's, with or without ends.
 
         Raises:
           UserError: if the file is missing or is not a tokenizer.
         """
-        path = Path(path)
+        path = locate(path)
         if not path.is_file():
             raise UserError(f"there is no tokenizer at {path}; run `python -m scripts.prepare` for its dataset first")
         text = read_text(path)
@@ -127,12 +127,9 @@ class Tokenizer:
             # The library raises bare Exception for a malformed file.
             raise UserError(f"{path} is not a tokenizer file ({error}); prepare the dataset again") from error
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Location) -> None:
         """Writes one JSON file that the `tokenizers` library reads too."""
-        path = Path(path)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(self._model.to_str(), encoding="utf-8")
-        draft.replace(path)
+        write_whole(locate(path), self._model.to_str())
 
     def with_ends(self) -> "Tokenizer":
         """Returns a copy that frames captions, by two more ids; a tokenizer that does so already, as it is."""

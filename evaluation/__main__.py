@@ -3,12 +3,12 @@
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
+from cli.locations import in_store, local
 from cli.ranges import check_seed
 from cli.text_files import read_lines
 from sample.arguments import SETTINGS, add_sampling_arguments, chosen_average, open_trained, sampling_settings
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
     from evaluation.evaluate import Tools, default_splits  # imports jax
-    from evaluation.records import format_table, read_records
+    from evaluation.records import format_table, read_records, write_records
     from evaluation.sweep import evaluate_cells
 
     def open_run(ema: bool | float, step: int | None) -> Any:
@@ -117,13 +117,15 @@ def main(arguments: Sequence[str]) -> None:
         return on_dataset(trained, options.dataset, options.data_dir, options.image_field, options.text_field)
 
     trained = open_run(chosen_average(options), options.step)
-    if not os.access(trained.run.folder, os.W_OK):
+    if not in_store(trained.run.folder) and not os.access(trained.run.folder, os.W_OK):
         raise UserError(f"{trained.run.folder} cannot be written, where results go; copy it and evaluate the copy")
     settings = sampling_settings(options)
     metrics = [name for name in options.metrics.split(",") if name]
     splits = [name for name in options.splits.split(",") if name] or default_splits(trained.config)
     tools = Tools(_feature_settings(options), _scorer(options), _clip_settings(options))
     read_records(trained.run.folder)  # to which the results are added: a mistake there is found before the work
+    if in_store(trained.run.folder):
+        write_records(trained.run, [])  # and so is a right that is missing
     done: list[dict[str, Any]] = []
     try:
         evaluate_cells(trained, open_run, axes, metrics, splits, options.num, options.seed, settings, tools, done)
@@ -142,7 +144,7 @@ def _feature_settings(options: argparse.Namespace) -> Any:
 
     return FeatureSettings(
         extractor=create_extractor(options.features, options.resize),
-        store=FeatureStore(Path(options.features_dir) if options.features_dir else default_folder()),
+        store=FeatureStore(local(options.features_dir, "--features_dir") if options.features_dir else default_folder()),
         num_real=options.num_real,
         kid_subsets=options.kid_subsets,
         kid_subset_size=options.kid_subset_size,

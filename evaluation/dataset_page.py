@@ -7,12 +7,12 @@ Whatever comes from the data is escaped.
 import html
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from cli.locations import Location
 from data.records import RecordSource
 from data.tokenizer import Tokenizer
 from evaluation.page import picture_tag, pyplot, svg_of, write_page
@@ -25,7 +25,7 @@ _LENGTHS = (8, 16, 32, 48, 64, 77, 128, 256)  # of `text_length` that are tried
 
 
 def write_dataset_page(
-    path: Path, source: RecordSource, title: str, tokenizer: Tokenizer | None, report: Mapping[str, Any]
+    path: Location, source: RecordSource, title: str, tokenizer: Tokenizer | None, report: Mapping[str, Any]
 ) -> None:
     """Writes the page.
 

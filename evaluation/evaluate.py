@@ -27,7 +27,7 @@ from evaluation.features.metrics import (
 )
 from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
-from evaluation.records import Record, check_finite, picture_path
+from evaluation.records import Record, check_finite, keep_picture
 from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
@@ -253,7 +253,7 @@ def _caption_accuracy(trained: TrainedSampler, split: str, num: int, seed: int, 
     ]
     grid = draw_grid(images[:shown], columns=8, labels=labels, marks=[not names for names in wrong])
     stem = f"evaluation_{split}" if not settings else f"evaluation_{split}_{_spell(settings)}"
-    grid.save(picture_path(trained, stem))
+    keep_picture(trained, stem, grid)
     return {"values": accuracy.shares, "counted": accuracy.counted}
 
 

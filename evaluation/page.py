@@ -3,10 +3,11 @@
 import base64
 import html
 import io
-from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from cli.locations import Location, make_folder, write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend is chosen first)
@@ -25,7 +26,7 @@ pre { background: #f5f5f2; padding: .8rem; overflow-x: auto; }
 """
 
 
-def write_page(path: Path, title: str, status: str, body: str, refresh: int = 0) -> None:
+def write_page(path: Location, title: str, status: str, body: str, refresh: int = 0) -> None:
     """Writes the page, whole or not at all.
 
     Args:
@@ -41,10 +42,8 @@ def write_page(path: Path, title: str, status: str, body: str, refresh: int = 0)
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><p>{html.escape(status)}</p>"
         f"{body}</body></html>"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(path)
+    make_folder(path.parent)
+    write_whole(path, page)
 
 
 def picture_tag(data: bytes, text: str, kind: str = "png") -> str:

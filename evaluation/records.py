@@ -3,11 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from cli.errors import UserError
+from cli.locations import Location, make_folder, write_whole
 from cli.text_files import read_text
+from data.pictures import save_picture
 from sample.trained import TrainedSampler
 from weights.run import EVALUATION, SAMPLES, Run
 
@@ -41,7 +44,7 @@ def is_share(name: str, value: Any) -> bool:
     return isinstance(value, float) and not name.endswith(_NOT_SHARES)
 
 
-def read_records(folder: Path) -> list[Record]:
+def read_records(folder: Location) -> list[Record]:
     """Reads `evaluation.json` of a run folder; [] if there is none. A number that is not finite is None.
 
     Raises:
@@ -85,17 +88,15 @@ def write_records(run: Run, records: Sequence[Record]) -> None:
 
     new = {identity(record) for record in records}
     kept = [record for record in earlier if identity(record) not in new]
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps([*kept, *records], indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps([*kept, *records], indent=2, allow_nan=False) + "\n")
 
 
-def picture_path(trained: TrainedSampler, stem: str) -> Path:
-    """Where a picture goes that evaluation draws: among the run's samples, named after the dataset if it is another."""
+def keep_picture(trained: TrainedSampler, stem: str, picture: Image.Image) -> None:
+    """Writes a picture that evaluation draws: among the run's samples, named after the dataset if it is another."""
     folder, dataset = trained.run.folder / SAMPLES, trained.config.data.dataset
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     own = dataset == trained.run.config.data.dataset
-    return folder / (f"{stem}.png" if own else f"{dataset.replace('/', '_')}_{stem}.png")
+    save_picture(folder / (f"{stem}.png" if own else f"{dataset.replace('/', '_')}_{stem}.png"), picture)
 
 
 def format_table(records: Sequence[Record]) -> str:

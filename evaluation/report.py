@@ -3,11 +3,11 @@
 import dataclasses
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cli.locations import Location
 from evaluation.page import picture_tag, pyplot, svg_of, write_page
 from evaluation.records import is_share, read_records
 from weights.run import DONE, SAMPLES, Run, read_metrics
@@ -27,13 +27,13 @@ class Section:
 
     title: str
     text: str
-    folder: Path
+    folder: Location
     curves: Mapping[str, str]
     pictures: Mapping[str, str]
 
 
 def write_report(
-    path: Path, title: str, status: str, sections: Sequence[Section], closing: str = "", refresh: int = 0
+    path: Location, title: str, status: str, sections: Sequence[Section], closing: str = "", refresh: int = 0
 ) -> None:
     """Writes the page, whole or not at all.
 
@@ -66,7 +66,7 @@ def _section(section: Section) -> str:
     return "".join(parts)
 
 
-def headline_records(folder: Path) -> list[dict[str, Any]]:
+def headline_records(folder: Location) -> list[dict[str, Any]]:
     """The newest record of each metric and split that is of the run's own dataset and sampling settings."""
     records = read_records(folder)
     if not records:
@@ -82,7 +82,7 @@ def headline_records(folder: Path) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
-def _scores(folder: Path) -> str:
+def _scores(folder: Location) -> str:
     """The tables of evaluation.json, one for each metric."""
     records = headline_records(folder)
     metrics = dict.fromkeys(record["metric"] for record in records)
@@ -111,7 +111,7 @@ def _number(name: str, value: float | int | None) -> str:
     return f"{100 * value:.1f} %" if is_share(name, value) else f"{value:.4g}"
 
 
-def _curve(rows: Sequence[Mapping[str, float]], title: str, metric: str) -> str:
+def _curve(rows: Sequence[Mapping[str, Any]], title: str, metric: str) -> str:
     """One metric over steps, as inline SVG."""
     figure, axes = pyplot.subplots(figsize=(4.6, 2.7), layout="constrained")
     try:

@@ -3,11 +3,11 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
+from cli.locations import local
 from cli.ranges import check_seed
 from sample.arguments import add_sampling_arguments, chosen_average, open_trained, sampling_settings
 from sample.sheets.axes import parse_axes, read_texts
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str]) -> None:
 
     trained = open_trained(options, chosen_average(options), options.step)
     check_shown(trained)
-    seed, settings, out = options.seed or 0, sampling_settings(options), Path(options.out)
+    seed, settings, out = options.seed or 0, sampling_settings(options), local(options.out, "--out")
+    files = local(options.files, "--files") if options.files else None
     trained.check_settings(settings, {axis.name: axis.values for axis in axes})
     conditions = make_conditions(prompts, options.label, options.image)
     order = Order(conditions, seed, settings, options.negative_prompt, options.mask)
@@ -88,8 +89,8 @@ def main(arguments: Sequence[str]) -> None:
         written = str(out)
         if drawn.images is None:  # what was said is read here, too
             print("\n".join(drawn.texts or ()))
-    if options.files:
-        write_files(Path(options.files), drawn)
+    if files is not None:
+        write_files(files, drawn)
     print(f"{written}: {drawn} ({json.dumps(drawn.settings)})")
 
 

@@ -96,7 +96,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, besides: bool = True
       parser: of the command.
       besides: whether the command takes rows that only a user gives, and so their settings.
     """
-    parser.add_argument("--run", required=True, help="the run folder")
+    parser.add_argument("--run", required=True, help="the run folder, also gs://BUCKET/NAME")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument("--no_ema", action="store_true", help="use the parameters, not their moving average")
     parser.add_argument(

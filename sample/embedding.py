@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from cli.errors import UserError
+from cli.locations import Location
 from data.bounded_cache import BoundedCache
 from data.preprocess import transform_pair
 from sample.trained import TrainedSampler
@@ -29,7 +29,7 @@ class ClipEmbedder:
     )
 
     @classmethod
-    def open(cls, folder: str | Path) -> "ClipEmbedder":
+    def open(cls, folder: str | Location) -> "ClipEmbedder":
         """Loads a run, or a pretrained folder.
 
         Raises:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.locations import Location
 from cli.ranges import check_seed
 from data.tokenizer import Tokenizer
 from sample.arguments import idle_settings
@@ -51,7 +51,7 @@ class TrainedSampler:
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, step: int | None = None, ema: bool | float = True, chunk: int = CHUNK
+        cls, folder: str | Location, *, step: int | None = None, ema: bool | float = True, chunk: int = CHUNK
     ) -> "TrainedSampler":
         """Loads a run; `step` and `ema` as in `weights.run.Run.load`.
 
@@ -66,7 +66,7 @@ class TrainedSampler:
         weights = run.load(step, ema)
         return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk)
 
-    def guided_by(self, folder: str | Path, step: int | None = None) -> "TrainedSampler":
+    def guided_by(self, folder: str | Location, step: int | None = None) -> "TrainedSampler":
         """The same, led away from what another run draws; see `DiffusionSampler.guided_by`.
 
         Args:

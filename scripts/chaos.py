@@ -14,6 +14,7 @@ from typing import Any
 from cli import entry_point
 from cli.config import load_config
 from cli.errors import EXIT_FAILURE, EXIT_OK, UserError
+from cli.locations import local
 from cli.ranges import check_seed
 
 _DESCRIPTION = """\
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     options, rest = parser.parse_known_args(arguments)
     config = load_config(rest)
-    folder = Path(options.workdir)
+    folder = local(options.workdir, "--workdir")
     if folder.exists():
         raise UserError(f"{folder} exists; give a new --workdir")
     if options.kills < 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cli import entry_point
 from cli.errors import EXIT_FAILURE, EXIT_OK, UserError
+from cli.locations import local
 from cli.ranges import check_seed
 from evaluation.report import Section, headline_records, write_report
 from weights.run import DONE
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 1 <= options.num <= _LARGEST_NUM:
         raise UserError(f"--num must be between 1 and {_LARGEST_NUM}, the size of a split, not {options.num}")
     seed = check_seed("--seed", options.seed)
-    return _Demo(Path(options.workdir), options.data_dir, options.num, seed, options.debug).run()
+    return _Demo(local(options.workdir, "--workdir"), options.data_dir, options.num, seed, options.debug).run()
 
 
 class _Demo:

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cli import entry_point
@@ -99,7 +98,7 @@ def describe_run(folder: str, depth: int) -> dict[str, Any]:
     from weights.sources import random_part, resolve_frozen
 
     run = Run.open(folder)
-    resolve_frozen(run.config, near=Path(folder))
+    resolve_frozen(run.config, near=run.folder)
     run.config.batch_size = run.config.batch_size or 1
     try:
         return describe(run.config, depth)

@@ -42,6 +42,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+from .object_store import ObjectStore  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = ROOT / "tests" / "parity"
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
@@ -149,3 +151,23 @@ def debug_run(scenes_dir: Path, make_once: MakeOnce, tmp_path_factory: pytest.Te
         return Path(shutil.copytree(path, tmp_path_factory.mktemp("runs") / Path(name).stem))
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    """A store of objects on this machine, to which gs:// leads here and in commands that tests start."""
+    store = ObjectStore()
+    with store.serve() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield store
+
+
+@pytest.fixture
+def bucket(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of an empty bucket of its own; copies that are made on this machine are a test's own too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = f"bucket-{len(object_store.buckets)}"
+    object_store.buckets.add(name)
+    yield name
+    object_store.forbidden, object_store.unknown = "", False

@@ -36,7 +36,7 @@ PROJECT_IMPORTS = {
 
 # Folder -> the only libraries that its files may import, beside the standard library.
 LIBRARIES = {
-    "cli": {"ml_collections"},
+    "cli": {"etils", "fsspec", "ml_collections"},
     "configs": {"ml_collections"},
     "models": {"einops", "flax", "jax", "jaxtyping", "numpy"},
     "diffusion": {"einops", "jax", "jaxtyping", "numpy"},

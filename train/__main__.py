@@ -23,7 +23,7 @@ Exit codes: 0 finished; 75 stopped by a signal, saved, start it again; 2 a mista
 def main(arguments: Sequence[str]) -> int:
     """Parses the command line and trains."""
     parser = entry_point.parser("train", _DESCRIPTION)
-    parser.add_argument("--workdir", required=True, help="the run folder")
+    parser.add_argument("--workdir", required=True, help="the run folder, also gs://BUCKET/NAME")
     parser.add_argument(
         "--distributed",
         default="",

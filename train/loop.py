@@ -7,7 +7,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from cli.config import from_json, to_json
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
+from cli.locations import Location, locate
 from data.batch_reader import BatchReader
 from data.pipeline import Stream, open_stream
 from data.tokenizer import Tokenizer
@@ -44,14 +44,14 @@ from weights.sources import load_frozen
 Tree = Any
 
 
-def train(config: ConfigDict, workdir: str | Path, profile: int = 0) -> int:
+def train(config: ConfigDict, workdir: str | Location, profile: int = 0) -> int:
     """Trains what `config` says in `workdir`, from its newest checkpoint if it has one.
 
     To be called by every process of a run alike; they share the folder.
 
     Args:
       config: see `configs.common`.
-      workdir: the run folder.
+      workdir: the run folder, here or in a store.
       profile: how many updates process 0 traces, see `train.step_profile`; 0 for none. They stay the same updates.
 
     Returns:
@@ -60,9 +60,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: int = 0) -> int:
     Raises:
       UserError: a mistake in the config, the workdir or a source; the run folder stays as it was.
     """
-    if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} is not a folder; mount the bucket, see docs/launching.md")
-    workdir = Path(workdir)
+    workdir = locate(workdir)
     check_config(config)
     check_profile(profile, config)
     with StopSignal() as stop, storage_errors(workdir):
@@ -86,7 +84,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: int = 0) -> int:
         return _run(config, workdir, training, store, state, start, stop, profile)
 
 
-def _open(config: ConfigDict, workdir: Path, store: CheckpointStore) -> tuple[ConfigDict, list[int]]:
+def _open(config: ConfigDict, workdir: Location, store: CheckpointStore) -> tuple[ConfigDict, list[int]]:
     """Makes or checks the run folder; every process gets the config as process 0 stored it, and the checkpoints."""
 
     def prepare() -> tuple[str, list[int]]:
@@ -210,7 +208,7 @@ def _complete_snapshots(workdir: Path, state: TrainState, start: int) -> None:
 
 def _run(
     config: ConfigDict,
-    workdir: Path,
+    workdir: Location,
     training: _Training,
     store: CheckpointStore,
     state: TrainState,

@@ -7,6 +7,7 @@ import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ import psutil
 from ml_collections import ConfigDict
 from PIL import Image
 
+from cli.compilation_cache import cache_home
 from cli.config import flatten
 from cli.errors import EXIT_FAILURE
+from cli.locations import Location, absolute, in_store, make_folder, write_whole
+from data import pictures
 from train.progress import ProgressBar
 from weights.run import METRICS, SAMPLES, read_metrics
 
 _LOG = logging.getLogger(__name__)
+_SECONDS_BETWEEN_WRITES = 60.0  # of the whole file to a store
 
 
 class MetricLog:
@@ -30,47 +35,90 @@ class MetricLog:
     Only fields under `time/` may differ in a rerun.
     """
 
-    def __init__(self, workdir: Path, resume_step: int):
+    def __init__(self, workdir: Location, resume_step: int):
         """Opens the log and drops what was written after the checkpoint that the run continues from.
 
         Args:
           workdir: the run folder.
           resume_step: step of that checkpoint; 0 for a new run.
         """
-        self._path = workdir / METRICS
+        path = workdir / METRICS
         rows = [row for row in read_metrics(workdir) if row["step"] <= resume_step] if resume_step else []
-        draft = self._path.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        draft.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(path, text)
+        self._file = _ObjectOfLines(path, text) if in_store(path) else _FileOfLines(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one row and hands it to the operating system, so that a killed run keeps it.
+        """Appends one row; a killed run keeps it, but in a store perhaps not the rows since its last checkpoint.
 
         A value that is not finite becomes null: JSON has no NaN.
         """
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
 
     def sync(self) -> None:
         """Puts the rows on disk, also where that is far away: before a checkpoint that relies on them."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
+class _FileOfLines:
+    """A file to which each line is appended and handed to the operating system."""
+
+    def __init__(self, path: Location):
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _ObjectOfLines:
+    """An object in a store, which has no append: written again as a whole, before a checkpoint and about once a minute.
+
+    Rows that come after a checkpoint are dropped when a run continues from it, so no more than those are lost with a
+    machine. Who writes a long file over a slow line waits longer: what is sent takes a fiftieth of the time at most.
+    """
+
+    def __init__(self, path: Location, text: str):
+        self._path, self._lines, self._unsent = path, [text], False
+        self._due = time.monotonic() + _SECONDS_BETWEEN_WRITES
+
+    def append(self, line: str) -> None:
+        self._lines.append(line)
+        self._unsent = True
+        if time.monotonic() >= self._due:
+            self.sync()
+
+    def sync(self) -> None:
+        if self._unsent:
+            start = time.monotonic()
+            write_whole(self._path, "".join(self._lines))
+            self._unsent, now = False, time.monotonic()
+            self._due = now + max(_SECONDS_BETWEEN_WRITES, 50 * (now - start))
+
+    def close(self) -> None:
+        self.sync()
+
+
 class WandbLog:
     """Weights & Biases from a thread of its own: whatever happens to it, the run neither stops nor waits."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, run_id: str, run_config: Mapping[str, Any]):
+    def __init__(self, config: ConfigDict, workdir: Location, run_id: str, run_config: Mapping[str, Any]):
         """Begins to connect in the background.
 
         Args:
           config: `config.wandb`: mode (`online`, `offline`, `disabled`), project, entity, name.
-          workdir: the run folder; offline data goes to its `wandb/`.
+          workdir: the run folder; offline data goes to its `wandb/`, of a run in a store to the user's cache folder.
           run_id: constant over the life of the run, so that a resumed run is one run there too.
           run_config: shown as the run's config.
         """
@@ -81,8 +129,8 @@ class WandbLog:
                 "mode": config.mode,
                 "project": config.project,
                 "entity": config.entity or None,
-                "name": config.name or workdir.resolve().name,
-                "dir": str(workdir),
+                "name": config.name or absolute(workdir).name,
+                "dir": str(_wandb_folder(workdir, run_id)),
                 "id": run_id,
                 "resume": "allow",
                 "config": dict(run_config),
@@ -141,6 +189,15 @@ class WandbLog:
                 pass
 
 
+def _wandb_folder(workdir: Location, run_id: str) -> Path:
+    """Where W&B keeps its files, on this machine."""
+    if not in_store(workdir):
+        return workdir
+    folder = cache_home() / "tessera" / "wandb" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _log_to_wandb(step: int, values: Mapping[str, Any], run: Any) -> None:
     import wandb
 
@@ -154,7 +211,7 @@ def _mark_preempting(run: Any) -> None:
 class RunLog:
     """All the places where a run reports, as one."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, start: int, run_id: str):
+    def __init__(self, config: ConfigDict, workdir: Location, start: int, run_id: str):
         """Opens them for a run that begins or goes on at step `start`."""
         self.exit_code = EXIT_FAILURE  # until the run says that it ended otherwise
         self._workdir = workdir
@@ -221,12 +278,12 @@ class SilentLog(RunLog):
         """Does nothing."""
 
 
-def save_picture(workdir: Path, step: int, name: str, picture: Image.Image) -> Path:
+def save_picture(workdir: Location, step: int, name: str, picture: Image.Image) -> Location:
     """Writes `samples/<step>_<name>.png`."""
     folder = workdir / SAMPLES
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / f"{step:08d}_{name}.png"
-    picture.save(path)
+    pictures.save_picture(path, picture)
     return path
 
 

@@ -1,10 +1,14 @@
 """`--profile=N`: what N updates spend their time on, as a trace of `jax.profiler`."""
 
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from cli.locations import Location, in_store, upload
 
 # The first update of a process compiles; on a GPU it also tunes kernels.
 WARM_UP = 1
@@ -17,17 +21,18 @@ class StepProfile:
     and no others. Python's own calls are left out of it, since recording each would make the host seem slow.
     """
 
-    def __init__(self, folder: Path, updates: int, start: int, steps: int, say: Callable[[str], None]):
+    def __init__(self, folder: Location, updates: int, start: int, steps: int, say: Callable[[str], None]):
         """Plans the trace of a run that begins or goes on at step `start`.
 
         Args:
-          folder: gets `plugins/profile/<time>/<host>.xplane.pb`.
+          folder: gets `plugins/profile/<time>/<host>.xplane.pb`; in a store once the trace has ended.
           updates: how many to trace; 0 for none.
           start: updates that are done.
           steps: updates of the whole run. A run that goes on may have fewer left than are asked for.
           say: prints a line.
         """
         self._folder, self._say, self._running = folder, say, False
+        self._traced: Path | None = None  # where the profiler writes
         self._first = start + WARM_UP
         self._last = min(self._first + updates, steps)
         if updates and self._last - self._first < updates:
@@ -40,7 +45,8 @@ class StepProfile:
             jax.block_until_ready(state)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            self._traced = Path(tempfile.mkdtemp()) if in_store(self._folder) else self._folder
+            jax.profiler.start_trace(self._traced, profiler_options=options)
             self._running = True
 
     def end_if_due(self, step: int, state: Any) -> None:
@@ -57,4 +63,7 @@ class StepProfile:
     def _end(self, what: str) -> None:
         self._running = False
         jax.profiler.stop_trace()
+        if self._traced is not None and self._traced != self._folder:
+            upload(self._traced, self._folder)
+            shutil.rmtree(self._traced)
         self._say(f"profile: {what}; see {self._folder} with XProf or Perfetto (docs/performance.md)")

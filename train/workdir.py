@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from cli.config import flatten, to_json
 from cli.errors import UserError
+from cli.locations import Location, make_folder, write_whole
 from data.pipeline import load_tokenizer
 from train.objectives import create_objective
 from weights.run import CONFIG, IDENTITY, TOKENIZER, Run, read_config
@@ -25,7 +26,7 @@ CHANGEABLE = re.compile(
 )
 
 
-def pin_frozen(config: ConfigDict, workdir: Path, resuming: bool) -> None:
+def pin_frozen(config: ConfigDict, workdir: Location, resuming: bool) -> None:
     """Finds the frozen stages; a run that goes on keeps the checkpoints of them that it began with."""
     if resuming and (workdir / CONFIG).is_file():
         begun = Run.open(workdir).config.frozen
@@ -36,7 +37,7 @@ def pin_frozen(config: ConfigDict, workdir: Path, resuming: bool) -> None:
     resolve_frozen(config, near=workdir if resuming else None)
 
 
-def open_workdir(workdir: Path, config: ConfigDict, resuming: bool) -> None:
+def open_workdir(workdir: Location, config: ConfigDict, resuming: bool) -> None:
     """Makes the run folder, or checks that it belongs to this config."""
     path = workdir / CONFIG
     if path.is_file() and Run.open(workdir).converted:
@@ -58,12 +59,10 @@ def open_workdir(workdir: Path, config: ConfigDict, resuming: bool) -> None:
             shown = ", ".join(pairs)
             raise UserError(f"{workdir} was started with another config ({shown}); use a new --workdir")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror}; choose another --workdir") from error
-    draft = path.with_suffix(".tmp")
-    draft.write_text(to_json(config), encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, to_json(config))
 
 
 def _has_default(config: ConfigDict, key: str) -> bool:
@@ -81,7 +80,7 @@ def _has_default(config: ConfigDict, key: str) -> bool:
         return False
 
 
-def copy_tokenizer(config: ConfigDict, workdir: Path, resuming: bool) -> None:
+def copy_tokenizer(config: ConfigDict, workdir: Location, resuming: bool) -> None:
     """Copies the config's tokenizer into the run, for configs with text."""
     own = workdir / TOKENIZER
     if config.data.text_length and not (resuming and own.is_file()):
@@ -89,7 +88,7 @@ def copy_tokenizer(config: ConfigDict, workdir: Path, resuming: bool) -> None:
 
 
 @contextlib.contextmanager
-def storage_errors(workdir: Path) -> Iterator[None]:
+def storage_errors(workdir: Location) -> Iterator[None]:
     """Turns an error of the file system that a user can mend into one line.
 
     Raises:
@@ -110,14 +109,12 @@ def storage_errors(workdir: Path) -> Iterator[None]:
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
-def wandb_id(workdir: Path) -> str:
+def wandb_id(workdir: Location) -> str:
     """An id that stays with the run folder."""
     run_id = Run(workdir, ConfigDict()).identity()
     if not run_id:
         run_id = os.urandom(4).hex()
         path = workdir / IDENTITY
-        path.parent.mkdir(exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(run_id, encoding="utf-8")
-        draft.replace(path)
+        make_folder(path.parent)
+        write_whole(path, run_id)
     return run_id

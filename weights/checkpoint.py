@@ -9,13 +9,13 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from cli.errors import UserError
+from cli.locations import Location, absolute, in_store, locate, make_folder
 
 Tree = Any
 
@@ -31,41 +31,45 @@ class UnreadableCheckpoint(UserError):
 class CheckpointStore:
     """The checkpoints of one run.
 
-    Saving is asynchronous and atomic: a folder has its final name only when it is whole.
+    Saving is asynchronous and atomic: a folder has its final name only when it is whole. In a store of objects it is
+    whole when `commit_success.txt` is in it, which Orbax writes last.
     """
 
-    def __init__(self, folder: str | Path, keep: int | None = None):
+    def __init__(self, folder: str | Location, keep: int | None = None):
         """Opens `folder`.
 
         Args:
           folder: where the step folders are; made by the first save.
           keep: how many of the newest checkpoints stay; None keeps all (and suits a reader).
         """
-        self.folder = Path(folder).resolve()
+        self.folder = absolute(locate(folder))
         self._keep = keep
         self._writer: ocp.training.Checkpointer | None = None
 
     def steps(self) -> list[int]:
-        """Steps that have a folder with something in it, newest first."""
+        """Steps that have a folder with something in it, in a store all of it, newest first."""
         if not self.folder.is_dir():
             return []
         named = [path for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir()]
-        return sorted((int(path.name) for path in named if any(path.iterdir())), reverse=True)
+        return sorted((int(path.name) for path in named if self._is_saved(path)), reverse=True)
 
     def unfinished(self) -> list[str]:
-        """Names of what a save left behind that was cut short: a folder under a temporary name, or an empty one."""
+        """Names of what a save left behind that was cut short: of a temporary name, empty, or in a store not whole."""
         if not self.folder.is_dir():
             return []
         folders = [path for path in self.folder.iterdir() if path.is_dir()]
         return sorted(
             path.name
             for path in folders
-            if _TEMPORARY in path.name or (path.name.isdigit() and not any(path.iterdir()))
+            if _TEMPORARY in path.name or (path.name.isdigit() and not self._is_saved(path))
         )
 
     def set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint, so that it is no longer one but can be looked at."""
+        """Renames a damaged checkpoint, or takes its mark away, so that it is none but can be looked at."""
         with contextlib.suppress(FileNotFoundError):  # another process may have been quicker
+            if in_store(self.folder):
+                (self.folder / str(step) / _COMMITTED).unlink()
+                return
             (self.folder / str(step)).rename(self.folder / f"{step}.unreadable")
 
     def remove_after(self, step: int) -> None:
@@ -164,7 +168,7 @@ class CheckpointStore:
 
     def _open_writer(self) -> ocp.training.Checkpointer:
         if self._writer is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             policy = ocp.training.preservation_policies.LatestN(self._keep) if self._keep else None
             # The processes of a run meet at barriers, and two stores that save at once must not meet at each other's.
             context = ocp.Context(
@@ -173,9 +177,14 @@ class CheckpointStore:
             self._writer = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=policy)
         return self._writer
 
+    def _is_saved(self, folder: Location) -> bool:
+        return (folder / _COMMITTED).is_file() if in_store(folder) else any(folder.iterdir())
+
     def _remove_leftovers(self, step: int) -> None:
         """An empty folder of that name (a crashed copy, say) would be taken for a checkpoint by Orbax."""
         folder = self.folder / str(step)
+        if in_store(folder):
+            return  # where no folder is empty
         with contextlib.suppress(FileNotFoundError):  # another process may have been quicker
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -195,6 +204,7 @@ class CheckpointStore:
 
 _NOT_TREES = ("metrics",)
 _TEMPORARY = "orbax-checkpoint-tmp"
+_COMMITTED = "commit_success.txt"  # in a store
 # Of errors that say nothing about the file: no right to read it, no room for it, other processes that do not answer.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "Permission denied", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 

@@ -10,7 +10,6 @@ with few of them, or one length, some lengths are out of reach, and refused.
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from cli.errors import UserError
+from cli.locations import Location
 from weights.checkpoint import CheckpointStore
 
 Tree = Any
@@ -165,7 +165,7 @@ def _nearest(snapshots: Sequence[Snapshot], target: Snapshot) -> tuple[Float[np.
     return factors, float(np.linalg.norm(missed) / np.linalg.norm(wanted))
 
 
-def synthesize(run: Path, length: float, step: int, of: Sequence[float] | None = None) -> tuple[Tree, float]:
+def synthesize(run: Location, length: float, step: int, of: Sequence[float] | None = None) -> tuple[Tree, float]:
     """The average of a length, from the snapshots in a run folder.
 
     Args:

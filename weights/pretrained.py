@@ -9,6 +9,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from cli.errors import UserError
+from cli.locations import local, write_whole
 from data.tokenizer import Tokenizer
 from weights.files.tensors import write_tensors
 from weights.run import CONFIG, PROVENANCE, TOKENIZER, WEIGHTS, tensor_name
@@ -60,7 +61,7 @@ def free_folder(folder: str | Path) -> Path:
     Raises:
       UserError: if it has something in it or cannot be one.
     """
-    folder = Path(folder)
+    folder = local(folder, "--output")
     try:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; choose another --output or empty it")
@@ -85,6 +86,4 @@ def new_folder(folder: str | Path) -> Path:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object, whole or not at all."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

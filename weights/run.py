@@ -15,7 +15,6 @@ Frozen parts may lie in it too: their source is ".". All other files are as in a
 import dataclasses
 import json
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import jax
@@ -26,6 +25,7 @@ from ml_collections import ConfigDict
 
 from cli.config import from_json
 from cli.errors import UserError
+from cli.locations import Location, locate
 from cli.text_files import read_text
 from configs.common import get_defaults
 from data.tokenizer import Tokenizer
@@ -88,17 +88,17 @@ class RunWeights:
 class Run:
     """A run folder that exists, wherever its training happened."""
 
-    folder: Path
+    folder: Location
     config: ConfigDict
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Run":
+    def open(cls, folder: str | Location) -> "Run":
         """Opens a run folder.
 
         Raises:
           UserError: if there is none, or its config cannot be read.
         """
-        return cls(Path(folder), read_config(folder))
+        return cls(locate(folder), read_config(folder))
 
     @property
     def converted(self) -> bool:
@@ -229,13 +229,13 @@ def model_of(part_config: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in part_config.items() if key not in _NOT_FIELDS}
 
 
-def read_config(folder: str | Path) -> ConfigDict:
+def read_config(folder: str | Location) -> ConfigDict:
     """Reads the config of a run folder. Keys that the folder lacks, as later versions added them, have their defaults.
 
     Raises:
       UserError: if there is none, it cannot be read, or a key has a value of another type than it may.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     path = folder / CONFIG
     if not path.is_file():
         what = "is not a run folder (it has no config.json)" if folder.is_dir() else "does not exist"
@@ -302,9 +302,9 @@ def _is_of(value: Any, hint: Any) -> bool:
     return is_bearable(value, hint) or (type(value) is int and is_bearable(float(value), hint))
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+def read_metrics(folder: str | Location) -> list[dict[str, Any]]:
     """Reads the rows of a run's metrics.jsonl, oldest first; a last line that a crash cut short is left out."""
-    path = Path(folder) / METRICS
+    path = locate(folder) / METRICS
     rows = []
     if path.is_file():
         with path.open("rb") as file:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.locations import Location, absolute, locate
 from models import create_model
 from weights.run import OWN, Run, model_of
 
@@ -41,7 +42,7 @@ class Part:
         return {"params": self.params, "variables": self.variables}
 
 
-def find_source(source: str, near: Path | None = None) -> str:
+def find_source(source: str, near: Location | None = None) -> str:
     """Returns the folder that `source` names.
 
     A run is often moved together with the runs it depends on, so a folder that is gone is looked for beside the run
@@ -56,7 +57,7 @@ def find_source(source: str, near: Path | None = None) -> str:
     """
     if source == OWN and near is not None:
         return str(near)
-    candidates = [Path(source)] + ([near.resolve().parent / Path(source).name] if near is not None else [])
+    candidates = [locate(source)] + ([absolute(near).parent / PurePath(source).name] if near is not None else [])
     for candidate in candidates:
         if source == RANDOM or (candidate / "config.json").is_file():
             return source if source == RANDOM else str(candidate)
@@ -87,7 +88,7 @@ def differing_fields(trained: dict[str, Any], wanted: dict[str, Any], adaptable:
     ]
 
 
-def resolve_frozen(config: ConfigDict, near: Path | None = None) -> None:
+def resolve_frozen(config: ConfigDict, near: Location | None = None) -> None:
     """Fills `config.frozen.<part>` with the network's arguments as its source trained it, and pins its checkpoint.
 
     Afterwards the config alone says which networks there are, and `run` and `step` say with which weights: a source

@@ -27,7 +27,7 @@ from evaluation.clip.scene_prompts import (
 )
 from evaluation.clip.similarity import draw_similarity
 from evaluation.clip.zero_shot import DEFAULT_TEMPLATES, Embed, class_embeddings, fill_templates, top_accuracy
-from evaluation.records import Record, picture_path
+from evaluation.records import Record, keep_picture
 from sample.embedding import BLOCK, ClipEmbedder
 from sample.trained import TrainedSampler
 
@@ -232,7 +232,7 @@ def _similarity(trained: TrainedSampler, pictures: Pictures, embed: Embed, split
     _require_captions(trained, pictures.captions[:SHOWN])
     captions = [texts[0] for texts in pictures.captions[:SHOWN]]
     cosines = embed(captions) @ pictures.features[:SHOWN].T
-    draw_similarity(pictures.shown, captions, cosines).save(picture_path(trained, f"similarity_{split}"))
+    keep_picture(trained, f"similarity_{split}", draw_similarity(pictures.shown, captions, cosines))
     own = np.eye(len(cosines), dtype=bool)
     values = {"own_cosine": float(cosines[own].mean())}
     if len(cosines) > 1:

@@ -17,7 +17,7 @@ from data.records import first_captions
 from data.scenes.grader import SceneGrader
 from evaluation.caption_accuracy import captioned_pictures, world_of
 from evaluation.clip.score import CONVENTIONS, PREFIX, clip_score
-from evaluation.records import Record, picture_path
+from evaluation.records import Record, keep_picture
 from sample.embedding import BLOCK, ClipEmbedder
 from sample.sheets.grid import to_uint8
 from sample.trained import TrainedSampler
@@ -118,7 +118,7 @@ def _rerank(
         for name, shares in ((f"chosen_{k}", chosen), (f"any_{k}", possible)):
             values[name] = float(shares.mean())
             errors[name] = float(shares.std(ddof=1) / np.sqrt(num)) if num > 1 else 0.0
-    draw_curve(counts, values, errors, f"{split}, {num} captions").save(picture_path(trained, f"rerank_{split}"))
+    keep_picture(trained, f"rerank_{split}", draw_curve(counts, values, errors, f"{split}, {num} captions"))
     return {
         "values": values,
         "counted": dict.fromkeys(values, num),

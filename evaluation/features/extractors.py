@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -19,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from cli.errors import UserError
+from cli.locations import local
 from models import create_model
 from models.inception import Inception
 from sample.embedding import ClipEmbedder
@@ -119,7 +119,7 @@ class InceptionExtractor:
         variables = (
             random_variables(model)
             if source == RANDOM
-            else from_torch(model, read_weights(WeightsFile(Path(source)), ()))
+            else from_torch(model, read_weights(WeightsFile(local(source, "the file of --features")), ()))
         )
         kind = "inception-random" if source == RANDOM else "inception"
         return cls(model, variables, resize, f"{kind}/{resize}/{hash_tree(variables)}")

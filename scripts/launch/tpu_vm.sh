@@ -326,7 +326,7 @@ tear_down() {
 check_training() {
   require_training
   case $WORKDIR in
-    gs://*) mistake "--workdir=$WORKDIR: run folders are written through the mount; give a folder below $MOUNT" ;;
+    gs://*) mistake "--workdir=$WORKDIR: this launcher watches run folders through the mount; give a folder below $MOUNT" ;;
     "$MOUNT"/?*) ;;
     *) mistake "--workdir=$WORKDIR is on the worker's own disk and would be lost with it; give a folder below $MOUNT" ;;
   esac

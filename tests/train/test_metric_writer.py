@@ -1,12 +1,14 @@
 """metrics.jsonl, and a logging service that may fail."""
 
 import json
+import math
 import sys
 import time
 import types
 
 import numpy as np
 
+from cli.locations import locate
 from configs.common import get_defaults
 from train.metric_writer import MetricLog, WandbLog, means
 from weights.run import read_metrics
@@ -36,6 +38,32 @@ def test_a_new_run_starts_an_empty_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
     MetricLog(tmp_path, 0).close()
     assert read_metrics(tmp_path) == []
+
+
+def test_in_a_store_rows_are_there_before_a_checkpoint_and_once_a_minute(object_store, bucket, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("train.metric_writer.time", types.SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
+    workdir = locate(f"gs://{bucket}/run")
+
+    def steps():
+        return [row["step"] for row in read_metrics(workdir)]
+
+    log = MetricLog(workdir, 0)
+    log.write(1, {"loss": 1.0})
+    assert steps() == []
+    log.sync()
+    assert steps() == [1]
+    log.write(2, {"loss": 1.0})
+    now[0] += 61
+    log.write(3, {"loss": math.nan})
+    assert steps() == [1, 2, 3]
+    object_store.requests.clear()
+    log.sync()
+    assert not object_store.requests  # nothing is new
+    log = MetricLog(workdir, 2)
+    log.write(3, {"loss": 9.0})
+    log.close()
+    assert [row["loss"] for row in read_metrics(workdir)] == [1.0, 1.0, 9.0]
 
 
 def test_means_add_up_sums_and_counts():

@@ -9,6 +9,8 @@ from cli.errors import UserError
 from weights import checkpoint
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
 
+from ..object_store import ObjectStore
+
 TREES = {
     "params": {"net": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3, jnp.bfloat16)}},
     "variables": {},
@@ -134,3 +136,37 @@ def test_a_failed_save_in_the_background_is_one_line_at_the_next(tmp_path, monke
         store.save(2, TREES)
     monkeypatch.undo()
     store.close()
+
+
+def test_in_a_store_a_checkpoint_is_one_when_its_mark_is_there(object_store: ObjectStore, bucket: str):
+    place = f"{bucket}/run/checkpoints"
+    store = CheckpointStore(f"gs://{place}", keep=2)
+    assert store.steps() == store.unfinished() == []
+    for step in (1, 2, 3):
+        store.save(step, TREES)
+    store.close()
+    assert store.steps() == [3, 2] and store.unfinished() == []
+    restored = store.restore(3, abstract(TREES))
+    assert jax.tree.map(np.asarray, restored["params"]).keys() == TREES["params"].keys()
+    np.testing.assert_array_equal(restored["params"]["net"]["kernel"], TREES["params"]["net"]["kernel"])
+
+    # A process that was killed while it saved step 4 leaves all but the mark.
+    for name in object_store.names(f"{place}/3/"):
+        if name != "commit_success.txt":
+            object_store.put(f"{place}/4/{name}", object_store[f"{place}/3/{name}"])
+    assert store.steps() == [3, 2] and store.unfinished() == ["4"]
+    store.save(4, TREES)
+    store.close()
+    assert store.steps() == [4, 3] and store.unfinished() == []
+
+    store.set_aside(4)
+    store.set_aside(4)  # another process was quicker
+    assert store.steps() == [3] and f"{place}/4/_CHECKPOINT_METADATA" in object_store.objects
+
+
+def test_what_a_store_refuses_of_a_checkpoint_is_one_line(object_store: ObjectStore, bucket: str):
+    store = CheckpointStore(f"gs://{bucket}/run")
+    object_store.forbidden = "POST"
+    with pytest.raises(UserError, match=f"cannot save a checkpoint in gs://{bucket}/run: .*storage.objects.create"):
+        store.save(1, TREES)
+        store.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
+from cli.locations import Location, local
 from cli.text_files import read_text
 from data.hub import HUB, hub_error
 from weights.files.tensors import Tensors, check_finite, read_tensors, unwrapped
@@ -216,7 +217,7 @@ def open_origin(text: str, leniency: Leniency = STRICT) -> Origin:
     if text.startswith(HUB):
         repository, _, revision = text.removeprefix(HUB).partition("@")
         return HubRepository(repository, revision or None, leniency)
-    path = Path(text)
+    path = local(text, "--input")
     if path.is_dir():
         return Folder(path, leniency)
     if path.is_file():
@@ -224,7 +225,7 @@ def open_origin(text: str, leniency: Leniency = STRICT) -> Origin:
     raise UserError(f"there is no folder or file {text}; give one, or {HUB}ORGANIZATION/NAME of the Hugging Face hub")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:

@@ -26,6 +26,7 @@ import safetensors
 from jax.typing import DTypeLike
 
 from cli.errors import UserError
+from cli.locations import Location, local_copy, locate
 from weights.files.torch_pickle import Refused, read_pickle, tensors_of
 
 Tensors = dict[str, np.ndarray]
@@ -74,7 +75,7 @@ class Deferred:
         return np.asarray(self.make(), self.dtype if dtype is None else dtype)
 
 
-def read_tensors(path: str | Path) -> Tensors:
+def read_tensors(path: str | Location) -> Tensors:
     """Reads a file of named tensors.
 
     Args:
@@ -89,7 +90,7 @@ def read_tensors(path: str | Path) -> Tensors:
     Raises:
       UserError: if the file is missing, damaged, of another format, or holds anything but tensors.
     """
-    path = Path(path)
+    path = locate(path)
     if not path.is_file():
         raise UserError(f"there is no file of weights {path}; give the path of a .safetensors, .npz or .pth file")
     readers: dict[str, Callable[[Path], Tensors]] = {
@@ -98,10 +99,10 @@ def read_tensors(path: str | Path) -> Tensors:
     }
     if path.suffix not in readers:
         raise UserError(f"{path}: weights are read from files named {', '.join(readers)}; save them as .safetensors")
-    return read_with(readers[path.suffix], path)
+    return read_with(lambda path: readers[path.suffix](local_copy(path)), path)
 
 
-def read_with(reader: Callable[[Path], Result], path: Path) -> Result:
+def read_with(reader: Callable[[Location], Result], path: Location) -> Result:
     """Returns what a reader makes of a file.
 
     Raises:

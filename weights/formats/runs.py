@@ -1,10 +1,10 @@
 """Converted networks as runs: the keys of a run's config.json that say what a network is and how it is used."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
+from cli.locations import Location, locate_from_home
 from configs.common import get_diffusion_sampling
 from data.tokenizer import Tokenizer
 from weights.files.origin import Origin
@@ -93,7 +93,7 @@ def read_unframed(path: str, vocab_size: int) -> Tokenizer:
     Raises:
       UserError: if there is none, or it has more ids than `vocab_size`.
     """
-    file = Path(path).expanduser()
+    file = locate_from_home(path)
     ours = file.suffix == ".json" and not Tokenizer.load(file).reads_as_clip
     tokenizer = Tokenizer.load(file) if ours else Tokenizer.from_clip_vocabulary(file, ends=False)
     if tokenizer.end_id is not None or tokenizer.vocab_size > vocab_size:
@@ -105,7 +105,7 @@ def read_unframed(path: str, vocab_size: int) -> Tokenizer:
 def _find_tokenizer(path: str, origin: Origin, end_id: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
     """The tokenizer at `path`, or else of the origin, None if there is none that fits; and why one was left out."""
     if path:
-        return _read_tokenizer(Path(path).expanduser(), end_id), ()
+        return _read_tokenizer(locate_from_home(path), end_id), ()
     notes = []
     for names in ((TOKENIZER,), ("vocab.json", "merges.txt")):  # the second two are read together
         *_, found = (origin.find(name) for name in names)
@@ -117,7 +117,7 @@ def _find_tokenizer(path: str, origin: Origin, end_id: int) -> tuple[Tokenizer |
     return None, tuple(notes)
 
 
-def _read_tokenizer(path: Path, end_id: int) -> Tokenizer:
+def _read_tokenizer(path: Location, end_id: int) -> Tokenizer:
     """A CLIP vocabulary, or the tokenizer of a run, whose captions end in `end_id`."""
     tokenizer = (Tokenizer.load if path.suffix == ".json" else Tokenizer.from_clip_vocabulary)(path)
     if tokenizer.end_id != end_id:
