@@ -17,7 +17,7 @@ def get_defaults() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.dataset = ""  # TFDS name
-    config.data.data_dir = ""  # where datasets are kept; "" for TFDS's default
+    config.data.data_dir = ""  # where datasets are kept, also gs://BUCKET/NAME; "" for TFDS's default
     config.data.split = "train"
     config.data.validation_split = "validation"
     config.data.image_field = ""  # of pictures; "" for a usual name, see data.fields
@@ -32,7 +32,7 @@ def get_defaults() -> ConfigDict:
     config.data.label_field = ""  # of class numbers; "" for none
     config.data.bpe_dropout = 0.0  # probability that a merge is passed over, in training
     config.data.draft = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where that is enough: faster, and other pixels
-    config.data.cache = False  # keep decoded records in memory
+    config.data.cache = False  # keep decoded records in memory, 4 GiB of them at most
     config.data.workers = 1  # that read
     config.data.processes = False  # workers are processes instead of threads: for pictures that take long to decode
     config.data.read_ahead = 4  # batches kept ready

@@ -1,7 +1,7 @@
 """Heights and widths of a dataset's pictures, known without decoding any: a file beside the records of each split."""
 
 import contextlib
-from pathlib import Path
+import io
 from typing import Any
 from urllib.parse import quote
 
@@ -10,6 +10,7 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from cli.locations import Location, in_store, write_whole
 from data.pictures import picture_size
 from data.records import dataset_folder, open_records
 from data.storage import whole_file
@@ -25,7 +26,7 @@ def picture_sizes(data: ConfigDict, split: str) -> Int32[np.ndarray, "n 2"]:
     source = open_records(data, split, captions=False, fields=(), read=picture_size)
     path = sizes_file(dataset_folder(data.dataset, data.data_dir), split, source.image_field)
     if path.is_file():
-        sizes = np.load(path)
+        sizes = np.load(io.BytesIO(path.read_bytes()))
         if sizes.shape == (len(source), 2):
             return sizes
     places = tqdm(range(len(source)), desc="sizes of pictures", disable=None, leave=False)
@@ -35,15 +36,20 @@ def picture_sizes(data: ConfigDict, split: str) -> Int32[np.ndarray, "n 2"]:
     return sizes
 
 
-def sizes_file(folder: Path, split: str, image_field: str = "image") -> Path:
+def sizes_file(folder: Location, split: str, image_field: str = "image") -> Location:
     """The file of a split, below the folder of the dataset's version."""
     return folder / f"sizes-{quote(split, safe='')}-{quote(image_field, safe='')}.npy"
 
 
-def store_sizes(path: Path, sizes: Int32[np.ndarray, "n 2"]) -> None:
+def store_sizes(path: Location, sizes: Int32[np.ndarray, "n 2"]) -> None:
     """Writes such a file, whole or not at all."""
-    with whole_file(path) as draft, draft.open("wb") as file:
-        np.save(file, sizes)
+    file = io.BytesIO()
+    np.save(file, sizes)
+    if in_store(path):
+        write_whole(path, file.getvalue())
+        return
+    with whole_file(path) as draft:
+        draft.write_bytes(file.getvalue())
 
 
 def _size_of(picture: Any) -> tuple[int, int]:

@@ -7,7 +7,6 @@ therefore needs no iterator state, and a run continues on any number of devices,
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.locations import locate
 from data import points
 from data.buckets import BucketOrder, choose_buckets, shapes_of
 from data.dialogues import check_dialogues, encode_dialogue, make_dialogue
@@ -129,7 +129,7 @@ class ExampleStream:
         if self._dialogues:
             check_dialogues(self._dialogues, config.dataset, tokenizer)
         needs = ((CAPTIONS,) if tokenizer is not None else ()) + ((self._label,) if self._label else ())
-        folders = {name: Path(config[name]) for name in REPLACES if config.get(name, "")}
+        folders = {name: locate(config[name]) for name in REPLACES if config.get(name, "")}
         self._pictures = "image" not in {REPLACES[name] for name in folders}
         pair = transform_pair(config.transform)
         self._shapes, self._order = shapes_of(config.buckets), order

@@ -14,6 +14,9 @@ import dataclasses
 import io
 import json
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.locations import Location, in_store, local_copy
 from data.preprocess import transform_pair
 from data.records import dataset_folder
 
@@ -34,13 +38,16 @@ AUTO = "auto"  # in `config.data.<field>`: the folder beside the dataset that th
 # What an example has in place of its picture or caption, once that is stored.
 REPLACES: Mapping[str, str] = {"image_tokens": "image"}
 
+# In a store, rows wait for a part until there are so many bytes of them, or so many seconds are over.
+_PART_BYTES, _PART_SECONDS = 2**23, 60.0
+
 
 def file_stem(split: str, transform: str) -> str:
     """The name of a split under a transform, without its suffix."""
     return f"{quote(split, safe='')}-{transform}"
 
 
-def read_provenance(folder: Path) -> dict[str, Any] | None:
+def read_provenance(folder: Location) -> dict[str, Any] | None:
     """What a folder says of how it was made; None if there is none.
 
     Raises:
@@ -70,7 +77,7 @@ def pictures_of(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def check_pictures(folder: Path, made: Mapping[str, Any], config: ConfigDict, remedy: str) -> None:
+def check_pictures(folder: Location, made: Mapping[str, Any], config: ConfigDict, remedy: str) -> None:
     """Compares what a folder says of how it was made with the pictures of `config.data`.
 
     Raises:
@@ -86,7 +93,7 @@ class StoredField:
     """One field of a split, for each record and view.
 
     Attributes:
-      rows: [records, views, ...], read as they are asked for.
+      rows: [records, views, ...], read as they are asked for; of a store, from a copy on this machine.
       damaged: records whose pictures could not be read, in whose place others stand.
     """
 
@@ -94,7 +101,7 @@ class StoredField:
     damaged: frozenset[int]
 
     @classmethod
-    def open(cls, folder: Path, config: ConfigDict, split: str, transform: str, records: int) -> "StoredField":
+    def open(cls, folder: Location, config: ConfigDict, split: str, transform: str, records: int) -> "StoredField":
         """Opens a split under a transform.
 
         Args:
@@ -114,10 +121,10 @@ class StoredField:
         path = folder / f"{file_stem(split, transform)}.npy"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.npy"))) or "nothing"
-            state = "is not complete" if path.with_suffix(".npy.part").is_file() else "is missing"
+            state = "is not complete" if any(folder.glob(f"{path.name}.part*")) else "is missing"
             raise UserError(f"{path} {state} (there is {there}); {again}: it goes on where it was")
         try:
-            rows = np.load(path, mmap_mode="r")
+            rows = np.load(local_copy(path), mmap_mode="r")
             damaged = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["damaged"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}); remove it, and {again}") from error
@@ -134,7 +141,7 @@ class StoredField:
 class RowWriter:
     """Writes a .npy file of known shape by appending; what an interrupted one wrote is kept.
 
-    Until `finish`, the file is called `<name>.part`.
+    Until `finish`, the file is called `<name>.part`. `StoredRowWriter` does the same in a store.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, *, depth: int, whole: int):
@@ -150,15 +157,11 @@ class RowWriter:
         Raises:
           UserError: if what is there has another shape, or a finished file lacks rows.
         """
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        )
+        head = _header(shape, dtype)
         self._path, self._draft = path, path.with_name(path.name + ".part")
         self._dtype, self._shape = dtype, shape[depth:]
         self.total = int(np.prod(shape[:depth]))
         row_bytes = int(np.prod(self._shape)) * dtype.itemsize
-        head = header.getvalue()
         self.done = 0
         for there in (path, self._draft):
             if not there.is_file():
@@ -166,10 +169,7 @@ class RowWriter:
             with there.open("rb") as file:
                 begins = file.read(len(head))
             if begins != head[: len(begins)]:
-                raise UserError(
-                    f"{there} was begun for another shape than {list(shape)} of {dtype}: another --views, or another "
-                    "dataset; remove it to begin anew"
-                )
+                raise _other_shape(there, shape, dtype)
             self.done = max(0, there.stat().st_size - len(head)) // row_bytes  # a header may have been cut short too
             break
         if path.is_file():
@@ -196,3 +196,97 @@ class RowWriter:
         with self._draft.open("rb+") as file:
             os.fsync(file.fileno())
         self._draft.replace(self._path)
+
+
+class StoredRowWriter:
+    """`RowWriter` where there is no append: rows are put into a store in parts, which become one file in the end.
+
+    A part is called `<name>.part-<number of its first row>`, and the first begins with the file's header. Two processes
+    at the same file, which nothing keeps apart here, do the work twice and write the same rows: any part is as good as
+    another that begins at the same row.
+    """
+
+    def __init__(self, path: Location, shape: tuple[int, ...], dtype: np.dtype, *, depth: int, whole: int):
+        """Begins, or goes on. Arguments and errors as of `RowWriter`; a part is a multiple of `whole` rows."""
+        self._path, self._dtype, self._shape = path, dtype, shape[depth:]
+        self._head = _header(shape, dtype)
+        self._row_bytes = int(np.prod(self._shape)) * dtype.itemsize
+        self.total = int(np.prod(shape[:depth]))
+        self._kept: list[bytes] = []  # rows that no part has yet
+        self._since = time.monotonic()
+        self._finished = path.is_file() and self._is_whole(shape)
+        self.done = self.total if self._finished else 0
+        while (part := self._part(self.done)).is_file() and self.done < self.total:
+            size: Any = part.stat()
+            if not self.done and _begin(part, len(self._head)) != self._head:
+                raise _other_shape(part, shape, dtype)
+            self.done += (size.length - (0 if self.done else len(self._head))) // self._row_bytes
+        self._first = self.done  # of the next part
+
+    def append(self, rows: Shaped[np.ndarray, "b *shape"]) -> None:
+        """Adds rows, and puts a part if many wait or have waited for long."""
+        self._kept.append(np.ascontiguousarray(rows, self._dtype).tobytes())
+        self.done += len(rows)
+        if sum(map(len, self._kept)) >= _PART_BYTES or time.monotonic() - self._since >= _PART_SECONDS:
+            self._put()
+
+    def finish(self) -> None:
+        """Makes the file of its parts, and removes them."""
+        if not self._finished:
+            self._put()
+            with tempfile.TemporaryFile() as whole:
+                row = 0
+                while row < self.total:
+                    data = self._part(row).read_bytes()
+                    whole.write(data)
+                    row += (len(data) - (0 if row else len(self._head))) // self._row_bytes
+                whole.seek(0)
+                with self._path.open("wb") as sink:
+                    shutil.copyfileobj(whole, sink, 2**20)
+        for part in self._path.parent.glob(f"{self._path.name}.part-*"):
+            part.unlink(missing_ok=True)
+
+    def _is_whole(self, shape: tuple[int, ...]) -> bool:
+        """Whether all of the file is there: it may have been cut short when it was put together.
+
+        Raises:
+          UserError: if it is of another shape.
+        """
+        if _begin(self._path, len(self._head)) != self._head:
+            raise _other_shape(self._path, shape, self._dtype)
+        size: Any = self._path.stat()
+        return size.length == len(self._head) + self.total * self._row_bytes
+
+    def _part(self, row: int) -> Location:
+        return self._path.with_name(f"{self._path.name}.part-{row:012d}")
+
+    def _put(self) -> None:
+        if self._kept:
+            self._part(self._first).write_bytes(b"".join(([] if self._first else [self._head]) + self._kept))
+        self._kept, self._first, self._since = [], self.done, time.monotonic()
+
+
+def open_writer(path: Location, shape: tuple[int, ...], dtype: np.dtype, **rows: int) -> RowWriter | StoredRowWriter:
+    """What writes a file of rows where it lies. Arguments as of `RowWriter`."""
+    return StoredRowWriter(path, shape, dtype, **rows) if in_store(path) else RowWriter(path, shape, dtype, **rows)
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """How a .npy file begins."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    return header.getvalue()
+
+
+def _begin(path: Location, size: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def _other_shape(path: Location, shape: tuple[int, ...], dtype: np.dtype) -> UserError:
+    return UserError(
+        f"{path} was begun for another shape than {list(shape)} of {dtype}: another --views, or another dataset; "
+        "remove it to begin anew"
+    )

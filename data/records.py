@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,18 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.locations import Location, explain, locate_from_home
 from data import drawings, scenes
+from data.bounded_cache import BoundedCache
 from data.fields import captions_of, find_image_field, find_text_field, no_captions
 from data.pictures import PictureError, as_rgb, read_picture
+from data.storage import INFO
 from data.tally import DAMAGED, INCOMPLETE, Tally
 
 CAPTIONS = "captions"  # the key of a record, whatever field they come from
 PLACE = "place"  # the key of a record's own number, which is not the one asked for where that record is passed over
+
+CACHE_BYTES = 2**32  # of decoded records that a process keeps of a split; what has no room is decoded each time
 
 READ_AGAIN = (0.1, 1.0)  # seconds to wait before a record that could not be read is read again
 
@@ -37,18 +41,18 @@ MADE_HERE: Mapping[str, Any] = {"scenes": scenes, "drawings": drawings}  # each 
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-def dataset_folder(dataset: str, data_dir: str | None) -> Path:
+def dataset_folder(dataset: str, data_dir: str | None) -> Location:
     """Returns the folder of a prepared dataset, such as `scenes/single32`, in its newest version.
 
     Args:
       dataset: a TFDS name, `dataset[/config]`.
-      data_dir: where datasets are kept; None or "" for TFDS's own default.
+      data_dir: where datasets are kept, here or in a store; None or "" for TFDS's own default.
 
     Raises:
       UserError: if it was not prepared.
     """
-    root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
-    versions = [path.parent for path in (root / dataset).glob("*/dataset_info.json")]
+    root = locate_from_home(data_dir or DEFAULT_DATA_DIR)
+    versions = [path.parent for path in (root / dataset).glob(f"*/{INFO}")]
     if not versions:
         raise UserError(f"dataset {dataset} is not in {root}; {_how_to_prepare(dataset, data_dir)}")
     return max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
@@ -98,7 +102,7 @@ class RecordSource:
           dataset: TFDS name.
           split: TFDS split expression, such as `train` or `train[:90%]`.
           data_dir: see `dataset_folder`.
-          cache: keep decoded records in memory once read; for datasets that fit there.
+          cache: keep decoded records in memory once read, up to `CACHE_BYTES` of them; for datasets that fit there.
           pictures: read them as `image`.
           captions: read them as `captions`.
           fields: names of other stored fields to decode, where the dataset has them; None for all. What is not decoded
@@ -138,7 +142,9 @@ class RecordSource:
         # TFDS' own decoder takes a file's numbers for colors, whatever they stand for.
         files = [name for name, feature in kept.items() if isinstance(feature, tfds.features.Image)]
         self._decoders = {name: tfds.decode.SkipDecoding() for name in files} or None
-        self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
+        self._cache: BoundedCache[dict[str, Any]] | None = None
+        if cache:
+            self._cache = BoundedCache(CACHE_BYTES, 0, _bytes_of, drops=False)
         self.tally = Tally()
         self._unused: frozenset[int] = frozenset()
 
@@ -184,7 +190,8 @@ class RecordSource:
             return self._read(index)
         record = self._cache.get(index)
         if record is None:
-            record = self._cache[index] = self._read(index)
+            record = self._read(index)
+            self._cache.put(index, record)
         return record
 
     def require_fields(self, needs: Collection[str]) -> None:
@@ -239,10 +246,35 @@ class RecordSource:
         """The bytes of a record, asked for more than once unless it is known to be damaged."""
         for seconds in () if self.tally.has(DAMAGED, place) else READ_AGAIN:
             try:
-                return self._source[place]
+                return self._bytes(place)
             except (OSError, ValueError):
                 time.sleep(seconds)
-        return self._source[place]
+        return self._bytes(place)
+
+    def _bytes(self, place: int) -> Any:
+        """The bytes of a record.
+
+        Raises:
+          ValueError: if they are damaged.
+          UserError: if the file is not there, or the store that it is in does not give it.
+        """
+        try:
+            return self._source[place]
+        except RuntimeError as error:  # which is all that ArrayRecord raises
+            what = " ".join(str(error).split())[:300]
+            if what.startswith("Corrupted"):
+                raise ValueError(what) from error
+            line = explain(error) or f"a file of {self._dataset} cannot be read: {what}; prepare the dataset again"
+            raise UserError(line) from error
+
+
+def _bytes_of(value: Any) -> int:
+    """About how much memory a decoded record takes."""
+    if isinstance(value, Mapping):
+        return sum(map(_bytes_of, value.values())) + 100 * len(value)
+    if isinstance(value, list | tuple):
+        return sum(map(_bytes_of, value)) + 50 * len(value)
+    return value.nbytes if isinstance(value, np.ndarray) else len(value) if isinstance(value, str | bytes) else 8
 
 
 def lacks(record: Mapping[str, Any], needs: Collection[str]) -> str:

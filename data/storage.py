@@ -1,6 +1,7 @@
-"""Writes the datasets that are made on this machine to disk, once."""
+"""Where datasets are kept and made, and how those that are drawn on this machine are written to disk, once."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -9,10 +10,54 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import tensorflow_datasets as tfds
 
+from cli.compilation_cache import cache_home
 from cli.errors import UserError
+from cli.locations import Location, in_store, local, locate_from_home, upload
+
+INFO = "dataset_info.json"  # of TFDS: a folder that holds it is a dataset, and a whole one
+
+
+@dataclasses.dataclass(frozen=True)
+class DataHome:
+    """A folder of datasets. In a store none can be made, since records are written as files: it is made beside, whole.
+
+    Attributes:
+      kept: where datasets are read from.
+      made: where they are made, on this machine; the same folder unless `kept` is in a store.
+    """
+
+    kept: Location
+    made: Path
+
+    @classmethod
+    def open(cls, data_dir: str) -> "DataHome":
+        """The home that a user names.
+
+        Raises:
+          UserError: see `cli.locations.locate_from_home`.
+        """
+        kept = locate_from_home(data_dir)
+        if not in_store(kept):
+            return cls(kept, kept)
+        return cls(kept, cache_home() / "tessera" / "prepared" / quote(str(kept), safe=""))
+
+    def published(self, dataset: str) -> bool:
+        """Whether a dataset is in a store already."""
+        return in_store(self.kept) and any((self.kept / dataset).glob(f"*/{INFO}"))
+
+    def place(self, folder: Location) -> Location:
+        """Where a folder that was made, or is kept, is kept."""
+        return self.kept / folder.relative_to(self.made) if folder.is_relative_to(self.made) else folder
+
+    def publish(self, folder: Location) -> None:
+        """Moves a dataset that was made to where it is kept, `INFO` last: until then it is not there."""
+        if self.place(folder) != folder:
+            upload(folder, self.place(folder), INFO)
+            shutil.rmtree(folder)
 
 
 def prepare(make_builder: Any, config_name: str, data_dir: str | os.PathLike[str], **sizes: int) -> Any:
@@ -40,7 +85,7 @@ def prepare(make_builder: Any, config_name: str, data_dir: str | os.PathLike[str
     unknown = sorted(set(sizes) - set(splits))
     if unknown:
         raise UserError(f"{name} has no split {', '.join(unknown)}; it has {', '.join(splits)}")
-    data_dir = Path(data_dir).expanduser()
+    data_dir = local(locate_from_home(data_dir), "data_dir")
     builder = make_builder(config=config_name, data_dir=data_dir, file_format="array_record", sizes=sizes)
     folder = Path(builder.data_dir)
     if folder.exists() and not _is_whole(builder):

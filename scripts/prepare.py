@@ -6,13 +6,14 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cli import entry_point
 from cli.errors import UserError
+from cli.locations import Location, locate_from_home
 from data import folder
 from data.records import DEFAULT_DATA_DIR, MADE_HERE, RecordSource, dataset_folder, known_datasets
+from data.storage import DataHome
 from data.tokenizer import Tokenizer
 
 _DESCRIPTION = """\
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--dataset", default="scenes", help=f"scenes or drawings (all of it), {known}, folder, or a name of TFDS"
     )
-    parser.add_argument("--data_dir", default="", help=f"where datasets are kept (default {DEFAULT_DATA_DIR})")
+    parser.add_argument(
+        "--data_dir", default="", help=f"where datasets are kept, also gs://BUCKET/NAME (default {DEFAULT_DATA_DIR})"
+    )
     parser.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer at most (default 512)")
     parser.add_argument(
         "--inspect",
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
         "--source",
         default="",
         help="a folder of pictures; a table of captions beside them; tar archives or parquet files, as '*.tar' or "
-        "'{000..010}.tar'; hf:ORGANIZATION/NAME",
+        "'gs://BUCKET/{000..010}.tar'; hf:ORGANIZATION/NAME",
     )
     own.add_argument("--name", default="", help="of the dataset, folder/NAME (default: that of the source)")
     own.add_argument("--image_field", default="", help="of a table: where names of pictures are (default: guessed)")
@@ -110,11 +113,13 @@ def prepare(dataset: str, data_dir: str, vocab_size: int) -> None:
     start = time.monotonic()
     print(f"preparing {dataset} (nothing is downloaded)", flush=True)
     group, _, name = dataset.partition("/")
-    try:
-        MADE_HERE[group].prepare(name, data_dir or DEFAULT_DATA_DIR)
-    except OSError as error:
-        raise _cannot_write(data_dir, error) from error
-    _finish(dataset, data_dir, vocab_size, start)
+    home = DataHome.open(data_dir or DEFAULT_DATA_DIR)
+    if not home.published(dataset):
+        try:
+            MADE_HERE[group].prepare(name, home.made)
+        except OSError as error:
+            raise _cannot_write(home, error) from error
+    _finish(dataset, home, vocab_size, start)
 
 
 def prepare_named(dataset: str, data_dir: str, vocab_size: int) -> None:
@@ -124,11 +129,13 @@ def prepare_named(dataset: str, data_dir: str, vocab_size: int) -> None:
     from tensorflow_datasets.core.registered import DatasetNotFoundError
 
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every attempt that it repeats
+    home = DataHome.open(data_dir or DEFAULT_DATA_DIR)
     try:
-        builder = tfds.builder(dataset, data_dir=data_dir or DEFAULT_DATA_DIR, file_format="array_record")
-        if not builder.is_prepared():
-            print(f"preparing {dataset} with TensorFlow Datasets, which downloads it", flush=True)
-            builder.download_and_prepare()
+        if not home.published(dataset):
+            builder = tfds.builder(dataset, data_dir=home.made, file_format="array_record")
+            if not builder.is_prepared():
+                print(f"preparing {dataset} with TensorFlow Datasets, which downloads it", flush=True)
+                builder.download_and_prepare()
     except Exception as error:  # TFDS and its datasets raise of every kind, for a name as for a network
         detail = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())[:200]
         if isinstance(error, DatasetNotFoundError):
@@ -139,7 +146,7 @@ def prepare_named(dataset: str, data_dir: str, vocab_size: int) -> None:
         if isinstance(error, ImportError):
             detail += "; for most datasets that means TensorFlow: pip install 'tensorflow-cpu>=2.21'"
         raise UserError(f"TensorFlow Datasets cannot prepare {dataset}: {detail}") from error
-    _finish(dataset, data_dir, vocab_size, start)
+    _finish(dataset, home, vocab_size, start)
 
 
 def prepare_folder(options: argparse.Namespace) -> None:
@@ -151,13 +158,16 @@ def prepare_folder(options: argparse.Namespace) -> None:
     listing = folder.list_source(request.source, request.fields)
     dataset = f"{folder.DATASET}/{request.name}"
     print(f"preparing {dataset} of {listing.kind}: {'; '.join(listing.notes) or 'no captions'}", flush=True)
-    root = Path(options.data_dir or DEFAULT_DATA_DIR).expanduser()
-    try:
-        report = folder.prepare(request, listing, root, options.workers)
-    except OSError as error:
-        raise _cannot_write(options.data_dir, error) from error
-    _print_report(report, dataset_folder(dataset, options.data_dir))
-    _finish(dataset, options.data_dir, options.vocab_size, start)
+    home = DataHome.open(options.data_dir or DEFAULT_DATA_DIR)
+    if home.published(dataset):
+        report = folder.prepared_before(home.kept / dataset / folder.VERSION, request, listing)
+    else:
+        try:
+            report = folder.prepare(request, listing, home.made, options.workers)
+        except OSError as error:
+            raise _cannot_write(home, error) from error
+    _print_report(report, home.kept / dataset / folder.VERSION)
+    _finish(dataset, home, options.vocab_size, start)
     _inspect(dataset, options, report)
 
 
@@ -184,7 +194,7 @@ def _request(options: argparse.Namespace) -> folder.Request:
     )
 
 
-def _print_report(report: dict[str, Any], path: Path) -> None:
+def _print_report(report: dict[str, Any], path: Location) -> None:
     """A table of what was left out, with the first files of each reason."""
     total = sum(report["skipped"].values())
     if report["encoded_again"]:
@@ -196,8 +206,9 @@ def _print_report(report: dict[str, Any], path: Path) -> None:
             print(f"             {each['name']}" + (f" ({each['detail']})" if each["detail"] else ""))
 
 
-def _finish(dataset: str, data_dir: str, vocab_size: int, start: float) -> None:
-    """Trains the tokenizer of a dataset that has captions and none yet, and says what is there."""
+def _finish(dataset: str, home: DataHome, vocab_size: int, start: float) -> None:
+    """Trains the tokenizer of a dataset that has captions and none yet, moves it home, and says what is there."""
+    data_dir = str(home.kept if home.published(dataset) else home.made)
     path = dataset_folder(dataset, data_dir)
     tokenizer_file = path / "tokenizer.json"
     source = RecordSource(dataset, "train", data_dir, pictures=False, fields=())
@@ -207,7 +218,9 @@ def _finish(dataset: str, data_dir: str, vocab_size: int, start: float) -> None:
     classes = "".join(f", {len(names)} classes ({name})" for name, names in source.class_names.items())
     ids = Tokenizer.load(tokenizer_file).vocab_size if source.has_captions else 0
     text = f"{ids} text ids" if ids else "no captions"
-    print(f"{dataset}: {len(source)} training pictures, {text}{classes}, in {path} ({time.monotonic() - start:.0f} s)")
+    home.publish(path)
+    where = f"{home.place(path)} ({time.monotonic() - start:.0f} s)"
+    print(f"{dataset}: {len(source)} training pictures, {text}{classes}, in {where}")
     if ids and not dataset.startswith("scenes/"):
         clip = f"--config.models.clip.text_vocab_size={ids + 2} --config.models.clip.text_end_id={ids + 1}"
         print(f"train on it with --config.data.dataset={dataset}; a CLIP also takes {clip}")
@@ -220,7 +233,7 @@ def _inspect(dataset: str, options: argparse.Namespace, report: Mapping[str, Any
     from evaluation.dataset_page import write_dataset_page
 
     where = dataset_folder(dataset, options.data_dir)
-    path = Path(options.inspect).expanduser() if options.inspect else where / "inspect.html"
+    path = locate_from_home(options.inspect) if options.inspect else where / "inspect.html"
     source = RecordSource(dataset, "train", options.data_dir)
     tokenizer = Tokenizer.load(where / "tokenizer.json") if source.has_captions else None
     try:
@@ -230,10 +243,10 @@ def _inspect(dataset: str, options: argparse.Namespace, report: Mapping[str, Any
     print(f"look at it: {path}")
 
 
-def _cannot_write(data_dir: str, error: OSError) -> UserError:
+def _cannot_write(home: DataHome, error: OSError) -> UserError:
     return UserError(
-        f"cannot write the dataset to {data_dir or DEFAULT_DATA_DIR}: {error.strerror or error}; choose another "
-        "--data_dir"
+        f"cannot write the dataset to {home.made}: {error.strerror or error}; "
+        + ("set XDG_CACHE_HOME to another folder" if home.made != home.kept else "choose another --data_dir")
     )
 
 

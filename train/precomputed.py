@@ -12,7 +12,6 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -23,14 +22,17 @@ from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.locations import Location, in_store, locate, make_folder, write_whole
 from data.pipeline import picture_reader
 from data.precomputed import (
     AUTO,
     FOLDER,
     PROVENANCE,
     RowWriter,
+    StoredRowWriter,
     check_pictures,
     file_stem,
+    open_writer,
     pictures_of,
     read_provenance,
 )
@@ -109,13 +111,13 @@ def locate_precomputed(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _find(config: ConfigDict, name: str) -> Path:
+def _find(config: ConfigDict, name: str) -> Location:
     part = FIELDS[name].part
     if part not in config.frozen:
         raise UserError(f"config.data.{name} is made by config.frozen.{part}, which this config lacks")
     weights = fingerprint(load_part(config.frozen[part], config.seed))
     own = _folder(config, name, weights)
-    folder = own if config.data[name] == AUTO else Path(config.data[name])
+    folder = own if config.data[name] == AUTO else locate(config.data[name])
     made = read_provenance(folder)
     again = "run `python -m scripts.precompute` with this config"
     if made is None:
@@ -130,7 +132,7 @@ def _find(config: ConfigDict, name: str) -> Path:
     return folder
 
 
-def _folder(config: ConfigDict, name: str, weights: str) -> Path:
+def _folder(config: ConfigDict, name: str, weights: str) -> Location:
     """Where a field is stored that these weights make."""
     data = config.data
     named = f"-{quote(data.image_field, safe='')}" if data.image_field else ""
@@ -164,7 +166,7 @@ class _Views:
         return self.transform(self.source[place]["image"], self._size, rng)
 
 
-def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0, batch_size: int = 64) -> Path:
+def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0, batch_size: int = 64) -> Location:
     """Stores a field of splits; what is there already is left as it is, and what was interrupted goes on.
 
     Args:
@@ -226,16 +228,16 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
             path = folder / f"{file_stem(split, stream.transform.__name__)}.npy"
             counts = (len(stream.source), stream.views)
             dtype = np.dtype(field.dtype(network))
-            writer = RowWriter(path, (*counts, *shape), dtype, depth=2, whole=batch_size)
+            writer = open_writer(path, (*counts, *shape), dtype, depth=2, whole=batch_size)
             with jax.set_mesh(mesh):
                 _fill(writer, stream, path, f"{name} of {split}", batch_size, lambda batch: compute(trees, batch), rows)
     return folder
 
 
 def _fill(
-    writer: RowWriter,
+    writer: RowWriter | StoredRowWriter,
     stream: _Views,
-    path: Path,
+    path: Location,
     label: str,
     batch_size: int,
     compute: Callable[[Array], Array],
@@ -277,7 +279,7 @@ def _read_ahead(stream: _Views, starts: Sequence[int], batch_size: int) -> Itera
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write_provenance(config: ConfigDict, name: str, folder: Path, weights: str) -> None:
+def _write_provenance(config: ConfigDict, name: str, folder: Location, weights: str) -> None:
     """Says how a field is made, unless the same is said already.
 
     Raises:
@@ -307,14 +309,17 @@ def _write_provenance(config: ConfigDict, name: str, folder: Path, weights: str)
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder, which is made.
+def _alone(folder: Location) -> Iterator[None]:
+    """Keeps other processes out of a folder, which is made; not of one in a store, where they do no harm.
 
     Raises:
       UserError: if one is at it, or the folder cannot be written.
     """
+    if in_store(folder):
+        yield
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with (folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -325,8 +330,6 @@ def _alone(folder: Path) -> Iterator[None]:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; what is there is kept") from error
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Location, value: Any) -> None:
     """Writes a file, or leaves it as it was."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

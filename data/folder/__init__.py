@@ -2,7 +2,16 @@
 
 from data.folder.examination import JPEG_QUALITY, RESIZES, PictureSettings
 from data.folder.items import REASONS
-from data.folder.preparation import DATASET, REPORT, Request, name_of_source, prepare, read_report
+from data.folder.preparation import (
+    DATASET,
+    REPORT,
+    VERSION,
+    Request,
+    name_of_source,
+    prepare,
+    prepared_before,
+    read_report,
+)
 from data.folder.sources import list_source
 from data.folder.tables import Fields
 
@@ -12,11 +21,13 @@ __all__ = [
     "REASONS",
     "REPORT",
     "RESIZES",
+    "VERSION",
     "Fields",
     "PictureSettings",
     "Request",
     "list_source",
     "name_of_source",
     "prepare",
+    "prepared_before",
     "read_report",
 ]

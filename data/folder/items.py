@@ -3,11 +3,15 @@
 import abc
 import dataclasses
 import hashlib
+import io
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from cli.errors import UserError
+from cli.locations import Location, explain, in_store, locate
 from data.pictures import MAX_BYTES
 
 MAX_PICTURE = MAX_BYTES  # of a picture's file that are read
@@ -133,13 +137,57 @@ def read_file(path: Path, limit: int) -> bytes:
     return data
 
 
-def fingerprint_of_files(files: Iterable[tuple[str, Path]], table: str = "") -> str:
+def open_file(path: Location) -> io.BufferedReader:
+    """Opens an archive or a table, on this machine without waiting: a pipe may stand where a file was listed."""
+    if in_store(path):
+        return io.BufferedReader(_StoredFile(path), 2**20)
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
+class _StoredFile(io.RawIOBase):
+    """A file in a store. What goes wrong on the way to it ends the work: it is no damage that could be passed over."""
+
+    def __init__(self, path: Location):
+        self._path = path
+        self._file: Any = self._try(lambda: locate(path).open("rb"))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._try(lambda: self._file.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:
+            raise UserError(explain(error) or f"cannot read {self._path}: {error}; start the command again") from error
+
+
+def fingerprint_of_files(files: Iterable[tuple[str, Location]], table: str = "") -> str:
     """A digest of the names, sizes and times of change of files, and of which of them is the one table, if one is."""
     digest = hashlib.blake2b(table.encode("utf-8", "surrogateescape"), digest_size=16)
     for name, path in files:
         try:
-            status = path.stat()
+            status: Any = path.stat()
         except OSError:
             continue
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        about = (status.length, status.mtime) if in_store(path) else (status.st_size, status.st_mtime_ns)
+        digest.update(f"{name}\0{about[0]}\0{about[1]}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

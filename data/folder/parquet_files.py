@@ -7,13 +7,13 @@ stand for the same large value in every row.
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cli.errors import UserError
+from cli.locations import Location, in_store
 from data.folder.captions import (
     IMAGE_FIELDS,
     LABEL_FIELDS,
@@ -22,7 +22,17 @@ from data.folder.captions import (
     choose_field,
     class_of_value,
 )
-from data.folder.items import MAX_PICTURE, MAX_TEXT, Item, Listing, Portion, Rejected, fingerprint_of_files, shown
+from data.folder.items import (
+    MAX_PICTURE,
+    MAX_TEXT,
+    Item,
+    Listing,
+    Portion,
+    Rejected,
+    fingerprint_of_files,
+    open_file,
+    shown,
+)
 from data.folder.tables import Fields
 
 SUFFIX = ".parquet"
@@ -46,7 +56,7 @@ class ParquetPortion(Portion):
       label: column of classes; None for none.
     """
 
-    path: Path
+    path: Location
     name: str
     groups: tuple[int, ...]
     first: int
@@ -86,7 +96,7 @@ class ParquetPortion(Portion):
             return Item(name, rejected=rejected)
 
 
-def list_parquet(paths: Sequence[tuple[str, Path]], fields: Fields) -> Listing:
+def list_parquet(paths: Sequence[tuple[str, Location]], fields: Fields) -> Listing:
     """Looks at the columns and row groups of files.
 
     Raises:
@@ -118,9 +128,9 @@ def list_parquet(paths: Sequence[tuple[str, Path]], fields: Fields) -> Listing:
     return Listing(kind, portions, fingerprint_of_files(paths), notes=notes, class_names=class_names)
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _open(path: Location) -> pq.ParquetFile:
     # Column chunks are read a buffer at a time, not whole; a footer of any size is refused by the reader's own limits.
-    return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+    return pq.ParquetFile(open_file(path) if in_store(path) else path, pre_buffer=False, buffer_size=2**20)
 
 
 def _parts(rows: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:

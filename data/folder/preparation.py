@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cli.errors import UserError
+from cli.locations import Location
 from data.folder.examination import (
     ExaminePortion,
     PictureSettings,
@@ -79,12 +80,12 @@ def prepare(request: Request, listing: Listing, data_dir: Path, workers: int = 1
     work = data_dir / DATASET / f".{request.name}"
     if final.exists():
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed after its last step but one
-        return _prepared_before(final, request, listing)
+        return prepared_before(final, request, listing)
     work.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(work / "lock", timeout=0):
             if final.exists():  # another process has just finished, and may have been asked for something else
-                report = _prepared_before(final, request, listing)
+                report = prepared_before(final, request, listing)
             else:
                 _prepare_in(_unfinished(work, request, listing), final, request, listing, workers)
                 report = read_report(final)
@@ -96,13 +97,18 @@ def prepare(request: Request, listing: Listing, data_dir: Path, workers: int = 1
     return report
 
 
-def read_report(folder: Path) -> dict[str, Any]:
+def read_report(folder: Location) -> dict[str, Any]:
     """The report of a dataset's folder; {} for one that was not prepared here."""
     path = folder / REPORT
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _prepared_before(final: Path, request: Request, listing: Listing) -> dict[str, Any]:
+def prepared_before(final: Location, request: Request, listing: Listing) -> dict[str, Any]:
+    """The report of a dataset that is there.
+
+    Raises:
+      UserError: if it was made of another source, or otherwise.
+    """
     report = read_report(final)
     before = report.get("request", {})
     flags = _differing_flags(_decisive(request), before)

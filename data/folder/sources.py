@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cli.errors import UserError
+from cli.locations import Location, locate
 from data.folder import tables
 from data.folder.items import PICTURES, Item, Listing, Rejected, shown
 from data.folder.parquet_files import SUFFIX, list_parquet
@@ -23,8 +24,8 @@ def list_source(source: str, fields: Fields) -> Listing:
     """Looks through a source.
 
     Args:
-      source: a folder; a table of captions beside pictures; tar archives or parquet files, where `*`, `{a,b}` and
-        `{000..010}` may stand for several; or hf:ORGANIZATION/NAME[@REVISION].
+      source: a folder; a table of captions beside pictures; tar archives or parquet files, also in a store, where
+        `*`, `{a,b}` and `{000..010}` may stand for several; or hf:ORGANIZATION/NAME[@REVISION].
       fields: that were asked for.
 
     Raises:
@@ -41,13 +42,19 @@ def _list_source(source: str, fields: Fields) -> Listing:
     if source.startswith(HUB):
         folder, bounds = fetch_dataset(source)
         return _list_folder(folder, bounds, fields)
+    if "://" in source:
+        return _list_files(source, _expand_in_store(source), fields)
     path = _path(source)
     if path.is_dir():
         return _list_folder(path.resolve(), path.resolve(), fields)
     if path.is_file() and path.suffix in tables.SUFFIXES:
         root = path.parent.resolve()
         return list_folder(root, fields, walk(root, root), table=root / path.name)
-    paths = _expand(source)
+    return _list_files(source, _expand(source), fields)
+
+
+def _list_files(source: str, paths: Sequence[Location], fields: Fields) -> Listing:
+    """Archives or parquet files, all of one kind."""
     names = _short_names(paths)
     if all(is_archive(path.name) for path in paths):
         return list_archives(list(zip(names, paths, strict=True)), fields)
@@ -92,9 +99,7 @@ def _expand(source: str) -> list[Path]:
     path = _path(source)
     if path.is_file():
         return [path.resolve()]
-    names = list(itertools.islice(expand_braces(str(path)), _MAX_NAMES + 1))
-    if len(names) > _MAX_NAMES:
-        raise UserError(f"{source} names more than {_MAX_NAMES:,} files; give a pattern with *")
+    names = _names(source, str(path))
     found = [sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else [name] for name in names]
     missing = [
         name for name, paths in zip(names, found, strict=True) if not any(Path(path).is_file() for path in paths)
@@ -103,6 +108,33 @@ def _expand(source: str) -> list[Path]:
         others = f" (and {len(missing) - 1:,} more are missing)" if len(missing) > 1 else ""
         raise UserError(f"there is no file {missing[0]}{others}; give another --source: a folder, files or a pattern")
     return [Path(path).resolve() for path in dict.fromkeys(itertools.chain(*found)) if Path(path).is_file()]
+
+
+def _names(source: str, pattern: str) -> list[str]:
+    """What braces of a pattern spell."""
+    names = list(itertools.islice(expand_braces(pattern), _MAX_NAMES + 1))
+    if len(names) > _MAX_NAMES:
+        raise UserError(f"{source} names more than {_MAX_NAMES:,} files; give a pattern with *")
+    return names
+
+
+def _expand_in_store(source: str) -> list[Location]:
+    """As `_expand`, of files in a store.
+
+    Raises:
+      UserError: if one is not there, or it is a folder, whose pictures would be asked for one by one.
+    """
+    found: list[Location] = []
+    for place in map(locate, _names(source, source)):
+        files = sorted(place.parent.glob(place.name)) if glob.has_magic(place.name) else [place]
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise UserError(
+                f"there is no file {place}; of a store, tar archives and parquet files are read, as '{place}/*.tar'; "
+                "copy pictures and tables here with `gcloud storage cp --recursive`"
+            )
+        found += files
+    return list(dict.fromkeys(found))
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -124,7 +156,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield from expand_braces(f"{before}{part}{after}")
 
 
-def _short_names(paths: Sequence[Path]) -> list[str]:
+def _short_names(paths: Sequence[Location]) -> list[str]:
     """The last parts of names, or as much of them as tells them apart."""
     last = [shown(path.name) for path in paths]
     return last if len(set(last)) == len(last) else [shown(str(path)) for path in paths]

@@ -7,13 +7,14 @@ memory is taken for it, and so is what a compressed archive may expand to.
 
 import dataclasses
 import gzip
+import io
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from pathlib import PurePosixPath
 
+from cli.locations import Location, in_store
 from data.folder.captions import captions_of_sidecars, class_of_value, decode_text
 from data.folder.items import (
     ALONE,
@@ -25,6 +26,7 @@ from data.folder.items import (
     Portion,
     Rejected,
     fingerprint_of_files,
+    open_file,
     shown,
 )
 from data.folder.tables import Fields
@@ -50,7 +52,7 @@ class TarPortion(Portion):
       fields: that were asked for, of JSON files.
     """
 
-    path: Path
+    path: Location
     name: str
     fields: Fields
 
@@ -111,7 +113,7 @@ class TarPortion(Portion):
         return texts
 
 
-def list_archives(paths: Sequence[tuple[str, Path]], fields: Fields) -> Listing:
+def list_archives(paths: Sequence[tuple[str, Location]], fields: Fields) -> Listing:
     """Archives by the names that are shown; each is a portion."""
     portions = [TarPortion(path, name, fields) for name, path in paths]
     kind = f"{len(portions):,} tar archive{'s' * (len(portions) != 1)}"
@@ -175,12 +177,14 @@ def _data(member: tarfile.TarInfo, stream: "_Forward", limit: int) -> bytes:
     return data
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, "_Forward"]]:
+def _members(path: Location) -> Iterator[tuple[tarfile.TarInfo, "_Forward"]]:
     """The members of an archive in order, each with the stream, which has come to its first byte."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END) if in_store(path) else os.fstat(file.fileno()).st_size
+        file.seek(0)
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        stream = _Forward(file, compressed)
+        stream = _Forward(file, size, compressed)
         with tarfile.TarFile(fileobj=stream, mode="r", errors="surrogateescape") as archive:
             while True:
                 stream.allowed = _MAX_HEADER
@@ -200,12 +204,11 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, "_Forward"]]:
 class _Forward:
     """A file that is read forward only and never further than is allowed, as `tarfile` needs one."""
 
-    def __init__(self, file: BinaryIO, compressed: bool):
+    def __init__(self, file: io.BufferedReader, size: int, compressed: bool):
         self.position = 0
         self.allowed = _MAX_HEADER  # bytes until it is set again
         self.last = b""  # what was read last
         self._file = gzip.GzipFile(fileobj=file) if compressed else file
-        size = os.fstat(file.fileno()).st_size
         self._limit = max(MIN_EXPANSION, MAX_EXPANSION * size) if compressed else None
 
     def tell(self) -> int:

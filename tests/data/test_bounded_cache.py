@@ -17,6 +17,15 @@ def test_the_least_recently_used_go_first_and_memory_has_a_bound():
     assert cache.num_bytes == 4 * (200 + 8)
 
 
+def test_what_is_full_stays_as_it_is_where_keys_come_in_turn():
+    cache = BoundedCache[bytes](1000, 0, len, drops=False)
+    for epoch in range(2):
+        for number in range(10):
+            assert (cache.get(number) is not None) == (epoch == 1 and number < 3)
+            cache.put(number, bytes(300))
+    assert cache.num_bytes == 3 * (300 + 8)
+
+
 def test_what_is_long_is_not_kept():
     cache = BoundedCache[bytes](1000, 10, len)
     cache.put("a" * 11, b"x")

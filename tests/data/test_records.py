@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import shutil
 
 import numpy as np
 import pytest
@@ -101,6 +102,32 @@ def test_cached_records_are_the_same(scenes_dir):
     plain, cached = (RecordSource("scenes/single32", "train", str(scenes_dir), cache=cache) for cache in (False, True))
     assert (plain[7]["image"] == cached[7]["image"]).all()
     assert cached[7] is cached[7]
+
+
+def test_damaged_bytes_of_a_file_are_passed_over_and_a_file_that_is_gone_is_said(scenes_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.records.READ_AGAIN", ())
+    shutil.copytree(scenes_dir, tmp_path / "data")
+    (file,) = (tmp_path / "data").glob("scenes/single32/*/*-train.array_record*")
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes(
+        whole[:middle] + bytes(byte ^ 0xFF for byte in whole[middle : middle + 800]) + whole[middle + 800 :]
+    )
+    source = RecordSource("scenes/single32", "train", f"{tmp_path}/data", fields=())
+    assert all(source[index]["image"].shape == (32, 32, 3) for index in range(300))
+    assert 0 < len(source.damaged) < 10 and source[299]["place"] == 299
+    file.unlink()
+    with pytest.raises(UserError, match="a file of scenes/single32 cannot be read: .*; prepare the dataset again"):
+        RecordSource("scenes/single32", "train", f"{tmp_path}/data")[0]
+
+
+def test_the_memory_of_cached_records_has_a_bound(scenes_dir, monkeypatch):
+    monkeypatch.setattr("data.records.CACHE_BYTES", 10 * 32 * 32 * 3)
+    source = RecordSource("scenes/single32", "train", str(scenes_dir), cache=True, fields=())
+    first = [source[index] for index in range(40)]
+    kept = [source[index] is record for index, record in enumerate(first)]
+    assert 5 < sum(kept) < 10 and kept == sorted(kept, reverse=True)
+    assert (source[39]["image"] == first[39]["image"]).all()
 
 
 def test_only_the_fields_asked_for_are_decoded(scenes_dir):

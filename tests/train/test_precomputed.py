@@ -1,5 +1,6 @@
 """Stored image tokens: the ones that training would compute, interrupted or not, and never those of something else."""
 
+import io
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
+from cli.locations import locate
 from data.pipeline import load_tokenizer, open_stream
-from data.precomputed import RowWriter
+from data.precomputed import RowWriter, open_writer
 from data.preprocess import dalle_training
 from data.records import RecordSource
 from models import create_model
@@ -127,6 +129,57 @@ def test_an_interrupted_one_goes_on_and_ends_with_the_same_bytes(make_config, mo
     calls.clear()
     assert precompute(config) == folder and not calls
     assert "all 300 are there" in capsys.readouterr().out
+
+
+def test_in_a_store_parts_become_the_same_file(object_store, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.precomputed._PART_BYTES", 2 * 32 * 6)  # two batches
+    rows = np.random.default_rng(0).integers(0, 2**16, (100, 3), np.uint16)
+    shape = {"shape": (100, 1, 3), "dtype": rows.dtype, "depth": 2, "whole": 32}
+    names = [f"{bucket}/tokens/rows.npy.part-{row:012d}" for row in (0, 64)]
+
+    def write(path, stop=100):
+        writer = open_writer(path, **shape)
+        first = writer.done
+        for start in range(first, stop, 32):
+            writer.append(rows[start : start + 32])
+        if stop == 100:
+            writer.finish()
+        return first
+
+    assert write(tmp_path / "rows.npy") == 0
+    whole, there = (tmp_path / "rows.npy").read_bytes(), locate(f"gs://{bucket}/tokens/rows.npy")
+    write(there, stop=96)  # and then it is killed: a batch had not been put
+    assert object_store.names(f"{bucket}/tokens/") == ["rows.npy.part-000000000000"]
+    with pytest.raises(UserError, match="was begun for another shape than"):
+        open_writer(there, **{**shape, "shape": (100, 2, 3)})
+    object_store.put(f"{bucket}/tokens/rows.npy", whole[:-1])  # it was being put together when all stopped
+    assert write(there) == 64
+    assert object_store[f"{bucket}/tokens/rows.npy"] == whole and object_store.names(f"{bucket}/tokens/") == [
+        "rows.npy"
+    ]
+    object_store.put(names[1], b"of another process that was late")
+    assert write(there) == 100 and object_store.names(f"{bucket}/tokens/") == ["rows.npy"]
+    assert object_store[f"{bucket}/tokens/rows.npy"] == whole
+
+
+@pytest.mark.slow
+def test_tokens_in_a_store_are_those_of_this_machine(make_config, object_store, bucket, tmp_path):
+    config = make_config()
+    folder = precompute(config)
+    whole = stored(folder)
+    shutil.rmtree(folder)
+    object_store.put_folder(f"{bucket}/data", tmp_path / "data")
+    config.data.data_dir = f"gs://{bucket}/data"
+    there = precompute(config)
+    assert str(there) == f"gs://{bucket}/{folder.relative_to(tmp_path)}"
+    place = f"{bucket}/{folder.relative_to(tmp_path)}/"
+    assert {name: object_store[place + name] for name in object_store.names(place)} == whole
+    config.data.image_tokens = "auto"
+    located = locate_precomputed(config)
+    assert located.data.image_tokens == str(there)
+    stream = open_stream(located.data, load_tokenizer(config.data), split="train", seed=0, train=False)
+    tokens = np.load(io.BytesIO(whole["train-center_square.npy"]))
+    np.testing.assert_array_equal(stream.batch(range(16))["image_tokens"], tokens[:16, 0])
 
 
 def test_a_transform_that_draws_needs_a_number_of_views_and_epochs_take_turns(make_config):
