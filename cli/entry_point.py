@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from cli.accelerators import spare_the_search_for_a_tpu
 from cli.compilation_cache import keep_compiled_programs
-from cli.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from cli.errors import EXIT_OK, UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,16 +29,16 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Calls `main(arguments)` and ends the process with the exit code of the contract.
 
-    A UserError, or what a store of objects raises, becomes one line on stderr and exit code 2. Ctrl-C outside a
-    training loop ends quietly with 130. Any other exception keeps its traceback and Python's exit code 1.
+    A UserError, or what a store of objects refuses, becomes one line on stderr and exit code 2; a store that does not
+    answer, one line and 1. Ctrl-C outside a training loop ends quietly with 130. Any other exception keeps its
+    traceback and Python's exit code 1.
     """
     spare_the_search_for_a_tpu()
     keep_compiled_programs()
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        code = _say(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -49,8 +49,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except Exception as error:
         from cli.locations import explain
 
-        if not (line := explain(error)):
+        if (explained := explain(error)) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        code = _say(explained)
     sys.exit(EXIT_OK if code is None else code)
+
+
+def _say(error: UserError) -> int:
+    """Prints an error as one line; returns the exit code that belongs to it."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code

@@ -11,3 +11,11 @@ class UserError(Exception):
 
     Its message is one line that says what is wrong and what to do. Commands print it without a traceback and exit 2.
     """
+
+    exit_code = EXIT_USER_ERROR
+
+
+class Outage(UserError):
+    """What is elsewhere does not answer just now, which is nobody's mistake: also one line, but exit code 1."""
+
+    exit_code = EXIT_FAILURE

@@ -13,24 +13,31 @@ no folders, no rename, no append and no locks. So
 Credentials are Google's application default ones.
 """
 
+import base64
+import contextlib
 import functools
 import hashlib
 import logging
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from etils import epath
 
 from cli.compilation_cache import cache_home
-from cli.errors import UserError
+from cli.errors import Outage, UserError
 
 if TYPE_CHECKING:
     Location = Path  # which epath.Path is, in what this project asks of it
 else:
     Location = Path | epath.Path
+
+# epath would import TensorFlow wherever it is installed; whoever uses it first decides, and that may be a library.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 _STORE = "gs"
 
@@ -45,6 +52,8 @@ def locate(place: str | os.PathLike[str]) -> Location:
         no such bucket, no network.
     """
     text = os.fspath(place)
+    if collapsed := re.match(r"([a-z][a-z0-9]+):/(?!/)", text):
+        raise UserError(f"{text} has lost a slash; write it as {collapsed[1]}://{text[collapsed.end() :]}")
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text)
@@ -90,6 +99,11 @@ def in_store(location: PurePath) -> bool:
     return isinstance(location, epath.Path)
 
 
+def is_bucket(location: Location) -> bool:
+    """Whether a location is the root of a store's bucket, beside which there are only other people's."""
+    return in_store(location) and not str(location).partition("://")[2].strip("/").partition("/")[2]
+
+
 def absolute(location: Location) -> Location:
     """The location without regard to the working directory, symbolic links followed."""
     return location if in_store(location) else location.resolve()
@@ -112,6 +126,20 @@ def write_whole(location: Location, content: str | bytes) -> None:
     draft.replace(location)
 
 
+def create(location: Location, content: str) -> bool:
+    """Writes a file of a store unless one is there, of which the store itself makes sure; returns whether it did."""
+    import fsspec
+
+    sink: Any = fsspec.filesystem(_STORE).open(str(location), "xb")
+    sink.write(content.encode("utf-8"))
+    try:
+        sink.close()
+    except FileExistsError:
+        sink.closed = True
+        return False
+    return True
+
+
 def upload(folder: Path, target: Location, marker: str = "") -> None:
     """Copies the files of a folder into a store, `marker` last, with which the copy is whole.
 
@@ -122,49 +150,101 @@ def upload(folder: Path, target: Location, marker: str = "") -> None:
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: path == folder / marker):
-        with path.open("rb") as source, (target / path.relative_to(folder).as_posix()).open("wb") as sink:
+        with path.open("rb") as source, open_upload(target / path.relative_to(folder).as_posix()) as sink:
             shutil.copyfileobj(source, sink, 2**20)
+
+
+@contextlib.contextmanager
+def open_upload(location: Location) -> Iterator[IO[bytes]]:
+    """A file in a store to be written, which is there when the block has ended, and as it was if an error ends it."""
+    sink: Any = location.open("wb")
+    try:
+        yield sink
+    except BaseException:
+        with contextlib.suppress(Exception):  # the store forgets what nobody finishes
+            sink.discard()
+        sink.closed = True  # or to forget the object would put what it has
+        raise
+    sink.close()
 
 
 def local_copy(location: Location) -> Path:
     """A file of a store as one on this machine, copied once; itself where it is here already.
 
-    Copies lie under `${XDG_CACHE_HOME:-~/.cache}/tessera/copies`. One is used again while the file in the store has the
-    size and the time of change that it had.
+    Copies lie under `${XDG_CACHE_HOME:-~/.cache}/tessera/copies`. One is used again while the file in the store is of
+    the same writing (its generation), and removed when a copy of a later one is made.
+
+    Raises:
+      Outage: if what arrives is not what the store says it has.
     """
     if not in_store(location):
         return location
-    status: Any = location.stat()  # not that of pathlib
-    digest = hashlib.sha256(f"{location} {status.length} {status.mtime}".encode()).hexdigest()[:16]
-    path = cache_home() / "tessera" / "copies" / digest / location.name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # another process may be copying it too
-        try:
-            with location.open("rb") as source, draft.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 2**20)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+    about = _describe(location)
+    version = " ".join(str(about.get(key, "")) for key in ("generation", "md5Hash", "size", "updated"))
+    copies = cache_home() / "tessera" / "copies" / _digest(str(location))
+    path = copies / _digest(version) / location.name
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # another process may be copying it too
+    try:
+        with location.open("rb") as source, draft.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 2**20)
+        if not _is_copy(draft, about):
+            raise Outage(f"{location} did not arrive whole, or was written meanwhile; start the command again")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    for other in copies.iterdir():
+        if other != path.parent:
+            shutil.rmtree(other, ignore_errors=True)
     return path
 
 
-def explain(error: BaseException) -> str:
-    """What to tell a user of an error that a store, or the way to it, raised; "" of any other error."""
+def _describe(location: Location) -> dict[str, Any]:
+    """What a store says of a file: "size" in bytes, "generation", "md5Hash" (base64) if it was not composed."""
+    import fsspec
+
+    return fsspec.filesystem(_STORE).info(str(location))
+
+
+def _is_copy(path: Path, about: dict[str, Any]) -> bool:
+    """Whether a file is the one that a store described."""
+    if path.stat().st_size != int(about["size"]):
+        return False
+    if "md5Hash" not in about:
+        return True
+    with path.open("rb") as file:
+        return base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode() == about["md5Hash"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def explain(error: BaseException) -> UserError | None:
+    """What to tell a user of an error that a store, or the way to it, raised; None of any other error."""
     text = " ".join(str(error).split())
-    module = type(error).__module__
+    module, kind = type(error).__module__, type(error).__name__
+    unreached = Outage(f"the store cannot be reached ({kind}: {text[:300]}); check the network, and start again")
+    if module.startswith("google.auth") and kind == "TransportError":
+        return unreached
     if module.startswith("google.auth") or (module.startswith("gcsfs") and getattr(error, "code", None) == 401):
-        return f"no credentials for gs:// were found, or they are no longer valid ({text[:200]}); use {_LOG_IN}"
+        return UserError(
+            f"no credentials for gs:// were found, or they are no longer valid ({text[:200]}); use {_LOG_IN}"
+        )
     if isinstance(error, OSError) and text.startswith("Forbidden: "):
         reason = text.partition(" ")[2].partition(" ")[2] or text
-        return (
+        return UserError(
             f"the store refused ({reason[:300]}); ask for that right on the bucket, or use other credentials: {_LOG_IN}"
         )
     if module.startswith(("gcsfs", "google.api_core", "google.cloud", "aiohttp", "requests")):
-        return f"the store cannot be reached ({type(error).__name__}: {text[:300]}); check the network, and start again"
+        return unreached
     if isinstance(error, RuntimeError) and " gs://" in text:  # of ArrayRecord
-        return f"a file of the store cannot be read: {text[:300]}; check that it is there, and start the command again"
-    return ""
+        mistake = re.search("NOT_FOUND|PERMISSION_DENIED|UNAUTHENTICATED", text)
+        line = f"a file of the store cannot be read: {text[:300]}; check that it is there, and start the command again"
+        return UserError(line) if mistake else Outage(line)
+    return None
 
 
 @functools.cache
@@ -174,7 +254,6 @@ def _reach(bucket: str) -> None:
     Raises:
       UserError: if not.
     """
-    os.environ.setdefault("EPATH_USE_TF", "false")  # epath would import TensorFlow wherever it is installed
     for name in ("gcsfs", "google"):  # they log what they raise
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -186,7 +265,7 @@ def _reach(bucket: str) -> None:
     except ImportError as error:
         raise UserError(f"gs:// needs the library gcsfs ({error}); run `pip install -e '.[gcs]'`") from error
     except Exception as error:
-        raise UserError(explain(error) or f"gs://{bucket} cannot be reached: {error}") from error
+        raise explain(error) or Outage(f"gs://{bucket} cannot be reached: {error}") from error
     if not there:
         raise UserError(
             f"there is no bucket gs://{bucket}; make it with `gcloud storage buckets create`, or name another"

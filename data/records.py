@@ -247,7 +247,7 @@ class RecordSource:
         for seconds in () if self.tally.has(DAMAGED, place) else READ_AGAIN:
             try:
                 return self._bytes(place)
-            except (OSError, ValueError):
+            except (OSError, ValueError, UserError):
                 time.sleep(seconds)
         return self._bytes(place)
 
@@ -264,8 +264,8 @@ class RecordSource:
             what = " ".join(str(error).split())[:300]
             if what.startswith("Corrupted"):
                 raise ValueError(what) from error
-            line = explain(error) or f"a file of {self._dataset} cannot be read: {what}; prepare the dataset again"
-            raise UserError(line) from error
+            missing = f"a file of {self._dataset} cannot be read: {what}; prepare the dataset again"
+            raise explain(error) or UserError(missing) from error
 
 
 def _bytes_of(value: Any) -> int:

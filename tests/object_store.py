@@ -8,6 +8,7 @@ object is there when all of it was uploaded and not before, and to write it agai
 import base64
 import contextlib
 import dataclasses
+import datetime
 import email
 import email.policy
 import hashlib
@@ -28,6 +29,7 @@ class StoredObject:
 
     data: bytes
     generation: int
+    updated: str
 
 
 class ObjectStore:
@@ -66,7 +68,7 @@ class ObjectStore:
             if if_generation is not None and (old.generation if old else 0) != if_generation:
                 return None
             self._written += 1
-            self.objects[name] = StoredObject(data, self._written)
+            self.objects[name] = StoredObject(data, self._written, f"{datetime.datetime.now(datetime.UTC):%FT%T.%fZ}")
             return self.objects[name]
 
     def put_folder(self, name: str, folder: Path) -> None:
@@ -215,6 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
         store, kind = self.objects, self._query.get("uploadType")
         expected = self._query.get("ifGenerationMatch")
         expected = None if expected is None else int(expected)
+        if method == "DELETE":
+            store._uploads.pop(self._query["upload_id"], None)
+            return self._send(499, b"")
         if "upload_id" in self._query:
             return self._resume(self._query["upload_id"])
         if kind == "resumable":
@@ -293,7 +298,7 @@ def _describe(bucket: str, key: str, found: StoredObject) -> dict[str, Any]:
         "contentType": "application/octet-stream",
         "storageClass": "STANDARD",
         "timeCreated": "2026-01-01T00:00:00.000Z",
-        "updated": "2026-01-01T00:00:00.000Z",
+        "updated": found.updated,
         "md5Hash": base64.b64encode(hashlib.md5(found.data).digest()).decode(),
         "etag": str(found.generation),
     }

@@ -20,7 +20,7 @@ from PIL import Image
 from cli.compilation_cache import cache_home
 from cli.config import flatten
 from cli.errors import EXIT_FAILURE
-from cli.locations import Location, absolute, in_store, make_folder, write_whole
+from cli.locations import Location, absolute, explain, in_store, make_folder, write_whole
 from data import pictures
 from train.progress import ProgressBar
 from weights.run import METRICS, SAMPLES, read_metrics
@@ -87,6 +87,7 @@ class _ObjectOfLines:
 
     Rows that come after a checkpoint are dropped when a run continues from it, so no more than those are lost with a
     machine. Who writes a long file over a slow line waits longer: what is sent takes a fiftieth of the time at most.
+    A store that does not answer between checkpoints does not end a run: the rows wait, and `sync` says so if it must.
     """
 
     def __init__(self, path: Location, text: str):
@@ -97,7 +98,11 @@ class _ObjectOfLines:
         self._lines.append(line)
         self._unsent = True
         if time.monotonic() >= self._due:
-            self.sync()
+            try:
+                self.sync()
+            except Exception as error:
+                self._due = time.monotonic() + _SECONDS_BETWEEN_WRITES
+                _LOG.warning("%s waits: %s", self._path, " ".join(str(explain(error) or error).split()))
 
     def sync(self) -> None:
         if self._unsent:

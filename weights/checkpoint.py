@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from cli.errors import UserError
-from cli.locations import Location, absolute, in_store, locate, make_folder
+from cli.errors import Outage, UserError
+from cli.locations import Location, absolute, explain, in_store, locate, make_folder
 
 Tree = Any
 
@@ -192,13 +192,17 @@ class CheckpointStore:
     def _unwritable(self, error: Exception) -> UserError:
         """What to raise for an error of saving."""
         _silence_late_writes()
-        return UserError(f"cannot save a checkpoint in {self.folder}: {_root_cause(error)}")
+        text = _root_cause(error)
+        refused = not in_store(self.folder) or any(word in text for word in _REFUSED)
+        return (UserError if refused else Outage)(f"cannot save a checkpoint in {self.folder}: {text}")
 
     def _unreadable(self, step: int, error: Exception) -> Exception:
         """What to raise for an error of reading: damage, unless it is the machine's trouble and not the file's."""
         text = _root_cause(error)
         if isinstance(error, jax.errors.JaxRuntimeError | MemoryError) or any(word in text for word in _NOT_DAMAGE):
             return UserError(f"checkpoint {self.folder / str(step)} cannot be read here: {text}")
+        if in_store(self.folder) and (explained := explain(_deepest(error))) is not None:
+            return explained
         return UnreadableCheckpoint(f"checkpoint {self.folder / str(step)} cannot be read: {text}")
 
 
@@ -207,6 +211,8 @@ _TEMPORARY = "orbax-checkpoint-tmp"
 _COMMITTED = "commit_success.txt"  # in a store
 # Of errors that say nothing about the file: no right to read it, no room for it, other processes that do not answer.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "Permission denied", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE")
+# Of errors of a store that asking again would not mend.
+_REFUSED = ("Forbidden", "PERMISSION_DENIED", "UNAUTHENTICATED", "does not have", "NOT_FOUND", "does not exist")
 
 
 def _without_empty(trees: dict[str, Tree]) -> dict[str, Tree]:
@@ -246,8 +252,14 @@ def _silence_late_writes() -> None:
     sys.unraisablehook = report_others
 
 
-def _root_cause(error: BaseException) -> str:
-    """The first line of the deepest cause: Orbax wraps what went wrong in messages about handlers."""
+def _deepest(error: BaseException) -> BaseException:
+    """The deepest cause: Orbax wraps what went wrong in messages about handlers."""
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
+    return error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the deepest cause."""
+    error = _deepest(error)
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -177,7 +177,8 @@ class _StoredFile(io.RawIOBase):
         try:
             return action()
         except Exception as error:
-            raise UserError(explain(error) or f"cannot read {self._path}: {error}; start the command again") from error
+            again = f"cannot read {self._path}: {error}; start the command again"
+            raise explain(error) or UserError(again) from error
 
 
 def fingerprint_of_files(files: Iterable[tuple[str, Location]], table: str = "") -> str:

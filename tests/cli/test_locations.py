@@ -1,19 +1,25 @@
 """Where files are: local paths as ever, and a store of objects, whose faults end in one line."""
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from cli import entry_point, locations
 from cli.errors import UserError
-from cli.locations import in_store, local, local_copy, locate, locate_from_home, upload, write_whole
+from cli.locations import in_store, local, local_copy, locate, locate_from_home, open_upload, upload, write_whole
 
 from ..object_store import ObjectStore
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def raise_(error: Exception):
+    raise error
 
 
 def test_a_local_path_is_a_path_and_its_draft_gets_its_name(tmp_path: Path):
@@ -32,6 +38,7 @@ def test_a_local_path_is_a_path_and_its_draft_gets_its_name(tmp_path: Path):
         ("gs://", "names no place in a bucket; write it as gs://BUCKET/NAME"),
         ("gs:///run", "names no place in a bucket"),
         ("gs://bucket/a/../b", "names no place in a bucket"),
+        ("gs:/bucket/run", "gs:/bucket/run has lost a slash; write it as gs://bucket/run"),
     ],
 )
 def test_other_places_are_refused(place: str, message: str):
@@ -73,7 +80,7 @@ def test_a_folder_in_a_store_is_whole_when_its_marker_is_there(object_store: Obj
     assert object_store[f"{bucket}/made/a/1"] == b"a/1"
 
 
-def test_a_copy_is_made_once_and_again_when_the_object_changes(object_store: ObjectStore, bucket: str):
+def test_a_copy_is_made_once_and_again_when_the_object_changes(object_store: ObjectStore, bucket: str, monkeypatch):
     path = locate(f"gs://{bucket}/rows.npy")
     write_whole(path, b"first")
     copy = local_copy(path)
@@ -81,16 +88,35 @@ def test_a_copy_is_made_once_and_again_when_the_object_changes(object_store: Obj
     object_store.requests.clear()
     assert local_copy(path) == copy
     assert not any("alt=media" in request for request in object_store.requests)
-    write_whole(path, b"the second")
-    assert local_copy(path).read_bytes() == b"the second"
+    write_whole(path, b"again")  # as long, in the same second
+    assert local_copy(path).read_bytes() == b"again" and not copy.exists()
+    monkeypatch.setattr(locations, "_describe", lambda location: {"generation": "9", "size": 5, "md5Hash": "another"})
+    with pytest.raises(UserError, match="did not arrive whole"):
+        local_copy(path)
+
+
+@pytest.mark.parametrize("size", [9, 6 * 2**20])  # sent in one request, and in several
+def test_an_upload_that_an_error_ends_leaves_what_was_there(object_store: ObjectStore, bucket: str, size: int):
+    path = locate(f"gs://{bucket}/rows.npy")
+    write_whole(path, "whole")
+    with pytest.raises(ZeroDivisionError), open_upload(path) as sink:
+        sink.write(bytes(size))
+        raise_(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError), open_upload(path.with_name("new")) as sink:
+        sink.write(bytes(size))
+        raise_(ZeroDivisionError())
+    del sink
+    gc.collect()
+    assert object_store[f"{bucket}/rows.npy"] == b"whole" and object_store.names(f"{bucket}/") == ["rows.npy"]
+    assert not any(name.startswith(f"{bucket}/") for name, *_ in object_store._uploads.values())
 
 
 def test_what_a_store_refuses_is_one_line(object_store: ObjectStore, bucket: str, monkeypatch, capsys):
-    def end_of(action) -> str:
+    def end_of(action, code: int = 2) -> str:
         monkeypatch.setattr("sys.argv", ["command"])
         with pytest.raises(SystemExit) as end:
             entry_point.run(lambda arguments: action())
-        assert end.value.code == 2
+        assert end.value.code == code
         line = capsys.readouterr().err
         assert line.startswith("error: ") and line.count("\n") == 1
         return line
@@ -102,6 +128,8 @@ def test_what_a_store_refuses_is_one_line(object_store: ObjectStore, bucket: str
     object_store.forbidden = "POST"
     refused = end_of(lambda: write_whole(path, "a"))
     assert "the store refused (the account does not have storage.objects.create" in refused
+    unreached = aiohttp.ClientError("no route")
+    assert "the store cannot be reached" in end_of(lambda: raise_(unreached), code=1)
     object_store.unknown = True
     locations._reach.cache_clear()
     assert "no credentials for gs:// were found" in end_of(lambda: locate(f"gs://{bucket}/a"))

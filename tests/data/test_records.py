@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cli.errors import UserError
+from cli.errors import Outage, UserError
 from configs.scenes.dvae import get_config
 from data import fields
 from data.fields import find_image_field
@@ -119,6 +119,27 @@ def test_damaged_bytes_of_a_file_are_passed_over_and_a_file_that_is_gone_is_said
     file.unlink()
     with pytest.raises(UserError, match="a file of scenes/single32 cannot be read: .*; prepare the dataset again"):
         RecordSource("scenes/single32", "train", f"{tmp_path}/data")[0]
+
+
+def test_a_store_that_fails_for_a_moment_is_asked_again(scenes_dir, monkeypatch):
+    monkeypatch.setattr("data.records.READ_AGAIN", (0, 0))
+    source = RecordSource("scenes/single32", "train", str(scenes_dir), fields=())
+    whole, stored = source[7], source._source
+    answers = iter((RuntimeError("UNAVAILABLE: gs://b/x"),) * 2)
+
+    class Failing:
+        __len__ = stored.__len__
+
+        def __getitem__(self, place):
+            if (error := next(answers, None)) is not None:
+                raise error
+            return stored[place]
+
+    source._source = Failing()
+    assert (source[7]["image"] == whole["image"]).all() and not source.damaged
+    answers = iter((RuntimeError("UNAVAILABLE: gs://b/x"),) * 3)
+    with pytest.raises(Outage, match="a file of the store cannot be read: UNAVAILABLE"):
+        source[7]
 
 
 def test_the_memory_of_cached_records_has_a_bound(scenes_dir, monkeypatch):

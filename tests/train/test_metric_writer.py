@@ -57,6 +57,16 @@ def test_in_a_store_rows_are_there_before_a_checkpoint_and_once_a_minute(object_
     now[0] += 61
     log.write(3, {"loss": math.nan})
     assert steps() == [1, 2, 3]
+    object_store.forbidden = "POST"  # an outage: rows wait for the next minute, or for a checkpoint, which says so
+    now[0] += 61
+    log.write(4, {"loss": 1.0})
+    with pytest.raises(OSError, match="Forbidden"):
+        log.sync()
+    object_store.forbidden = ""
+    log.write(5, {"loss": 1.0})
+    assert steps() == [1, 2, 3]
+    log.sync()
+    assert steps() == [1, 2, 3, 4, 5]
     object_store.requests.clear()
     log.sync()
     assert not object_store.requests  # nothing is new
