@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from cli.locations import Location, absolute, locate
+from cli.locations import Location, absolute, is_bucket, locate
 from models import create_model
 from weights.run import OWN, Run, model_of
 
@@ -53,17 +53,28 @@ def find_source(source: str, near: Location | None = None) -> str:
       near: the run folder whose config names `source`.
 
     Raises:
-      UserError: if there is no such folder.
+      UserError: if there is no such folder, or nothing beside the run where its store cannot be reached.
     """
     if source == OWN and near is not None:
         return str(near)
-    candidates = [locate(source)] + ([absolute(near).parent / PurePath(source).name] if near is not None else [])
-    for candidate in candidates:
-        if source == RANDOM or (candidate / "config.json").is_file():
-            return source if source == RANDOM else str(candidate)
-    places = " and ".join(str(path) for path in candidates)
+    if source == RANDOM:
+        return source
+    looked, refusal = [], None
+    try:
+        looked.append(locate(source))
+        if (looked[0] / "config.json").is_file():
+            return str(looked[0])
+    except UserError as error:  # such as a bucket that is out of reach, from which the runs were moved here
+        refusal = error
+    if near is not None and not is_bucket(near):
+        looked.append(absolute(near).parent / PurePath(source).name)
+        if (looked[-1] / "config.json").is_file():
+            return str(looked[-1])
+    if refusal is not None:
+        raise refusal
     raise UserError(
-        f"the source {source} is missing (looked in {places}); train or convert it first, or set another `source`"
+        f"the source {source} is missing (looked in {' and '.join(map(str, looked))}); train or convert it first, or "
+        "set another `source`"
     )
 
 
