@@ -10,13 +10,17 @@ A transform that draws nothing has one view of a picture. Of one that draws, `vi
 view e modulo their number, whatever the run's seed.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import shutil
+import socket
 import tempfile
+import threading
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from cli.locations import Location, in_store, local_copy
+from cli.locations import Location, create, in_store, local_copy, open_upload
 from data.preprocess import transform_pair
 from data.records import dataset_folder
 
@@ -40,6 +44,8 @@ REPLACES: Mapping[str, str] = {"image_tokens": "image"}
 
 # In a store, rows wait for a part until there are so many bytes of them, or so many seconds are over.
 _PART_BYTES, _PART_SECONDS = 2**23, 60.0
+
+_CLAIM_SECONDS = 60.0  # between two signs of life of who writes into a store
 
 
 def file_stem(split: str, transform: str) -> str:
@@ -201,20 +207,19 @@ class RowWriter:
 class StoredRowWriter:
     """`RowWriter` where there is no append: rows are put into a store in parts, which become one file in the end.
 
-    A part is called `<name>.part-<number of its first row>`, and the first begins with the file's header. Two processes
-    at the same file, which nothing keeps apart here, do the work twice and write the same rows: any part is as good as
-    another that begins at the same row.
+    A part is called `<name>.part-<number of its first row>`, and the first begins with the file's header. There may be
+    one writer at a time, of which `Claim` makes sure.
     """
 
     def __init__(self, path: Location, shape: tuple[int, ...], dtype: np.dtype, *, depth: int, whole: int):
         """Begins, or goes on. Arguments and errors as of `RowWriter`; a part is a multiple of `whole` rows."""
         self._path, self._dtype, self._shape = path, dtype, shape[depth:]
-        self._head = _header(shape, dtype)
+        self._head, self._whole_shape = _header(shape, dtype), shape
         self._row_bytes = int(np.prod(self._shape)) * dtype.itemsize
         self.total = int(np.prod(shape[:depth]))
         self._kept: list[bytes] = []  # rows that no part has yet
         self._since = time.monotonic()
-        self._finished = path.is_file() and self._is_whole(shape)
+        self._finished = path.is_file() and self._is_whole()
         self.done = self.total if self._finished else 0
         while (part := self._part(self.done)).is_file() and self.done < self.total:
             size: Any = part.stat()
@@ -232,7 +237,7 @@ class StoredRowWriter:
 
     def finish(self) -> None:
         """Makes the file of its parts, and removes them."""
-        if not self._finished:
+        if not self._finished and not (self._path.is_file() and self._is_whole()):  # another may have been quicker
             self._put()
             with tempfile.TemporaryFile() as whole:
                 row = 0
@@ -241,19 +246,19 @@ class StoredRowWriter:
                     whole.write(data)
                     row += (len(data) - (0 if row else len(self._head))) // self._row_bytes
                 whole.seek(0)
-                with self._path.open("wb") as sink:
+                with open_upload(self._path) as sink:
                     shutil.copyfileobj(whole, sink, 2**20)
         for part in self._path.parent.glob(f"{self._path.name}.part-*"):
             part.unlink(missing_ok=True)
 
-    def _is_whole(self, shape: tuple[int, ...]) -> bool:
+    def _is_whole(self) -> bool:
         """Whether all of the file is there: it may have been cut short when it was put together.
 
         Raises:
           UserError: if it is of another shape.
         """
         if _begin(self._path, len(self._head)) != self._head:
-            raise _other_shape(self._path, shape, self._dtype)
+            raise _other_shape(self._path, self._whole_shape, self._dtype)
         size: Any = self._path.stat()
         return size.length == len(self._head) + self.total * self._row_bytes
 
@@ -264,6 +269,71 @@ class StoredRowWriter:
         if self._kept:
             self._part(self._first).write_bytes(b"".join(([] if self._first else [self._head]) + self._kept))
         self._kept, self._first, self._since = [], self.done, time.monotonic()
+
+
+class Claim:
+    """Keeps a second writer out of a folder in a store, which has no locks: an object `lock` that says who writes.
+
+    It is written again every `_CLAIM_SECONDS`. One that was not for three times as long belongs to a process that is
+    gone, and may be taken.
+    """
+
+    def __init__(self, folder: Location):
+        """Claims a folder.
+
+        Raises:
+          UserError: if another process has it.
+        """
+        self._path, self._lost = folder / "lock", False
+        self._own = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex})
+        if not create(self._path, self._own) and self._holder() != self._own:  # a request may have been sent twice
+            self._take_over()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="claim")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises UserError if the folder was taken by another process, which held this one for gone."""
+        if self._lost:
+            raise UserError(f"another process writes {self._path.parent} now; wait for it")
+
+    def close(self) -> None:
+        """Gives the folder back."""
+        self._ended.set()
+        self._thread.join()
+        if self._holder() == self._own:
+            self._path.unlink(missing_ok=True)
+
+    def _take_over(self) -> None:
+        """Takes the place of a writer that is gone."""
+        try:
+            status: Any = self._path.stat()
+            silent, holder = time.time() - status.mtime, json.loads(self._holder())
+        except (FileNotFoundError, ValueError):
+            silent, holder = 0.0, {}
+        if silent < 3 * _CLAIM_SECONDS:
+            who = f"process {holder.get('pid')} of {holder.get('host')}"
+            raise UserError(
+                f"another process is writing {self._path.parent} ({who}, {max(silent, 0):.0f} s ago); wait for it, or, "
+                f"if it is gone, for {3 * _CLAIM_SECONDS:.0f} s"
+            )
+        self._path.unlink(missing_ok=True)
+        if not create(self._path, self._own):
+            raise UserError(f"another process is writing {self._path.parent}; wait for it")
+
+    def _holder(self) -> str:
+        try:
+            return self._path.read_text()
+        except FileNotFoundError:
+            return ""
+
+    def _renew(self) -> None:
+        while not self._ended.wait(_CLAIM_SECONDS):
+            with contextlib.suppress(Exception):  # a store that does not answer: it is tried again
+                if self._holder() != self._own:
+                    self._lost = True
+                    return
+                self._path.write_text(self._own)
 
 
 def open_writer(path: Location, shape: tuple[int, ...], dtype: np.dtype, **rows: int) -> RowWriter | StoredRowWriter:

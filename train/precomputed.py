@@ -28,6 +28,7 @@ from data.precomputed import (
     AUTO,
     FOLDER,
     PROVENANCE,
+    Claim,
     RowWriter,
     StoredRowWriter,
     check_pictures,
@@ -219,7 +220,7 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
     def compute(trees: Tree, images: Array) -> Array:
         return field.compute(network, {"params": trees["params"], **trees["variables"]}, images)
 
-    with _alone(folder):
+    with _alone(folder) as check:
         _write_provenance(config, name, folder, weights)
         for split, count in wanted:
             stream = _Views(data, split, count)
@@ -230,7 +231,8 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
             dtype = np.dtype(field.dtype(network))
             writer = open_writer(path, (*counts, *shape), dtype, depth=2, whole=batch_size)
             with jax.set_mesh(mesh):
-                _fill(writer, stream, path, f"{name} of {split}", batch_size, lambda batch: compute(trees, batch), rows)
+                label = f"{name} of {split}"
+                _fill(writer, stream, path, label, batch_size, lambda batch: compute(trees, batch), rows, check)
     return folder
 
 
@@ -242,8 +244,9 @@ def _fill(
     batch_size: int,
     compute: Callable[[Array], Array],
     rows: Any,
+    check: Callable[[], None],
 ) -> None:
-    """Appends what is missing of a file."""
+    """Appends what is missing of a file, while `check` finds that nobody else does."""
     notes = path.with_suffix(".json")
     before = json.loads(notes.read_text(encoding="utf-8"))["damaged"] if writer.done and notes.is_file() else []
     known: set[int] = set(before)
@@ -257,6 +260,7 @@ def _fill(
         for batch in _read_ahead(stream, range(writer.done, writer.total, batch_size), batch_size):
             images = place_batch(batch, range(batch_size), batch_size, rows)["image"]
             values = np.asarray(jax.device_get(compute(images)))
+            check()
             if not stream.source.damaged <= known:
                 known |= stream.source.damaged
                 _write_json(notes, {"damaged": sorted(known)})
@@ -309,14 +313,15 @@ def _write_provenance(config: ConfigDict, name: str, folder: Location, weights: 
 
 
 @contextlib.contextmanager
-def _alone(folder: Location) -> Iterator[None]:
-    """Keeps other processes out of a folder, which is made; not of one in a store, where they do no harm.
+def _alone(folder: Location) -> Iterator[Callable[[], None]]:
+    """Keeps other processes out of a folder, which is made; yields what raises UserError if one came in all the same.
 
     Raises:
       UserError: if one is at it, or the folder cannot be written.
     """
     if in_store(folder):
-        yield
+        with contextlib.closing(Claim(folder)) as claim:
+            yield claim.check
         return
     try:
         make_folder(folder)
@@ -325,7 +330,7 @@ def _alone(folder: Location) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another process is writing {folder}; wait for it") from None
-            yield
+            yield lambda: None
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; what is there is kept") from error
 

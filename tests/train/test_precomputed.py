@@ -1,11 +1,13 @@
 """Stored image tokens: the ones that training would compute, interrupted or not, and never those of something else."""
 
+import contextlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,7 +18,7 @@ from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
 from cli.locations import locate
 from data.pipeline import load_tokenizer, open_stream
-from data.precomputed import RowWriter, open_writer
+from data.precomputed import Claim, RowWriter, open_writer
 from data.preprocess import dalle_training
 from data.records import RecordSource
 from models import create_model
@@ -160,6 +162,29 @@ def test_in_a_store_parts_become_the_same_file(object_store, bucket, tmp_path, m
     object_store.put(names[1], b"of another process that was late")
     assert write(there) == 100 and object_store.names(f"{bucket}/tokens/") == ["rows.npy"]
     assert object_store[f"{bucket}/tokens/rows.npy"] == whole
+
+
+def test_in_a_store_a_second_writer_ends_in_one_line_unless_the_first_is_gone(object_store, bucket, monkeypatch):
+    monkeypatch.setattr("data.precomputed._CLAIM_SECONDS", 0.1)
+    folder, lock = locate(f"gs://{bucket}/tokens"), f"{bucket}/tokens/lock"
+    with contextlib.closing(Claim(folder)) as first:
+        time.sleep(0.5)
+        with pytest.raises(
+            UserError, match=r"another process is writing gs://.* \(process \d+ of .* ago\); wait for it"
+        ):
+            monkeypatch.setattr("data.precomputed._CLAIM_SECONDS", 60)
+            Claim(folder)
+        first.check()
+    assert lock not in object_store.objects
+    object_store.put(lock, b"{}")  # of a process that was killed
+    monkeypatch.setattr("data.precomputed._CLAIM_SECONDS", 0.1)
+    time.sleep(1.4)  # times are whole seconds
+    with contextlib.closing(Claim(folder)) as second:
+        object_store.put(lock, b"{}")  # another one held this one for gone
+        second._thread.join(5)
+        with pytest.raises(UserError, match="another process writes gs://.* now; wait for it"):
+            second.check()
+    assert object_store[lock] == b"{}"
 
 
 @pytest.mark.slow
