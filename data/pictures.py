@@ -27,7 +27,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageCms, ImageFile
 
 from cli.errors import UserError
-from cli.locations import Location, in_store, write_whole
+from cli.locations import Location, in_store, locate, write_whole
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
@@ -148,14 +148,15 @@ def save_picture(location: Location, picture: Image.Image) -> None:
 
 
 def _read_file(name: str | Path) -> bytes:
-    """The bytes of a regular file; a device or a pipe might never end."""
+    """The bytes of a regular file, here or in a store; a device or a pipe might never end."""
     try:
-        path = Path(name)
+        path = locate(name)
         if not path.exists():
             raise PictureError("there is no such file")
         if not path.is_file():
             raise PictureError("it is no file; name one picture")
-        _check_bytes(path.stat().st_size)
+        status: Any = path.stat()
+        _check_bytes(status.length if in_store(path) else status.st_size)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a name may hold a null byte
         raise PictureError(_one_line(error)) from error

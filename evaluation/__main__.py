@@ -8,7 +8,7 @@ from typing import Any
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
-from cli.locations import in_store, local
+from cli.locations import in_store, local, write_whole
 from cli.ranges import check_seed
 from cli.text_files import read_lines
 from sample.arguments import SETTINGS, add_sampling_arguments, chosen_average, open_trained, sampling_settings
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
     from evaluation.evaluate import Tools, default_splits  # imports jax
-    from evaluation.records import format_table, read_records, write_records
+    from evaluation.records import format_table, read_records
     from evaluation.sweep import evaluate_cells
 
     def open_run(ema: bool | float, step: int | None) -> Any:
@@ -125,7 +125,9 @@ def main(arguments: Sequence[str]) -> None:
     tools = Tools(_feature_settings(options), _scorer(options), _clip_settings(options))
     read_records(trained.run.folder)  # to which the results are added: a mistake there is found before the work
     if in_store(trained.run.folder):
-        write_records(trained.run, [])  # and so is a right that is missing
+        probe = trained.run.folder / "evaluation.probe"  # and so is a right that is missing
+        write_whole(probe, "")
+        probe.unlink()
     done: list[dict[str, Any]] = []
     try:
         evaluate_cells(trained, open_run, axes, metrics, splits, options.num, options.seed, settings, tools, done)

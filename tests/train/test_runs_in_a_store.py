@@ -40,13 +40,16 @@ def test_a_run_is_sampled_from_evaluated_and_frozen_where_it_lies(
     assert Run.open(there).identity() == Run.open(here).identity() and Run.open(there).latest_step() == 4
 
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    object_store.put(f"{bucket}/red.png", (tmp_path / "red.png").read_bytes())
     for number, run in enumerate((here, there)):
-        sample.__main__.main([f"--run={run}", f"--image={tmp_path}/red.png", f"--out={tmp_path}/{number}.png"])
+        picture = (tmp_path / "red.png", f"gs://{bucket}/red.png")[number]
+        sample.__main__.main([f"--run={run}", f"--image={picture}", f"--out={tmp_path}/{number}.png"])
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
 
     evaluation.__main__.main([f"--run={there}", "--num=8", "--splits=validation"])
     (record,) = json.loads(object_store[f"{bucket}/runs/stage1/evaluation.json"])
     assert record["metric"] == "reconstruction" and record["num"] == 8
+    assert f"{bucket}/runs/stage1/evaluation.probe" not in object_store.objects
     section = Section("stage 1", "", Run.open(there).folder, {"loss": "loss"}, {"previews": "*_reconstruction.png"})
     write_report(tmp_path / "report.html", "", "", [section])
     assert "finished, step 4" in (page := (tmp_path / "report.html").read_text()) and "data:image/png" in page
