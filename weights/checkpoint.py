@@ -75,8 +75,15 @@ class CheckpointStore:
     def remove_after(self, step: int) -> None:
         """Removes checkpoints of later steps: what a run that goes on from `step` will make again."""
         for number in self.steps():
-            if number > step:
-                shutil.rmtree(self.folder / str(number))
+            if number <= step:
+                continue
+            folder: Any = self.folder / str(number)
+            with contextlib.suppress(FileNotFoundError):  # another process may have been quicker
+                if in_store(folder):
+                    (folder / _COMMITTED).unlink()  # first: what is cut short here is no checkpoint
+                    folder.rmtree()
+                else:
+                    shutil.rmtree(folder)
 
     def save(self, step: int, trees: dict[str, Tree]) -> None:
         """Begins to save named trees; an error of an earlier background save is raised here or by `close`.

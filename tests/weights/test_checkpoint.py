@@ -159,6 +159,12 @@ def test_in_a_store_a_checkpoint_is_one_when_its_mark_is_there(object_store: Obj
     store.close()
     assert store.steps() == [4, 3] and store.unfinished() == []
 
+    store.remove_after(3)
+    assert store.steps() == [3] and not object_store.names(f"{place}/4/")
+    store.save(4, TREES)  # which a run that goes on from 3 makes again
+    store.close()
+    assert store.steps() == [4, 3]
+
     store.set_aside(4)
     store.set_aside(4)  # another process was quicker
     assert store.steps() == [3] and f"{place}/4/_CHECKPOINT_METADATA" in object_store.objects
