@@ -7,6 +7,7 @@ import time
 import types
 
 import numpy as np
+import pytest
 
 from cli.locations import locate
 from configs.common import get_defaults
