@@ -192,7 +192,7 @@ def _restore(
     return initialize_parts(config, state, program.init_optimizer), 0
 
 
-def _complete_snapshots(workdir: Path, state: TrainState, start: int) -> None:
+def _complete_snapshots(workdir: Location, state: TrainState, start: int) -> None:
     """Makes the averages that are kept those of the run until `start`: a kill may have come between them and it."""
     snapshots = CheckpointStore(workdir / AVERAGES)
 
