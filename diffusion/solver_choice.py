@@ -110,7 +110,8 @@ def _grid(schedule: Schedule, sampler: str, steps: int, spacing: str) -> TimeGri
         if sampler == "reverse_sde":
             raise ValueError("sampler 'reverse_sde' needs a schedule in continuous time; ddpm is that of a chain")
         if spacing in ("time", "log_snr"):
-            return continuous_grid(schedule, steps, spacing)
+            # As with a chain's own spacings, the last step is to clean data; DPM-Solver-fast ends at the first time.
+            return continuous_grid(schedule, steps, spacing, clean=sampler != "dpm_solver_singlestep")
         usual = "linspace" if sampler in (*_OF_INTERVALS, *_BETWEEN_STEPS) else "leading"
         return discrete_grid(
             schedule,

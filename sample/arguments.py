@@ -148,11 +148,13 @@ def open_trained(options: argparse.Namespace, ema: bool | float, step: int | Non
       step: of the checkpoint, None for the newest.
 
     Raises:
-      UserError: if there is no such run or checkpoint, or a guide does not fit.
+      UserError: if there is no such run or checkpoint or average, or a guide does not fit.
     """
     from sample.trained import TrainedSampler  # imports jax
 
     if options.guide_step is not None and not options.guide_run:
         raise UserError("--guide_step is of a --guide_run; give that, or leave it out")
     trained = TrainedSampler.open(options.run, step=step, ema=ema)
+    if options.ema == 1:
+        trained.run.check_average(1.0, trained.weights.step)
     return trained.guided_by(options.guide_run, options.guide_step) if options.guide_run else trained

@@ -37,7 +37,7 @@ class TrainedSampler:
       frozen: weights of the frozen stages.
       tokenizer: of the run; None without text.
       chunk: images drawn in one call. Requests are padded to it, so one program serves every number of images.
-      guide: what says which weights guide it, {"guide_run", "guide_step"}; {} without any.
+      guide: what says which weights guide it, {"guide_run", "guide_step", "guide_ema"}; {} without any.
     """
 
     run: Run
@@ -87,7 +87,7 @@ class TrainedSampler:
             self,
             sampler=self.sampler.guided_by(other.sampler),
             frozen={**self.frozen, "guide": weights},
-            guide={"guide_run": str(folder), "guide_step": other.weights.step},
+            guide={"guide_run": str(folder), "guide_step": other.weights.step, "guide_ema": other.weights.ema},
         )
 
     @property
@@ -118,6 +118,24 @@ class TrainedSampler:
         for name, why in idle_settings(settings, self.config.sample.to_dict(), swept) if settings or swept else ():
             value = settings.get(name, (swept or {}).get(name))
             raise UserError(f"{name}={value} has no effect, as {why}; leave it out")
+        guidance = (swept or {}).get("guidance") or (settings.get("guidance", self.config.sample.get("guidance")),)
+        if self.guide and all(weight == 1 for weight in guidance):
+            raise UserError("--guide_run has no effect, as guidance 1 means none; choose another --guidance")
+
+    def check_request(self, settings: Mapping[str, Any]) -> None:
+        """Looks at the values of overrides, as a request for one output of each row that records may have would.
+
+        Raises:
+          UserError: if one is impossible, alone or beside the others.
+        """
+        if not self.config.sample:
+            return
+        rows: Rows = {}
+        if "text" in self.sampler.reads:
+            rows["text"] = np.zeros((1, self.config.data.text_length), np.int32)
+        if "label" in self.sampler.reads:
+            rows["label"] = np.zeros(1, np.int32)
+        self.sampler.request(**rows, **settings)
 
     def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights these are, and all settings of their sampler, those of the run's config included."""

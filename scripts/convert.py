@@ -138,7 +138,8 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
         raise UserError(f"part {part!r} of {options.run} is a {fields['name']}; {form.name} is of {holds}")
     output = free_folder(options.output)
     weights = run.load(options.step or None, parts=(part,), mapped=True)
-    network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}))
+    null_class = bool(run.config.loss.get("dropout", 0.0))
+    network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}), null_class)
     files = form.write(network)
     write_files(new_folder(output), files)
     kind = "moving average" if weights.ema else "parameters"

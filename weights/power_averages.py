@@ -180,6 +180,26 @@ def synthesize(run: Location, length: float, step: int, of: Sequence[float] | No
     Raises:
       UserError: if the run stored none, or the length is impossible or out of their reach.
     """
+    stored, snapshots, factors, error = _parts(run, length, step, of)
+    store = CheckpointStore(run / AVERAGES)
+    total: Tree = None
+    for number in stored:
+        trees = store.load(number, (AVERAGES,))[AVERAGES]
+        for snapshot, factor in zip(snapshots, factors, strict=True):
+            if snapshot.step == number and factor:
+                total = _add(total, trees[average_key(snapshot.length)], float(factor))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), total), error
+
+
+def check_length(run: Path, length: float, step: int) -> None:
+    """Raises UserError if `synthesize` would; reads no weights."""
+    _parts(run, length, step, None)
+
+
+def _parts(
+    run: Path, length: float, step: int, of: Sequence[float] | None
+) -> tuple[list[int], list[Snapshot], Float[np.ndarray, " n"], float]:
+    """Of what `synthesize` makes an average: steps, the snapshots stored at them, their factors, how far it is."""
     exponent(length)
     store = CheckpointStore(run / AVERAGES)
     steps = store.steps()
@@ -192,13 +212,7 @@ def synthesize(run: Location, length: float, step: int, of: Sequence[float] | No
     kept = [Snapshot(number, _length(key)) for number, tree in stored.items() for key in tree]
     snapshots = [each for each in kept if of is None or each.length in of]
     factors, error = combination(snapshots, Snapshot(step, length))
-    total: Tree = None
-    for number in stored:
-        trees = store.load(number, (AVERAGES,))[AVERAGES]
-        for snapshot, factor in zip(snapshots, factors, strict=True):
-            if snapshot.step == number and factor:
-                total = _add(total, trees[average_key(snapshot.length)], float(factor))
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), total), error
+    return list(stored), snapshots, factors, error
 
 
 def _length(key: str) -> float:

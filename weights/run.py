@@ -34,7 +34,7 @@ from weights.checkpoint import CheckpointStore
 from weights.files.layout import check_tensors, model_shapes
 from weights.files.origin import read_json
 from weights.files.tensors import check_finite, read_tensors
-from weights.power_averages import synthesize
+from weights.power_averages import check_length, synthesize
 
 Tree = Any
 
@@ -139,6 +139,37 @@ class Run:
             raise UserError(f"{self.folder} has no checkpoint yet; wait for the first one or train further")
         return steps[0]
 
+    def check_average(self, ema: float, step: int | None = None) -> None:
+        """Looks, without reading weights, for what `--ema` means: 0, the parameters; 1, the average; or a length.
+
+        Args:
+          ema: the number.
+          step: of the checkpoint; None for the newest.
+
+        Raises:
+          UserError: if there is no such checkpoint or average.
+        """
+        self.check_step(step)
+        step = self.latest_step() if step is None else step
+        if ema == 1 and (
+            self.converted or "ema_params" not in CheckpointStore(self.folder / CHECKPOINTS).abstract(step)
+        ):
+            raise UserError(f"{self.folder} keeps no moving average, of which --ema=1 is; leave it out, or take 0")
+        if ema not in (0, 1):
+            if self.converted:
+                raise UserError(f"{self.folder} was trained elsewhere and has no averages to make others of")
+            check_length(self.folder, ema, step)
+
+    def check_step(self, step: int | None) -> None:
+        """Raises UserError unless there is such a checkpoint; None is any."""
+        if self.converted:
+            if step:
+                raise UserError(f"{self.folder} was trained elsewhere and has no checkpoint {step}; set `step` to 0")
+            return
+        steps = CheckpointStore(self.folder / CHECKPOINTS).steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self.folder} has no checkpoint {step}; it has {', '.join(map(str, steps))}")
+
     def load(
         self,
         step: int | None = None,
@@ -164,14 +195,12 @@ class Run:
         if self.converted:
             if length is not None:
                 raise UserError(f"{self.folder} was trained elsewhere and has no averages to make others of")
-            if step:
-                raise UserError(f"{self.folder} was trained elsewhere and has no checkpoint {step}; set `step` to 0")
+            self.check_step(step)
             params, variables = self._read_weights(parts, mapped)
             return RunWeights(params, variables, step=0, ema=False)
         store = CheckpointStore(self.folder / CHECKPOINTS)
         latest = self.latest_step()
-        if step is not None and step not in store.steps():
-            raise UserError(f"{self.folder} has no checkpoint {step}; it has {', '.join(map(str, store.steps()))}")
+        self.check_step(step)
         step = latest if step is None else step
         stored = store.abstract(step)
         averaged, error = ({}, None) if length is None else synthesize(self.folder, length, step)

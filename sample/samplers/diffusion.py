@@ -192,10 +192,16 @@ class DiffusionSampler:
             ("process", self.process, guide.process),
             ("size and channels", self.sample_shape, guide.sample_shape),
             ("condition", (self.reads, self.classes), (guide.reads, guide.classes)),
+            ("class for none", self.null_label, guide.null_label),
+            ("caption length", self._text_length, guide._text_length),
         ):
             if ours != theirs:
                 raise UserError(f"the --guide_run is of another {name} than the run: {theirs}, not {ours}")
         return dataclasses.replace(self, guide=guide)
+
+    @property
+    def _text_length(self) -> int:
+        return 0 if self.text is None else len(self.text.blank)
 
     @property
     def class_range(self) -> str:
@@ -268,7 +274,7 @@ class DiffusionSampler:
             rows["image"] = np.asarray(image)
         if mask is not None:
             rows["mask"] = np.asarray(mask)
-        steps, numbers = self._settings({key: value for key, value in overrides.items() if key != "strength"})
+        steps, numbers = self._settings({key: value for key, value in overrides.items() if key != "strength"}, strength)
         if self.guide is not None and "negative" in rows:
             raise UserError("guidance leads away from the --guide_run; leave out the negative prompt, or that")
         if numbers["guidance"] == 1 and "negative" in rows:
@@ -372,14 +378,14 @@ class DiffusionSampler:
             raise UserError(f"pictures are {image.shape[1]} x {image.shape[2]}, this run's are {height} x {width}")
         return strength
 
-    def _settings(self, overrides: Mapping[str, Any]) -> tuple[Steps, dict[str, float]]:
+    def _settings(self, overrides: Mapping[str, Any], strength: float = 1.0) -> tuple[Steps, dict[str, float]]:
         """The solver and the numbers of guidance, defaults filled in; raises UserError unless they are possible."""
         unknown = sorted(set(overrides) - {*self.settings, "trajectory"})
         if unknown:
             raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {', '.join(self.settings)}")
         solver = {field.name for field in dataclasses.fields(Steps)} & overrides.keys()
         steps = dataclasses.replace(self.defaults, **{key: overrides[key] for key in solver})
-        self._check_steps(steps)
+        self._check_steps(steps, strength)
         numbers = {key: float(overrides.get(key, getattr(self, key))) for key in _NUMBERS}
         _check_numbers(numbers)
         if self.guide is not None:
@@ -390,7 +396,7 @@ class DiffusionSampler:
             raise UserError("this run was never trained without its class, as guidance needs; leave guidance at 1")
         return steps, numbers
 
-    def _check_steps(self, steps: Steps) -> None:
+    def _check_steps(self, steps: Steps, strength: float) -> None:
         """Raises UserError unless the solver can run."""
         if not 0 <= steps.guided_channels <= self.sample_shape[-1]:
             raise UserError(
@@ -398,7 +404,7 @@ class DiffusionSampler:
                 "channels, and 0 guides all"
             )
         try:
-            self.plan(steps)
+            self.plan(steps, strength or 1.0)  # at 0 nothing is solved
         except (TypeError, ValueError) as error:
             raise UserError(f"sampler {steps.sampler!r} with {steps.steps} steps: {error}") from error
 

@@ -284,6 +284,12 @@ def test_churn_is_the_published_algorithm(scale, strength, gaussian):
     np.testing.assert_allclose(end, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("spacing", ["time", "log_snr"])
+def test_a_chain_s_times_between_its_steps_end_in_clean_data(spacing):
+    plan = make_plan(DiscreteSchedule(), "ddim", 10, spacing=spacing)
+    assert plan.evaluations == 10 and (plan.state[-1], plan.model[-1, 0]) == (0, 1)
+
+
 def test_the_least_strength_is_one_step():
     assert make_plan(EDMSchedule(), "heun", 5, strength=1e-12).evaluations == 1
 

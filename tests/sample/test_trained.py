@@ -132,3 +132,14 @@ def test_mistakes_of_reranking(folder, clip_folder):
     ]:
         with pytest.raises(UserError, match=message):
             main([*command, *extra])
+
+
+def test_a_guide_without_effect_is_refused_and_one_with_is_recorded(diffusion_run):
+    folder = diffusion_run("captions")
+    guided = TrainedSampler.open(folder).guided_by(folder)
+    assert guided.describe(0, {})["guide_ema"] is False and guided.describe(0, {})["guide_step"] == 4
+    guided.check_settings({}, {"guidance": (1.0, 3.0)})
+    with pytest.raises(UserError, match="--guide_run has no effect, as guidance 1 means none"):
+        guided.check_settings({"guidance": 1.0})
+    with pytest.raises(UserError, match="keeps no moving average, of which --ema=1 is"):
+        guided.run.check_average(1.0)

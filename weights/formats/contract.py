@@ -24,11 +24,13 @@ class Network:
       model: the Linen module.
       params: its parameters.
       variables: {collection: tree}; may be empty.
+      null_class: whether the last class that it knows, if any, stands for none.
     """
 
     model: Any
     params: Tree
     variables: Tree
+    null_class: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -456,6 +456,10 @@ def _read(origin: Origin) -> Converted:
 def _write(network: Network) -> Files:
     model, params = network.model, network.params
     if isinstance(model, DiT):
+        if not network.null_class:
+            raise UserError(
+                "this DiT has no class for none, and one for diffusers has; train it with config.loss.dropout"
+            )
         return {
             CONFIG: diffusers_dit.dit_config(model),
             WEIGHTS[0]: diffusers_dit.dit_to_diffusers(model, params),

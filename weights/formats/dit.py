@@ -31,12 +31,13 @@ POSITIONS = "pos_embed"  # fixed, and yet among the parameters
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by the network's width
 DROPOUT = 0.1  # of the class, with which the published networks were trained
-# What they were trained on and how their code samples; guidance is of the first three channels there.
+# What they were trained on and how their code samples: evenly over the chain, with guidance of the first channels.
 PROCESS = {
     "schedule": {"name": "discrete", "kind": "linear", "steps": 1000, "start": 1e-4, "end": 0.02},
     "prediction": "eps",
 }
-SAMPLE = {"sampler": "ddpm", "steps": 250}
+SAMPLE = {"sampler": "ddpm", "steps": 250, "spacing": "linspace"}
+GUIDED_CHANNELS = 3
 
 # Of the published class: (argument, our field, what it may be).
 _ARGUMENTS: tuple[tuple[str, str, Field], ...] = (
@@ -54,6 +55,8 @@ _OTHER_ARGUMENTS: dict[str, Field] = {
     "num_classes": whole(1000),
     "learn_sigma": flag(True),
 }
+
+_TABLE = {argument: field for argument, _, field in _ARGUMENTS} | _OTHER_ARGUMENTS
 
 LAYOUT = Layout(
     what="this DiT in its authors' layout",
@@ -107,8 +110,7 @@ def dit_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: if they are another network's, or one that ours cannot compute.
     """
-    table = {argument: field for argument, _, field in _ARGUMENTS} | _OTHER_ARGUMENTS
-    given = read_fields("this DiT", arguments, table)
+    given = read_fields("this DiT", arguments, _TABLE)
     fields = {ours: given[argument] for argument, ours, _ in _ARGUMENTS}
     fields["mlp_ratio"] = mlp_ratio(int(fields["width"] * fields["mlp_ratio"]), fields["width"])
     return {
@@ -121,6 +123,8 @@ def dit_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def dit_arguments(model: DiT) -> dict[str, Any]:
     """The name and arguments of the published class that computes what `model` does; `dit_fields` backwards.
+
+    The last class is taken for none, as in all networks that were trained with dropped classes.
 
     Raises:
       UserError: if there is none.
@@ -204,24 +208,37 @@ def read_dit(origin: Origin) -> tuple[dict[str, Any], Tensors]:
     return dit_fields(origin.json(ARGUMENTS)) if described else dit_fields_of_tensors(tensors), tensors
 
 
-def dit_files(model: DiT, params: Tree) -> Files:
+def dit_files(model: DiT, params: Tree, null_class: bool = True) -> Files:
     """What the published code can be given.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      null_class: whether its last class stands for none. Otherwise all are classes, and the published class has no row
+        for none where its class_dropout_prob is 0.
 
     Raises:
       UserError: if it cannot compute what `model` does.
     """
-    return {ARGUMENTS: dit_arguments(model), WEIGHTS[0]: to_dit(model, params)}
+    arguments = dit_arguments(model)
+    if not null_class:
+        arguments |= {"num_classes": model.num_classes, "class_dropout_prob": 0.0}
+    return {ARGUMENTS: arguments, WEIGHTS[0]: to_dit(model, params)}
 
 
 def dit_run(
-    fields: Mapping[str, Any], params: Tree, process: Mapping[str, Any] | None, sample: Mapping[str, Any]
+    fields: Mapping[str, Any],
+    params: Tree,
+    process: Mapping[str, Any] | None,
+    sample: Mapping[str, Any],
+    dropout: float = DROPOUT,
 ) -> Converted:
-    """A DiT as a run; see `denoiser_run`. Its class for none and its channels tell how it was trained."""
+    """A DiT as a run; see `denoiser_run`. Its channels tell how it was trained; at `dropout` 0 no class is for none."""
     learned_variance = fields["out_channels"] == 2 * fields["in_channels"]
     if process is not None and learned_variance:
         process = {**process, "variance": "learned"}
     run = denoiser_run(fields, params, process, sample)
-    run.config["loss"] = {"dropout": DROPOUT}
+    run.config["loss"] = {"dropout": dropout}
     return run
 
 
@@ -233,7 +250,10 @@ def _recognizes(origin: Origin) -> bool:
 
 def _read(origin: Origin) -> Converted:
     fields, tensors = read_dit(origin)
-    return dit_run(fields, from_dit(create_model(**fields), tensors), PROCESS, SAMPLE)
+    described = origin.find(ARGUMENTS) is not None
+    dropout = read_fields("this DiT", origin.json(ARGUMENTS), _TABLE)["class_dropout_prob"] if described else DROPOUT
+    sample = {**SAMPLE, "guided_channels": min(GUIDED_CHANNELS, fields["in_channels"])}
+    return dit_run(fields, from_dit(create_model(**fields), tensors), PROCESS, sample, dropout)
 
 
 FORMAT = Format(
@@ -243,5 +263,5 @@ FORMAT = Format(
     outputs="DiT(**ARGUMENTS) of the published code with dit.json, and load_state_dict",
     recognizes=_recognizes,
     read=_read,
-    write=lambda network: dit_files(network.model, network.params),
+    write=lambda network: dit_files(network.model, network.params, network.null_class),
 )

@@ -50,14 +50,15 @@ def denoiser_run(
       fields: {name, fields} of the network.
       params: its parameters.
       process: `config.process` that it was trained on; None where the files do not tell.
-      sample: how to sample from it unless told otherwise, {"sampler", "steps"}.
+      sample: how to sample from it unless told otherwise: {"sampler", "steps"}, and other keys of `config.sample`.
     """
     config: dict[str, Any] = {"objective": "diffusion", "models": {"denoiser": dict(fields)}}
     config["data"] = {"image_size": fields["image_size"], "label_field": "label" if fields["num_classes"] else ""}
     if process is None:
         notes = ("its files do not tell the process that it was trained on, so that it cannot be sampled",)
         return Converted(config, {"denoiser": params}, notes=notes)
-    config |= {"process": dict(process), "sample": get_diffusion_sampling(**sample).to_dict()}
+    usual = get_diffusion_sampling(sample["sampler"], sample["steps"])
+    config |= {"process": dict(process), "sample": {**usual.to_dict(), **sample}}
     return Converted(config, {"denoiser": params})
 
 

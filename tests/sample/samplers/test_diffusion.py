@@ -241,6 +241,9 @@ def test_a_weaker_network_guides_instead_of_none(drawer):
     np.testing.assert_array_equal(draw(guided, strong, frozen, guidance=1.0), alone[0])
     with pytest.raises(UserError, match="guidance leads away from the --guide_run"):
         guided.request(TEXT, negative=TEXT)
+    shorter = dataclasses.replace(sampler.text, blank=sampler.text.blank[1:])
+    with pytest.raises(UserError, match="the --guide_run is of another caption length than the run: 11, not 12"):
+        guided.guided_by(dataclasses.replace(sampler, text=shorter))
     with pytest.raises(UserError, match="the --guide_run is of another process"):
         guided.guided_by(dataclasses.replace(sampler, process=Process(DiscreteSchedule(steps=7))))
 

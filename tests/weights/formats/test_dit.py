@@ -42,6 +42,12 @@ def test_there_and_back(tmp_path):
         assert models.create_model(**fields) == model and read.keys() == tensors.keys()
     run = FORMATS["dit"].read(Folder(tmp_path))
     assert run.config["process"]["variance"] == "learned" and run.config["loss"] == {"dropout": DROPOUT}
+    assert run.config["sample"]["spacing"] == "linspace" and run.config["sample"]["guided_channels"] == 3
+    # Trained without dropping classes, it has a row less, and none of them stands for none.
+    arguments = {**json.loads((tmp_path / ARGUMENTS).read_text()), "num_classes": 3, "class_dropout_prob": 0.0}
+    (tmp_path / ARGUMENTS).write_text(json.dumps(arguments))
+    run = FORMATS["dit"].read(Folder(tmp_path))
+    assert run.config["loss"] == {"dropout": 0.0} and run.config["models"]["denoiser"]["num_classes"] == 3
     moved = {**tensors, "pos_embed": tensors["pos_embed"][:, ::-1]}
     with pytest.raises(UserError, match="pos_embed are not the fixed sines and cosines of 2 x 2 patches"):
         from_dit(model, moved)
@@ -79,6 +85,14 @@ def test_diffusers_there_and_back(tmp_path):
         json.dumps({"_class_name": "DDIMScheduler", "clip_sample": False})
     )
     assert FORMATS["diffusers"].read(origin).config["process"]["variance"] == "learned"
+
+
+def test_a_network_without_a_class_for_none_is_written_as_such_or_refused():
+    model, params, _ = tiny(SMALL)
+    arguments = written("dit", Network(model, params, {}, null_class=False))[ARGUMENTS]
+    assert (arguments["num_classes"], arguments["class_dropout_prob"]) == (3, 0.0)
+    with pytest.raises(UserError, match="this DiT has no class for none"):
+        written("diffusers", Network(models.create_model(**OF_DIFFUSERS), {}, {}, null_class=False))
 
 
 def test_layers_that_embed_time_differently_are_refused(tmp_path):
