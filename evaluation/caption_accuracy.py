@@ -61,7 +61,8 @@ class CaptionAccuracy:
     """What came of drawing captions.
 
     Attributes:
-      shares: of captions with all attributes right (`all`), and with each attribute right.
+      shares: of captions with all attributes right (`all`), and with each attribute right; where captions have one
+        object and more, also of each number of objects with all attributes right (`all_1_object`, `all_2_objects`).
       counted: captions that each share is of: a caption that names no relation does not count for it.
       images: the pictures.
       scores: the grades of each.
@@ -85,9 +86,14 @@ def caption_accuracy(
       captions: what to draw.
       draw: the sampler, as a function of captions.
     """
-    images = draw(captions)
-    scores = SceneGrader(world_of(config)).grade(captions, images)
+    world, images = world_of(config), draw(captions)
+    scores = SceneGrader(world).grade(captions, images)
     totals = summarize(scores)
+    objects = [len(scenes.parse_caption(world, caption).objects) for caption in captions]
+    numbers = sorted(set(objects))
+    for number in numbers if len(numbers) > 1 else ():
+        right = [score["all"] for score, count in zip(scores, objects, strict=True) if count == number]
+        totals[f"all_{number}_object{'s' if number > 1 else ''}"] = sum(right), len(right)
     return CaptionAccuracy(
         shares={name: right / counted for name, (right, counted) in totals.items()},
         counted={name: counted for name, (_, counted) in totals.items()},

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from data import scenes
+from data.pictures import read_picture
+from data.scenes.scenes_dataset_builder import generate_example
 from evaluation import evaluate
 from evaluation.__main__ import main
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
@@ -38,6 +40,19 @@ def test_true_pictures_are_right_and_swapped_ones_wrong(stage1):
     assert right.shares["all"] == 1.0 and right.counted["all"] == 40
     wrong = caption_accuracy(stage1.config, pictures.captions, lambda captions: np.roll(pictures.images, 1, 0))
     assert wrong.shares["all"] < 0.3
+
+
+def test_captions_of_one_object_and_of_two_have_shares_of_their_own():
+    world = scenes.WORLDS["pair32"]
+    made = [generate_example(world, "1.0.0", "validation", index) for index in range(12)]
+    captions = [next(text for text in one["captions"] if scenes.parse_caption(world, text).complete) for one in made]
+    images = np.stack([read_picture(one["image"]) for one in made])
+    pairs = np.array([len(one["objects"]) == 2 for one in made])
+    drawn = np.where(pairs[:, None, None, None], 0, images).astype(np.uint8)
+    accuracy = caption_accuracy(ConfigDict({"data": {"dataset": "scenes/pair32"}}), captions, lambda captions: drawn)
+    assert (accuracy.shares["all_1_object"], accuracy.shares["all_2_objects"]) == (1, 0)
+    assert (accuracy.counted["all_1_object"], accuracy.counted["all_2_objects"]) == (sum(~pairs), sum(pairs))
+    assert 0 < sum(pairs) < 12
 
 
 def test_a_tokenizer_run_is_evaluated_on_every_split(stage1):
