@@ -83,7 +83,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.evaluate.every = 600
     config.log.every = 20
     if argument == "pair32":
-        config.steps = 20000
+        config.steps = 10000
     if argument == "debug":
         make_debug(config, steps=4, batch_size=8)
         config.models.dalle.width = 32

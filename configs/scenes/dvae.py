@@ -75,7 +75,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.evaluate.every = 400
     config.log.every = 20
     if argument == "pair32":
-        config.steps = 8000
+        config.steps = 4000
         config.models.dvae.vocab_size = 512
     if argument == "debug":
         make_debug(config, steps=4, batch_size=8)
