@@ -191,13 +191,13 @@ def synthesize(run: Location, length: float, step: int, of: Sequence[float] | No
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), total), error
 
 
-def check_length(run: Path, length: float, step: int) -> None:
+def check_length(run: Location, length: float, step: int) -> None:
     """Raises UserError if `synthesize` would; reads no weights."""
     _parts(run, length, step, None)
 
 
 def _parts(
-    run: Path, length: float, step: int, of: Sequence[float] | None
+    run: Location, length: float, step: int, of: Sequence[float] | None
 ) -> tuple[list[int], list[Snapshot], Float[np.ndarray, " n"], float]:
     """Of what `synthesize` makes an average: steps, the snapshots stored at them, their factors, how far it is."""
     exponent(length)
