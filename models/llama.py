@@ -51,7 +51,7 @@ class Llama(nn.Module):
     Weights and embeddings start at N(0, 0.02^2), norms at 1.
 
     Attributes:
-      vocab_size: V, ids of the tokenizer.
+      text_vocab_size: V, ids of the tokenizer.
       width: D.
       depth: number of layers.
       heads: heads of queries N.
@@ -64,6 +64,7 @@ class Llama(nn.Module):
       rope_high_factor: see there.
       rope_original_length: see there.
       tied: whether the head is the table of embeddings, as in the small ones of 3.2.
+      text_end_id: the tokenizer's end of a text, at which answers stop; None where it is not known.
       implementation: see `models.layers.attention.attend`.
       scan: see `models.layers.transformer.apply_blocks`.
       remat: see there.
@@ -71,7 +72,7 @@ class Llama(nn.Module):
       param_dtype: of the parameters.
     """
 
-    vocab_size: int
+    text_vocab_size: int
     width: int
     depth: int
     heads: int
@@ -84,6 +85,7 @@ class Llama(nn.Module):
     rope_high_factor: float = 4.0
     rope_original_length: int = 8192
     tied: bool = False
+    text_end_id: int | None = None
     implementation: str = "auto"
     scan: bool = False
     remat: str = "none"
@@ -101,7 +103,7 @@ class Llama(nn.Module):
             raise ValueError(f"heads={self.heads} of width={self.width} must have an even width; give head_dim")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(INIT_STD)
-        self.embedding = nn.Embed(self.vocab_size, self.width, embedding_init=init, **types)
+        self.embedding = nn.Embed(self.text_vocab_size, self.width, embedding_init=init, **types)
         self.blocks = [
             Block(
                 width=self.width,
@@ -125,7 +127,7 @@ class Llama(nn.Module):
         self.final_norm = RMSNorm(**types)
         if not self.tied:
             head = {"kernel_init": init, "dtype": jnp.float32, "param_dtype": self.param_dtype}
-            self.text_head = Dense(self.vocab_size, use_bias=False, **head)
+            self.text_head = Dense(self.text_vocab_size, use_bias=False, **head)
 
     @property
     def rotary(self) -> RotaryEmbedding:

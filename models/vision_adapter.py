@@ -48,7 +48,7 @@ class VisionAdapter(nn.Module):
     others are the adapter's and the encoder's.
 
     Attributes:
-      vocab_size: of the language model, as the fields up to `tied`; see `models.llama.Llama`.
+      text_vocab_size: of the language model, as the fields down to `tied`, and text_end_id; see `models.llama.Llama`.
       width: see there.
       depth: see there; without the cross-attention layers.
       heads: see there, as the next eight.
@@ -61,11 +61,12 @@ class VisionAdapter(nn.Module):
       rope_high_factor: see there.
       rope_original_length: see there.
       tied: see there.
+      text_end_id: see there.
       cross_layers: the language model's layers before which a cross-attention layer stands, rising; published every
         fourth, 3, 7, 11, ...
       image_token: the id that stands for a picture.
-      extra_tokens: ids from `vocab_size` on, with embeddings of their own that are the adapter's, and without a score.
-      image_size: side of a tile, pixels; as the next nine see `models.tiled_image_encoder.TiledImageEncoder`.
+      extra_tokens: ids behind the language model's, with embeddings of their own that are the adapter's, and no score.
+      tile_size: side of a tile, pixels; as the next nine see `models.tiled_image_encoder.TiledImageEncoder`.
       patch_size: see there.
       image_width: its width.
       image_heads: its heads.
@@ -86,7 +87,7 @@ class VisionAdapter(nn.Module):
       param_dtype: of the parameters.
     """
 
-    vocab_size: int
+    text_vocab_size: int
     width: int
     depth: int
     heads: int
@@ -94,7 +95,7 @@ class VisionAdapter(nn.Module):
     mlp_hidden: int
     cross_layers: tuple[int, ...]
     image_token: int
-    image_size: int
+    tile_size: int
     patch_size: int
     image_width: int
     image_heads: int
@@ -107,6 +108,7 @@ class VisionAdapter(nn.Module):
     rope_high_factor: float = 4.0
     rope_original_length: int = 8192
     tied: bool = False
+    text_end_id: int | None = None
     extra_tokens: int = 8
     image_mlp_ratio: int | float = 4
     max_tiles: int = 4
@@ -125,7 +127,7 @@ class VisionAdapter(nn.Module):
         self, batch_size: int
     ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Shapes of the first arguments of `__call__`: a picture and two tokens; more do as well."""
-        size = (batch_size, 1, self.max_tiles, self.image_size, self.image_size, 3)
+        size = (batch_size, 1, self.max_tiles, self.tile_size, self.tile_size, 3)
         return (
             jax.ShapeDtypeStruct((batch_size, 2), jnp.int32),
             jax.ShapeDtypeStruct(size, jnp.float32),
@@ -147,8 +149,10 @@ class VisionAdapter(nn.Module):
         cross = self.cross_layers
         if tuple(sorted(set(cross))) != tuple(cross) or any(not 0 <= layer < self.depth for layer in cross):
             raise ValueError(f"cross_layers={cross} must rise and be among the {self.depth} of the language model")
-        if not 0 <= self.image_token < self.vocab_size + self.extra_tokens:
-            raise ValueError(f"image_token={self.image_token} must be one of {self.vocab_size + self.extra_tokens} ids")
+        if not 0 <= self.image_token < self.text_vocab_size + self.extra_tokens:
+            raise ValueError(
+                f"image_token={self.image_token} must be one of {self.text_vocab_size + self.extra_tokens} ids"
+            )
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         computed = {"implementation": self.implementation, "scan": self.scan, "remat": self.remat, **types}
         fields = self.network_at("language")
@@ -157,7 +161,7 @@ class VisionAdapter(nn.Module):
         if self.extra_tokens:
             self.extra_embedding = nn.Embed(self.extra_tokens, self.width, embedding_init=init, **types)
         self.encoder = TiledImageEncoder(
-            image_size=self.image_size,
+            image_size=self.tile_size,
             patch_size=self.patch_size,
             width=self.image_width,
             heads=self.image_heads,
@@ -287,9 +291,9 @@ class VisionAdapter(nn.Module):
         """The first state of each token."""
         if not self.extra_tokens:
             return self.language.embed(tokens)
-        own = tokens < self.vocab_size
+        own = tokens < self.text_vocab_size
         x = self.language.embed(jnp.where(own, tokens, 0))
-        extra = self.extra_embedding(jnp.clip(tokens - self.vocab_size, 0, self.extra_tokens - 1))
+        extra = self.extra_embedding(jnp.clip(tokens - self.text_vocab_size, 0, self.extra_tokens - 1))
         return jnp.where(own[..., None], x, extra)
 
     def _look(self, block: GatedCrossBlock, x: Array, features: Array, seen: Array) -> Array:

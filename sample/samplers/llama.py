@@ -92,13 +92,13 @@ class LlamaSampler:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "LlamaSampler":
-        """Builds the sampler of `config.models.llama`, `config.data.text_end_id` and `config.sample`.
+        """Builds the sampler of `config.models.llama` and `config.sample`.
 
         Raises:
-          UserError: if a setting is impossible.
+          UserError: if a setting is impossible, or it is not known where texts end.
         """
         model = build_network(config, "models.llama")
-        return cls(model, AnswerSettings.from_config(config), model.vocab_size - 1)
+        return cls(model, AnswerSettings.from_config(config), end_of_texts(model, "llama"))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ class LlamaSampler:
           UserError: on an unknown override, an impossible value, or a question without an end.
         """
         settings = self.answers.changed(overrides)
-        text = check_questions(text, self.model.vocab_size, self.end_id)
+        text = check_questions(text, self.model.text_vocab_size, self.end_id)
         return {"text": text, "answer_length": int(settings.answer_length), **settings.numbers}
 
     def __call__(
@@ -152,6 +152,20 @@ def _answer(model: Llama, end_id: int, length: int, params: Tree, request: Reque
         return model.apply({"params": params}, token, position, cache, method="decode_step")
 
     return {"text": decode(step, logits, cache, keys, length, decoding(request, end_id)).tokens}
+
+
+def end_of_texts(model: Any, part: str) -> int:
+    """The id that ends a text.
+
+    Raises:
+      UserError: if the network's config does not tell it.
+    """
+    if model.text_end_id is None or not 0 < model.text_end_id < model.text_vocab_size:
+        raise UserError(
+            f"config.models.{part}.text_end_id is {model.text_end_id}; set it to the id that ends texts in the run's "
+            f"tokenizer, one of {model.text_vocab_size}"
+        )
+    return model.text_end_id
 
 
 def decoding(request: Request, end_id: int) -> Decoding:

@@ -20,7 +20,7 @@ from models.vision_adapter import VisionAdapter
 from sample.decoding import decode
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network
-from sample.samplers.llama import AnswerSettings, check_questions, decoding, prompt_lengths
+from sample.samplers.llama import AnswerSettings, check_questions, decoding, end_of_texts, prompt_lengths
 
 Tree = Any
 Request = dict[str, Any]
@@ -47,17 +47,17 @@ class VisionAdapterSampler:
         """Builds the sampler of `config.models.vision_adapter`, `config.data.image_size` and `config.sample`.
 
         Raises:
-          UserError: if a setting is impossible, or pictures are no square of tiles.
+          UserError: if a setting is impossible, it is not known where texts end, or pictures are no square of tiles.
         """
         model, size = build_network(config, "models.vision_adapter"), config.data.image_size
-        side = size // model.image_size
-        if size % model.image_size or not 1 <= side**2 <= model.max_tiles:
+        side = size // model.tile_size
+        if size % model.tile_size or not 1 <= side**2 <= model.max_tiles:
             most = math.isqrt(model.max_tiles)
             raise UserError(
-                f"config.data.image_size={size} is no square of tiles of {model.image_size} pixels; the network takes "
-                f"{' or '.join(str(model.image_size * count) for count in range(1, most + 1))}"
+                f"config.data.image_size={size} is no square of tiles of {model.tile_size} pixels; the network takes "
+                f"{' or '.join(str(model.tile_size * count) for count in range(1, most + 1))}"
             )
-        return cls(model, AnswerSettings.from_config(config), model.vocab_size - 1, size)
+        return cls(model, AnswerSettings.from_config(config), end_of_texts(model, "vision_adapter"), size)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ class VisionAdapterSampler:
             size.
         """
         settings = self.answers.changed(overrides)
-        text = check_questions(text, self.model.vocab_size, self.end_id)
+        text = check_questions(text, self.model.text_vocab_size, self.end_id)
         expected = (len(text), self.image_size, self.image_size, 3)
         if image.shape != expected:
             raise UserError(f"pictures are {list(expected)}, not {list(image.shape)}")
@@ -112,7 +112,7 @@ def _answer(
 ) -> dict[str, Array]:
     model, end_id = sampler.model, sampler.end_id
     text = with_picture(request["text"], model.image_token)
-    tiles, canvas = cut_square(from_uint8(request["image"]), model.image_size, model.max_tiles)
+    tiles, canvas = cut_square(from_uint8(request["image"]), model.tile_size, model.max_tiles)
     lengths = prompt_lengths(text, end_id)
     logits, cache, sight = model.apply({"params": params}, text, length, lengths, tiles, canvas, method="prefill")
 

@@ -25,7 +25,15 @@ COUNTS = {"1b": 1_235_814_400, "3b": 3_212_749_824, "8b": 8_030_261_248, "70b": 
 @functools.cache
 def tiny(**fields):
     """A network of two layers, its parameters, and its compiled pass."""
-    sizes = {"vocab_size": 13, "width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_hidden": 24, "rope_factor": 8.0}
+    sizes = {
+        "text_vocab_size": 13,
+        "width": 16,
+        "depth": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "mlp_hidden": 24,
+        "rope_factor": 8.0,
+    }
     model = Llama(**{**sizes, **fields})
     params = {"params": random_parameters(model)}
     return model, params, jax.jit(model.apply)
@@ -37,7 +45,7 @@ def texts(count=2, length=7, seed=0):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_sizes_have_their_number_of_parameters(size):
-    model = Llama(vocab_size=128256, kv_heads=8, **SIZES[size])
+    model = Llama(text_vocab_size=128256, kv_heads=8, **SIZES[size])
     params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == COUNTS[size]
 

@@ -15,8 +15,8 @@ from sample.decoding import Decoding, decode
 from .random_parameters import random_parameters
 
 IMAGE = 13
-PUBLISHED = {"vocab_size": 128256, "kv_heads": 8, "image_token": 128256, "rope_factor": 8.0, "patch_size": 14}
-PUBLISHED |= {"image_width": 1280, "image_heads": 16, "image_layers": 32, "global_layers": 8, "image_size": 560}
+PUBLISHED = {"text_vocab_size": 128256, "kv_heads": 8, "image_token": 128256, "rope_factor": 8.0, "patch_size": 14}
+PUBLISHED |= {"image_width": 1280, "image_heads": 16, "image_layers": 32, "global_layers": 8, "tile_size": 560}
 PUBLISHED |= {"feature_layers": (3, 7, 15, 23, 30)}
 SIZES = {
     "11b": {"width": 4096, "depth": 32, "heads": 32, "mlp_hidden": 14336, "cross_layers": tuple(range(3, 32, 4))},
@@ -27,8 +27,8 @@ SIZES = {
 @functools.cache
 def tiny(**fields):
     """A network of two layers, its random parameters, and its compiled pass."""
-    language = {"vocab_size": 13, "width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_hidden": 24}
-    image = {"image_size": 8, "patch_size": 4, "image_width": 8, "image_heads": 2, "image_layers": 2}
+    language = {"text_vocab_size": 13, "width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_hidden": 24}
+    image = {"tile_size": 8, "patch_size": 4, "image_width": 8, "image_heads": 2, "image_layers": 2}
     image |= {"global_layers": 1, "max_tiles": 2, "feature_layers": (0, 1), "image_token": IMAGE}
     model = VisionAdapter(**{**language, **image, "cross_layers": (0, 1), "extra_tokens": 2, **fields})
     return model, random_parameters(model), jax.jit(model.apply)

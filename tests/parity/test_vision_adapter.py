@@ -59,7 +59,7 @@ def ours_of(network, **fields):
 def pictures(model, ids, seed=0):
     """Tiles in [-1, 1] [B I T H W 3] and canvases [B I]; and what transformers takes for them."""
     canvas = np.array(ids, np.int32)
-    shape = (*canvas.shape, model.max_tiles, model.image_size, model.image_size, 3)
+    shape = (*canvas.shape, model.max_tiles, model.tile_size, model.tile_size, 3)
     tiles = np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
     there = np.arange(model.max_tiles) < tiles_of_canvases(model.max_tiles)[canvas][..., None]
     pixels = ((tiles + 1) / 2 - np.array(model.image_mean)) / np.array(model.image_std)

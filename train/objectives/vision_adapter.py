@@ -59,7 +59,7 @@ class VisionAdapterObjective:
         """
         del frozen, rng, step, train
         text = batch["text"]
-        tiles, canvas = cut_square(from_uint8(batch["image"]), self.model.image_size, self.model.max_tiles)
+        tiles, canvas = cut_square(from_uint8(batch["image"]), self.model.tile_size, self.model.max_tiles)
         tokens = with_picture(text, self.model.image_token)[:, :-1]  # entry i predicts token i of the text
         logits = self.model.apply({"params": params["vision_adapter"]}, tokens, tiles, canvas)
         loss, metrics = token_loss(logits, text, answer_mask(text, self.sampler.end_id))

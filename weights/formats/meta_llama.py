@@ -189,7 +189,7 @@ def meta_fields(params: Mapping[str, Any], tensors: Mapping[str, Any], factor: s
     heads = given["n_heads"]
     fields: dict[str, Any] = {
         "name": "vision_adapter" if vision else "llama",
-        "vocab_size": given["vocab_size"],
+        "text_vocab_size": given["vocab_size"],
         "width": given["dim"],
         "depth": given["n_layers"],
         "heads": heads,
@@ -214,7 +214,7 @@ def meta_fields(params: Mapping[str, Any], tensors: Mapping[str, Any], factor: s
         "cross_layers": fusion_schedule(given["n_layers"], cross),
         "image_token": _IMAGE_TOKEN if given["vocab_size"] == _IMAGE_TOKEN else given["vocab_size"],
         "extra_tokens": _EXTRA_TOKENS,
-        "image_size": given["vision_chunk_size"],
+        "tile_size": given["vision_chunk_size"],
         "patch_size": _PATCH,
         "image_width": width,
         "image_heads": _IMAGE_HEADS,
@@ -241,7 +241,7 @@ def read_meta(origin: Origin, rope_factor: str = "") -> Converted:
     fields |= stored_dtype(parts[0])
     model = create_model(**fields)
     tree = _LAYOUTS[type(model)].read_deferred(model, _joined(parts))["params"]
-    data = {"data": {"image_size": model.image_size}} if isinstance(model, VisionAdapter) else {}
+    data = {"data": {"image_size": model.tile_size}} if isinstance(model, VisionAdapter) else {}
     return Converted({"objective": "", "models": {fields["name"]: fields}, **data}, {fields["name"]: tree})
 
 
@@ -260,7 +260,7 @@ def write_meta(network: Network) -> Files:
         "n_layers": model.depth,
         "n_heads": model.heads,
         "n_kv_heads": model.kv_heads,
-        "vocab_size": model.vocab_size,
+        "vocab_size": model.text_vocab_size,
         "norm_eps": 1e-5,
         "rope_theta": model.rope_theta,
         "use_scaled_rope": model.rope_factor != 1.0,
@@ -319,7 +319,7 @@ def _vision_document(model: VisionAdapter) -> dict[str, Any]:
     if other:
         raise UserError(f"this network cannot be written for Meta's code, which has another {', '.join(other)}")
     return {
-        "vision_chunk_size": model.image_size,
+        "vision_chunk_size": model.tile_size,
         "vision_max_num_chunks": model.max_tiles,
         "vision_num_cross_attention_layers": len(model.cross_layers),
     }

@@ -133,7 +133,7 @@ def text_fields(what: str, text: Mapping[str, Any]) -> dict[str, Any]:
             "which they do not divide"
         )
     return {
-        "vocab_size": text["vocab_size"],
+        "text_vocab_size": text["vocab_size"],
         "width": width,
         "depth": text["num_hidden_layers"],
         "heads": heads,
@@ -162,7 +162,7 @@ def text_config(model: Any) -> dict[str, Any]:
             "original_max_position_embeddings": model.rope_original_length,
         }
     return {
-        "vocab_size": model.vocab_size,
+        "vocab_size": model.text_vocab_size,
         "hidden_size": model.width,
         "intermediate_size": model.mlp_hidden,
         "num_hidden_layers": model.depth,

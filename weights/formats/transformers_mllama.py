@@ -40,6 +40,7 @@ _EMBEDDING = "language_model.model.embed_tokens.weight"
 _OWN, _EXTRA = f"{_EMBEDDING}.own", f"{_EMBEDDING}.extra"  # its two parts, which are two of ours
 _VOCABULARY = 128256
 _ENDS = {"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004}
+_NO_ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 _ANY_GROUP = Field("an object", lambda value: isinstance(value, Mapping), {})
 _CONFIG: dict[str, Field] = {
     **dict.fromkeys(IDLE_KEYS, IDLE),
@@ -215,7 +216,7 @@ def mllama_fields(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | N
         "cross_layers": tuple(cross),
         "image_token": image_token,
         "extra_tokens": 8,
-        "image_size": vision["image_size"],
+        "tile_size": vision["image_size"],
         "patch_size": vision["patch_size"],
         "image_width": width,
         "image_heads": heads,
@@ -247,7 +248,7 @@ def mllama_config(model: VisionAdapter) -> dict[str, Any]:
         "num_hidden_layers": model.depth + len(model.cross_layers),
         "cross_attention_layers": [layer + index for index, layer in enumerate(model.cross_layers)],
         # The library's defaults are of the published vocabulary, and it looks the pad up in the table.
-        **(_ENDS if model.vocab_size == _VOCABULARY else {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}),
+        **(_ENDS if model.text_vocab_size == _VOCABULARY else _NO_ENDS),
     }
     text.pop("head_dim")
     if model.head_dim not in (None, model.width // model.heads):
@@ -262,7 +263,7 @@ def mllama_config(model: VisionAdapter) -> dict[str, Any]:
         "num_channels": 3,
         "intermediate_size": round(model.image_width * model.image_mlp_ratio),
         "vision_output_dim": model.image_width * (1 + len(model.feature_layers)),
-        "image_size": model.image_size,
+        "image_size": model.tile_size,
         "patch_size": model.patch_size,
         "norm_eps": 1e-5,
         "max_num_tiles": model.max_tiles,
@@ -289,7 +290,7 @@ def mllama_preprocessor(model: VisionAdapter) -> dict[str, Any]:
         "do_normalize": True,
         "do_pad": True,
         "resample": 2,  # bilinear
-        "size": {"height": model.image_size, "width": model.image_size},
+        "size": {"height": model.tile_size, "width": model.tile_size},
         "max_image_tiles": model.max_tiles,
         "image_mean": list(model.image_mean),
         "image_std": list(model.image_std),
@@ -332,7 +333,7 @@ def read_mllama(origin: Origin) -> Converted:
     fields = mllama_fields(origin.json("config.json"), preprocessor)
     tensors = read_weights(origin, WEIGHTS, r".*rotary_emb\.inv_freq")
     fields |= stored_dtype(tensors)
-    config = {"objective": "", "models": {"vision_adapter": fields}, "data": {"image_size": fields["image_size"]}}
+    config = {"objective": "", "models": {"vision_adapter": fields}, "data": {"image_size": fields["tile_size"]}}
     return Converted(config, {"vision_adapter": mllama_params(create_model(**fields), tensors)})
 
 

@@ -28,14 +28,11 @@ CONFIG, PREPROCESSOR = transformers.clip_configs(models.create_model(**FIELDS))
 UVIT = {"image_size": 8, "patch_size": 2, "in_channels": 3, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
 UVIT_ARGUMENTS = uvit.uvit_arguments(models.create_model("uvit", activation="gelu", convolution="image", **UVIT))
 DIT = models.create_model("dit", **UVIT, out_channels=6)
-LLAMA = llama.text_config(
-    models.create_model("llama", vocab_size=9, width=8, depth=4, heads=2, kv_heads=1, mlp_hidden=8, rope_factor=8.0)
-)
-TILES = {"cross_layers": (1, 3), "image_token": 9, "image_size": 8, "patch_size": 4, "image_width": 8, "image_heads": 2}
-TILES |= {"rope_factor": 8.0, "image_layers": 2, "global_layers": 1, "feature_layers": (0,)}
-MLLAMA = mllama.mllama_config(
-    models.create_model("vision_adapter", vocab_size=9, width=8, depth=4, heads=2, kv_heads=1, mlp_hidden=8, **TILES)
-)
+SIZES = {"text_vocab_size": 9, "width": 8, "depth": 4, "heads": 2, "kv_heads": 1, "mlp_hidden": 8, "rope_factor": 8.0}
+LLAMA = llama.text_config(models.create_model("llama", **SIZES))
+TILES = {"cross_layers": (1, 3), "image_token": 9, "tile_size": 8, "patch_size": 4, "image_width": 8, "image_heads": 2}
+TILES |= {"image_layers": 2, "global_layers": 1, "feature_layers": (0,)}
+MLLAMA = mllama.mllama_config(models.create_model("vision_adapter", **SIZES, **TILES))
 # Name -> (a document as it is written, what reads it, its table).
 DOCUMENTS = {
     "UNet2DModel": (unet(ADM), diffusers.unet_fields, diffusers._TABLES[diffusers.PLAIN]),

@@ -19,9 +19,9 @@ from weights.run import Run
 
 from ...models.random_parameters import random_parameters
 
-LLAMA = {"name": "llama", "vocab_size": 40, "width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_hidden": 48}
+LLAMA = {"name": "llama", "text_vocab_size": 40, "width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_hidden": 48}
 LLAMA |= {"rope_factor": 8.0}
-VISION = {**LLAMA, "name": "vision_adapter", "depth": 4, "cross_layers": (1, 3), "image_token": 40, "image_size": 28}
+VISION = {**LLAMA, "name": "vision_adapter", "depth": 4, "cross_layers": (1, 3), "image_token": 40, "tile_size": 28}
 VISION |= {"patch_size": 14, "image_width": 32, "image_heads": 16, "image_layers": 31, "global_layers": 1}
 VISION |= {"feature_layers": (3, 7, 15, 23, 30), "image_mlp_ratio": 1.0, "tile_tables": "grid"}
 
