@@ -61,6 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parses the command line and evaluates."""
     parser = entry_point.parser("evaluation", _DESCRIPTION)
     add_sampling_arguments(parser, besides=False)
+    parser.set_defaults(seed=None)  # tells a seed that is given from 0
     parser.add_argument("--metrics", default="", help="comma-separated (default: all that apply)")
     parser.add_argument("--dataset", default="", help="a prepared one, name[/config] (default: the run's)")
     parser.add_argument("--data_dir", default="", help="where datasets are kept (default: the run's)")
@@ -96,9 +97,12 @@ def main(arguments: Sequence[str]) -> None:
         "--sweep", metavar="KEY=V1,V2,...", action="append", default=[], help="evaluates combinations; repeatable"
     )
     options = parser.parse_args(arguments)
-    given = [name for name, value in vars(options).items() if value not in (None, []) and name != "seed"]
+    given = [name for name, value in vars(options).items() if value not in (None, [])]
     axes = parse_axes(options.sweep, given, SWEPT)
-    check_seed("--seed", options.seed)
+    if options.no_ema and "ema" in (axis.name for axis in axes):
+        raise UserError("--sweep ema and --no_ema are both given; leave one of them out")
+    seed = options.seed or 0
+    check_seed("--seed", seed)
     if options.num < 1:
         raise UserError(f"--num must be at least 1, not {options.num}")
     if options.num_train < 2:
@@ -130,7 +134,7 @@ def main(arguments: Sequence[str]) -> None:
         probe.unlink()
     done: list[dict[str, Any]] = []
     try:
-        evaluate_cells(trained, open_run, axes, metrics, splits, options.num, options.seed, settings, tools, done)
+        evaluate_cells(trained, open_run, axes, metrics, splits, options.num, seed, settings, tools, done)
     finally:
         if done:
             print(format_table(done))

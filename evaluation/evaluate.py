@@ -127,6 +127,7 @@ def evaluate_run(
     settings: Mapping[str, Any],
     tools: Tools | None = None,
     keep: Callable[[Record], None] = lambda _: None,
+    checked: bool = False,
 ) -> list[Record]:
     """Computes metrics of a run on each split. A mistake in one of them costs no other.
 
@@ -139,6 +140,7 @@ def evaluate_run(
       settings: overrides of `config.sample`.
       tools: what some metrics take beside the run; None for none.
       keep: is given each record as soon as there is one.
+      checked: whether the caller has looked at the settings, as of a sweep, where each has an effect in some cell.
 
     Returns:
       One record for each metric and split, with values and everything they depend on.
@@ -164,7 +166,8 @@ def evaluate_run(
     compared = [name for name in names if name in FEATURE_METRICS]
     check_feature_metrics(compared, num, tools.features)
 
-    trained.check_settings(settings, besides=False)
+    if not checked:
+        trained.check_settings(settings, besides=False)
     for split in () if "point" in sampler.makes else splits:
         _check_records(trained, names, split, num)
     provenance, records, failed = _provenance(trained, num, seed, settings), [], []
@@ -252,7 +255,7 @@ def _caption_accuracy(trained: TrainedSampler, split: str, num: int, seed: int, 
         for caption, names in zip(pictures.captions, wrong, strict=False)
     ]
     grid = draw_grid(images[:shown], columns=8, labels=labels, marks=[not names for names in wrong])
-    stem = f"evaluation_{split}" if not settings else f"evaluation_{split}_{_spell(settings)}"
+    stem = "_".join(["evaluation", split, *_spell(trained, seed, settings)])
     keep_picture(trained, stem, grid)
     return {"values": accuracy.shares, "counted": accuracy.counted}
 
@@ -277,8 +280,16 @@ def _reconstruction(trained: TrainedSampler, split: str, num: int) -> Record:
     return {"values": values, "counted": {f"scene_{name}": n for name, n in accuracy.counted.items()}}
 
 
-def _spell(settings: Mapping[str, Any]) -> str:
-    return "_".join(f"{key}_{value}" for key, value in settings.items())
+def _spell(trained: TrainedSampler, seed: int, settings: Mapping[str, Any]) -> list[str]:
+    """What a picture's name says of a cell: weights and seed where they are not the usual ones, and all settings."""
+    weights, told = trained.weights, dict(settings)
+    if weights.step != trained.run.latest_step():
+        told["step"] = weights.step
+    if weights.ema is not True and (weights.ema or trained.run.config.ema.decay):
+        told["ema"] = float(weights.ema)
+    if seed:
+        told["seed"] = seed
+    return [f"{key}_{value}" for key, value in told.items()]
 
 
 def _provenance(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Record:

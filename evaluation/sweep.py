@@ -10,7 +10,6 @@ from evaluation.records import Record, write_records
 from sample.arguments import average_of
 from sample.sheets.axes import Axis, spell
 from sample.trained import TrainedSampler
-from weights.power_averages import exponent
 
 # Axes that choose weights; all others are overrides of `config.sample`, but the seed.
 _WEIGHTS = ("step", "ema")
@@ -51,17 +50,21 @@ def evaluate_cells(
         if name not in (*trained.config.sample, *_WEIGHTS, "seed"):
             has = ", ".join((*trained.config.sample, *_WEIGHTS, "seed"))
             raise UserError(f"--sweep {name}: {trained.run.folder} has no such setting; it has {has}")
-    for length in values.get("ema", ()):
-        if length not in (0, 1):
-            exponent(length)
     # The weights vary slowest, so that each are read once.
     names = sorted(values, key=lambda name: name not in _WEIGHTS)
     cells = [dict(zip(names, cell, strict=True)) for cell in itertools.product(*(values[name] for name in names))]
+    for cell in cells:
+        own = {name: value for name, value in cell.items() if name not in (*_WEIGHTS, "seed")}
+        try:
+            trained.run.check_average(cell.get("ema", 0.0), cell.get("step", trained.weights.step))
+            trained.check_request({**settings, **own})
+        except UserError as error:
+            raise UserError(f"{_title(cell)}: {error}" if len(cells) > 1 else str(error)) from None
     failed: list[str] = []
     opened, weights = trained, {}
     for number, cell in enumerate(cells):
         own = {name: value for name, value in cell.items() if name not in (*_WEIGHTS, "seed")}
-        title = ", ".join(f"{name}={spell(value)}" for name, value in cell.items())
+        title = _title(cell)
 
         def keep(record: Record, title: str = title, number: int = number) -> None:
             write_records(trained.run, [record])
@@ -76,10 +79,16 @@ def evaluate_cells(
             if chosen != weights:
                 ema = average_of(chosen["ema"]) if "ema" in chosen else trained.weights.ema
                 opened, weights = open_run(ema, chosen.get("step", trained.weights.step or None)), chosen
-            evaluate_run(opened, metrics, splits, num, cell.get("seed", seed), {**settings, **own}, tools, keep)
+            drawing = (cell.get("seed", seed), {**settings, **own})
+            evaluate_run(opened, metrics, splits, num, *drawing, tools, keep, checked=True)
         except UserError as error:
             if len(cells) == 1:
                 raise
             failed.append(f"{title}: {error}")
     if failed:
         raise UserError("; ".join(failed))
+
+
+def _title(cell: Mapping[str, Any]) -> str:
+    """What stands before a cell's numbers, "guidance=3, ema=0"; "" for the only one."""
+    return ", ".join(f"{name}={spell(value)}" for name, value in cell.items())

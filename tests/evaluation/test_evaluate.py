@@ -11,7 +11,7 @@ from cli.errors import UserError
 from data import scenes
 from data.pictures import read_picture
 from data.scenes.scenes_dataset_builder import generate_example
-from evaluation import evaluate
+from evaluation import evaluate, sweep
 from evaluation.__main__ import main
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.clip.reranking import ClipScorer
@@ -75,7 +75,7 @@ def test_records_carry_what_they_depend_on_and_are_replaced_not_repeated(stage2)
     expected = {"num": 20, "seed": 5, "step": 4, "ema": True, "dataset": "scenes/single32/1.0.0", "temperature": 0.5}
     assert {key: stored[0][key] for key in expected} == expected
     assert set(stored[0]["values"]) == {"all", "count", "background", "shape", "color", "size"}
-    assert (stage2.run.folder / "samples" / "evaluation_validation_guidance_3.0.png").is_file()
+    assert (stage2.run.folder / "samples" / "evaluation_validation_guidance_3.0_seed_5.png").is_file()
 
 
 def test_mistakes(stage1, stage2):
@@ -156,10 +156,11 @@ def test_fields_are_the_run_s_on_its_own_dataset_and_named_or_usual_elsewhere(st
     assert named.config.data.image_field == "image"
 
 
-def test_a_sweep_says_in_each_record_what_it_was_computed_with(debug_run, capsys):
+def test_a_sweep_says_in_each_record_what_it_was_computed_with(debug_run, capsys, monkeypatch):
     folder = debug_run("scenes/ddpm_uvit.py")
     command = [f"--run={folder}", "--metrics=caption_accuracy", "--splits=validation", "--num=2", "--seed=77"]
-    main([*command, "--sweep", "guidance=1,3", "--sweep", "ema=0,1", "--steps=2"])
+    # Channels that are guided are a setting with an effect in some cells.
+    main([*command, "--sweep", "guidance=1,3", "--sweep", "ema=0,1", "--steps=2", "--guided_channels=2"])
     records = [record for record in read_records(folder) if record.get("seed") == 77]
     assert {(record["ema"], record["guidance"]) for record in records} == {
         (a, w) for a in (False, True) for w in (1, 3)
@@ -167,7 +168,12 @@ def test_a_sweep_says_in_each_record_what_it_was_computed_with(debug_run, capsys
     for record in records:
         assert (record["num"], record["steps"], record["sampler"]) == (2, 2, "dpm_solver_multistep")
     assert "cell 4 of 4: ema=1, guidance=3: caption_accuracy on validation: all" in capsys.readouterr().out
+    assert len(list((folder / "samples").glob("evaluation_validation_*_seed_77.png"))) == 4
+    monkeypatch.setattr(sweep, "evaluate_run", None)  # what is impossible in one cell is found before any is computed
     for axis, message in (
+        ("sampler=ddim,lms", "sampler=lms: .*unknown sampler 'lms'"),
+        ("step=2,99999", "step=.*has no checkpoint 99999"),
+        ("seed=1,2", "--sweep seed and --seed are both given"),
         ("temperature=1,2", "has no such setting; it has .*sampler, spacing, steps"),
         ("ema=0.5", "length 0.5 is impossible"),
         ("keep_rows=1,2", "there is no such key; choose from guidance"),
@@ -177,3 +183,5 @@ def test_a_sweep_says_in_each_record_what_it_was_computed_with(debug_run, capsys
             main([*command, "--steps=2", "--sweep", axis])
     with pytest.raises(UserError, match="ema=0.1: .* has no averages to make others of"):
         main([*command, "--sweep", "ema=0.1,1"])
+    with pytest.raises(UserError, match="--sweep ema and --no_ema are both given"):
+        main([*command, "--no_ema", "--sweep", "ema=0,1"])
