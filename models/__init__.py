@@ -10,12 +10,15 @@ import flax
 import flax.linen as nn
 import jax.numpy as jnp
 
+from models.autoencoder import KLAutoencoder, VQAutoencoder
 from models.clip import Clip
 from models.dalle import Dalle
+from models.discriminator import PatchDiscriminator
 from models.dit import DiT
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
 from models.inception import Inception
 from models.llama import Llama
+from models.lpips import LPIPS
 from models.point_denoiser import PointDenoiser
 from models.text_encoder import TextEncoder
 from models.unet import UNet
@@ -23,12 +26,16 @@ from models.uvit import UViT
 from models.vision_adapter import VisionAdapter
 
 MODELS: dict[str, type[nn.Module]] = {
+    "autoencoder_kl": KLAutoencoder,
+    "autoencoder_vq": VQAutoencoder,
     "clip": Clip,
     "dalle": Dalle,
+    "discriminator": PatchDiscriminator,
     "dit": DiT,
     "dvae": DiscreteVAE,
     "inception": Inception,
     "llama": Llama,
+    "lpips": LPIPS,
     "point_denoiser": PointDenoiser,
     "text_encoder": TextEncoder,
     "uvit": UViT,

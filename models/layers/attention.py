@@ -328,6 +328,7 @@ class SelfAttention(nn.Module):
       rotary: how positions turn queries and keys; None for not at all.
       kernel_init: initializer of the query/key/value projection.
       out_init: initializer of the output projection.
+      bias_init: initializer of the biases of both.
       use_bias: whether the query/key/value projection has a bias.
       out_bias: whether the output projection has one.
       implementation: see `attend`; of `__call__`.
@@ -342,6 +343,7 @@ class SelfAttention(nn.Module):
     rotary: RotaryEmbedding | None = None
     kernel_init: Initializer = nn.initializers.normal(0.02)
     out_init: Initializer = nn.initializers.normal(0.02)
+    bias_init: Initializer = nn.initializers.zeros_init()
     use_bias: bool = True
     out_bias: bool = True
     implementation: str = "auto"
@@ -353,6 +355,7 @@ class SelfAttention(nn.Module):
             DenseGeneral,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
@@ -368,6 +371,7 @@ class SelfAttention(nn.Module):
             axis=(-2, -1),
             use_bias=self.out_bias,
             kernel_init=self.out_init,
+            bias_init=self.bias_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )

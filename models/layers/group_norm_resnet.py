@@ -1,9 +1,11 @@
 """Residual blocks and attention with group normalization, of diffusion's UNets and of the autoencoders beside them.
 
 Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B; Dhariwal & Nichol 2021, "Diffusion Models Beat
-GANs on Image Synthesis", section 3. The last convolution or projection of each block starts at 0, so that a new block
-passes its input on.
+GANs on Image Synthesis", section 3. In a UNet the last convolution or projection of each block starts at 0, so that a
+new block passes its input on; in the autoencoders of latent diffusion all starts as in PyTorch.
 """
+
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,13 +16,13 @@ from models.layers.attention import SelfAttention
 from models.layers.convolution import Conv
 from models.layers.dense import Dense
 from models.layers.dropout import drop
-from models.layers.initialization import torch_kernel
+from models.layers.initialization import torch_bias, torch_kernel
 from models.layers.partitioning import shard_rows
 from models.layers.resnet import upsample_nearest
 
 Initializer = nn.initializers.Initializer
 
-# How kernels start; biases start at 0.
+# How kernels start; biases start at 0 but for `zero_init` False.
 KERNEL_INITS: dict[str, Initializer] = {
     "fan_in": torch_kernel,
     "fan_avg": nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),  # DDPM's
@@ -48,6 +50,24 @@ def group_norm(groups: int, epsilon: float, dtype: DTypeLike, param_dtype: DType
     return nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False, name=name, **types)
 
 
+def start_of(
+    fan_in: int, kernel_init: str = "fan_in", zero_init: bool = True, last: bool = False
+) -> dict[str, Initializer]:
+    """How a layer with so many inputs starts, as its `kernel_init` and `bias_init`.
+
+    Args:
+      fan_in: inputs of one output.
+      kernel_init: a key of `KERNEL_INITS`.
+      zero_init: biases start at 0, and the kernel too if it is a block's last; else both as PyTorch's, of every layer.
+      last: whether a block ends with this layer.
+    """
+    zeros = nn.initializers.zeros_init()
+    return {
+        "kernel_init": zeros if zero_init and last else KERNEL_INITS[kernel_init],
+        "bias_init": zeros if zero_init else torch_bias(fan_in),
+    }
+
+
 class ResidualBlock(nn.Module):
     """x + (norm, SiLU, convolution, norm, SiLU, dropout, convolution), told the time between the convolutions.
 
@@ -61,6 +81,8 @@ class ResidualBlock(nn.Module):
       groups: of the norms.
       norm_epsilon: of the norms.
       kernel_init: a key of `KERNEL_INITS`.
+      zero_init: the last convolution and all biases start at 0; else that convolution as the others, biases as in
+        PyTorch.
       dtype: of the computation; statistics of norms are float32.
       param_dtype: of the parameters.
     """
@@ -72,6 +94,7 @@ class ResidualBlock(nn.Module):
     groups: int = 32
     norm_epsilon: float = 1e-5
     kernel_init: str = "fan_in"
+    zero_init: bool = True
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -98,13 +121,14 @@ class ResidualBlock(nn.Module):
             raise ValueError("scale_shift needs a time")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"groups": self.groups, "epsilon": self.norm_epsilon, **types}
-        init = KERNEL_INITS[self.kernel_init]
+        start = functools.partial(start_of, kernel_init=self.kernel_init, zero_init=self.zero_init)
+        given = x.shape[-1]
         y = nn.silu(group_norm(name="norm_1", **norm)(x))
         x, y = self._resample(x), self._resample(y)
-        y = Conv(self.features, (3, 3), kernel_init=init, name="conv_1", **types)(y)
+        y = Conv(self.features, (3, 3), **start(9 * given), name="conv_1", **types)(y)
         if time is not None:
             told = self.features * (2 if self.scale_shift else 1)
-            time = Dense(told, kernel_init=init, name="time", **types)(nn.silu(time))[:, None, None]
+            time = Dense(told, **start(time.shape[-1]), name="time", **types)(nn.silu(time))[:, None, None]
         if time is not None and not self.scale_shift:
             y = y + time
         y = group_norm(name="norm_2", **norm)(y)
@@ -114,10 +138,9 @@ class ResidualBlock(nn.Module):
         y = nn.silu(y)
         if dropout_keys is not None and self.dropout:
             y = drop(y, self.dropout, dropout_keys)
-        zeros = nn.initializers.zeros_init()
-        y = Conv(self.features, (3, 3), kernel_init=zeros, name="conv_2", **types)(y)
-        if x.shape[-1] != self.features:
-            x = Conv(self.features, (1, 1), kernel_init=init, name="skip", **types)(x)
+        y = Conv(self.features, (3, 3), **start(9 * self.features, last=True), name="conv_2", **types)(y)
+        if given != self.features:
+            x = Conv(self.features, (1, 1), **start(given), name="skip", **types)(x)
         return shard_rows(x + y)
 
     def _resample(self, x: Array) -> Array:
@@ -134,6 +157,7 @@ class AttentionBlock(nn.Module):
       groups: of the norm.
       norm_epsilon: of the norm.
       kernel_init: a key of `KERNEL_INITS`.
+      zero_init: see `ResidualBlock`; here of the output's projection.
       implementation: see `models.layers.attention.attend`.
       dtype: of the computation; statistics, scores and softmax are float32.
       param_dtype: of the parameters.
@@ -143,6 +167,7 @@ class AttentionBlock(nn.Module):
     groups: int = 32
     norm_epsilon: float = 1e-5
     kernel_init: str = "fan_in"
+    zero_init: bool = True
     implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -152,12 +177,14 @@ class AttentionBlock(nn.Module):
         """Applies the block."""
         width = x.shape[-1]
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        last = start_of(width, self.kernel_init, self.zero_init, last=True)
         attention = SelfAttention(
             width,
             self.heads,
             width // self.heads,
             kernel_init=_JOINT_KERNEL_INITS[self.kernel_init],
-            out_init=nn.initializers.zeros_init(),
+            out_init=last["kernel_init"],
+            bias_init=last["bias_init"],
             implementation=self.implementation,
             name="attention",
             **types,
@@ -173,22 +200,24 @@ class Downsample(nn.Module):
       padding: zeros before and behind, in both directions: (1, 1) in latent diffusion's UNets; (0, 1) in DDPM, as
         TensorFlow pads, and in latent diffusion's autoencoders.
       kernel_init: a key of `KERNEL_INITS`.
+      zero_init: the bias starts at 0; else as in PyTorch.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
 
     padding: tuple[int, int] = (1, 1)
     kernel_init: str = "fan_in"
+    zero_init: bool = True
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         """Applies the layer."""
-        init = KERNEL_INITS[self.kernel_init]
+        start = start_of(9 * x.shape[-1], self.kernel_init, self.zero_init)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         padding = (self.padding, self.padding)
-        return Conv(x.shape[-1], (3, 3), 2, padding=padding, kernel_init=init, name="conv", **types)(x)
+        return Conv(x.shape[-1], (3, 3), 2, padding=padding, **start, name="conv", **types)(x)
 
 
 class Upsample(nn.Module):
@@ -196,17 +225,19 @@ class Upsample(nn.Module):
 
     Attributes:
       kernel_init: a key of `KERNEL_INITS`.
+      zero_init: the bias starts at 0; else as in PyTorch.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
 
     kernel_init: str = "fan_in"
+    zero_init: bool = True
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         """Applies the layer."""
-        init = KERNEL_INITS[self.kernel_init]
+        start = start_of(9 * x.shape[-1], self.kernel_init, self.zero_init)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return Conv(x.shape[-1], (3, 3), kernel_init=init, name="conv", **types)(upsample_nearest(x))
+        return Conv(x.shape[-1], (3, 3), **start, name="conv", **types)(upsample_nearest(x))
