@@ -12,7 +12,6 @@ from data.preprocess import center_square
 from data.records import CAPTIONS, first_captions, open_records
 from evaluation.records import Record
 from sample.samplers.diffusion import DiffusionSampler
-from sample.samplers.dvae import from_uint8
 from sample.trained import TrainedSampler
 
 CAPTION_LOSS = "caption_loss"
@@ -72,7 +71,8 @@ def _errors(
     keys: Key[Array, "b"],
 ) -> Float[Array, "b"]:
     """Squared error of the output for each picture."""
-    process, x_0 = sampler.process, from_uint8(images)
+    process = sampler.process
+    x_0 = sampler.data(frozen, images, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 4))
     t = process.draw_time(shares)
     eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(keys)
     x_t = process.noised(x_0, eps, t)

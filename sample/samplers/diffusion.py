@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
@@ -31,6 +32,7 @@ from diffusion.process import Process
 from diffusion.schedule import create_schedule
 from diffusion.solver_choice import make_plan
 from models.conditioning import Conditioning
+from sample.first_stage import FirstStage
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, read_settings
 
@@ -101,6 +103,7 @@ class DiffusionSampler:
       process: what it was trained on.
       text: where captions' features come from; None for a denoiser that reads none.
       defaults: of the solver.
+      first_stage: what makes pictures of the denoiser's latents; None for a denoiser of pixels or points.
       null_class: whether a denoiser's last class stands for none, as where classes are dropped in training.
       guidance: default w; 1 for none.
       rescale: default phi, see `diffusion.guidance.Guidance`.
@@ -114,6 +117,7 @@ class DiffusionSampler:
     process: Process
     text: TextContext | None
     defaults: Steps
+    first_stage: FirstStage | None = None
     null_class: bool = False
     guidance: float = 1.0
     rescale: float = 0.0
@@ -149,9 +153,9 @@ class DiffusionSampler:
         text = _text_context(config)
         if text is None and getattr(model, "context_width", 0):
             raise UserError("the denoiser reads a context; name what makes one in config.models.text or frozen.clip")
-        if getattr(model, "in_channels", 3) != 3:
-            raise UserError(f"the denoiser is of latents of {model.in_channels} channels, which nothing decodes yet")
-        sampler = cls(model, process, text, steps, null_class, **numbers)
+        first_stage = FirstStage.from_config(config)
+        _check_data(config, model, process, first_stage)
+        sampler = cls(model, process, text, steps, first_stage, null_class, **numbers)
         sampler._settings({})  # finds what is impossible in the defaults
         return sampler
 
@@ -159,6 +163,37 @@ class DiffusionSampler:
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return self.model.example_inputs(1)[0].shape[1:]
+
+    def data(self, frozen: Tree, images: UInt8[Array, "b H W c"], keys: Key[Array, "b"]) -> Float[Array, "b h w z"]:
+        """What the denoiser learns of pictures: their pixels in [-1, 1], or latents, drawn by one key an example."""
+        pixels = from_uint8(images)
+        return pixels if self.first_stage is None else self.first_stage.encode(frozen, pixels, keys)
+
+    def given(self, frozen: Tree, request: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
+        """(what is known of the data of a picture, where it is to stay), None for what a request has not.
+
+        Of latents they are the mean ones, and one stays where all of its pixels do.
+        """
+        image = from_uint8(request["image"]) if "image" in request else None
+        known = ~request["mask"] if "mask" in request else None
+        if self.first_stage is not None and image is not None:
+            image = self.first_stage.mean(frozen, image)
+        if self.first_stage is not None and known is not None:
+            height, width, _ = self.sample_shape
+            known = jnp.all(rearrange(known, "b (h p) (w q) -> b h w (p q)", h=height, w=width), axis=-1)
+        return image, None if known is None else known[..., None]
+
+    def show(self, frozen: Tree, outputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs [b ...] or [b s ...] as pictures, where they are latents."""
+        stage = self.first_stage
+        if stage is None:
+            return dict(outputs)
+
+        def decode(z: Array) -> Array:
+            images = stage.decode(frozen, z.reshape(-1, *self.sample_shape))
+            return images.reshape(*z.shape[:-3], *images.shape[1:])
+
+        return {name: decode(z) for name, z in outputs.items()}
 
     @property
     def classes(self) -> int:
@@ -298,12 +333,13 @@ class DiffusionSampler:
           params: {"denoiser": tree, ...}.
           variables: unused.
           frozen: {"clip": {"params": tree, "variables": collections}} where captions are read by a frozen CLIP, and
-            "guide" where there is one.
+            "guide" and "first_stage" where there are such.
           request: from `request`.
           keys: one for each sample.
 
         Returns:
-          {"image" (or "point"): float [b ...]}; with a trajectory also "states" and "estimates", [b s ...].
+          {"image" (or "point"): float [b ...]}; with a trajectory also "states" and "estimates", [b s ...], of a
+          diffusion in latents decoded: its states after division by what `state_scales` says.
         """
         del variables
         guided = (self.conditional or self.guide is not None) and float(request["guidance"]) != 1.0
@@ -373,7 +409,8 @@ class DiffusionSampler:
         strength = float(overrides.get("strength", STRENGTH if mask is None else 1.0))
         if not 0 <= strength <= 1:
             raise UserError(f"strength={strength} is impossible; use 0, the picture itself, to 1, a fresh one")
-        height, width = self.sample_shape[:2]
+        factor = 1 if self.first_stage is None else self.first_stage.model.downsampling
+        height, width = (side * factor for side in self.sample_shape[:2])
         if image.shape[1:3] != (height, width):
             raise UserError(f"pictures are {image.shape[1]} x {image.shape[2]}, this run's are {height} x {width}")
         return strength
@@ -423,11 +460,10 @@ def _draw(
 ) -> dict[str, Array]:
     """The compiled program of `DiffusionSampler.__call__`."""
     process, count = sampler.process, len(keys)
-    given = from_uint8(request["image"]) if "image" in request else None
-    known = ~request["mask"][..., None] if "mask" in request else None
+    given, known = sampler.given(frozen, request)
     if given is not None and strength == 0:
         shown = {key: given[:, None] for key in ("states", "estimates")} if trajectory else {}
-        return {**{name: given for name in sampler.makes}, **shown}
+        return sampler.show(frozen, {**{name: given for name in sampler.makes}, **shown})
     plan = sampler.plan(steps, strength)
     rows = {key: request[key] for key in ("text", "label") if key in request}
     cond = sampler.conditioning(params, frozen, sampler.blank(rows, count))
@@ -474,7 +510,36 @@ def _draw(
     outputs = {name: drawn for name in sampler.makes}
     if trajectory:
         outputs |= {key: jnp.moveaxis(getattr(solution, key), 0, 1) for key in ("states", "estimates")}
-    return outputs
+        if sampler.first_stage is not None:
+            outputs["states"] = outputs["states"] / state_scales(plan)[:, None, None, None]
+    return sampler.show(frozen, outputs)
+
+
+def state_scales(plan: Plan) -> Float[np.ndarray, " s"]:
+    """By how much each state of a plan is divided to be seen: its standard deviation, where that exceeds 1."""
+    return np.maximum(np.hypot(plan.alpha, plan.sigma), 1).astype(np.float32)
+
+
+def _check_data(config: ConfigDict, model: nn.Module, process: Process, first_stage: FirstStage | None) -> None:
+    """Raises UserError unless the denoiser is of what the first stage makes, or of pixels without one."""
+    channels = getattr(model, "in_channels", 3)
+    if first_stage is None:
+        if channels != 3:
+            raise UserError(
+                f"the denoiser is of latents of {channels} channels; name what decodes them as "
+                "config.frozen.first_stage, {'name', 'source', 'part'}"
+            )
+        return
+    if process.clip:
+        raise UserError("config.process.clip cuts estimates off at -1 and 1, where latents do not end; set it to False")
+    side, _, needed = first_stage.latent_shape(config.data.image_size)
+    size = getattr(model, "image_size", side)
+    if (size, channels) != (side, needed):
+        raise UserError(
+            f"the denoiser is of {size} x {size} x {channels}, and config.frozen.first_stage makes {side} x {side} x "
+            f"{needed} of pictures of {config.data.image_size} pixels; set config.models.denoiser.image_size and "
+            "in_channels to that"
+        )
 
 
 def _guide(guidance: Guidance, process: Process, channels: int, cond: Array, uncond: Array, progress: Array) -> Array:

@@ -1,9 +1,10 @@
-"""Denoising diffusion (Ho et al. 2020, eq. 14), on points or pixels, free or told a caption or a class.
+"""Denoising diffusion (Ho et al. 2020, eq. 14), on points, pixels or latents, free or told a caption or a class.
 
     loss = mean of weight(t) |output - target|^2 over dimensions,  t and the noise drawn for each example
 
 plus, with learned variances, T / 1000 times the variational bound of the chain's step, which trains the variances alone
-(Nichol and Dhariwal 2021, section 3.1 and eq. 16). Conditions are dropped at random, for guidance.
+(Nichol and Dhariwal 2021, section 3.1 and eq. 16). Conditions are dropped at random, for guidance. With
+`config.frozen.first_stage` x_0 is what that makes of a picture, drawn anew in each step (Rombach et al. 2022, eq. 2).
 """
 
 import dataclasses
@@ -19,7 +20,6 @@ from cli.ranges import check_range
 from diffusion.posterior import bound_terms
 from diffusion.schedule import DiscreteSchedule
 from sample.samplers.diffusion import DiffusionSampler
-from sample.samplers.dvae import from_uint8
 from sample.sheets.points import draw_points
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.preview import gather, to_host
@@ -88,9 +88,11 @@ class DiffusionObjective:
         """
         del step
         sampler, process = self.sampler, self.sampler.process
-        x_0 = batch["point"] if "point" in batch else from_uint8(batch["image"])
         # One key for each use, of each example.
-        keys = jax.vmap(lambda key: jax.random.split(key, 4))(example_keys(rng, batch))
+        own = example_keys(rng, batch)
+        keys = jax.vmap(lambda key: jax.random.split(key, 4))(own)
+        latent_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(own, 4)
+        x_0 = batch["point"] if "point" in batch else sampler.data(frozen, batch["image"], latent_keys)
         t = process.draw_time(jax.vmap(jax.random.uniform)(keys[:, 0]))
         eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(keys[:, 1])
         x_t = process.noised(x_0, eps, t)
