@@ -69,6 +69,7 @@ setup(
             "attrs>=25.0",
             "clean-fid>=0.1.35",
             "diffusers>=0.39",
+            "lpips>=0.1.4",
             "open-clip-torch>=3.2",
             "pytorch-fid>=0.3",
             "requests>=2.32",

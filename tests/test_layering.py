@@ -53,6 +53,7 @@ IMPORTERS = {
     "dall_e": r"tests/parity/",
     "cleanfid": r"tests/parity/",
     "diffusers": r"tests/parity/",
+    "lpips": r"tests/parity/",
     "open_clip": r"tests/parity/",
     "pytorch_fid": r"tests/parity/",
     "torch_fidelity": r"tests/parity/",
@@ -63,8 +64,12 @@ IMPORTERS = {
 }
 
 STANDARD_LIBRARY_OF_CONFIGS = {"math"}
-# A file of weights/formats/ has the name of the project whose format it reads; inside a package it hides nothing.
-FORMATS = {"diffusers", "open_clip", "transformers"}
+# A file of weights/formats/ has the name of the project whose format it reads; inside a package it hides nothing. The
+# distance LPIPS has no other name.
+NAMED_AFTER_LIBRARIES = {
+    *(Path(f"weights/formats/{name}.py") for name in ("diffusers", "lpips", "open_clip", "transformers")),
+    Path("models/lpips.py"),
+}
 FORBIDDEN_NAMES = {"base", "helper", "helpers", "misc", "util", "utils"}
 
 
@@ -135,7 +140,7 @@ def name_violations(root: Path, libraries: set[str]) -> list[str]:
     for path in sorted({*files, *(folder for file in files for folder in file.parents if folder.name)}):
         if path.stem in FORBIDDEN_NAMES:
             found.append(f"{path}: says nothing; a helper lives with its noun")
-        elif path.parent == Path("weights/formats") and path.stem in FORMATS:
+        elif path in NAMED_AFTER_LIBRARIES:
             continue
         elif path.stem in libraries | sys.stdlib_module_names and not path.stem.startswith("__"):
             found.append(f"{path}: shadows a library")

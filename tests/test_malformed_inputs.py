@@ -35,6 +35,9 @@ from .data.folder import damaged
 from .weights.clip_samples import FIELDS as CLIP
 from .weights.unet_samples import DDPM
 
+FIRST_STAGE = {"name": "autoencoder_kl", "image_size": 8, "width": 8, "multipliers": (1, 2), "groups": 4, "blocks": 1}
+FIRST_STAGE |= {"latent_scale": 0.5}
+
 PIECES = (
     b"",
     b"\0",
@@ -257,10 +260,11 @@ def test_configs_of_runs(attempt):
 
 
 @pytest.fixture(scope="module")
-def foreign() -> dict[str, tuple[dict[str, Any], str, dict[str, Any]]]:
-    """Format -> (documents by name, the name of its weights, the weights)."""
+def foreign() -> dict[tuple[str, str], tuple[dict[str, Any], str, dict[str, Any]]]:
+    """Format and network -> (documents by name, the name of its weights, the weights)."""
     made = {}
-    for name, fields in (("transformers", CLIP), ("diffusers", DDPM), ("open_clip", CLIP)):
+    networks = (("transformers", CLIP), ("diffusers", DDPM), ("diffusers", FIRST_STAGE), ("open_clip", CLIP))
+    for name, fields in networks:
         model = models.create_model(**fields)
         shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1))
         params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes["params"])
@@ -269,14 +273,14 @@ def foreign() -> dict[str, tuple[dict[str, Any], str, dict[str, Any]]]:
         written = write(Network(model, params, {}))
         weights = next(file for file in written if file.endswith(".safetensors"))
         documents = {file: value for file, value in written.items() if file != weights}
-        made[name] = documents, weights, dict(written[weights])
+        made[name, fields["name"]] = documents, weights, dict(written[weights])
     return made
 
 
 def test_documents_and_weights_of_others(attempt, foreign):
     def read(malformed: Malformed, place: Path) -> None:
-        name = list(foreign)[malformed.rng.integers(len(foreign))]
-        documents, weights, tensors = foreign[name]
+        name, network = list(foreign)[malformed.rng.integers(len(foreign))]
+        documents, weights, tensors = foreign[name, network]
         for file, value in documents.items():
             (place / file).write_text(json.dumps(value), encoding="utf-8")
         write_tensors(place / weights, tensors)

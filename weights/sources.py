@@ -20,7 +20,10 @@ Tree = Any
 
 RANDOM = "random"
 # Fields of networks that say how they compute or start, and not what they compute from their weights.
-_FREE_FIELDS = {"dtype", "param_dtype", "implementation", "scan", "remat", "logit_scale_init", "name", "parent"}
+_FREE_FIELDS = {
+    *("dtype", "param_dtype", "implementation", "scan", "remat", "logit_scale_init", "code_range"),
+    *("name", "parent"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

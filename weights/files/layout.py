@@ -55,6 +55,15 @@ def linear(inputs: int = 1) -> Form:
     )
 
 
+def pointwise(inputs: int = 1) -> Form:
+    """The same <-> a convolution of single pixels [out, in, 1, 1]."""
+    dense = linear(inputs)
+    return Form(
+        outward=lambda array: dense.outward(array)[..., None, None],
+        inward=lambda array, shape: dense.inward(array.reshape(array.shape[:2]), shape),
+    )
+
+
 SAME = Form(outward=lambda array: array, inward=lambda array, shape: array)
 LINEAR = linear()
 FLAT = Form(outward=lambda array: array.reshape(-1), inward=lambda array, shape: array.reshape(shape))

@@ -192,7 +192,10 @@ class _Unpickler(pickle.Unpickler):
             return _STORAGES[name]
         if module == "torch" and name in _DTYPES:
             return name
-        if module.split(".")[0] in ("__torch__", "dall_e") or module.startswith("torch.nn.modules."):
+        # Checkpoints of PyTorch Lightning name its callbacks beside their state dict.
+        if module.split(".")[0] in ("__torch__", "dall_e", "pytorch_lightning") or module.startswith(
+            "torch.nn.modules."
+        ):
             return self._module
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[module, name]

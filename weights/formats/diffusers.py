@@ -1,5 +1,8 @@
 """UNets as the diffusers library has them: configs and tensors to our fields and parameters, and back.
 
+First stages are in `diffusers_autoencoder.py`, schedulers in `diffusers_scheduler.py`; the format that all are of is
+declared here.
+
 `UNet2DConditionModel` is the UNet with transformers in it (Stable Diffusion, latent diffusion from text), `UNet2DModel`
 the one with plain attention (DDPM, ADM, latent diffusion without a context). The traps of that format: what
 `UNet2DConditionModel` calls attention_head_dim is the number of heads, while in `UNet2DModel` it is their width; a
@@ -7,7 +10,6 @@ level's way of resampling hangs on its type in one case and on downsample_type i
 `UNet2DModel` have other names in their attention.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,9 @@ from weights.files.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensor
 from weights.files.origin import Origin, Subfolder, peek_json, read_weights
 from weights.formats import diffusers_dit
 from weights.formats.contract import Converted, Files, Format, Network
+from weights.formats.diffusers_autoencoder import NAMES as AUTOENCODERS
+from weights.formats.diffusers_autoencoder import autoencoder_files, read_autoencoder
+from weights.formats.diffusers_blocks import attention_rules, residual_rules, with_new_names
 from weights.formats.diffusers_scheduler import read_scheduler
 from weights.formats.dit import dit_run
 from weights.formats.runs import denoiser_run
@@ -27,6 +32,7 @@ from weights.formats.runs import denoiser_run
 CONFIG = "config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 PIPELINE_FOLDER = "unet"
+FIRST_STAGE_FOLDERS = ("vae", "vqvae")
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
@@ -144,27 +150,6 @@ _PROJECTION = Form(
     outward=lambda array: (CONVOLUTION if array.ndim == 4 else LINEAR).outward(array),
     inward=lambda array, shape: (CONVOLUTION if len(shape) == 4 else LINEAR).inward(array, shape),
 )
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _residual(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """Rules of a residual block; `ours` has one group."""
-    return (
-        Rule(rf"{ours}/norm_(\d)/(\w+)", rf"{theirs}.norm\2.\3"),
-        Rule(rf"{ours}/conv_(\d)/(\w+)", rf"{theirs}.conv\2.\3", CONVOLUTION),
-        Rule(rf"{ours}/time/(\w+)", rf"{theirs}.time_emb_proj.\2"),
-        Rule(rf"{ours}/skip/(\w+)", rf"{theirs}.conv_shortcut.\2", CONVOLUTION),
-    )
-
-
-def _plain_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """Rules of an attention block; `ours` has one group."""
-    names = tuple(rf"{theirs}.to_{name}.\2" for name in "qkv")
-    return (
-        Rule(rf"{ours}/norm/(\w+)", rf"{theirs}.group_norm.\2"),
-        Rule(rf"{ours}/attention/query_key_value/(\w+)", names),
-        Rule(rf"{ours}/attention/out/(\w+)", rf"{theirs}.to_out.0.\2", linear(inputs=2)),
-    )
 
 
 def _transformer(ours: str, theirs: str) -> tuple[Rule, ...]:
@@ -190,7 +175,7 @@ def _transformer(ours: str, theirs: str) -> tuple[Rule, ...]:
 
 def unet_layout(model: UNet) -> Layout:
     """The table of a network: the library numbers the levels of the way up from the coarsest."""
-    attend = _plain_attention if model.attention == "plain" else _transformer
+    attend = attention_rules if model.attention == "plain" else _transformer
     levels = len(model.multipliers)
     rules = [
         Rule(r"input/(\w+)", r"conv_in.\1", CONVOLUTION),
@@ -198,17 +183,17 @@ def unet_layout(model: UNet) -> Layout:
         Rule(r"class/(\w+)", r"class_embedding.\1"),
         Rule(r"output_norm/(\w+)", r"conv_norm_out.\1"),
         Rule(r"output/(\w+)", r"conv_out.\1", CONVOLUTION),
-        *_residual(r"mid_residual_(\d)", r"mid_block.resnets.\1"),
+        *residual_rules(r"mid_residual_(\d)", r"mid_block.resnets.\1"),
         *attend(r"mid_attention()", r"mid_block.attentions.0"),
     ]
     for level in range(levels):
         for way, number in (("down", level), ("up", levels - 1 - level)):
             ours, theirs = f"{way}_{level}", f"{way}_blocks.{number}"
             sampler = f"{theirs}.{way}samplers.0"
-            rules += _residual(rf"{ours}_residual_(\d+)", rf"{theirs}.resnets.\1")
+            rules += residual_rules(rf"{ours}_residual_(\d+)", rf"{theirs}.resnets.\1")
             rules += attend(rf"{ours}_attention_(\d+)", rf"{theirs}.attentions.\1")
             rules.append(Rule(rf"{ours}_resample/conv/(\w+)", rf"{sampler}.conv.\1", CONVOLUTION))
-            rules += _residual(rf"{ours}_resample()", sampler)
+            rules += residual_rules(rf"{ours}_resample()", sampler)
     return Layout(what="this UNet in the layout of diffusers", rules=tuple(rules))
 
 
@@ -218,12 +203,7 @@ def unet_from_diffusers(model: UNet, tensors: Mapping[str, Any]) -> tuple[Tree, 
     Raises:
       UserError: if tensors are missing, unexpected or of another shape; lists them.
     """
-    old = rf"(.*\.attentions\.\d+)\.({'|'.join(_OLD_ATTENTION)})\.(weight|bias)"
-    named = {}
-    for name, array in tensors.items():
-        match = re.fullmatch(old, name)
-        named[f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}" if match else name] = array
-    return unet_layout(model).read(model, named)["params"], {}
+    return unet_layout(model).read(model, with_new_names(tensors))["params"], {}
 
 
 def unet_to_diffusers(model: UNet, params: Tree) -> Tensors:
@@ -243,7 +223,9 @@ def unet_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in _ATTENTION:
-        raise UserError(f"config.json is of class {kind!r}; {PLAIN} and {CONDITION} are converted")
+        raise UserError(
+            f"config.json is of class {kind!r}; {', '.join((PLAIN, CONDITION, *AUTOENCODERS))} are converted"
+        )
     given = read_fields("this UNet", config, _TABLES[kind])
     problems: list[str] = []
     widths = tuple(given["block_out_channels"])
@@ -439,18 +421,43 @@ def _recognizes(origin: Origin) -> bool:
     if _dit_origin(origin) is not None:
         return True
     config = origin.find(f"{PIPELINE_FOLDER}/{CONFIG}", CONFIG)
-    return config is not None and peek_json(config).get("_class_name") in (PLAIN, CONDITION)
+    return config is not None and peek_json(config).get("_class_name") in (PLAIN, CONDITION, *AUTOENCODERS)
 
 
-def _read(origin: Origin) -> Converted:
+def _read(origin: Origin, subfolder: str = "") -> Converted:
+    if subfolder and subfolder not in (PIPELINE_FOLDER, diffusers_dit.PIPELINE_FOLDER):
+        origin = Subfolder(origin, subfolder)
+        origin.require(CONFIG)
+    dit = _dit_origin(origin)
+    config = origin.find(f"{PIPELINE_FOLDER}/{CONFIG}", CONFIG)
+    # Its class may be anything, a list too.
+    if dit is None and config is not None and peek_json(config).get("_class_name") in tuple(AUTOENCODERS):
+        return read_autoencoder(origin.json(CONFIG), read_weights(origin, WEIGHTS))
     process, sample = (None, {}) if origin.find(SCHEDULER) is None else read_scheduler(origin.json(SCHEDULER))
-    if (place := _dit_origin(origin)) is not None:
-        fields = diffusers_dit.dit_fields(place.json(CONFIG))
-        params = diffusers_dit.dit_from_diffusers(create_model(**fields), read_weights(place, WEIGHTS))
-        return dit_run(fields, params, process, sample)
-    fields, tensors = read_unet(origin)
-    params, _ = unet_from_diffusers(create_model(**fields), tensors)
-    return denoiser_run(fields, params, process, sample)
+    if dit is not None:
+        run, fields = dit_run, diffusers_dit.dit_fields(dit.json(CONFIG))
+        params = diffusers_dit.dit_from_diffusers(create_model(**fields), read_weights(dit, WEIGHTS))
+    else:
+        run, (fields, tensors) = denoiser_run, read_unet(origin)
+        params, _ = unet_from_diffusers(create_model(**fields), tensors)
+    stage, notes = _find_first_stage(origin, fields["in_channels"])
+    return run(fields, params, process, sample, stage, notes)
+
+
+def _find_first_stage(origin: Origin, channels: int) -> tuple[tuple[dict[str, Any], Tree] | None, tuple[str, ...]]:
+    """({name, fields}, parameters) of a pipeline's first stage, if it makes latents of so many channels; and notes."""
+    for folder in FIRST_STAGE_FOLDERS:
+        part = Subfolder(origin, folder)
+        if (path := part.find(CONFIG)) is None or peek_json(path).get("_class_name") not in tuple(AUTOENCODERS):
+            continue
+        try:
+            read = read_autoencoder(part.json(CONFIG), read_weights(part, WEIGHTS))
+        except UserError as error:
+            return None, (f"its first stage is left out: {error}",)
+        fields = read.config["models"]["autoencoder"]
+        if fields["latent_channels"] == channels:
+            return (fields, read.params["autoencoder"]), ()
+    return None, ()
 
 
 def _write(network: Network) -> Files:
@@ -464,15 +471,17 @@ def _write(network: Network) -> Files:
             CONFIG: diffusers_dit.dit_config(model),
             WEIGHTS[0]: diffusers_dit.dit_to_diffusers(model, params),
         }
-    return unet_files(model, params)
+    return unet_files(model, params) if isinstance(model, UNet) else autoencoder_files(network, CONFIG, WEIGHTS[0])
 
 
 FORMAT = Format(
     name="diffusers",
-    networks=("unet", "dit"),
-    inputs="a UNet or a DiT, or a pipeline with one; a pipeline's scheduler says what process it was trained on",
-    outputs="UNet2DModel.from_pretrained(DIR), UNet2DConditionModel if it has transformers, or DiTTransformer2DModel",
+    networks=("unet", "dit", *AUTOENCODERS.values()),
+    inputs="a UNet, a DiT or a first stage; of a pipeline the first two with the third and what its scheduler says",
+    outputs="from_pretrained(DIR) of UNet2DModel, UNet2DConditionModel if it has transformers, DiTTransformer2DModel, "
+    "AutoencoderKL or VQModel",
     recognizes=_recognizes,
     read=_read,
     write=_write,
+    options={"subfolder": "of a pipeline: the folder of a network that is read alone, such as vae"},
 )

@@ -231,13 +231,15 @@ def dit_run(
     params: Tree,
     process: Mapping[str, Any] | None,
     sample: Mapping[str, Any],
+    first_stage: tuple[Mapping[str, Any], Tree] | None = None,
+    notes: tuple[str, ...] = (),
     dropout: float = DROPOUT,
 ) -> Converted:
     """A DiT as a run; see `denoiser_run`. Its channels tell how it was trained; at `dropout` 0 no class is for none."""
     learned_variance = fields["out_channels"] == 2 * fields["in_channels"]
     if process is not None and learned_variance:
         process = {**process, "variance": "learned"}
-    run = denoiser_run(fields, params, process, sample)
+    run = denoiser_run(fields, params, process, sample, first_stage, notes)
     run.config["loss"] = {"dropout": dropout}
     return run
 
@@ -253,7 +255,7 @@ def _read(origin: Origin) -> Converted:
     described = origin.find(ARGUMENTS) is not None
     dropout = read_fields("this DiT", origin.json(ARGUMENTS), _TABLE)["class_dropout_prob"] if described else DROPOUT
     sample = {**SAMPLE, "guided_channels": min(GUIDED_CHANNELS, fields["in_channels"])}
-    return dit_run(fields, from_dit(create_model(**fields), tensors), PROCESS, sample, dropout)
+    return dit_run(fields, from_dit(create_model(**fields), tensors), PROCESS, sample, dropout=dropout)
 
 
 FORMAT = Format(

@@ -42,24 +42,66 @@ def clip_run(origin: Origin, fields: Mapping[str, Any], params: Tree, variables:
 
 
 def denoiser_run(
-    fields: Mapping[str, Any], params: Tree, process: Mapping[str, Any] | None, sample: Mapping[str, Any]
+    fields: Mapping[str, Any],
+    params: Tree,
+    process: Mapping[str, Any] | None,
+    sample: Mapping[str, Any],
+    first_stage: tuple[Mapping[str, Any], Tree] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Converted:
-    """A diffusion backbone: objective `diffusion`, part `denoiser`.
+    """A diffusion backbone: objective `diffusion`, part `denoiser`, and `first_stage` frozen in the same folder.
 
     Args:
       fields: {name, fields} of the network.
       params: its parameters.
       process: `config.process` that it was trained on; None where the files do not tell.
       sample: how to sample from it unless told otherwise: {"sampler", "steps"}, and other keys of `config.sample`.
+      first_stage: ({name, fields}, parameters) of what makes pictures of its latents; None of pixels, or without one.
+      notes: what a user should know.
     """
     config: dict[str, Any] = {"objective": "diffusion", "models": {"denoiser": dict(fields)}}
     config["data"] = {"image_size": fields["image_size"], "label_field": "label" if fields["num_classes"] else ""}
+    trees = {"denoiser": params}
+    if first_stage is not None:
+        network, trees["first_stage"] = first_stage
+        config["frozen"] = {"first_stage": {**network, "source": OWN, "part": "first_stage", "step": 0}}
+        config["data"]["image_size"] *= 2 ** (len(network["multipliers"]) - 1)
     if process is None:
-        notes = ("its files do not tell the process that it was trained on, so that it cannot be sampled",)
-        return Converted(config, {"denoiser": params}, notes=notes)
+        notes += ("its files do not tell the process that it was trained on, so that it cannot be sampled",)
+        return Converted(config, trees, notes=notes)
+    process = dict(process)
+    if first_stage is not None and process.get("clip"):
+        process["clip"] = False
+        notes += ("its scheduler cuts estimates off at -1 and 1, which latents are not: that is left out",)
     usual = get_diffusion_sampling(sample["sampler"], sample["steps"])
-    config |= {"process": dict(process), "sample": {**usual.to_dict(), **sample}}
-    return Converted(config, {"denoiser": params})
+    config |= {"process": process, "sample": {**usual.to_dict(), **sample}}
+    return Converted(config, trees, notes=notes)
+
+
+def autoencoder_run(
+    fields: Mapping[str, Any],
+    trees: Mapping[str, Tree],
+    variables: Mapping[str, Tree] | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+    frozen: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Converted:
+    """A first stage: objective `autoencoder`, part `autoencoder`, and what it was trained beside where that is known.
+
+    Args:
+      fields: {name, fields} of the network.
+      trees: {part: parameters} of it and the others.
+      variables: {part: {collection: tree}}.
+      others: {part: {name, fields}} of networks that were trained beside it.
+      frozen: the same of those that were not trained, which lie in the same folder.
+      notes: what a user should know.
+    """
+    config: dict[str, Any] = {"objective": "autoencoder", "models": {"autoencoder": dict(fields), **(others or {})}}
+    config["data"] = {"image_size": fields["image_size"]}
+    config["frozen"] = {
+        part: {**network, "source": OWN, "part": part, "step": 0} for part, network in (frozen or {}).items()
+    }
+    return Converted(config, dict(trees), dict(variables or {}), notes=notes)
 
 
 def dalle_run(

@@ -364,6 +364,16 @@ def test_of_several_sets_of_tensors_the_state_dict_is_meant(save, tmp_path):
         read_tensors(tmp_path / "w.pth")
 
 
+def test_classes_that_a_training_program_names_beside_the_weights_are_left_alone(save, tmp_path, monkeypatch):
+    """Stable Diffusion's checkpoints name a callback of PyTorch Lightning."""
+    module = types.ModuleType("pytorch_lightning")
+    module.Saver = type("Saver", (), {"__module__": "pytorch_lightning"})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", module)
+    weights = {"w": Tensor.of(np.full(1, 3, np.float32))}
+    save(tmp_path / "w.ckpt", {"callbacks": {module.Saver: {"best": 1.0}}, "state_dict": weights})
+    assert read_tensors(tmp_path / "w.ckpt")["w"] == 3
+
+
 def test_a_wrong_prefix_is_said():
     wanted = {"a.b": (1,), "c": (2,)}
     given = {"net.a.b": (1,), "net.c": (2,), "epoch": ()}

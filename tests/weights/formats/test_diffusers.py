@@ -101,7 +101,7 @@ TWO_LEVELS = {**PLAIN, "block_out_channels": [32, 64], **ATTENDING}
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "AutoencoderKL"}, "class 'AutoencoderKL'; UNet2DModel and UNet2DConditionModel are"),
+        ({"_class_name": "PriorTransformer"}, "class 'PriorTransformer'; UNet2DModel, UNet2DConditionModel, Autoenc"),
         ({**CONDITION, "addition_embed_type": "text_time"}, "addition_embed_type is 'text_time'; it must be None"),
         ({**CONDITION, "only_cross_attention": [True, False, False, False]}, "only_cross_attention is"),
         ({**CONDITION, "act_fn": "gelu"}, "act_fn is 'gelu'; it must be 'silu'"),

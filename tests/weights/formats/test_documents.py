@@ -8,7 +8,16 @@ import models
 from cli.errors import UserError
 from weights.files.fields import IDLE, fixed, flag, group, read_fields, real, several, whole, word
 from weights.files.layout import model_shapes
-from weights.formats import diffusers, diffusers_dit, diffusers_scheduler, dit, open_clip, transformers, uvit
+from weights.formats import (
+    diffusers,
+    diffusers_autoencoder,
+    diffusers_dit,
+    diffusers_scheduler,
+    dit,
+    open_clip,
+    transformers,
+    uvit,
+)
 from weights.formats import transformers_llama as llama
 from weights.formats import transformers_mllama as mllama
 
@@ -33,6 +42,7 @@ LLAMA = llama.text_config(models.create_model("llama", **SIZES))
 TILES = {"cross_layers": (1, 3), "image_token": 9, "tile_size": 8, "patch_size": 4, "image_width": 8, "image_heads": 2}
 TILES |= {"image_layers": 2, "global_layers": 1, "feature_layers": (0,)}
 MLLAMA = mllama.mllama_config(models.create_model("vision_adapter", **SIZES, **TILES))
+FIRST_STAGE = {"image_size": 16, "width": 8, "multipliers": (1, 2), "groups": 4, "latent_scale": 0.5}
 # Name -> (a document as it is written, what reads it, its table).
 DOCUMENTS = {
     "UNet2DModel": (unet(ADM), diffusers.unet_fields, diffusers._TABLES[diffusers.PLAIN]),
@@ -41,6 +51,13 @@ DOCUMENTS = {
         diffusers.unet_fields,
         diffusers._TABLES[diffusers.CONDITION],
     ),
+    **{
+        name: (
+            diffusers_autoencoder.autoencoder_config(models.create_model(ours, **FIRST_STAGE), {}),
+            *(diffusers_autoencoder.autoencoder_fields, diffusers_autoencoder._TABLES[name]),
+        )
+        for name, ours in diffusers_autoencoder.NAMES.items()
+    },
     **{
         name: ({"_class_name": name}, diffusers_scheduler.read_scheduler, diffusers_scheduler._table(name))
         for name in ("DDIMScheduler", "UniPCMultistepScheduler")

@@ -1,0 +1,225 @@
+"""First stages as latent diffusion's authors have them (github.com/CompVis/latent-diffusion): state dicts to ours.
+
+A checkpoint of a first stage has the names of the autoencoder bare, and beside it under "loss." what it was trained
+with: the discriminator, the network of LPIPS, and the logarithm of the output's variance. A checkpoint of a second
+stage, such as Stable Diffusion's, has the autoencoder under "first_stage_model.". Shapes tell all sizes.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cli.errors import UserError
+from models import create_model
+from models.discriminator import PatchDiscriminator
+from weights.files.layout import CONVOLUTION, Layout, Rule, Tree, pointwise
+from weights.files.origin import Origin, WeightsFile, read_weights
+from weights.formats.contract import Converted, Format
+from weights.formats.lpips import lpips_fields, lpips_from_torch
+from weights.formats.runs import autoencoder_run
+
+WEIGHTS = ("model.ckpt", "model.safetensors")
+STABLE_DIFFUSION_SCALE = 0.18215
+_IMAGE_SIZE = 256  # of the pictures that all published first stages were trained on
+
+_STAGE = "first_stage_model."
+_TRAINED_BESIDE = "loss."
+_DISCRIMINATOR, _LPIPS, _LOG_VARIANCE = "discriminator.", "perceptual_loss.", "logvar"
+_PUBLISHED = re.compile(r"(^|[-_])(kl|vq|sd|v\d)[-_.]")  # kl-f8.ckpt, sd-v1-4.ckpt, v1-5-pruned.ckpt
+
+
+def _residual(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Rules of a residual block; `ours` has one group."""
+    return (
+        Rule(rf"{ours}/norm_(\d)/(\w+)", rf"{theirs}.norm\2.\3"),
+        Rule(rf"{ours}/conv_(\d)/(\w+)", rf"{theirs}.conv\2.\3", CONVOLUTION),
+        Rule(rf"{ours}/skip/(\w+)", rf"{theirs}.nin_shortcut.\2", CONVOLUTION),
+    )
+
+
+def _attention(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Rules of an attention block; `ours` has one group."""
+    return (
+        Rule(rf"{ours}/norm/(\w+)", rf"{theirs}.norm.\2"),
+        Rule(rf"{ours}/attention/query_key_value/(\w+)", tuple(rf"{theirs}.{name}.\2" for name in "qkv"), pointwise()),
+        Rule(rf"{ours}/attention/out/(\w+)", rf"{theirs}.proj_out.\2", pointwise(inputs=2)),
+    )
+
+
+def _autoencoder_rules() -> tuple[Rule, ...]:
+    """Both ways number their levels from the finest."""
+    rules = [
+        Rule(r"codebook/embedding", "quantize.embedding.weight"),
+        Rule(r"(quant|post_quant)/(\w+)", r"\1_conv.\2", CONVOLUTION),
+        Rule(r"(encoder|decoder)/input/(\w+)", r"\1.conv_in.\2", CONVOLUTION),
+        Rule(r"(encoder|decoder)/output_norm/(\w+)", r"\1.norm_out.\2"),
+        Rule(r"(encoder|decoder)/output/(\w+)", r"\1.conv_out.\2", CONVOLUTION),
+        Rule(r"(encoder|decoder)/(down|up)_(\d+)_resample/conv/(\w+)", r"\1.\2.\3.\2sample.conv.\4", CONVOLUTION),
+    ]
+    for side, way in (("encoder", "down"), ("decoder", "up")):
+        rules += _attention(f"{side}/mid_attention()", f"{side}.mid.attn_1")
+        for block in range(2):
+            rules += _residual(f"{side}/mid_residual_{block}()", f"{side}.mid.block_{block + 1}")
+        for level in range(8):  # more than there are anywhere
+            ours, theirs = f"{side}/{way}_{level}", f"{side}.{way}.{level}"
+            rules += _residual(rf"{ours}_residual_(\d+)", rf"{theirs}.block.\1")
+            rules += _attention(rf"{ours}_attention_(\d+)", rf"{theirs}.attn.\1")
+    return tuple(rules)
+
+
+AUTOENCODER = Layout(what="this autoencoder in the layout of CompVis", rules=_autoencoder_rules())
+
+
+def discriminator_layout(model: PatchDiscriminator) -> Layout:
+    """The table of a discriminator, whose layers are counted with the activations between them."""
+    places = {0: 0} | {layer: 3 * layer - 1 for layer in range(1, model.layers + 1)}
+    return Layout(
+        what="this discriminator in the layout of CompVis",
+        rules=(
+            Rule(r"conv_(\d)/(\w+)", lambda match: f"main.{places[int(match[1])]}.{match[2]}", CONVOLUTION),
+            Rule(r"output/(\w+)", rf"main.{3 * model.layers + 2}.\1", CONVOLUTION),
+            Rule(r"norm_(\d)/(\w+)", lambda match: f"main.{places[int(match[1])] + 1}.{match[2]}"),
+        ),
+        ignored=r".*\.num_batches_tracked",
+    )
+
+
+def autoencoder_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Tells {"name", fields of `models.autoencoder`} from the shapes of a first stage's tensors.
+
+    Raises:
+      UserError: if a tensor that says a size is missing.
+    """
+
+    def size(name: str, axis: int, ndim: int = 4) -> int:
+        if name not in tensors or tensors[name].ndim != ndim or not tensors[name].size:
+            raise UserError(f"these are not the weights of a first stage in the layout of CompVis: there is no {name}")
+        return tensors[name].shape[axis]
+
+    def found(pattern: str) -> list[int]:
+        return sorted({int(match[1]) for name in tensors if (match := re.match(pattern, name))})
+
+    width = size("encoder.conv_in.weight", 0)
+    levels = len(found(r"encoder\.down\.(\d+)\."))
+    widths = [size(f"encoder.down.{level}.block.0.conv2.weight", 0) for level in range(levels)]
+    quantized = "quantize.embedding.weight" in tensors
+    fields: dict[str, Any] = {
+        "name": "autoencoder_vq" if quantized else "autoencoder_kl",
+        "image_size": _IMAGE_SIZE,
+        "channels": size("encoder.conv_in.weight", 1),
+        "width": width,
+        "multipliers": tuple(each // width if each % width == 0 else each / width for each in widths),
+        "attention_levels": tuple(found(r"encoder\.down\.(\d+)\.attn\.")),
+        "blocks": len(found(r"encoder\.down\.0\.block\.(\d+)\.")),
+        "latent_channels": size("post_quant_conv.weight", 1),
+    }
+    if quantized:
+        fields["vocab_size"] = size("quantize.embedding.weight", 0, ndim=2)
+    return fields
+
+
+def discriminator_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Tells {"name": "discriminator", fields} from the shapes of its tensors.
+
+    Raises:
+      UserError: if its first layer is missing.
+    """
+    if np.ndim(tensors.get("main.0.weight")) != 4:
+        raise UserError(
+            "these are not the weights of a discriminator in the layout of CompVis: there is no main.0.weight"
+        )
+    width, channels = tensors["main.0.weight"].shape[:2]
+    normalized = sum(name.endswith("running_mean") for name in tensors)
+    return {"name": "discriminator", "layers": normalized, "width": width, "channels": channels}
+
+
+def discriminator_from_compvis(
+    model: PatchDiscriminator, tensors: Mapping[str, np.ndarray]
+) -> tuple[Tree, dict[str, Tree]]:
+    """Converts a state dict to (params, variables) of `model`.
+
+    Raises:
+      UserError: if tensors are missing, unexpected or of another shape; lists them.
+    """
+    collections = discriminator_layout(model).read(model, tensors)
+    return collections.pop("params"), collections
+
+
+def autoencoder_from_compvis(model: Any, tensors: Mapping[str, np.ndarray]) -> Tree:
+    """Converts the tensors of a first stage to the parameters of `model`, a `models.autoencoder`.
+
+    Raises:
+      UserError: if tensors are missing, unexpected or of another shape; lists them.
+    """
+    return AUTOENCODER.read(model, tensors)["params"]
+
+
+def _under(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+
+
+def _read(origin: Origin, latent_scale: str = "") -> Converted:
+    tensors = read_weights(origin, WEIGHTS)
+    stage = _under(_STAGE, tensors) or {
+        name: array for name, array in tensors.items() if not name.startswith((_TRAINED_BESIDE, "model_ema."))
+    }
+    stage = {name: array for name, array in stage.items() if not name.startswith(_TRAINED_BESIDE)}
+    fields = autoencoder_fields(stage)
+    scale, notes = _find_scale(fields, tensors, latent_scale)
+    fields["latent_scale"] = scale
+    trees: dict[str, Tree] = {"autoencoder": autoencoder_from_compvis(create_model(**fields), stage)}
+
+    beside, others, variables, frozen = _under(_TRAINED_BESIDE, tensors), {}, {}, {}
+    if discriminator := _under(_DISCRIMINATOR, beside):
+        others["discriminator"] = discriminator_fields(discriminator)
+        model = create_model(**others["discriminator"])
+        trees["discriminator"], variables["discriminator"] = discriminator_from_compvis(model, discriminator)
+    if perceptual := _under(_LPIPS, beside):
+        frozen["lpips"] = lpips_fields(perceptual)
+        trees["lpips"] = lpips_from_torch(create_model(**frozen["lpips"]), perceptual)
+    if log_variance := float(np.sum(beside.get(_LOG_VARIANCE, 0.0))):
+        notes += (f"the logarithm of the output's variance, {log_variance:g}, is left out",)
+    return autoencoder_run(fields, trees, variables, others, frozen, notes)
+
+
+def _find_scale(
+    fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], given: str
+) -> tuple[float, tuple[str, ...]]:
+    """What latents are multiplied by: as told, as a second stage's checkpoint says, or as published; and a note."""
+    if given:
+        try:
+            scale = float(given)
+        except ValueError:
+            scale = 0.0
+        if not 0 < scale < float("inf"):
+            raise UserError(f"--latent_scale={given} is not a number above 0; Stable Diffusion's is 0.18215")
+        return scale, ()
+    if "scale_factor" in tensors:
+        return float(tensors["scale_factor"]), ()
+    if fields["name"] == "autoencoder_vq":
+        return 1.0, ()
+    note = (
+        f"its files do not tell what latents are multiplied by; {STABLE_DIFFUSION_SCALE} is Stable Diffusion's, give "
+    )
+    return STABLE_DIFFUSION_SCALE, (f"{note}--latent_scale for another",)
+
+
+def _recognizes(origin: Origin) -> bool:
+    if isinstance(origin, WeightsFile):
+        return origin.path.name in WEIGHTS or bool(_PUBLISHED.search(origin.path.name))
+    return origin.find(WEIGHTS[0]) is not None
+
+
+FORMAT = Format(
+    name="compvis",
+    networks=("autoencoder_kl", "autoencoder_vq", "discriminator", "lpips"),
+    inputs="a first stage, alone or in a checkpoint of Stable Diffusion: a .ckpt, or a folder with model.ckpt",
+    outputs="nothing",
+    recognizes=_recognizes,
+    read=_read,
+    write=None,
+    options={"latent_scale": "what a second stage multiplies latents by, where the files do not tell"},
+)
