@@ -92,3 +92,17 @@ UVIT = (
 # Whole for now: split as the transformers above, gradients on data 2 x fsdp 2 x tensor 2 were not those of one device
 # (up to half of a moment off; the loss was right).
 DIT = WHOLE
+
+# First stages of latent diffusion, the discriminator and LPIPS beside them. Attention has one head, pixels, latents and
+# logits few channels: the other side is split there, and a codebook, whose vectors are narrow, stays whole.
+AUTOENCODER = (
+    (r"attention/query_key_value/kernel", ("fsdp",)),
+    (r"attention/out/kernel", (None, None, "fsdp")),
+    (r"(encoder|decoder|discriminator)/output/kernel", (None, None, "fsdp")),
+    (r"conv_1/kernel", (None, None, None, "tensor")),
+    (r"(input|conv|conv_\d|conv_\d_\d|skip)/kernel", (None, None, None, "fsdp")),
+    *WHOLE,
+)
+
+# Of a frozen first stage, before the rules of what learns its latents: it is small beside that, and stays whole.
+FIRST_STAGE = ((r"^first_stage/", ()),)

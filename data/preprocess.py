@@ -179,6 +179,24 @@ def adm_training(image: Source, size: int, rng: np.random.Generator) -> UInt8[np
     return _flip(adm_evaluation(image, size), rng)
 
 
+def first_stage_evaluation(
+    image: Source, size: int, rng: np.random.Generator | None = None
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The view of a picture that latent diffusion's first stages are evaluated on. Draws nothing.
+
+    The short side is resized to 3/2 of `size` and the center cut out, as RGB.
+    """
+    del rng
+    image = _resize_short_side(image, size * 3 // 2)
+    top, left = ((extent - size) // 2 for extent in _extent(image))
+    return _rgb(_crop(image, top, left, size))
+
+
+def first_stage_training(image: Source, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """A random square of a picture whose short side is 3/2 of it: 256 of 384 in latent diffusion's released configs."""
+    return _rgb(_random_crop(_resize_short_side(image, size * 3 // 2), size, rng))
+
+
 TRANSFORMS: Mapping[str, TransformPair] = {
     "center_square": TransformPair(center_square, center_square),
     "center_square_flip": TransformPair(center_square_flip, center_square),
@@ -191,6 +209,7 @@ TRANSFORMS: Mapping[str, TransformPair] = {
     "random_crop_flip": TransformPair(random_crop_flip, center_crop, any_shape=True),
     "celeba_training": TransformPair(celeba_training, celeba_evaluation, reads=0),
     "adm_training": TransformPair(adm_training, adm_evaluation),
+    "first_stage_training": TransformPair(first_stage_training, first_stage_evaluation, reads=3 / 2),
 }
 
 

@@ -72,7 +72,7 @@ def _of_average(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
 def _of_data(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
     data, defaults = config.data, get_defaults().data
     reasons = {}
-    if config.objective in ("dvae", "vqvae"):
+    if config.objective in ("autoencoder", "dvae", "vqvae"):
         reasons["text_length"] = f"objective {config.objective!r} reads no captions"
     if config.objective != "diffusion":
         reasons["label_field"] = f"objective {config.objective!r} reads no classes"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sample.samplers.autoencoder import AutoencoderSampler
 from sample.samplers.clip import ClipSampler
 from sample.samplers.dalle import DalleSampler
 from sample.samplers.diffusion import DiffusionSampler
@@ -10,6 +11,7 @@ from sample.samplers.llama import LlamaSampler
 from sample.samplers.vision_adapter import VisionAdapterSampler
 
 SAMPLERS: dict[str, Any] = {
+    "autoencoder": AutoencoderSampler,
     "clip": ClipSampler,
     "dalle": DalleSampler,
     "diffusion": DiffusionSampler,

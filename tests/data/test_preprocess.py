@@ -17,6 +17,7 @@ from data.preprocess import (
     clip_training,
     dalle_training,
     dvae_training,
+    first_stage_evaluation,
     random_crop,
     transform_pair,
 )
@@ -51,7 +52,19 @@ def test_what_is_the_same_in_evaluation_draws_nothing(name):
     image = ramp(*sizes_for(name)[0])
     pictures = {pair.training(image, 32, np.random.default_rng(seed)).tobytes() for seed in range(8)}
     assert (len(pictures) == 1) == (pair.training is pair.evaluation)
-    assert pair.evaluation in (center_square, center_crop, clip_evaluation, celeba_evaluation, adm_evaluation)
+    known = (center_square, center_crop, clip_evaluation, celeba_evaluation, adm_evaluation, first_stage_evaluation)
+    assert pair.evaluation in known
+
+
+def test_a_first_stage_sees_two_thirds_of_the_short_side():
+    image = ramp(60, 40)
+    resized = np.asarray(Image.fromarray(image).resize((48, 72), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(
+        transform_pair("first_stage_training").evaluation(image, 32, None), resized[20:52, 8:40]
+    )
+    crop = transform_pair("first_stage_training").training(image, 32, np.random.default_rng(0))
+    places = [(top, left) for top in range(41) for left in range(17)]
+    assert any(np.array_equal(crop, resized[top : top + 32, left : left + 32]) for top, left in places)
 
 
 @pytest.mark.parametrize("name", ["center_square_flip", "celeba_training", "adm_training"])

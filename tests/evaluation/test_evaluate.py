@@ -65,6 +65,13 @@ def test_a_tokenizer_run_is_evaluated_on_every_split(stage1):
     assert "scene_shape" in format_table(records) and "+-" in format_table(records)
 
 
+def test_a_first_stage_is_evaluated_as_a_tokenizer_is(debug_run):
+    trained = TrainedSampler.open(debug_run("scenes/autoencoder.py"), chunk=16)
+    (record,) = evaluate_run(trained, [], ["validation"], 16, 0, {})
+    assert record["metric"] == "reconstruction" and 0 < record["values"]["mse"] < 1
+    assert "scene_all" in record["values"] and "codes_used" not in record["values"]
+
+
 def test_records_carry_what_they_depend_on_and_are_replaced_not_repeated(stage2):
     for guidance in (1.0, 3.0, 1.0):
         records = evaluate_run(stage2, ["caption_accuracy"], ["validation"], 20, 5, {"guidance": guidance})

@@ -5,6 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from train.objectives.autoencoder import AutoencoderObjective
 from train.objectives.clip import ClipObjective
 from train.objectives.contract import Objective
 from train.objectives.dalle import DalleObjective
@@ -15,6 +16,7 @@ from train.objectives.vision_adapter import VisionAdapterObjective
 from train.objectives.vqvae import VectorQuantizedVAEObjective
 
 OBJECTIVES: dict[str, Any] = {
+    "autoencoder": AutoencoderObjective,
     "clip": ClipObjective,
     "dalle": DalleObjective,
     "diffusion": DiffusionObjective,
