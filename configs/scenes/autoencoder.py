@@ -85,6 +85,7 @@ def get_config(argument: str = "") -> ConfigDict:
         make_debug(config, steps=4, batch_size=8)
         config.models.autoencoder.width = 8
         config.models.autoencoder.multipliers = (1, 2)
+        config.models.autoencoder.groups = 4  # a channel that is normalized alone has no use for a bias before it
         config.models.discriminator.width = 8
         config.models.discriminator.layers = 1
         config.loss.discriminator_start = 1

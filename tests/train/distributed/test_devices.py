@@ -43,11 +43,6 @@ CONFIGS = {
         *("--config=configs/scenes/autoencoder.py:vq", "--config.batch_size=8", "--config.loss.discriminator_start=0"),
         *("--config.models.autoencoder.multipliers=(1, 2)", "--config.models.autoencoder.attention_levels=(1,)"),
     ),
-    "autoencoder, LPIPS": (
-        *("--config=configs/paper/autoencoder.py:debug", "--config.models.autoencoder.dtype=float32"),
-        *("--config.models.discriminator.dtype=float32", "--config.frozen.lpips.dtype=float32"),
-        *("--config.loss.discriminator_start=0", "--config.batch_size=8"),
-    ),
     "clip": (
         *("--config=configs/scenes/clip.py:debug", "--config.models.clip.scan=True"),
         *("--config.models.clip.image_layers=3", "--config.models.clip.text_layers=3"),
