@@ -37,12 +37,6 @@ FROZEN = ("--config.frozen.dvae.encoder_hidden=32", "--config.frozen.dvae.decode
 CONFIGS = {
     "dvae": ("--config=configs/scenes/dvae.py:gumbel", *DVAE, "--config.batch_size=8"),
     "vqvae": ("--config=configs/scenes/dvae.py:debug", *DVAE, "--config.batch_size=8"),
-    # From the first step on, so that the discriminator has a gradient.
-    "autoencoder": ("--config=configs/scenes/autoencoder.py:debug", "--config.loss.discriminator_start=0"),
-    "autoencoder, codebook": (
-        *("--config=configs/scenes/autoencoder.py:vq", "--config.batch_size=8", "--config.loss.discriminator_start=0"),
-        *("--config.models.autoencoder.multipliers=(1, 2)", "--config.models.autoencoder.attention_levels=(1,)"),
-    ),
     "clip": (
         *("--config=configs/scenes/clip.py:debug", "--config.models.clip.scan=True"),
         *("--config.models.clip.image_layers=3", "--config.models.clip.text_layers=3"),
@@ -64,15 +58,13 @@ CONFIGS = {
         "--config=configs/paper/uvit.py:debug",
         "--config.models.denoiser.dtype=float32",
     ),
-    "diffusion, latents": ("--config=configs/scenes/latent_unet.py:debug",),
     "diffusion, ddpm": ("--config=configs/paper/ddpm.py:debug", "--config.models.denoiser.heads=2"),
 }
 
 
 # Every config on a mesh of all three axes, and one of each loss in microbatches too. Each axis alone for CLIP and for
 # diffusion; for the others further below.
-# A VQ-VAE's codebook takes microbatches in turn, and the statistics of a ResNet or a discriminator, and the weight of
-# the latter, are of the whole batch: these differ.
+# A VQ-VAE's codebook takes microbatches in turn, and a ResNet's statistics are of the whole batch: these differ.
 MESHES = {name: ["all"] for name in CONFIGS}
 for name in ("dvae", "clip, sigmoid", "dalle", "diffusion, uvit"):
     MESHES[name].append("microbatches")
