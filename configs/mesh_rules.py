@@ -93,9 +93,9 @@ UVIT = (
 # (up to half of a moment off; the loss was right).
 DIT = WHOLE
 
-# Of first stages, discriminators and LPIPS. Whole for now: split like the convolutions above, a step on data 2 x fsdp 2 x
-# tensor 2 was that of one device to 1e-7 in the loss and 1e-5 in norms of gradients, but to 1e-4 in their entries, and
-# with another seed to 1e-5, 2e-4 and 7e-3, which nobody has explained.
+# Of first stages, discriminators and LPIPS. Whole for now: split like the convolutions above, a step on data 2 x fsdp 2
+# x tensor 2 was that of one device to 1e-7 in the loss and 1e-5 in norms of gradients, but to 1e-4 in their entries,
+# and with another seed to 1e-5, 2e-4 and 7e-3, which nobody has explained.
 AUTOENCODER = WHOLE
 
 # Of a frozen first stage, before the rules of what learns its latents: it is small beside that, and stays whole.
