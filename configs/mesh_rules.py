@@ -89,9 +89,19 @@ UVIT = (
     *WHOLE,
 )
 
-# Whole for now: split as the transformers above, gradients on data 2 x fsdp 2 x tensor 2 were not those of one device
-# (up to half of a moment off; the loss was right).
-DIT = WHOLE
+DIT = (
+    *TRANSFORMER,
+    (r"/query/kernel", ("fsdp", "tensor")),
+    (r"/query/bias", ("tensor",)),
+    (r"/key_value/kernel", ("fsdp", None, "tensor")),
+    (r"/key_value/bias", (None, "tensor")),
+    (r"label/embedding", (None, "fsdp")),
+    (r"(time_1|context_1)/kernel", (None, "fsdp")),
+    (r"(time_2|context_2)/kernel", ("fsdp", "tensor")),
+    (r"modulation/kernel", ("fsdp", None, "tensor")),
+    (r"patch/kernel", (None, None, None, "fsdp")),
+    *WHOLE,
+)
 
 # Of first stages, discriminators and LPIPS. Whole for now: split like the convolutions above, a step on data 2 x fsdp 2
 # x tensor 2 was that of one device to 1e-7 in the loss and 1e-5 in norms of gradients, but to 1e-4 in their entries,

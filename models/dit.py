@@ -223,7 +223,7 @@ class DiT(nn.Module):
         condition = self.time_2(nn.silu(self.time_1(waves)))
         if conditioning.label is not None:
             condition = condition + self.label(conditioning.label)
-        condition = shard_rows(nn.silu(condition))
+        condition = shard_rows(nn.silu(condition), whole=True)
         tokens = conditioning.tokens
         if tokens is not None:
             tokens = shard_rows(self.context_2(nn.gelu(self.context_1(tokens), approximate=True)))

@@ -15,11 +15,17 @@ ROW_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
 
 
-def shard_rows(x: Shaped[Array, "b *rest"]) -> Shaped[Array, "b *rest"]:
+def shard_rows(x: Shaped[Array, "b *rest"], whole: bool = False) -> Shaped[Array, "b *rest"]:
     """Splits the leading dimension over `data` and `fsdp`; how the other dimensions lie is left to the compiler.
 
     A network does this to its residual stream. Parameters that are split over `fsdp` are then gathered where they are
     used; unconstrained, the compiler may instead spread the activations over the width and exchange these.
+
+    Args:
+      x: activations.
+      whole: the other dimensions are whole on every device, as their gradients are. Where one vector [b d] goes into
+        several layers whose kernels are split over all three axes, XLA of jax 0.10 adds their gradients up wrongly if
+        it is left free to split d.
 
     Returns:
       x, as it was where there is no such mesh or where the batch does not divide over it.
@@ -28,7 +34,7 @@ def shard_rows(x: Shaped[Array, "b *rest"]) -> Shaped[Array, "b *rest"]:
     axes = _dividing(mesh, ROW_AXES, x.shape[0])
     if mesh is None or axes is None:
         return x
-    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    rest = () if whole else (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
 
 

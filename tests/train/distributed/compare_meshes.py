@@ -71,8 +71,8 @@ def step(program: Program, config) -> dict:
         "loss": np.asarray(health.loss),
         "metrics": jax.device_get(metrics),
         "gradients": np.asarray(health.leaf_norms),
-        # The first moment of Adam or Muon is a multiple of the gradient.
-        "moments": [leaf for path, leaf in named(state.opt_state) if "/mu/" in path],
+        # The first moment of Adam, and Muon's momentum, are multiples of the gradient.
+        "moments": [leaf for path, leaf in named(state.opt_state) if "/mu/" in path or "/trace/" in path],
     }
 
 

@@ -54,6 +54,7 @@ CONFIGS = {
     ),
     "diffusion, uvit": ("--config=configs/scenes/ddpm_uvit.py:debug",),
     "diffusion, unet": ("--config=configs/scenes/ddpm_unet.py:debug",),
+    "diffusion, dit": ("--config=configs/scenes/ddpm_dit.py:debug",),
     "diffusion, uvit of classes": (
         "--config=configs/paper/uvit.py:debug",
         "--config.models.denoiser.dtype=float32",
