@@ -135,6 +135,9 @@ class TrainedSampler:
             rows["text"] = np.zeros((1, self.config.data.text_length), np.int32)
         if "label" in self.sampler.reads:
             rows["label"] = np.zeros(1, np.int32)
+        if "image" in self.sampler.reads:
+            side = self.config.data.image_size
+            rows["image"] = np.zeros((1, side, side, 3), np.uint8)
         self.sampler.request(**rows, **settings)
 
     def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -265,10 +265,11 @@ def test_what_a_sampler_does_not_read_is_refused_with_what_it_reads(
     assert "\n" not in str(raised.value)
 
 
-def test_text_needs_a_tokenizer_and_has_no_metric_yet(make_run, pictures, tmp_path):
+def test_text_is_graded_and_needs_a_tokenizer(make_run, pictures, scenes_dir, tmp_path, capsys):
     folder = make_run(Namer)
-    with pytest.raises(UserError, match="no metric is of runs of namer, which make text of image and text"):
-        evaluate([f"--run={folder}", "--dataset=scenes/single32"])
+    where = ["--dataset=scenes/single32", f"--data_dir={scenes_dir}", "--splits=validation"]
+    evaluate([f"--run={folder}", *where, "--num=4"])
+    assert "answers on validation" in capsys.readouterr().out
     (folder / TOKENIZER).unlink()
     with pytest.raises(UserError, match="has no tokenizer.json, which would read it"):
         main([f"--run={folder}", f"--image={pictures[0]}", f"--out={tmp_path}/g.png"])

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cli.errors import UserError
+from configs.common import get_defaults
 from models import create_model
 from sample.__main__ import main as sample
 from scripts.convert import main as convert
@@ -78,7 +79,8 @@ def test_a_converted_network_is_described_initialized_from_and_frozen(name, part
 
     fields = Run.open(folder).models()[part]
     entry = {"source": str(folder), "part": part, "step": 0}
-    config = ConfigDict({"seed": 0, "models": {"own": fields}, "initialize": {"own": entry}})
+    config = get_defaults()
+    config.models.own, config.initialize.own = ConfigDict(fields), ConfigDict(entry)
     other = random_parameters(create_model(**fields), seed=9)
     state = create_state({"own": other}, {}, {}, averaged={})
     assert_same_trees(initialize_parts(config, state, lambda params: {}).params["own"], params)

@@ -96,7 +96,7 @@ def test_another_batch_size_continues_the_stream(scenes_dir, tmp_path):
 
 def test_a_changed_config_is_refused_with_the_keys(scenes_dir, whole):
     changed = ("--config.optimizer.schedule.peak=0.5", "--config.group=other", "--config.evaluate.batches=2")
-    message = r"evaluate.batches: 1 -> 2, group: '' -> 'other', optimizer.schedule.peak: 0.002 -> 0.5\)"
+    message = r"evaluate.batches: 1 -> 2, group: '' -> 'other', optimizer.schedule.peak: 0.004 -> 0.5\)"
     with pytest.raises(UserError, match=message):
         train(config(scenes_dir, "--config.steps=6", *changed), whole)
 
@@ -183,7 +183,7 @@ def test_an_update_that_is_not_finite_is_named_and_never_saved_or_else_skipped(
     [
         (["--config.steps=0"], "config.steps must be at least 1"),
         (["--config.log.every=0"], "config.log.every must be at least 1"),
-        (["--config.objective=gan"], "choose one of clip"),
+        (["--config.objective=gan"], "choose one of autoencoder, clip"),
         (["--config.data.split=tests"], "has no split 'tests'"),
         (["--config.mesh.data=5"], "does not fit"),
         (["--config.steps=3000000000"], "2\\^31"),

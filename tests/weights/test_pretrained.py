@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cli.config import flatten, from_json, load_config, to_json
 from cli.errors import UserError
+from configs.common import get_defaults
 from data.tokenizer import Tokenizer
 from train.state import create_state
 from train.transfer import initialize_parts
@@ -142,7 +143,7 @@ def test_a_folder_has_no_steps_and_only_its_parts(folder):
 
 def initialize(folder, fields, part: str = "clip", trainable: tuple[str, ...] = (".*",)):
     """A new state of part `tower` that starts from `folder`."""
-    config = ConfigDict({"seed": 0, "models": {"tower": fields}, "trainable": trainable})
+    config = ConfigDict({"seed": 0, "models": {"tower": fields}, "trainable": trainable, "ema": get_defaults().ema})
     config.initialize = ConfigDict({"tower": {"source": str(folder), "part": part}})
     _, params, variables = tiny(fields, seed=5)
     state = create_state({"tower": params}, {"tower": variables} if variables else {}, {}, averaged={"tower": params})
