@@ -211,7 +211,8 @@ class Autoencoder(nn.Module):
     @property
     def downsampling(self) -> int:
         """Pixels of a picture over those of its latents, along a side."""
-        return self.patch_size * 2 ** (len(self.multipliers) - 1)
+        # Sizes that make no network are named when it is built; whoever divides by this comes before.
+        return max(self.patch_size, 1) * 2 ** max(len(self.multipliers) - 1, 0)
 
     def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the arguments of `__call__`."""
@@ -291,6 +292,8 @@ class Autoencoder(nn.Module):
             raise ValueError(f"latent_scale={self.latent_scale} must be above 0")
         check_remat(self.remat)
         levels = len(self.multipliers)
+        if not levels:
+            raise ValueError("multipliers is empty; it has a number for each level")
         if unknown := [level for level in self.attention_levels if not 0 <= level < levels]:
             raise ValueError(f"attention_levels has {unknown[0]}; the levels of multipliers are 0 to {levels - 1}")
         if self.patch_size < 1:

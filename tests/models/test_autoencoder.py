@@ -167,13 +167,16 @@ def test_patches_are_folded_first_and_unfolded_last():
         ({"groups": 3}, "groups=3 does not divide the 8 channels of a level"),
         ({"remat": "some"}, "unknown remat 'some'"),
         ({"patch_size": 0}, "patch_size=0 must be at least 1"),
+        ({"multipliers": ()}, "multipliers is empty"),
         ({"latent_scale": 0.0}, "latent_scale=0.0 must be above 0"),
         ({"latent_shift": 0.5}, "latent_shift=0.5 needs a latent_scale"),
     ],
 )
 def test_impossible_fields_are_refused(change, message):
+    network = models.create_model(**{**TINY_KL, **change})
+    assert network.downsampling > 0  # what divides by it comes before the message
     with pytest.raises(ValueError, match=message):
-        shapes(models.create_model(**{**TINY_KL, **change}))
+        shapes(network)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ _IMAGE_SIZE = 256  # of the pictures that all published first stages were traine
 _STAGE = "first_stage_model."
 _TRAINED_BESIDE = "loss."
 _DISCRIMINATOR, _LPIPS, _LOG_VARIANCE = "discriminator.", "perceptual_loss.", "logvar"
-_PUBLISHED = re.compile(r"(^|[-_])(kl|vq|sd|v\d)[-_.]")  # kl-f8.ckpt, sd-v1-4.ckpt, v1-5-pruned.ckpt
+# kl-f8.ckpt, sd-v1-4.ckpt, v1-5-pruned.ckpt, 768-v-ema.ckpt, vae-ft-mse-840000-ema-pruned.ckpt
+_PUBLISHED = re.compile(r"^(kl-f\d|vq-f\d|sd-v\d|v\d-\d|\d+-v-|vae-ft-)")
 
 
 def _residual(ours: str, theirs: str) -> tuple[Rule, ...]:

@@ -12,6 +12,7 @@ from cli.errors import UserError
 from sample.trained import TrainedSampler
 from scripts.convert import main as convert
 from weights.files.layout import TORCH_LEAVES
+from weights.files.origin import WeightsFile
 from weights.files.tensors import write_tensors
 from weights.formats import compvis
 from weights.formats.contract import Network, write_files
@@ -240,12 +241,13 @@ def test_a_kl_model_alone_says_which_scale_is_assumed(tmp_path, capsys):
         convert([*arguments, f"--output={tmp_path}/three", "--latent_scale=-1"])
 
 
-@pytest.mark.parametrize("name", ["kl-f8.ckpt", "sd-v1-4.ckpt", "v1-5-pruned.safetensors", "vq-f4.ckpt", "model.ckpt"])
-def test_published_files_of_compvis_are_recognized_by_name(name, tmp_path):
-    from weights.files.origin import WeightsFile
+def test_published_files_of_compvis_are_recognized_by_name(tmp_path):
+    def recognized(*names):
+        return [name for name in names if compvis.FORMAT.recognizes(WeightsFile(tmp_path / name))]
 
-    assert compvis.FORMAT.recognizes(WeightsFile(tmp_path / name))
-    assert not compvis.FORMAT.recognizes(WeightsFile(tmp_path / f"dalle{name.replace('-', '').replace('model', '')}"))
+    published = ("kl-f8.ckpt", "sd-v1-4.ckpt", "v1-5-pruned.safetensors", "vq-f4.ckpt", "768-v-ema.ckpt", "model.ckpt")
+    assert recognized(*published, "vae-ft-mse-840000-ema-pruned.ckpt")[:-1] == list(published)
+    assert recognized("uvit_v1.pth", "dalle_v2.pt", "sd-vae-ft-mse.safetensors", "dallekl.ckpt") == []
 
 
 def test_lpips_comes_of_two_files_or_one(tmp_path):
