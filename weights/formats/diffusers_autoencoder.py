@@ -8,6 +8,7 @@ keys change what is computed, and ours computes one value of each.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from cli.errors import UserError
@@ -151,15 +152,11 @@ def autoencoder_config(model: KLAutoencoder | VQAutoencoder, variables: Mapping[
       UserError: if there is none.
     """
     kind = KL if isinstance(model, KLAutoencoder) else VQ
-    shift, scale = model.latent_shift, model.latent_scale
-    if scale is None:
-        # The library's pipelines only multiply, so what they get is not centered; it has the deviation that it had.
-        _, measured = model.bind(dict(variables)).latents()
-        shift, scale = 0.0, float(f"{float(np.asarray(measured)):.6g}")
-    problems = [f"its latent_shift is {shift}, theirs is 0"] if shift else []
-    problems += [f"its patch_size is {model.patch_size}, theirs is 1"] if model.patch_size != 1 else []
-    if problems:
-        raise UserError(f"this autoencoder cannot be written for diffusers: {'; '.join(problems)}")
+    _, scale = _shift_and_scale(model, variables)
+    if model.patch_size != 1:
+        raise UserError(
+            f"this autoencoder cannot be written for diffusers: its patch_size is {model.patch_size}, theirs is 1"
+        )
 
     def types(way: str) -> list[str]:
         return [
@@ -200,4 +197,25 @@ def read_autoencoder(config: Mapping[str, Any], tensors: Tensors) -> Converted:
 def autoencoder_files(network: Network, config_name: str, weights_name: str) -> Files:
     """What `from_pretrained` of the library's first stage reads."""
     config = autoencoder_config(network.model, network.variables)
-    return {config_name: config, weights_name: autoencoder_to_diffusers(network.model, network.params)}
+    shift, _ = _shift_and_scale(network.model, network.variables)
+    params = _centered(network.params, shift, network.model.latent_channels) if shift else network.params
+    return {config_name: config, weights_name: autoencoder_to_diffusers(network.model, params)}
+
+
+def _shift_and_scale(model: KLAutoencoder | VQAutoencoder, variables: Mapping[str, Tree]) -> tuple[float, float]:
+    """What is taken off latents, and what they are then multiplied by, as given or as measured, to six digits."""
+    if model.latent_scale is not None:
+        return model.latent_shift, model.latent_scale
+    shift, scale = (float(f"{float(np.asarray(value)):.6g}") for value in model.bind(dict(variables)).latents())
+    return shift, scale
+
+
+def _centered(params: Tree, shift: float, channels: int) -> Tree:
+    """Parameters that give latents less `shift`, and decode these alike: the library's pipelines only multiply."""
+    quant, post_quant = dict(params["quant"]), dict(params["post_quant"])
+    quant["bias"] = np.asarray(quant["bias"]) - shift * (np.arange(len(quant["bias"])) < channels)  # means come first
+    post_quant["bias"] = np.asarray(post_quant["bias"]) + shift * np.asarray(post_quant["kernel"]).sum((0, 1, 2))
+    moved = {**params, "quant": quant, "post_quant": post_quant}
+    if "codebook" in params:
+        moved["codebook"] = jax.tree.map(lambda codes: np.asarray(codes) - shift, params["codebook"])
+    return moved
