@@ -200,8 +200,8 @@ class Autoencoder(nn.Module):
 
     @property
     def encoded_channels(self) -> int:
-        """Channels of what the encoder gives."""
-        raise NotImplementedError
+        """Channels of what the encoder gives: those of latents, unless it says more of each."""
+        return self.latent_channels
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -331,11 +331,6 @@ class VQAutoencoder(Autoencoder):
 
     vocab_size: int = 8192
     code_range: float | None = None
-
-    @property
-    def encoded_channels(self) -> int:
-        """The width of a code."""
-        return self.latent_channels
 
     def setup(self) -> None:
         """Builds the trunk and the codebook."""
