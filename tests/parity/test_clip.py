@@ -112,7 +112,7 @@ def state(network) -> dict[str, np.ndarray]:
 
 
 def as_torch(tensors):
-    return {name: torch.from_numpy(array) for name, array in tensors.items()}
+    return {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
 
 
 def tiny_transformers(activation: str = "quick_gelu", **text):
