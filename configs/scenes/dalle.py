@@ -59,7 +59,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.dalle.remat = "none"
     config.models.dalle.dtype = "float32"
 
-    config.loss.text_weight = 1 / 64  # published 1/8; what the text model learns of pairs is against those held out
+    config.loss.text_weight = 1 / 64  # published 1/8; docs/results.md compares
     config.loss.image_weight = 63 / 64
     config.loss.mask_pads = False
     config.loss.caption_dropout = 0.1
