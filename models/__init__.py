@@ -16,6 +16,7 @@ from models.dalle import Dalle
 from models.discriminator import PatchDiscriminator
 from models.dit import DiT
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
+from models.gpt2 import GPT2
 from models.inception import Inception
 from models.llama import Llama
 from models.lpips import LPIPS
@@ -33,6 +34,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "discriminator": PatchDiscriminator,
     "dit": DiT,
     "dvae": DiscreteVAE,
+    "gpt2": GPT2,
     "inception": Inception,
     "llama": Llama,
     "lpips": LPIPS,

@@ -4,13 +4,10 @@ A causal transformer with RMSNorm before each block (Zhang and Sennrich 2019), g
 2023), rotary positions (Su et al. 2021) and a gated feed-forward block (SwiGLU, Shazeer 2020), without any bias.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,31 +15,11 @@ from models.layers.attention import KeyValueCache
 from models.layers.dense import Dense
 from models.layers.normalization import RMSNorm
 from models.layers.partitioning import shard_rows
+from models.layers.prompt_cache import PromptCache, causal_mask, last_state
 from models.layers.rotary import RotaryEmbedding
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 
 INIT_STD = 0.02
-
-
-@struct.dataclass
-class LlamaCache:
-    """What was read: a prompt, padded behind to one length for all rows, and the tokens that were made since.
-
-    Attributes:
-      layers: of each layer, [R S H K]: T places for the prompt, then one for each token that is made.
-      lengths: [R] tokens of the prompt that are no pads.
-      prompt_length: T.
-    """
-
-    layers: tuple[KeyValueCache, ...]
-    lengths: Int[Array, "r"]
-    prompt_length: int = struct.field(pytree_node=False)
-
-    def seen(self, position: Int[Array, ""]) -> Bool[Array, "r 1 1 s"]:
-        """Which places token `position` of those that are made attends to: all before it but pads, and its own."""
-        place = jnp.arange(self.layers[0].key.shape[1])
-        made = (place >= self.prompt_length) & (place <= self.prompt_length + position)
-        return ((place < self.lengths[:, None]) | made)[:, None, None]
 
 
 class Llama(nn.Module):
@@ -177,7 +154,7 @@ class Llama(nn.Module):
 
     def prefill(
         self, tokens: Int[Array, "b t"], length: int, lengths: Int[Array, "b"] | None = None
-    ) -> tuple[Float[Array, "b v"], LlamaCache]:
+    ) -> tuple[Float[Array, "b v"], PromptCache]:
         """Reads prompts in one parallel pass.
 
         Args:
@@ -191,11 +168,11 @@ class Llama(nn.Module):
         prompts = tokens.shape[1]
         x, layers = self.prefill_layers(self.embed(tokens), 0, self.depth, prompts + length)
         lengths = jnp.full(len(tokens), prompts, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-        return self.logits(last_state(x, lengths))[:, 0], LlamaCache(tuple(layers), lengths, prompts)
+        return self.logits(last_state(x, lengths))[:, 0], PromptCache(tuple(layers), lengths, prompts)
 
     def decode_step(
-        self, token: Int[Array, "r"], position: Int[Array, ""], cache: LlamaCache
-    ) -> tuple[Float[Array, "r v"], LlamaCache]:
+        self, token: Int[Array, "r"], position: Int[Array, ""], cache: PromptCache
+    ) -> tuple[Float[Array, "r v"], PromptCache]:
         """Reads token `position` of those that are made (0 is the first) and scores the next one.
 
         Args:
@@ -204,7 +181,7 @@ class Llama(nn.Module):
           cache: from `prefill` or the step before.
         """
         x, layers = self.decode_layers(self.embed(token[:, None]), 0, self.depth, position, cache)
-        return self.logits(x)[:, 0], LlamaCache(tuple(layers), cache.lengths, cache.prompt_length)
+        return self.logits(x)[:, 0], PromptCache(tuple(layers), cache.lengths, cache.prompt_length)
 
     def prefill_layers(
         self, x: Float[Array, "b t d"], start: int, stop: int, places: int
@@ -217,7 +194,7 @@ class Llama(nn.Module):
         return x, layers
 
     def decode_layers(
-        self, x: Float[Array, "r 1 d"], start: int, stop: int, position: Int[Array, ""] | int, cache: LlamaCache
+        self, x: Float[Array, "r 1 d"], start: int, stop: int, position: Int[Array, ""] | int, cache: PromptCache
     ) -> tuple[Float[Array, "r 1 d"], list[KeyValueCache]]:
         """Applies layers to one new token of each row."""
         position = jnp.asarray(position, jnp.int32)
@@ -227,20 +204,3 @@ class Llama(nn.Module):
             x, layer = block.decode(x, seen, place, layer, positions)
             layers.append(layer)
         return x, layers
-
-
-def causal_mask(length: int, segments: Int[Array, "b l"] | None = None) -> Any:
-    """What each token sees: those before it, and itself; of its own segment, if there are several.
-
-    Returns:
-      bool [L L], known while tracing, or [B 1 L L].
-    """
-    causal = np.tri(length, dtype=bool)
-    if segments is None:
-        return causal
-    return (jnp.asarray(causal) & (segments[:, :, None] == segments[:, None]))[:, None]
-
-
-def last_state(x: Float[Array, "b l d"], lengths: Int[Array, "b"]) -> Float[Array, "b 1 d"]:
-    """The state of each example's last token."""
-    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)

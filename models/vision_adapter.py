@@ -21,9 +21,10 @@ from models.layers.attention import KeyValueCache
 from models.layers.dense import Dense
 from models.layers.gated_cross_attention import GatedCrossBlock
 from models.layers.partitioning import shard_rows
+from models.layers.prompt_cache import PromptCache, causal_mask, last_state
 from models.layers.tile_positions import tiles_of_canvases
 from models.layers.transformer import rematerialized
-from models.llama import INIT_STD, Llama, LlamaCache, causal_mask, last_state
+from models.llama import INIT_STD, Llama
 from models.tiled_image_encoder import TiledImageEncoder
 
 
@@ -233,7 +234,7 @@ class VisionAdapter(nn.Module):
         lengths: Int[Array, "b"] | None = None,
         tiles: Float[Array, "b i t2 h w 3"] | None = None,
         canvas: Int[Array, "b i"] | None = None,
-    ) -> tuple[Float[Array, "b v"], LlamaCache, Sight | None]:
+    ) -> tuple[Float[Array, "b v"], PromptCache, Sight | None]:
         """Reads prompts, and pictures once, in one parallel pass; arguments as in `Llama.prefill` and `__call__`.
 
         Returns:
@@ -257,11 +258,11 @@ class VisionAdapter(nn.Module):
             last = jnp.take_along_axis(seen, (lengths - 1)[:, None, None], axis=1)[:, 0]
             sight = Sight(tuple(memories), last)
         logits = self.language.logits(last_state(x, lengths))[:, 0]
-        return logits, LlamaCache(tuple(layers), lengths, prompts), sight
+        return logits, PromptCache(tuple(layers), lengths, prompts), sight
 
     def decode_step(
-        self, token: Int[Array, "r"], position: Int[Array, ""] | int, cache: LlamaCache, sight: Sight | None = None
-    ) -> tuple[Float[Array, "r v"], LlamaCache]:
+        self, token: Int[Array, "r"], position: Int[Array, ""] | int, cache: PromptCache, sight: Sight | None = None
+    ) -> tuple[Float[Array, "r v"], PromptCache]:
         """Reads token `position` of those that are made, none of which is a picture, and scores the next one.
 
         Args:
@@ -279,7 +280,7 @@ class VisionAdapter(nn.Module):
                 x = self.cross_blocks[index - 1](rows, memory, seen).reshape(x.shape)
             x, caches = self.language.decode_layers(x, start, stop, position, cache)
             layers += caches
-        return self.language.logits(x)[:, 0], LlamaCache(tuple(layers), cache.lengths, cache.prompt_length)
+        return self.language.logits(x)[:, 0], PromptCache(tuple(layers), cache.lengths, cache.prompt_length)
 
     @property
     def _runs(self) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What the transformers library saves: CLIP here (`CLIPModel`), Llama and Llama Vision in files of their own.
+"""What the transformers library saves: CLIP here (`CLIPModel`); GPT-2, Llama and Llama Vision in files of their own.
 
 The traps of CLIP's config: those of before 2023 give the end token as 2, which the library takes for "the highest id
 of the row"; and the activation stands twice, once for each tower.
@@ -10,6 +10,7 @@ from typing import Any
 from cli.errors import UserError
 from models import create_model
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
+from models.gpt2 import GPT2
 from models.llama import Llama
 from models.vision_adapter import VisionAdapter
 from weights.files.fields import IDLE, Field, fixed, read_fields, real, several, whole, word
@@ -17,6 +18,7 @@ from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors, Tree, linea
 from weights.files.origin import Origin, peek_json, read_weights
 from weights.formats.contract import Converted, Files, Format
 from weights.formats.runs import CLIP_OPTIONS, clip_run
+from weights.formats.transformers_gpt2 import gpt2_files, read_gpt2
 from weights.formats.transformers_llama import llama_files, read_llama
 from weights.formats.transformers_mllama import mllama_files, read_mllama
 
@@ -172,7 +174,9 @@ def clip_fields(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | Non
     """
     if config.get("model_type") != "clip":
         kind = config.get("model_type")
-        raise UserError(f"config.json is of model_type {kind!r}; only 'clip', 'llama' and 'mllama' are converted")
+        raise UserError(
+            f"config.json is of model_type {kind!r}; only 'clip', 'gpt2', 'llama' and 'mllama' are converted"
+        )
     given = read_fields("this CLIP", config, _CONFIG)
     towers = {}
     for tower, table in _TOWERS.items():
@@ -365,9 +369,10 @@ def _read_clip(origin: Origin, tokenizer: str) -> Converted:
     return clip_run(origin, fields, *clip_from_transformers(create_model(**fields), tensors), tokenizer)
 
 
-_READERS: dict[str, Callable[[Origin], Converted]] = {"llama": read_llama, "mllama": read_mllama}
+_READERS: dict[str, Callable[[Origin], Converted]] = {"gpt2": read_gpt2, "llama": read_llama, "mllama": read_mllama}
 _WRITERS: dict[type, Callable[[Any, Tree], Files]] = {
     Clip: clip_files,
+    GPT2: gpt2_files,
     Llama: llama_files,
     VisionAdapter: mllama_files,
 }
@@ -389,9 +394,9 @@ def _read(origin: Origin, tokenizer: str = "") -> Converted:
 
 FORMAT = Format(
     name="transformers",
-    networks=("clip", "llama", "vision_adapter"),
-    inputs="a CLIP, Llama or Llama Vision (Mllama) as save_pretrained writes it",
-    outputs="CLIPModel, LlamaForCausalLM or MllamaForConditionalGeneration.from_pretrained(DIR)",
+    networks=("clip", "gpt2", "llama", "vision_adapter"),
+    inputs="a CLIP, GPT-2, Llama or Llama Vision (Mllama) as save_pretrained writes it",
+    outputs="CLIPModel, GPT2LMHeadModel, LlamaForCausalLM or MllamaForConditionalGeneration.from_pretrained(DIR)",
     recognizes=_recognizes,
     read=_read,
     write=lambda network: _WRITERS[type(network.model)](network.model, network.params),

@@ -18,6 +18,7 @@ from weights.formats import (
     transformers,
     uvit,
 )
+from weights.formats import transformers_gpt2 as gpt2
 from weights.formats import transformers_llama as llama
 from weights.formats import transformers_mllama as mllama
 
@@ -39,6 +40,7 @@ UVIT_ARGUMENTS = uvit.uvit_arguments(models.create_model("uvit", activation="gel
 DIT = models.create_model("dit", **UVIT, out_channels=6)
 SIZES = {"text_vocab_size": 9, "width": 8, "depth": 4, "heads": 2, "kv_heads": 1, "mlp_hidden": 8, "rope_factor": 8.0}
 LLAMA = llama.text_config(models.create_model("llama", **SIZES))
+GPT2 = gpt2.gpt2_config(models.create_model("gpt2", text_vocab_size=9, length=8, width=8, depth=2, heads=2))
 TILES = {"cross_layers": (1, 3), "image_token": 9, "tile_size": 8, "patch_size": 4, "image_width": 8, "image_heads": 2}
 TILES |= {"image_layers": 2, "global_layers": 1, "feature_layers": (0,)}
 MLLAMA = mllama.mllama_config(models.create_model("vision_adapter", **SIZES, **TILES))
@@ -63,6 +65,11 @@ DOCUMENTS = {
         for name in ("DDIMScheduler", "UniPCMultistepScheduler")
     },
     "CLIPModel": (CONFIG, transformers.clip_fields, transformers._CONFIG),
+    "GPT-2": (
+        GPT2,
+        lambda document: {"name": "gpt2", **gpt2.gpt2_fields("this", document)},
+        gpt2.TABLE,
+    ),
     "Llama": (
         LLAMA,
         lambda document: {"name": "llama", **llama.text_fields("this", read_fields("this", document, llama.TEXT))},
