@@ -35,10 +35,12 @@ class ClipVocabulary(NamedTuple):
     Attributes:
       ids: piece -> id, from 0 without gaps; the start and the end token have the two highest.
       merges: pairs of pieces that become one, the first merged first.
+      pad: the piece that fills captions up; None for that of id 0, as published.
     """
 
     ids: dict[str, int]
     merges: list[tuple[str, str]]
+    pad: str | None = None
 
 
 def clean_caption(text: str) -> str:
@@ -83,6 +85,8 @@ def clip_model(vocabulary: ClipVocabulary, ends: bool = True) -> tokenizers.Toke
     )
     if ends:
         model.add_special_tokens([START, END])
+    if vocabulary.pad is not None:
+        model.enable_padding(pad_id=ids[vocabulary.pad], pad_token=vocabulary.pad)  # stored with it
     return model
 
 
@@ -125,7 +129,8 @@ def _read_tokenizer_file(file: Location) -> ClipVocabulary:
     if model.get("end_of_word_suffix") != END_OF_WORD:
         raise ValueError(f"its words do not end in {END_OF_WORD}")
     added = {token["content"]: token["id"] for token in stored.get("added_tokens", ())}
-    return ClipVocabulary({**model["vocab"], **added}, [_pair(merge) for merge in model["merges"]])
+    pad = (stored.get("padding") or {}).get("pad_token")
+    return ClipVocabulary({**model["vocab"], **added}, [_pair(merge) for merge in model["merges"]], pad)
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
@@ -137,7 +142,7 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 
 def _check(vocabulary: ClipVocabulary) -> None:
     """Raises ValueError unless every caption can be encoded, and the ends have the highest ids."""
-    ids, merges = vocabulary
+    ids, merges, pad = vocabulary
     if sorted(ids.values()) != list(range(len(ids))):
         raise ValueError("its ids are not 0, 1, 2, ...")
     pieces = {piece + suffix for piece in byte_pieces() for suffix in ("", END_OF_WORD)}
@@ -146,3 +151,5 @@ def _check(vocabulary: ClipVocabulary) -> None:
         raise ValueError(f"{len(missing)} pieces have no id, such as {missing[0]!r}")
     if (ids.get(START), ids.get(END)) != (len(ids) - 2, len(ids) - 1):
         raise ValueError(f"its two highest ids are not {START} and {END}")
+    if pad is not None and pad not in ids:
+        raise ValueError(f"it pads with {pad!r}, which has no id")

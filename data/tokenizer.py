@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
     """A caption as ids.
 
     Attributes:
-      ids: [l] int32, padded with PAD_ID.
+      ids: [l] int32, padded.
       truncated: whether the caption was longer than l and lost its end.
     """
 
@@ -38,11 +38,12 @@ class Encoded(NamedTuple):
 
 
 class Tokenizer:
-    """Lower-cased byte-level BPE; id 0 is padding. Any text can be encoded, so no word is unknown.
+    """Lower-cased byte-level BPE; id 0 is padding unless told otherwise. Any text can be encoded: no word is unknown.
 
     A tokenizer may frame captions by a start and an end token, which have the two highest ids; no caption's text
     becomes one of them, whatever it says. It is either trained here (`train`, `with_ends`), or reads as CLIP does
-    (`from_clip_vocabulary`): words end in `</w>`, captions are framed, and the padding is also the piece "!".
+    (`from_clip_vocabulary`): words end in `</w>`, captions are framed, and the padding is also the piece "!", or
+    another one (`padded_with`).
     """
 
     def __init__(self, model: tokenizers.Tokenizer):
@@ -139,6 +140,23 @@ class Tokenizer:
         model.add_special_tokens([START, END])
         return Tokenizer(model)
 
+    def padded_with(self, piece: str) -> "Tokenizer":
+        """Returns a copy that fills captions up with another piece: Stable Diffusion 1 has the end token there.
+
+        Raises:
+          UserError: if there is no such piece.
+        """
+        if (pad := self._model.token_to_id(piece)) is None:
+            raise UserError(f"the tokenizer is to pad with {piece!r}, which is none of its {self.vocab_size} pieces")
+        model = tokenizers.Tokenizer.from_str(self._model.to_str())
+        model.enable_padding(pad_id=pad, pad_token=piece)
+        return Tokenizer(model)
+
+    @functools.cached_property
+    def pad_id(self) -> int:
+        """The id that fills captions up."""
+        return PAD_ID if self._model.padding is None else int(self._model.padding["pad_id"])
+
     @property
     def reads_as_clip(self) -> bool:
         """Whether it cuts words as CLIP does."""
@@ -180,7 +198,7 @@ class Tokenizer:
             ids = self._encode(text)
         if self.end_id is not None:
             ids = [self.start_id, *ids, self.end_id]
-        padded = np.full(length, PAD_ID, np.int32)
+        padded = np.full(length, self.pad_id, np.int32)
         kept = ids[:length]
         padded[: len(kept)] = kept
         truncated = len(ids) > length

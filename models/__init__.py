@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from models.autoencoder import KLAutoencoder, VQAutoencoder
 from models.clip import Clip
+from models.clip_text import ClipText
 from models.dalle import Dalle
 from models.discriminator import PatchDiscriminator
 from models.dit import DiT
@@ -30,6 +31,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "autoencoder_kl": KLAutoencoder,
     "autoencoder_vq": VQAutoencoder,
     "clip": Clip,
+    "clip_text": ClipText,
     "dalle": Dalle,
     "discriminator": PatchDiscriminator,
     "dit": DiT,

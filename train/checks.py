@@ -103,6 +103,11 @@ def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
                     f"config.{group}.{part}.text_end_id is {model.text_end_id}, but the tokenizer ends captions with "
                     f"{tokenizer.end_id}; set it to that, and config.data.text_ends if there is none"
                 )
+            if tokenizer is not None and model.get("text_pad_id", tokenizer.pad_id) != tokenizer.pad_id:
+                raise UserError(
+                    f"config.{group}.{part} reads captions filled up with {model.text_pad_id}, and the tokenizer fills "
+                    f"them up with {tokenizer.pad_id}; give its own as config.data.tokenizer"
+                )
 
 
 def check_classes(config: ConfigDict, stream: Stream) -> None:

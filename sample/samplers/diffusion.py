@@ -31,6 +31,8 @@ from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
 from diffusion.schedule import create_schedule
 from diffusion.solver_choice import make_plan
+from models.clip import Clip
+from models.clip_text import ClipText
 from models.conditioning import Conditioning
 from sample.first_stage import FirstStage
 from sample.samplers.dvae import from_uint8
@@ -78,17 +80,19 @@ class TextContext:
 
     Attributes:
       model: the network.
-      part: its name: "text", trained with the denoiser, or "clip", frozen.
+      part: its name: "text", trained with the denoiser or frozen, or "clip", frozen.
       blank: ids of the caption that says nothing.
+      frozen: whether it is not trained.
     """
 
     model: nn.Module
     part: str
     blank: tuple[int, ...]
+    frozen: bool = False
 
     def __call__(self, params: Tree, frozen: Tree, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """Features of each token."""
-        if self.part == "text":
+        if not self.frozen:
             return self.model.apply({"params": params["text"]}, text)
         tree = frozen[self.part]
         return self.model.apply({"params": tree["params"], **tree["variables"]}, text, method="encode_text")
@@ -150,9 +154,9 @@ class DiffusionSampler:
         steps = Steps(**{key: given[key] for key in solver if key in given})
         numbers = {key: given[key] for key in _NUMBERS if key in given}
         null_class = bool(config.loss.get("dropout", 0.0))
-        text = _text_context(config)
+        text = _text_context(config, getattr(model, "context_width", None))
         if text is None and getattr(model, "context_width", 0):
-            raise UserError("the denoiser reads a context; name what makes one in config.models.text or frozen.clip")
+            raise UserError("the denoiser reads a context; name what makes one in config.models.text or frozen.text")
         first_stage = FirstStage.from_config(config)
         _check_data(config, model, process, first_stage)
         sampler = cls(model, process, text, steps, first_stage, null_class, **numbers)
@@ -332,8 +336,8 @@ class DiffusionSampler:
         Args:
           params: {"denoiser": tree, ...}.
           variables: unused.
-          frozen: {"clip": {"params": tree, "variables": collections}} where captions are read by a frozen CLIP, and
-            "guide" and "first_stage" where there are such.
+          frozen: {"text" or "clip": {"params": tree, "variables": collections}} where captions are read by a frozen
+            network, and "guide" and "first_stage" where there are such.
           request: from `request`.
           keys: one for each sample.
 
@@ -553,19 +557,38 @@ def _guide(guidance: Guidance, process: Process, channels: int, cond: Array, unc
     return jnp.concatenate([guided, cond[..., channels:]], axis=-1) if channels < cond.shape[-1] else guided
 
 
-def _text_context(config: ConfigDict) -> TextContext | None:
-    """The network that reads captions, if the config has one: `config.models.text` or `config.frozen.clip`."""
-    if "text" in config.models and "clip" in config.frozen:
-        raise UserError("config.models.text and config.frozen.clip would both read captions; leave one out")
-    if "text" in config.models:
-        model = build_network(config, "models.text")
-        return TextContext(model, "text", (0,) * model.text_length)
-    if "clip" in config.frozen:
-        model = build_network(config, "frozen.clip")
-        # The empty caption between its ends; the start token is the one before the end token.
-        blank = (model.text_end_id - 1, model.text_end_id)
-        return TextContext(model, "clip", blank + (0,) * (model.text_length - 2))
-    return None
+def _text_context(config: ConfigDict, width: int | None) -> TextContext | None:
+    """The network that reads captions, if the config has one.
+
+    That is `config.models.text`, or `config.frozen.text`: a CLIP's text tower alone, or a whole CLIP, which may be
+    called `config.frozen.clip` too.
+
+    Args:
+      config: of the run.
+      width: of the tokens that the denoiser reads; None for any.
+    """
+    places = [("models", "text"), ("frozen", "text"), ("frozen", "clip")]
+    found = [f"{group}.{part}" for group, part in places if part in config[group]]
+    if len(found) > 1:
+        raise UserError(f"config.{' and config.'.join(found)} would both read captions; leave one out")
+    if not found:
+        return None
+    model, part = build_network(config, found[0]), found[0].partition(".")[2]
+    made = getattr(model, "width", None) or getattr(model, "text_width", None)
+    if None not in (made, width) and made != width:
+        raise UserError(
+            f"the denoiser reads tokens of width {width}, and config.{found[0]} makes ones of width {made}; they must "
+            "be equal"
+        )
+    if found[0] == "models.text":
+        return TextContext(model, part, (0,) * model.text_length)
+    if not isinstance(model, Clip | ClipText):
+        name = config.frozen[part].name
+        raise UserError(f"config.{found[0]} is a {name!r}; what reads captions frozen is a clip_text or a clip")
+    # The empty caption between its ends; the start token is the one before the end token.
+    ends = (model.text_end_id - 1, model.text_end_id)
+    pad = getattr(model, "text_pad_id", 0)
+    return TextContext(model, part, ends + (pad,) * (model.text_length - 2), frozen=True)
 
 
 def _check_numbers(numbers: Mapping[str, float]) -> None:

@@ -26,7 +26,7 @@ def test_captions_are_cleaned_as_clip_cleans_them(text, clean):
 
 
 def test_ids_are_bytes_then_bytes_that_end_words_then_merges_then_ends(clip_file):
-    ids, merges = read_clip_vocabulary(clip_file)
+    ids, merges, _ = read_clip_vocabulary(clip_file)
     assert (ids["!"], ids["~"], ids["¡"], ids["Ā"], ids["Ń"]) == (0, 93, 94, 188, 255)
     assert (ids["!</w>"], ids["a</w>"], ids["ca"], ids["cat</w>"]) == (256, 256 + ord("a") - ord("!"), 512, 513)
     assert (ids[START], ids[END], len(ids)) == (521, 522, 523)
@@ -42,18 +42,18 @@ def test_the_published_list_is_cut_where_clip_cut_it(tmp_path):
     path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
     path.write_bytes(gzip.compress("\n".join(['"bpe_simple_vocab_16e6.txt#version: 0.2', *lines, ""]).encode()))
     for place in (path, tmp_path):
-        ids, merges = read_clip_vocabulary(place)
+        ids, merges, _ = read_clip_vocabulary(place)
         assert (len(ids), len(merges), ids[START], ids[END]) == (49_408, 48_894, 49_406, 49_407)
 
 
 def test_ids_beside_the_merges_are_taken(clip_file, tmp_path):
-    ids, merges = read_clip_vocabulary(clip_file)
+    ids, merges, _ = read_clip_vocabulary(clip_file)
     names = list(ids)
     names[300], names[512] = names[512], names[300]
     other = {name: place for place, name in enumerate(names)}
     (tmp_path / "merges.txt").write_bytes(clip_file.read_bytes())
     (tmp_path / "vocab.json").write_text(json.dumps(other), encoding="utf-8")
-    assert read_clip_vocabulary(tmp_path) == (other, merges)
+    assert read_clip_vocabulary(tmp_path) == (other, merges, None)
 
 
 def test_a_saved_tokenizer_is_a_vocabulary_too(clip_file, tmp_path):
@@ -80,7 +80,7 @@ def test_what_is_no_vocabulary_is_named(clip_file, tmp_path):
     refused("tokenizer.json", b"{", "line 1")
     refused("vocab.json", b'{"a": 0}', "has no 'model'")
     refused("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "do not end in </w>")
-    ids, merges = read_clip_vocabulary(clip_file)
+    ids, merges, _ = read_clip_vocabulary(clip_file)
 
     def stored(vocabulary: dict[str, int]) -> bytes:
         model = {"vocab": vocabulary, "merges": merges, "end_of_word_suffix": "</w>"}

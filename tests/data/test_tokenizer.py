@@ -175,6 +175,21 @@ def test_the_padding_of_clip_is_an_exclamation_mark_inside_a_caption(clip):
     assert clip.decode(ids) == "!~ cat !"
 
 
+def test_captions_may_be_filled_up_with_another_piece(clip, tmp_path):
+    ends = clip.padded_with("<|endoftext|>")
+    ids = clip.encode("a cat", 8).ids
+    filled = ends.encode("a cat", 8).ids
+    used = clip.count("a cat")
+    np.testing.assert_array_equal(filled[:used], ids[:used])
+    assert set(ids[used:]) == {0} and set(filled[used:]) == {ends.end_id} == {ends.pad_id}
+    assert ends.decode(filled) == "a cat" and clip.pad_id == 0
+    ends.save(tmp_path / "tokenizer.json")
+    for again in (Tokenizer.load, Tokenizer.from_clip_vocabulary):
+        np.testing.assert_array_equal(again(tmp_path / "tokenizer.json").encode("a cat", 8).ids, filled)
+    with pytest.raises(UserError, match="none of its"):
+        clip.padded_with("<|pad|>")
+
+
 def test_clip_drops_merges_too(clip):
     text = "cat and dog!!"
     assert (clip.encode(text, 30, 1e-12, np.random.default_rng(0)).ids == clip.encode(text, 30).ids).all()

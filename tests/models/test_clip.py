@@ -296,3 +296,31 @@ def test_a_resnet_goes_on_at_another_resolution_too():
     trees = [jax.eval_shape(m.init, jax.random.key(0), *m.example_inputs(1))["params"] for m in (model, larger)]
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), trees[0])
     assert jax.tree.map(jnp.shape, larger.adapt(params, model)) == jax.tree.map(jnp.shape, trees[1])
+
+
+def test_a_text_tower_alone_has_the_states_of_the_whole(tiny):
+    model, variables, _, text = tiny
+    fields = {name: value for name, value in TINY.items() if name.startswith("text_")}
+    tower = models.create_model("clip_text", **fields)
+    params = {"text": {name: leaf for name, leaf in variables["params"]["text"].items() if name != "projection"}}
+    abstract = jax.eval_shape(tower.init, jax.random.key(0), text)["params"]
+    assert jax.tree.structure(abstract) == jax.tree.structure(params)
+    states = model.apply(variables, text, method="encode_text")
+    np.testing.assert_array_equal(tower.apply({"params": params}, text), states)
+    without_last = models.create_model("clip_text", **{**fields, "text_layers": 1})
+    params["text"].pop("blocks_1")
+    assert np.abs(without_last.apply({"params": params}, text) - states).max() > 1e-2
+    with pytest.raises(ValueError, match="text_pad_id=40"):
+        models.create_model("clip_text", **fields, text_pad_id=40).init(jax.random.key(0), text)
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "activation", "count"),
+    [(768, 12, "quick_gelu", 123_060_480), (1024, 23, "gelu", 340_387_840)],
+)
+def test_published_text_towers(width, layers, activation, count):
+    """Of Stable Diffusion 1, and of 2, which leaves the last layer out."""
+    fields = {"text_vocab_size": 49408, "text_length": 77, "text_end_id": 49407, "activation": activation}
+    model = models.create_model("clip_text", **fields, text_width=width, text_layers=layers)
+    tree = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) == count

@@ -69,7 +69,7 @@ class DiffusionObjective:
         del batch
         sampler = self.sampler
         params = {}
-        if sampler.text is not None and sampler.text.part == "text":
+        if sampler.text is not None and not sampler.text.frozen:
             inputs = [jnp.zeros(x.shape, x.dtype) for x in sampler.text.model.example_inputs(1)]
             params["text"] = sampler.text.model.init(jax.random.fold_in(rng, 1), *inputs)["params"]
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sampler.model.example_inputs(1))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import sample.samplers.diffusion
-from cli.errors import EXIT_OK
+from cli.errors import EXIT_OK, UserError
 from configs.scenes import clip, ddpm_uvit
 from sample.__main__ import main
+from sample.samplers import create_sampler
 from sample.trained import TrainedSampler
 from train.loop import train
 from weights.run import Run
@@ -69,6 +70,36 @@ def test_pictures_depend_on_what_the_clip_reads(trained):
     blind = dataclasses.replace(trained, frozen=jax.tree.map(jnp.zeros_like, trained.frozen))
     one, other = draw(blind, ["a small red circle", "a large blue star on black"])
     np.testing.assert_array_equal(one, other)
+
+
+def test_a_text_tower_alone_reads_the_same(trained):
+    """As `config.frozen.text`, which a whole CLIP may be too; its own padding is in the blank caption."""
+    config, whole = trained.config.copy_and_resolve_references(), trained.frozen["clip"]["params"]
+    with config.unlocked():
+        config.frozen = {"text": config.frozen.clip.copy_and_resolve_references()}
+    named = dataclasses.replace(
+        trained, sampler=create_sampler(config), frozen={"text": trained.frozen["clip"]}, config=config
+    )
+    captions = ["a small red circle", "a large blue star on black"]
+    expected = draw(trained, captions)
+    np.testing.assert_array_equal(draw(named, captions), expected)
+
+    fields = {name: value for name, value in config.frozen.text.items() if name.startswith("text_")}
+    with config.unlocked():
+        config.frozen.text = {**fields, "name": "clip_text", "activation": config.frozen.text.activation}
+    tree = {"text": {name: leaf for name, leaf in whole["text"].items() if name != "projection"}}
+    alone = dataclasses.replace(
+        trained, sampler=create_sampler(config), frozen={"text": {"params": tree, "variables": {}}}, config=config
+    )
+    np.testing.assert_allclose(draw(alone, captions), expected, atol=1e-5)
+    assert alone.sampler.text.blank == trained.sampler.text.blank
+    with config.unlocked():
+        config.frozen.text.text_pad_id = (end := config.frozen.text.text_end_id)
+    assert create_sampler(config).text.blank[1:] == (end,) * (config.data.text_length - 1)
+    with config.unlocked():
+        config.frozen.text.text_width = 64
+    with pytest.raises(UserError, match="width 64"):
+        create_sampler(config)
 
 
 def test_prompts_seeds_and_guidance_compile_nothing_new(trained):
