@@ -47,7 +47,7 @@ class CaptionQuery:
     Attributes:
       background: its name, or None.
       objects: the objects, in the order in which `relation` speaks of them.
-      relation: where objects[0] lies as seen from objects[1], or None.
+      relation: where each object lies as seen from the next, or None.
     """
 
     background: str | None
@@ -73,7 +73,7 @@ def write_captions(world: World, scene: Scene) -> tuple[str, ...]:
 
     Returns:
       Distinct lower-case captions, always in the same order: five that name every attribute, then two brief ones that
-      leave out the background, the last also the sizes. At most 10 words for one object and 17 for two.
+      leave out the background, the last also the sizes. At most 10 words for one object, 17 for two, 25 for three.
     """
     background = scene.background
     if len(scene.objects) == 1:
@@ -88,18 +88,18 @@ def write_captions(world: World, scene: Scene) -> tuple[str, ...]:
             f"a {plain} {item.shape}",
             f"{_with_article(item.color)} {item.shape}",
         )
-    first, second = scene.objects
-    phrases = _RELATION_PHRASES[scene.relation]
+    first, second = (f" {phrase} " for phrase in _RELATION_PHRASES[scene.relation][:2])
     plain = [f"a {_adjectives(item)} {item.shape}" for item in scene.objects]
     other = [f"a {_adjectives(item, 1)} {item.shape}" for item in scene.objects]
+    bare = [f"{_with_article(item.color)} {item.shape}" for item in scene.objects]
     return (
-        f"{plain[0]} {phrases[0]} {plain[1]} on a {background} background",
-        f"{plain[0]} {phrases[1]} {plain[1]} on {background}",
-        f"on a {background} background {other[0]} is {phrases[1]} {other[1]}",
-        f"a picture of {plain[0]} {phrases[0]} {other[1]} on {background}",
-        f"on {background} there is {other[0]} {phrases[0]} {plain[1]}",
-        f"{plain[0]} {phrases[0]} {plain[1]}",
-        f"{_with_article(first.color)} {first.shape} {phrases[1]} {_with_article(second.color)} {second.shape}",
+        f"{first.join(plain)} on a {background} background",
+        f"{second.join(plain)} on {background}",
+        f"on a {background} background {other[0]} is{second}{second.join(other[1:])}",
+        f"a picture of {first.join([plain[0], *other[1:]])} on {background}",
+        f"on {background} there is {first.join([other[0], *plain[1:]])}",
+        first.join(plain),
+        second.join(bare),
     )
 
 
@@ -115,7 +115,7 @@ def parse_caption(world: World, text: str) -> CaptionQuery:
 
     Raises:
       ValueError: in one line, if it has an unknown word, no shape, too many objects, two values for one attribute, or
-        a relation without two objects; names the word and what is understood.
+        a relation that does not stand between all objects; names the word and what is understood.
     """
     words = [_SPELLINGS.get(word, word) for word in re.findall(r"\w+", text.lower())]
     return _Reader(world, text).read(words)
@@ -142,6 +142,7 @@ class _Reader:
         self.phrases = sorted(phrases, key=lambda phrase: -len(phrase[0]))
         self.background: str | None = None
         self.relation: str | None = None
+        self.relations = 0
         self.relation_first = False  # "left of a square, a circle": the noun after it is objects[1]
         self.objects: list[dict[str, str | None]] = []
         self.waiting: dict[str, str] = {}
@@ -180,10 +181,12 @@ class _Reader:
         """Reads a relation at the start of `words`; returns how many words it took."""
         for phrase, name in self.phrases:
             if words[: len(phrase)] == phrase:
-                if self.relation is not None:
+                # Three objects in a row have it twice.
+                if self.relation is not None and (name != self.relation or self.world.max_objects < 3):
                     self._fail(f"names two relations, {self.relation!r} and {name!r}")
                 self.relation = name
-                self.relation_first = not self.objects
+                self.relations += 1
+                self.relation_first |= not self.objects
                 return len(phrase)
         return 0
 
@@ -207,6 +210,9 @@ class _Reader:
             self._name(self.objects[-1], attribute, value)
         if self.relation is not None and len(self.objects) == 1:
             self._fail(f"says {self.relation!r} of one object; a relation needs two")
+        needed = len(self.objects) - 1
+        if self.relations not in (0, needed) or (self.relation_first and needed > 1):
+            self._fail(f"does not say {self.relation!r} once between any two of its {len(self.objects)} objects")
         objects = [ObjectQuery(**item) for item in self.objects]
         if self.relation_first:
             objects.reverse()
@@ -219,7 +225,7 @@ class _Reader:
         target[attribute] = value
 
     def _limit(self) -> str:
-        return "one" if self.world.max_objects == 1 else "at most two"
+        return ("one", "at most two", "at most three")[self.world.max_objects - 1]
 
     def _vocabulary(self) -> str:
         """What a caption of this world may name."""

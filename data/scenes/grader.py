@@ -28,6 +28,7 @@ MAX_FADING = 1.35  # a blurred color may be this many times nearer to the backgr
 # A template may leave this share of an object's energy unexplained, divided by its diameter: an outline that is off
 # by some fraction of a pixel costs a large object a smaller share than a small one.
 MAX_RESIDUAL = 1.5
+CANDIDATES = 6  # objects of a picture that may be those of a caption of three: the clearest ones
 MAX_BLEND = 0.42  # how far an object may lie on the line from its shape (0) to another (1)
 
 
@@ -59,7 +60,8 @@ class SceneReading:
     Attributes:
       background: its name; None where no background of the world is near.
       objects: in reading order of their centers along the axis on which they differ most.
-      relation: where objects[0] lies as seen from objects[1]; None unless there are two.
+      relation: where each object lies as seen from the next; None where there is one alone, more than the world has,
+        or not the same for all.
     """
 
     background: str | None
@@ -162,15 +164,16 @@ class SceneGrader:
         return _nearest(np.zeros(3), colors - fading[:, None] * offset, tuple(self.world.colors))
 
     def _split(self, difference: np.ndarray, mask: np.ndarray, background: np.ndarray) -> list[ObjectReading]:
-        """Reads an object that is no clean shape as two that touch; empty where that does not help."""
+        """Reads an object that is no clean shape as several that touch; empty where that does not help."""
         inside = difference * mask[..., None]
         for threshold in SPLIT_DISTANCES:
             parts = _components(inside, threshold)
-            if len(parts) == 2:
-                # Each faint pixel between them belongs to the nearer one.
+            if 2 <= len(parts) <= self.world.max_objects:
+                # Each faint pixel between them belongs to the nearest one.
                 away = [np.asarray(ndimage.distance_transform_edt(~part)) for part in parts]
-                cut = [mask & (away[0] <= away[1]), mask & (away[0] > away[1])]
-                readings = self._read_objects([difference] * 2, cut, [background] * 2)
+                owners = np.argmin(away, axis=0)
+                cut = [mask & (owners == number) for number in range(len(parts))]
+                readings = self._read_objects([difference] * len(parts), cut, [background] * len(parts))
                 if all(reading.shape for reading in readings):
                     return readings
         return []
@@ -181,18 +184,24 @@ class SceneGrader:
         spread = np.ptp([item.center for item in items], axis=0) if items else np.zeros(2)
         axis = int(spread[1] > spread[0])
         items = sorted(items, key=lambda item: item.center[axis])
-        return SceneReading(name, tuple(items), self._relation(*items) if len(items) == 2 else None)
+        return SceneReading(name, tuple(items), self._relation(items) if len(items) <= self.world.max_objects else None)
 
-    def _relation(self, first: ObjectReading, second: ObjectReading) -> str | None:
-        """The relation whose direction is nearest to that from `second` to `first`."""
-        offset = np.subtract(first.center, second.center)
-        scores = {name: float(offset @ np.array(vector)) for name, vector in self.world.relations.items()}
-        return max(scores, key=scores.__getitem__, default=None)
+    def _relation(self, items: Sequence[ObjectReading]) -> str | None:
+        """The relation whose direction is nearest to that from each object to the one before it, if it is the same."""
+        names = set()
+        for first, second in itertools.pairwise(items):
+            offset = np.subtract(first.center, second.center)
+            scores = {name: float(offset @ np.array(vector)) for name, vector in self.world.relations.items()}
+            names.add(max(scores, key=scores.__getitem__, default=None))
+        return names.pop() if len(names) == 1 else None
 
     def _compare(self, query: CaptionQuery, reading: SceneReading) -> dict[str, bool]:
         """Scores a reading under the assignment of its objects to the caption's that gets most right."""
         size = len(query.objects)
-        items = list(reading.objects) + [None] * (size - len(reading.objects))
+        items: list[ObjectReading | None] = list(reading.objects)
+        if size > 2:
+            items = sorted(reading.objects, key=lambda item: item.residual)[:CANDIDATES]
+        items += [None] * (size - len(items))
         candidates = (self._compare_ordered(query, reading, order) for order in itertools.permutations(items, size))
         return max(candidates, key=lambda score: sum(score.values()))
 
@@ -209,8 +218,8 @@ class SceneGrader:
             if asked:
                 score[key] = all(item is not None and getattr(item, key) == value for value, item in asked)
         if query.relation is not None:
-            first, second = items
-            score["relation"] = None not in (first, second) and self._relation(first, second) == query.relation
+            found = [item for item in items if item is not None]
+            score["relation"] = len(found) == len(items) and self._relation(found) == query.relation
         return {"all": all(score.values()), **score}
 
 

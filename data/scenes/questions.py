@@ -57,6 +57,8 @@ def all_questions(world: World, scene: CaptionQuery, rng: np.random.Generator) -
     """
     objects = scene.objects
     index = int(rng.integers(len(objects)))
+    if len(objects) == 3 and index == 1:  # two others lie in one direction from where an end lies
+        index = 2 * int(rng.integers(2))
     one = objects[index]
     yes = bool(rng.integers(2))
     asked = one if yes else _another(world, scene, one, rng)
@@ -66,14 +68,14 @@ def all_questions(world: World, scene: CaptionQuery, rng: np.random.Generator) -
         where = Dialogue(f"where is the {one.shape}?", f"on a {scene.background} background")
     else:
         # Both may have the same shape or color, but never both: the place tells them apart.
-        other, relation = objects[1 - index], _seen_from(str(scene.relation), index)
+        other, relation = objects[1 - index if len(objects) == 2 else 1], _seen_from(str(scene.relation), index)
         shape = Dialogue(f"which shape is {relation} the {_name(other)}?", one.shape)
         color = Dialogue(f"which color is the {one.shape} {relation} the {_name(other)}?", str(one.color))
         where = Dialogue(f"where is the {_name(one)}?", f"{relation} the {_name(other)}")
     return {
         "shape": shape,
         "color": color,
-        "count": Dialogue("how many shapes are there?", ("one", "two")[len(objects) - 1]),
+        "count": Dialogue("how many shapes are there?", ("one", "two", "three")[len(objects) - 1]),
         "where": where,
         "yes or no": Dialogue(f"is there {_article(asked)}?", "yes" if yes else "no"),
     }
@@ -97,7 +99,7 @@ def _another(world: World, scene: CaptionQuery, one: ObjectQuery, rng: np.random
 
 
 def _seen_from(relation: str, index: int) -> str:
-    """Where object `index` lies as seen from the other one."""
+    """Where object `index`, the first or last of a row, lies as seen from its neighbor."""
     turned = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     return relation if index == 0 else turned[relation]
 

@@ -38,13 +38,14 @@ def sample_layout(world: World, scene: Scene, rng: np.random.Generator) -> Layou
         center = (middle + _jitter(rng, world.center_jitter), middle + _jitter(rng, world.center_jitter))
         return Layout((center,), diameters)
     while True:
-        across = [_jitter(rng, world.pair_across_jitter) for _ in range(2)]
-        if abs(across[0] - across[1]) <= world.pair_across_distance:
+        across = [_jitter(rng, world.pair_across_jitter) for _ in scene.objects]
+        if max(across) - min(across) <= world.pair_across_distance:
             break
     x, y = world.relations[scene.relation]
     centers = []
-    for sign, offset in zip((1, -1), across, strict=True):
-        along = sign * world.pair_distance / 2 * (x + y) + _jitter(rng, world.pair_along_jitter)
+    for place, offset in enumerate(across):
+        steps = (len(across) - 1) / 2 - place  # from the middle of the row
+        along = steps * world.pair_distance * (x + y) + _jitter(rng, world.pair_along_jitter)
         centers.append((middle + along, middle + offset) if x else (middle + offset, middle + along))
     return Layout(tuple(centers), diameters)
 

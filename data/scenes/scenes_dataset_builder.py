@@ -1,4 +1,4 @@
-"""The TFDS builder of the embedded dataset: `scenes/single32` and `scenes/pair32`. Needs no TensorFlow.
+"""The TFDS builder of the embedded dataset: `scenes/single32`, `pair32` and `pair64`. Needs no TensorFlow.
 
 Nothing is downloaded: an example is a function of (world, version, split, index) alone. Store it as ArrayRecord
 (`file_format="array_record"`), the format that is read at random and without TensorFlow.
@@ -35,7 +35,7 @@ class ScenesConfig(tfds.core.BuilderConfig):
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Rendered pictures of one or two colored shapes, with captions in several wordings.
+    """Rendered pictures of one to three colored shapes, with captions in several wordings.
 
     Splits: `train` and `validation` never show a held-out (shape, color) pair; every scene of `held_out` shows one.
     """
@@ -55,6 +55,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             description="One or two objects of 8 shapes, 8 colors and 2 sizes on 4 backgrounds, 32 x 32 pixels.",
             world=WORLDS["pair32"],
             sizes={"train": 60_000, "validation": 2_000, "held_out": 2_000},
+        ),
+        ScenesConfig(
+            name="pair64",
+            description="One to three objects of 8 shapes, 8 colors and 2 sizes on 4 backgrounds, 64 x 64 pixels.",
+            world=WORLDS["pair64"],
+            sizes={"train": 100_000, "validation": 2_000, "held_out": 2_000},
         ),
     ]
 
@@ -109,7 +115,7 @@ def generate_example(world: World, version: str, split: str, index: int) -> dict
     scene = sample_scene(world, rng, held_out=split == "held_out")
     picture = io.BytesIO()
     pixels = render(world, scene, sample_layout(world, scene, rng))
-    # Flat pictures of 32 x 32 pixels stay small at any level, and writing them is a good part of the time.
+    # Flat pictures stay small at any level, and writing them is a good part of the time.
     Image.fromarray(pixels).save(picture, format="PNG", compress_level=1)
     return {
         "id": f"{split}_{index:06d}",

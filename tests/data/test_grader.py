@@ -73,7 +73,9 @@ def test_a_caption_with_one_attribute_changed_is_rejected(graders, name):
         if scene.relation:
             others = [value for value in world.relations if value != scene.relation]
             changed["relation"] = dataclasses.replace(scene, relation=others[k % len(others)])
-            changed["count"] = dataclasses.replace(scene, objects=scene.objects[:1], relation=None)
+            fewer = scene.objects[:-1]
+            relation = scene.relation if len(fewer) > 1 else None
+            changed["count"] = dataclasses.replace(scene, objects=fewer, relation=relation)
         keys += changed
         captions += [scenes.write_captions(world, other)[0] for other in changed.values()]
         images += [image] * len(changed)
@@ -93,6 +95,23 @@ def test_a_reading_names_everything(graders):
     assert (ring.shape, ring.color, ring.size) == ("ring", "cyan", "small")
     assert star.center == (8.0, 17.75) and ring.center == (24.25, 15.5)
     assert reading.background == "navy" and reading.relation == "left of"
+
+
+def test_a_row_of_three_is_read_in_any_order_that_is_true(graders):
+    world, grade = scenes.WORLDS["pair64"], graders["pair64"].score
+    objects = [scenes.SceneObject(*item) for item in (("star", "red", "large"), ("ring", "cyan", "small"))]
+    objects.append(scenes.SceneObject("star", "blue", "large"))
+    places = ((12.25, 30, 15), (32, 36.5, 9.5), (51.5, 29, 15.5))
+    image = picture(world, scenes.Scene("navy", tuple(objects), "left of"), *places)
+    assert graders["pair64"].read(image).relation == "left of"
+    assert grade("a red star left of a cyan ring left of a blue star on navy", image)["all"]
+    assert grade("a blue star right of a cyan ring to the right of a red star", image)["all"]
+    assert grade("a star, a star and a ring", image)["all"]
+    swapped = grade("a blue star left of a cyan ring left of a red star", image)
+    assert not swapped["all"] and swapped["count"]
+    assert not grade("a red star left of a blue star left of a cyan ring", image)["all"]
+    assert not grade("a red star above a cyan ring above a blue star", image)["relation"]
+    assert not grade("a red star left of a cyan ring", image)["count"]
 
 
 def test_only_what_the_caption_names_is_scored(graders):
@@ -132,13 +151,15 @@ def test_attributes_belong_to_their_object(graders):
 
 @WORLDS
 def test_a_blank_picture_and_pure_noise_fail(graders, name):
-    blank = np.full((32, 32, 3), 10, np.uint8)
+    side = scenes.WORLDS[name].image_size
+    blank = np.full((side, side, 3), 10, np.uint8)
     score = graders[name].score("a red circle on black", blank)
     assert score == {"all": False, "count": False, "background": True, "shape": False, "color": False}
-    noise = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
-    scores = graders[name].grade(["a circle"] * 20, noise)
+    noise = np.random.default_rng(0).integers(0, 256, (20, side, side, 3)).astype(np.uint8)
+    longest = ", ".join(["a circle"] * scenes.WORLDS[name].max_objects)
+    scores = graders[name].grade(["a circle", longest] * 10, noise)
     assert summarize(scores)["all"] == (0, 20)
-    assert graders[name].read(np.full((32, 32, 3), (255, 0, 255), np.uint8)).background is None
+    assert graders[name].read(np.full((side, side, 3), (255, 0, 255), np.uint8)).background is None
 
 
 def test_a_malformed_object_has_no_shape(graders):

@@ -48,7 +48,7 @@ def test_training_never_shows_a_held_out_pair_and_held_out_always_does(world):
 
 
 @WORLDS
-def test_two_objects_differ_in_what_a_brief_caption_names(world):
+def test_objects_differ_in_what_a_brief_caption_names(world):
     for scene, _ in draw(world, 500):
         assert len({(item.shape, item.color) for item in scene.objects}) == len(scene.objects)
 
@@ -67,31 +67,38 @@ def test_objects_are_whole_and_apart(world):
         if len(touched) == 1:
             (mask,) = touched
             assert not (mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
-        else:
-            assert not (touched[0] & touched[1]).any()
+        for mask, other in itertools.combinations(touched, 2):
+            assert not (mask & other).any()
 
 
-def test_relation_says_where_the_first_object_lies():
-    world = scenes.WORLDS["pair32"]
+@pytest.mark.parametrize("name", ["pair32", "pair64"])
+def test_relation_says_where_each_object_lies_as_seen_from_the_next(name):
+    world = scenes.WORLDS[name]
     seen = set()
     for scene, layout in draw(world, 300):
-        if scene.relation:
-            (x0, y0), (x1, y1) = layout.centers
+        for (x0, y0), (x1, y1) in itertools.pairwise(layout.centers):
             right = {"left of": x0 < x1, "right of": x0 > x1, "above": y0 < y1, "below": y0 > y1}
             assert right[scene.relation]
             assert (abs(x0 - x1) > abs(y0 - y1)) == (scene.relation in ("left of", "right of"))
-            seen.add(scene.relation)
-    assert seen == set(world.relations)
+            seen.add((scene.relation, len(scene.objects)))
+    assert seen == set(itertools.product(world.relations, range(2, world.max_objects + 1)))
+
+
+def test_a_held_out_pair_is_in_each_of_three_places():
+    world = scenes.WORLDS["pair64"]
+    rows = [scene.objects for scene, _ in draw(world, 300, held_out=True) if len(scene.objects) == 3]
+    for place in range(3):
+        assert any((row[place].shape, row[place].color) in world.held_out for row in rows)
 
 
 @pytest.mark.parametrize(
     ("name", "digest"),
-    [("single32", "3e284be0f19cd75e"), ("pair32", "b5184940e97fc2d0")],
+    [("single32", "3e284be0f19cd75e"), ("pair32", "b5184940e97fc2d0"), ("pair64", "3e930ff173fbd496")],
 )
 def test_pictures_are_the_same_to_the_last_bit_everywhere(name, digest):
     world = scenes.WORLDS[name]
     pictures = [scenes.render(world, *pair) for pair in draw(world, 100)]
-    assert pictures[0].shape == (32, 32, 3)
+    assert pictures[0].shape == (world.image_size, world.image_size, 3)
     assert hashlib.sha256(np.stack(pictures).tobytes()).hexdigest()[:16] == digest
 
 
@@ -116,7 +123,7 @@ def test_every_caption_reads_back_as_its_scene(world):
         captions = scenes.write_captions(world, scene)
         assert len(set(captions)) == len(captions) == 7
         assert all(caption == caption.lower() for caption in captions)
-        limit = 12 if len(scene.objects) == 1 else 20
+        limit = (10, 17, 25)[len(scene.objects) - 1]
         assert max(len(caption.split()) for caption in captions) <= limit
         queries = [scenes.parse_caption(world, caption) for caption in captions]
         objects = tuple(scenes.ObjectQuery(item.shape, item.color, item.size) for item in scene.objects)
@@ -175,6 +182,7 @@ def test_captions_may_be_worded_freely(text, background, objects, relation):
         ("a red blue circle", "two colors, red and blue"),
         ("a circle on black on navy", "two backgrounds, black and navy"),
         ("a ring above a star below", "two relations, 'above' and 'below'"),
+        ("a ring above a star above", "two relations, 'above' and 'above'"),
         ("a red circle above", "a relation needs two"),
         ("a circle and a star and a ring", "3 objects; a picture of pair32 has at most two"),
     ],
@@ -183,6 +191,23 @@ def test_a_caption_that_cannot_be_read_is_one_clear_line(text, message):
     with pytest.raises(ValueError, match=message) as error:
         scenes.parse_caption(scenes.WORLDS["pair32"], text)
     assert "\n" not in str(error.value)
+
+
+def test_three_objects_stand_in_a_row():
+    world = scenes.WORLDS["pair64"]
+    row = tuple(scenes.ObjectQuery(shape, None, None) for shape in ("circle", "star", "ring"))
+    for text in ("a circle above a star above a ring", "a circle over a star, which is on top of a ring"):
+        assert scenes.parse_caption(world, text) == scenes.CaptionQuery(None, row, "above")
+    assert scenes.parse_caption(world, "a circle, a star and a ring") == scenes.CaptionQuery(None, row, None)
+    for text, message in (
+        ("a circle above a star left of a ring", "two relations, 'above' and 'left of'"),
+        ("a circle above a star and a ring", "does not say 'above' once between any two of its 3 objects"),
+        ("above a circle, a star above a ring", "does not say 'above' once between"),
+        ("a circle above a star above", "does not say 'above' once between any two of its 2 objects"),
+        ("a circle, a star, a ring and a heart", "4 objects; a picture of pair64 has at most three"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scenes.parse_caption(world, text)
 
 
 def test_a_world_knows_only_its_own_words():

@@ -54,7 +54,9 @@ def test_splits_hold_what_they_promise_and_need_no_tensorflow(prepared):
             assert world.is_held_out(scene) == (split == "held_out")
             captions = tuple(caption.decode() for caption in example["captions"])
             assert captions == scenes.write_captions(world, scene)
-            assert example["image"].shape == (32, 32, 3) and example["image"].dtype == np.uint8
+            assert (
+                example["image"].shape == (world.image_size, world.image_size, 3) and example["image"].dtype == np.uint8
+            )
             names.add(example["id"].decode())
         assert names == {f"{split}_{k:06d}" for k in range(size)}
     assert "tensorflow" not in sys.modules
@@ -80,7 +82,7 @@ def test_tfds_finds_it_by_name_and_the_source_survives_pickling(prepared):
 
 @pytest.mark.parametrize(
     ("name", "digest"),
-    [("single32", "3ae71bae3049130e"), ("pair32", "815d9d9371e55f4b")],
+    [("single32", "3ae71bae3049130e"), ("pair32", "815d9d9371e55f4b"), ("pair64", "ca713682b67cbcd4")],
 )
 def test_an_example_depends_on_its_index_alone(name, digest):
     world = scenes.WORLDS[name]
@@ -147,7 +149,7 @@ def test_mistakes_are_one_clear_line(tmp_path):
     scenes.prepare("single32", tmp_path, **SIZES)
     with pytest.raises(UserError, match="'train': 30.* not .*'train': 31.*another data_dir"):
         scenes.prepare("single32", tmp_path, train=31)
-    with pytest.raises(UserError, match="no config 'triple32'; choose one of single32, pair32"):
+    with pytest.raises(UserError, match="no config 'triple32'; choose one of single32, pair32, pair64"):
         scenes.prepare("triple32", tmp_path)
     with pytest.raises(UserError, match="no split test; it has train, validation, held_out"):
         scenes.prepare("single32", tmp_path, test=3)
