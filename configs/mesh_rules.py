@@ -110,3 +110,12 @@ AUTOENCODER = WHOLE
 
 # Of a frozen first stage, before the rules of what learns its latents: it is small beside that, and stays whole.
 FIRST_STAGE = ((r"^first_stage/", ()),)
+
+# GPT-2 behind a prefix, with the frozen CLIP whose features it reads.
+CAPTIONER = (
+    (r"^clip/", ()),
+    *TRANSFORMER,
+    (r"(encode_prefix|decode_prefix|mapper_input|mapper_up)/kernel", ("fsdp",)),
+    (r"mapper_down/kernel", ("fsdp", "tensor")),
+    *WHOLE,
+)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from models.autoencoder import KLAutoencoder, VQAutoencoder
+from models.captioner import Captioner
 from models.clip import Clip
 from models.clip_text import ClipText
 from models.dalle import Dalle
@@ -30,6 +31,7 @@ from models.vision_adapter import VisionAdapter
 MODELS: dict[str, type[nn.Module]] = {
     "autoencoder_kl": KLAutoencoder,
     "autoencoder_vq": VQAutoencoder,
+    "captioner": Captioner,
     "clip": Clip,
     "clip_text": ClipText,
     "dalle": Dalle,

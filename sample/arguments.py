@@ -34,6 +34,9 @@ SETTINGS: Mapping[str, Setting] = {
     "top_k": Setting(int, "0 for all; default: the run's config"),
     "top_p": Setting(float, "1 for all; default: the run's config"),
     "answer_length": Setting(int, "tokens of an answer at most; default: the run's config"),
+    "caption_length": Setting(int, "tokens of a caption at most; default: the run's config"),
+    "beams": Setting(int, "of a search for the likeliest caption; 0 for none; default: the run's config"),
+    "length_penalty": Setting(float, "of that: 1 compares means of log p, 0 sums; default: the run's config"),
     "keep_rows": Setting(int, "rows of tokens kept of an --image to complete; default: half of them", besides=True),
     "strength": Setting(
         float,
@@ -60,12 +63,14 @@ _IDLE = {
     **{"rescale": (0.0, "guidance", 1.0), "guidance_start": (0.0, "guidance", 1.0)},
     **{"guidance_stop": (1.0, "guidance", 1.0), "guided_channels": (0, "guidance", 1.0)},
     **{"churn_min": (0.0, "churn", 0.0), "churn_max": (0.0, "churn", 0.0), "churn_noise": (1.0, "churn", 0.0)},
+    "length_penalty": (1.0, "beams", 0),
     **{"top_k": (0, "temperature", 0.0), "top_p": (1.0, "temperature", 0.0)},
 }
 _MEANS = {
     "guidance": "guidance 1 means none",
     "temperature": "temperature 0 takes the most likely token",
     "churn": "churn 0 adds no noise",
+    "beams": "beams 0 searches nothing",
 }
 
 

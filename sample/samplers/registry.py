@@ -3,6 +3,7 @@
 from typing import Any
 
 from sample.samplers.autoencoder import AutoencoderSampler
+from sample.samplers.captioner import CaptionerSampler
 from sample.samplers.clip import ClipSampler
 from sample.samplers.dalle import DalleSampler
 from sample.samplers.diffusion import DiffusionSampler
@@ -12,6 +13,7 @@ from sample.samplers.vision_adapter import VisionAdapterSampler
 
 SAMPLERS: dict[str, Any] = {
     "autoencoder": AutoencoderSampler,
+    "captioner": CaptionerSampler,
     "clip": ClipSampler,
     "dalle": DalleSampler,
     "diffusion": DiffusionSampler,

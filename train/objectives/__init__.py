@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from train.objectives.autoencoder import AutoencoderObjective
+from train.objectives.captioner import CaptionerObjective
 from train.objectives.clip import ClipObjective
 from train.objectives.contract import Objective
 from train.objectives.dalle import DalleObjective
@@ -17,6 +18,7 @@ from train.objectives.vqvae import VectorQuantizedVAEObjective
 
 OBJECTIVES: dict[str, Any] = {
     "autoencoder": AutoencoderObjective,
+    "captioner": CaptionerObjective,
     "clip": ClipObjective,
     "dalle": DalleObjective,
     "diffusion": DiffusionObjective,

@@ -15,12 +15,13 @@ from typing import Any
 
 from cli.errors import UserError
 from models import create_model
+from models.captioner import Captioner
 from models.dit import DiT
 from models.unet import UNet
 from weights.files.fields import IDLE, Field, fixed, flag, read_fields, real, several, whole, word
 from weights.files.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensors, Tree, linear
 from weights.files.origin import Origin, Subfolder, peek_json, read_weights
-from weights.formats import diffusers_dit
+from weights.formats import diffusers_dit, diffusers_text_decoder
 from weights.formats.contract import Converted, Files, Format, Network
 from weights.formats.diffusers_autoencoder import NAMES as AUTOENCODERS
 from weights.formats.diffusers_autoencoder import autoencoder_files, read_autoencoder
@@ -42,6 +43,7 @@ WEIGHTS = (
 )
 
 PLAIN, CONDITION = "UNet2DModel", "UNet2DConditionModel"
+_ALONE = (diffusers_text_decoder.CLASS, *AUTOENCODERS)
 _ATTENTION = {PLAIN: "plain", CONDITION: "transformer"}
 
 # Keys of which ours computes one value, which is the library's default.
@@ -421,7 +423,7 @@ def _recognizes(origin: Origin) -> bool:
     if _dit_origin(origin) is not None:
         return True
     config = origin.find(f"{PIPELINE_FOLDER}/{CONFIG}", CONFIG)
-    return config is not None and peek_json(config).get("_class_name") in (PLAIN, CONDITION, *AUTOENCODERS)
+    return config is not None and peek_json(config).get("_class_name") in (PLAIN, CONDITION, *_ALONE)
 
 
 def _read(origin: Origin, subfolder: str = "") -> Converted:
@@ -431,7 +433,13 @@ def _read(origin: Origin, subfolder: str = "") -> Converted:
     dit = _dit_origin(origin)
     config = origin.find(f"{PIPELINE_FOLDER}/{CONFIG}", CONFIG)
     # Its class may be anything, a list too.
-    if dit is None and config is not None and peek_json(config).get("_class_name") in tuple(AUTOENCODERS):
+    kind = None if config is None else peek_json(config).get("_class_name")
+    if dit is None and kind == diffusers_text_decoder.CLASS:
+        fields = diffusers_text_decoder.text_decoder_fields(origin.json(CONFIG))
+        tensors = read_weights(origin, WEIGHTS, diffusers_text_decoder.IGNORED)
+        params = diffusers_text_decoder.text_decoder_from_diffusers(create_model(**fields), tensors)
+        return Converted({"objective": "", "models": {"captioner": fields}}, {"captioner": params})
+    if dit is None and kind in tuple(AUTOENCODERS):
         return read_autoencoder(origin.json(CONFIG), read_weights(origin, WEIGHTS))
     process, sample = (None, {}) if origin.find(SCHEDULER) is None else read_scheduler(origin.json(SCHEDULER))
     if dit is not None:
@@ -471,15 +479,21 @@ def _write(network: Network) -> Files:
             CONFIG: diffusers_dit.dit_config(model),
             WEIGHTS[0]: diffusers_dit.dit_to_diffusers(model, params),
         }
+    if isinstance(model, Captioner):
+        return {
+            CONFIG: diffusers_text_decoder.text_decoder_config(model),
+            WEIGHTS[0]: diffusers_text_decoder.text_decoder_to_diffusers(params),
+        }
     return unet_files(model, params) if isinstance(model, UNet) else autoencoder_files(network, CONFIG, WEIGHTS[0])
 
 
 FORMAT = Format(
     name="diffusers",
-    networks=("unet", "dit", *AUTOENCODERS.values()),
-    inputs="a UNet, a DiT or a first stage; of a pipeline the first two with the third and what its scheduler says",
+    networks=("unet", "dit", "captioner", *AUTOENCODERS.values()),
+    inputs="a UNet, a DiT, UniDiffuser's captioner or a first stage; of a pipeline the first two with a first stage "
+    "and what its scheduler says",
     outputs="from_pretrained(DIR) of UNet2DModel, UNet2DConditionModel if it has transformers, DiTTransformer2DModel, "
-    "AutoencoderKL or VQModel",
+    "UniDiffuserTextDecoder, AutoencoderKL or VQModel",
     recognizes=_recognizes,
     read=_read,
     write=_write,
