@@ -25,6 +25,7 @@ from models.lpips import LPIPS
 from models.point_denoiser import PointDenoiser
 from models.text_encoder import TextEncoder
 from models.unet import UNet
+from models.unidiffuser import UniDiffuser
 from models.uvit import UViT
 from models.vision_adapter import VisionAdapter
 
@@ -46,6 +47,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "text_encoder": TextEncoder,
     "uvit": UViT,
     "unet": UNet,
+    "unidiffuser": UniDiffuser,
     "vision_adapter": VisionAdapter,
     "vqvae": VectorQuantizedVAE,
 }

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from models.layers.attention import Mask
 from models.layers.dense import Dense
+from models.layers.normalization import layer_norm
 from models.layers.partitioning import shard_rows
 from models.layers.transformer import Block, rematerialized, stacked_parameters
 
@@ -25,6 +26,7 @@ class LongSkip(nn.Module):
     Attributes:
       kind: "concat" for Linear([x, s]), which the paper finds best; "add" for x + s; "project_skip" for x + Linear(s);
         "project_sum" for Linear(x + s).
+      norm: what is joined is normalized, as between layers with their norms behind (UniDiffuser).
       kernel_init: of the dense layer.
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -34,6 +36,7 @@ class LongSkip(nn.Module):
     """
 
     kind: str = "concat"
+    norm: bool = False
     kernel_init: Initializer = nn.initializers.normal(0.02)
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -41,17 +44,19 @@ class LongSkip(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], skip: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """Joins them."""
-        if self.kind == "add":
-            return shard_rows(x + skip)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         project = Dense(x.shape[-1], kernel_init=self.kernel_init, name="projection", **types)
-        if self.kind == "concat":
-            return shard_rows(project(jnp.concatenate([x, skip], axis=-1)))
-        if self.kind == "project_skip":
-            return shard_rows(x + project(skip))
-        if self.kind == "project_sum":
-            return shard_rows(project(x + skip))
-        raise ValueError(f"unknown long skip {self.kind!r}; choose one of {', '.join(LONG_SKIPS[:-1])}")
+        if self.kind == "add":
+            y = x + skip
+        elif self.kind == "concat":
+            y = project(jnp.concatenate([x, skip], axis=-1))
+        elif self.kind == "project_skip":
+            y = x + project(skip)
+        elif self.kind == "project_sum":
+            y = project(x + skip)
+        else:
+            raise ValueError(f"unknown long skip {self.kind!r}; choose one of {', '.join(LONG_SKIPS[:-1])}")
+        return shard_rows(layer_norm(name="norm", **types)(y) if self.norm else y)
 
 
 def apply_with_long_skips(
@@ -104,7 +109,7 @@ def apply_with_long_skips(
         x = rematerialized(pure, remat)(x, mid_block.variables["params"])
         joins = None
         if skips:
-            joins = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(skips[0].dtype), *map(_parameters, skips))
+            joins = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(_cast_projection(skip) for skip in skips))
         mirrored = jax.tree.map(lambda state: state[::-1], states)
         return jax.lax.scan(ascend, x, (stacked_parameters(out_blocks), mirrored, joins))[0]
 
@@ -128,3 +133,9 @@ def apply_with_long_skips(
 def _parameters(skip: LongSkip) -> Any:
     """Its parameters; a sum has none."""
     return skip.variables.get("params", {})
+
+
+def _cast_projection(skip: LongSkip) -> Any:
+    """Its parameters; those of the dense layer as this would cast them, so that a copy takes less memory."""
+    cast = {"projection": lambda leaf: leaf.astype(skip.dtype)}
+    return {name: jax.tree.map(cast.get(name, lambda leaf: leaf), tree) for name, tree in _parameters(skip).items()}

@@ -1,4 +1,4 @@
-"""The pre-normalization transformer layer, and stacks of it that are scanned and recomputed."""
+"""The transformer layer, of norms before or behind its blocks, and stacks of it that are scanned and recomputed."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ class BlockInitializers:
 
 
 class Block(nn.Module):
-    """A pre-normalization transformer layer; norms have float32 statistics and epsilon 1e-5.
+    """A transformer layer; norms have float32 statistics and epsilon 1e-5.
 
     Raises ValueError when called with a condition that it was not built for, or without the one that it was, and if
     there is no such norm.
@@ -78,6 +78,8 @@ class Block(nn.Module):
       mlp_bias: whether a gated feed-forward block has biases; a plain one has.
       residual_gates: what attention and the feed-forward block add is multiplied by tanh of a number each, which
         starts at 0, so that the layer starts as the identity (Alayrac et al. 2022, section 3.2).
+      post_norm: norms stand behind each sum, x = norm(x + block(x)), as in Vaswani et al. 2017; otherwise before each
+        block, x + block(norm(x)). Not of an adaptive layer.
       adaptive: a condition scales and shifts what both norms return (`AdaptiveLayerNorm`); only `__call__` takes one.
       implementation: see `models.layers.attention.attend`.
       dtype: of the computation; LayerNorm statistics, attention scores and softmax are float32 in any case.
@@ -98,6 +100,7 @@ class Block(nn.Module):
     gated_mlp: bool = False
     mlp_bias: bool = True
     residual_gates: bool = False
+    post_norm: bool = False
     adaptive: bool = False
     implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
@@ -108,6 +111,8 @@ class Block(nn.Module):
         inits = self.initializers
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; choose one of {', '.join(NORMS)}")
+        if self.post_norm and self.adaptive:
+            raise ValueError("an adaptive layer has its norms before the blocks; set post_norm=False")
         norm: Any = functools.partial(AdaptiveLayerNorm if self.adaptive else NORMS[self.norm], **types)
         self.attention_norm = norm()
         self.attention = SelfAttention(
@@ -147,7 +152,7 @@ class Block(nn.Module):
             needs, given = ("needs", "none") if self.adaptive else ("takes no", "one")
             raise ValueError(f"a layer with adaptive={self.adaptive} {needs} condition, {given} was given")
         conditions = (condition,) if self.adaptive else ()
-        x = self._add_attention(x, self.attention(self.attention_norm(x, *conditions), mask, positions))
+        x = self._add_attention(x, self.attention(self._attention_input(x, *conditions), mask, positions))
         return self._add_mlp(x, *conditions)
 
     def read(
@@ -160,14 +165,14 @@ class Block(nn.Module):
           x: the states of all positions.
           mask: True = that position attends; its row of the mask.
         """
-        y = self.attention.read(self.attention_norm(query), self.attention_norm(x), mask)
+        y = self.attention.read(self._attention_input(query), self._attention_input(x), mask)
         return self._add_mlp(self._add_attention(query, y))
 
     def prefill(
         self, x: Float[Array, "b l d"], mask: np.ndarray, length: int
     ) -> tuple[Float[Array, "b l d"], KeyValueCache]:
         """As `__call__`, and starts a cache of `length` positions."""
-        y, cache = self.attention.prefill(self.attention_norm(x), mask, length)
+        y, cache = self.attention.prefill(self._attention_input(x), mask, length)
         return self._add_mlp(self._add_attention(x, y)), cache
 
     def decode(
@@ -179,17 +184,23 @@ class Block(nn.Module):
         positions: Int[Array, "b 1"] | None = None,
     ) -> tuple[Float[Array, "b 1 d"], KeyValueCache]:
         """Applies the layer to one new position; `mask` [1 L] is its row, `positions` as in `SelfAttention.decode`."""
-        y, cache = self.attention.decode(self.attention_norm(x), mask, position, cache, positions)
+        y, cache = self.attention.decode(self._attention_input(x), mask, position, cache, positions)
         return self._add_mlp(self._add_attention(x, y)), cache
+
+    def _attention_input(self, x: Array, *conditions: Array) -> Array:
+        """What attention reads of the state."""
+        return x if self.post_norm else self.attention_norm(x, *conditions)
 
     def _add_attention(self, x: Array, y: Array) -> Array:
         """The state with what attention makes of it."""
-        return shard_rows(x + (gated(y, self.attention_gate) if self.residual_gates else y))
+        x = x + (gated(y, self.attention_gate) if self.residual_gates else y)
+        return shard_rows(self.attention_norm(x) if self.post_norm else x)
 
     def _add_mlp(self, x: Array, *conditions: Array) -> Array:
         """The state with what the feed-forward block makes of it."""
-        y = self.mlp(self.mlp_norm(x, *conditions))
-        return shard_rows(x + (gated(y, self.mlp_gate) if self.residual_gates else y))
+        y = self.mlp(x if self.post_norm else self.mlp_norm(x, *conditions))
+        x = x + (gated(y, self.mlp_gate) if self.residual_gates else y)
+        return shard_rows(self.mlp_norm(x) if self.post_norm else x)
 
 
 def gated(y: Float[Array, "*b d"], gate: Float[Array, "1"]) -> Float[Array, "*b d"]:

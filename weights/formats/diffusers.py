@@ -18,10 +18,11 @@ from models import create_model
 from models.captioner import Captioner
 from models.dit import DiT
 from models.unet import UNet
+from models.unidiffuser import UniDiffuser
 from weights.files.fields import IDLE, Field, fixed, flag, read_fields, real, several, whole, word
 from weights.files.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensors, Tree, linear
 from weights.files.origin import Origin, Subfolder, peek_json, read_weights
-from weights.formats import diffusers_dit, diffusers_text_decoder
+from weights.formats import diffusers_dit, diffusers_text_decoder, diffusers_unidiffuser
 from weights.formats.contract import Converted, Files, Format, Network
 from weights.formats.diffusers_autoencoder import NAMES as AUTOENCODERS
 from weights.formats.diffusers_autoencoder import autoencoder_files, read_autoencoder
@@ -43,7 +44,7 @@ WEIGHTS = (
 )
 
 PLAIN, CONDITION = "UNet2DModel", "UNet2DConditionModel"
-_ALONE = (diffusers_text_decoder.CLASS, *AUTOENCODERS)
+_ALONE = (diffusers_text_decoder.CLASS, diffusers_unidiffuser.CLASS, *AUTOENCODERS)
 _ATTENTION = {PLAIN: "plain", CONDITION: "transformer"}
 
 # Keys of which ours computes one value, which is the library's default.
@@ -439,6 +440,12 @@ def _read(origin: Origin, subfolder: str = "") -> Converted:
         tensors = read_weights(origin, WEIGHTS, diffusers_text_decoder.IGNORED)
         params = diffusers_text_decoder.text_decoder_from_diffusers(create_model(**fields), tensors)
         return Converted({"objective": "", "models": {"captioner": fields}}, {"captioner": params})
+    if dit is None and kind == diffusers_unidiffuser.CLASS:
+        place = origin if origin.find(f"{PIPELINE_FOLDER}/{CONFIG}") is None else Subfolder(origin, PIPELINE_FOLDER)
+        fields = diffusers_unidiffuser.unidiffuser_fields(place.json(CONFIG))
+        tensors = read_weights(place, WEIGHTS, diffusers_unidiffuser.IGNORED)
+        params = diffusers_unidiffuser.unidiffuser_from_diffusers(create_model(**fields), tensors)
+        return Converted({"objective": "", "models": {"unidiffuser": fields}}, {"unidiffuser": params})
     if dit is None and kind in tuple(AUTOENCODERS):
         return read_autoencoder(origin.json(CONFIG), read_weights(origin, WEIGHTS))
     process, sample = (None, {}) if origin.find(SCHEDULER) is None else read_scheduler(origin.json(SCHEDULER))
@@ -484,16 +491,21 @@ def _write(network: Network) -> Files:
             CONFIG: diffusers_text_decoder.text_decoder_config(model),
             WEIGHTS[0]: diffusers_text_decoder.text_decoder_to_diffusers(params),
         }
+    if isinstance(model, UniDiffuser):
+        return {
+            CONFIG: diffusers_unidiffuser.unidiffuser_config(model),
+            WEIGHTS[0]: diffusers_unidiffuser.unidiffuser_to_diffusers(params),
+        }
     return unet_files(model, params) if isinstance(model, UNet) else autoencoder_files(network, CONFIG, WEIGHTS[0])
 
 
 FORMAT = Format(
     name="diffusers",
-    networks=("unet", "dit", "captioner", *AUTOENCODERS.values()),
-    inputs="a UNet, a DiT, UniDiffuser's captioner or a first stage; of a pipeline the first two with a first stage "
-    "and what its scheduler says",
+    networks=("unet", "dit", "unidiffuser", "captioner", *AUTOENCODERS.values()),
+    inputs="a UNet, a DiT, a UniDiffuser, its captioner or a first stage; of a pipeline the first two with a first "
+    "stage and what its scheduler says",
     outputs="from_pretrained(DIR) of UNet2DModel, UNet2DConditionModel if it has transformers, DiTTransformer2DModel, "
-    "UniDiffuserTextDecoder, AutoencoderKL or VQModel",
+    "UniDiffuserModel, UniDiffuserTextDecoder, AutoencoderKL or VQModel",
     recognizes=_recognizes,
     read=_read,
     write=_write,
