@@ -128,7 +128,12 @@ class Captioner(nn.Module):
                     mlp_hidden=2 * self.width,
                     activation="relu",
                     initializers=BlockInitializers(
-                        *(4 * (torch_kernel,)), torch_bias(self.width), torch_bias(2 * self.width)
+                        torch_kernel,
+                        torch_kernel,
+                        torch_kernel,
+                        torch_kernel,
+                        mlp_bias=torch_bias(self.width),
+                        mlp_out_bias=torch_bias(2 * self.width),
                     ),
                     attention_bias=False,
                     **types,

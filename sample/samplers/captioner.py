@@ -137,7 +137,7 @@ def clip_pictures(clip: Clip, tree: Tree, images: Float[Array, "b H W 3"]) -> Fl
     side = clip.image_size
     if images.shape[1:3] != (side, side):
         images = jnp.clip(jax.image.resize(images, (len(images), side, side, 3), "cubic"), -1, 1)
-    return clip.apply(tree, images, method="project_images").astype(jnp.float32)
+    return jnp.asarray(clip.apply(tree, images, method="project_images"), jnp.float32)
 
 
 def frozen_clip(config: ConfigDict) -> Clip:
@@ -281,7 +281,7 @@ def clip_tokens(clip: Clip, tree: Tree, text: Int[Array, "b l"]) -> Float[Array,
     """
     text = jnp.pad(text, ((0, 0), (0, clip.text_length - text.shape[1])))
     text = jnp.where(jnp.cumsum(text == clip.text_end_id, axis=1) > 0, clip.text_end_id, text)
-    return clip.apply(tree, text, method="encode_text").astype(jnp.float32)
+    return jnp.asarray(clip.apply(tree, text, method="encode_text"), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

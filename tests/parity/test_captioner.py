@@ -1,6 +1,7 @@
 """UniDiffuser's text decoder of diffusers scores and searches as ours does with the same weights."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ def test_beam_search_finds_their_tokens(pair):
 def test_what_is_written_is_loaded_and_keeps_its_activation(pair):
     network, model, params, folder = pair
     convert(["--to=diffusers", f"--run={folder}/ours", f"--output={folder}/back"])
-    back, report = UniDiffuserTextDecoder.from_pretrained(folder / "back", output_loading_info=True)
+    loaded: Any = UniDiffuserTextDecoder.from_pretrained(folder / "back", output_loading_info=True)
+    back, report = loaded
     assert not any(report.values()), report
     assert back.config.activation_function == network.config.activation_function
     for name, tensor in network.state_dict().items():

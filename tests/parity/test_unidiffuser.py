@@ -1,5 +1,7 @@
 """UniDiffuser's network of diffusers computes what ours does with the same weights, both versions of it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +52,8 @@ def test_tiny_unidiffuser_through_the_command_and_back(kinds, tmp_path):
         assert difference < 1e-4
 
     convert(["--to=diffusers", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
-    back, report = UniDiffuserModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    loaded: Any = UniDiffuserModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    back, report = loaded
     assert not any(report.values()), report
     unread = "transformer.pos_embed"  # written as a copy of what is read
     for name, tensor in network.state_dict().items():
