@@ -6,8 +6,8 @@ Paper: Rombach et al. 2022, section 3.1 and appendix G, at one-thousandth of the
     python -m train --config=configs/scenes/autoencoder.py --workdir=runs/autoencoder
 
 Arguments: `kl` (default), `vq` (a codebook of 256), `perceptual` (kl with LPIPS, whose weights docs/weights.md converts
-to pretrained/lpips), `debug` (seconds). Without LPIPS there are the absolute error and the discriminator: nobody's
-weights are needed.
+to pretrained/lpips), `pair64` (kl of `scenes/pair64`, to 16 x 16 latents, for a GPU; not trained yet), `debug`
+(seconds). Without LPIPS there are the absolute error and the discriminator: nobody's weights are needed.
 """
 
 from ml_collections import ConfigDict
@@ -18,22 +18,22 @@ from configs.mesh_rules import AUTOENCODER
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the experiment."""
-    argument = check_argument(argument, ("kl", "vq", "perceptual", "debug"))
+    argument = check_argument(argument, ("kl", "vq", "perceptual", "pair64", "debug"))
     quantized = argument == "vq"
     config = get_defaults()
     config.objective = "autoencoder"
     config.steps = 4000
     config.batch_size = 64
 
-    config.data.dataset = "scenes/single32"
-    config.data.image_size = 32
+    config.data.dataset = "scenes/pair64" if argument == "pair64" else "scenes/single32"
+    config.data.image_size = 64 if argument == "pair64" else 32
     config.data.cache = True
 
     config.initialize.autoencoder = ConfigDict({"source": "", "part": "autoencoder"})  # a run to fine-tune from
     config.models.autoencoder = ConfigDict()
     config.models.autoencoder.name = "autoencoder_vq" if quantized else "autoencoder_kl"
-    config.models.autoencoder.image_size = 32
-    config.models.autoencoder.width = 16
+    config.models.autoencoder.image_size = config.data.image_size
+    config.models.autoencoder.width = 32 if argument == "pair64" else 16
     config.models.autoencoder.multipliers = (1, 2, 4)
     config.models.autoencoder.attention_levels = ()  # beside the middle
     config.models.autoencoder.blocks = 1
@@ -46,7 +46,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.models.autoencoder.code_range = 1.0
     config.models.discriminator = ConfigDict()
     config.models.discriminator.name = "discriminator"
-    config.models.discriminator.image_size = 32
+    config.models.discriminator.image_size = config.data.image_size
     config.models.discriminator.layers = 2
     config.models.discriminator.width = 16
     config.models.discriminator.dtype = "float32"
