@@ -51,6 +51,9 @@ FROZEN_CONVOLUTIONS = (
     (r"(conv_\d|id_path|encoder/output)/kernel", (None, None, "fsdp", "tensor")),
 )
 
+# Of one that is a vector-quantized autoencoder, before all others: its layers have the names of others, and one head.
+FROZEN_VQGAN = ((r"^dvae/", ()),)
+
 # Both towers; a convolutional one is split on its output channels alone, as above.
 CLIP = (
     *TRANSFORMER,

@@ -19,10 +19,12 @@ from models.discriminator import PatchDiscriminator
 from models.dit import DiT
 from models.dvae import DiscreteVAE, VectorQuantizedVAE
 from models.gpt2 import GPT2
+from models.gumbel_autoencoder import GumbelAutoencoder
 from models.inception import Inception
 from models.llama import Llama
 from models.lpips import LPIPS
 from models.point_denoiser import PointDenoiser
+from models.strided_dvae import StridedDiscreteVAE
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 from models.unidiffuser import UniDiffuser
@@ -30,6 +32,7 @@ from models.uvit import UViT
 from models.vision_adapter import VisionAdapter
 
 MODELS: dict[str, type[nn.Module]] = {
+    "autoencoder_gumbel": GumbelAutoencoder,
     "autoencoder_kl": KLAutoencoder,
     "autoencoder_vq": VQAutoencoder,
     "captioner": Captioner,
@@ -40,6 +43,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "dit": DiT,
     "dvae": DiscreteVAE,
     "gpt2": GPT2,
+    "dvae_strided": StridedDiscreteVAE,
     "inception": Inception,
     "llama": Llama,
     "lpips": LPIPS,

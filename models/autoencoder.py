@@ -332,6 +332,19 @@ class VQAutoencoder(Autoencoder):
     vocab_size: int = 8192
     code_range: float | None = None
 
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Height and width of the grid of tokens of one image.
+
+        Raises:
+          ValueError: if the image does not divide into it.
+        """
+        if self.image_size % self.downsampling:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of {self.downsampling}, the pixels of one token"
+            )
+        return self.image_size // self.downsampling, self.image_size // self.downsampling
+
     def setup(self) -> None:
         """Builds the trunk and the codebook."""
         super().setup()

@@ -1,7 +1,7 @@
 """Image tokenizers, stage 1 of DALL-E: the discrete VAE (Ramesh et al. 2021, App. A) and a VQ-VAE on the same trunk.
 
 Stage 2 sees the same interface of both: `vocab_size`, `token_grid`, and through `apply` the methods `tokenize` and
-`decode_tokens`.
+`decode_tokens`; the vector-quantized autoencoders have it too.
 
 Pixels. The logit-Laplace density has support (0, 1) without its ends, where logit(x) is infinite; but black and white
 pixels are exactly 0 and 1. So images are mapped from [0, 1] to [EPS, 1 - EPS] before the encoder and before the

@@ -17,7 +17,6 @@ from urllib.parse import quote
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
@@ -39,7 +38,7 @@ from data.precomputed import (
 )
 from data.preprocess import transform_pair
 from data.records import dataset_folder, open_records
-from models import create_model
+from sample.image_tokens import PART, ImageTokens
 from sample.samplers.dvae import from_uint8
 from train.distributed.mesh import batch_sharding, make_mesh, place_batch
 from train.distributed.processes import from_first
@@ -61,22 +60,27 @@ class Field:
 
     Attributes:
       part: the network's, of `config.frozen`.
-      compute: (network, its variables, pictures) -> the field.
-      dtype: what it is stored as.
+      build: config -> what computes it; raises UserError where the network cannot.
+      compute: (that, {part: its trees}, pictures) -> the field.
+      dtype: that -> what it is stored as.
     """
 
     part: str
+    build: Callable[[ConfigDict], Any]
     compute: Callable[[Any, Tree, UInt8[Array, "b H W c"]], Array]
     dtype: Callable[[Any], Any]
 
 
-def _tokens(network: nn.Module, variables: Tree, images: UInt8[Array, "b H W c"]) -> Array:
-    grid: Any = network.apply(variables, from_uint8(images), method="tokenize")
-    return grid.reshape(len(images), -1)
+def _tokens(image_tokens: ImageTokens, frozen: Tree, images: UInt8[Array, "b H W c"]) -> Array:
+    return image_tokens.encode(frozen, from_uint8(images)).reshape(len(images), -1)
+
+
+def _tokens_dtype(image_tokens: ImageTokens) -> Any:
+    return np.uint16 if image_tokens.vocab_size <= 2**16 else np.int32
 
 
 FIELDS: Mapping[str, Field] = {
-    "image_tokens": Field("dvae", _tokens, lambda network: np.uint16 if network.vocab_size <= 2**16 else np.int32),
+    "image_tokens": Field(PART, ImageTokens.from_config, _tokens, _tokens_dtype),
 }
 
 
@@ -203,10 +207,9 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-batch_size // shards) * shards
 
-    part = load_part(config.frozen[field.part], config.seed)
-    weights = fingerprint(part)
+    builder = field.build(config)
+    weights = fingerprint(load_part(config.frozen[field.part], config.seed))
     folder = _folder(config, name, weights)
-    network = create_model(**part.model)
     abstract = abstract_frozen(config)[field.part]
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -214,11 +217,11 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
         shardings({field.part: abstract}, config.mesh.rules, mesh),
     )
     only = ConfigDict({"frozen": {field.part: config.frozen[field.part]}})
-    trees = load_frozen(only, config.seed, placed)[field.part]
+    trees = load_frozen(only, config.seed, placed)
 
     @jax.jit
     def compute(trees: Tree, images: Array) -> Array:
-        return field.compute(network, {"params": trees["params"], **trees["variables"]}, images)
+        return field.compute(builder, trees, images)
 
     with _alone(folder) as check:
         _write_provenance(config, name, folder, weights)
@@ -228,7 +231,7 @@ def precompute(config: ConfigDict, *, splits: Sequence[str] = (), views: int = 0
             shape = jax.eval_shape(compute, trees, jax.ShapeDtypeStruct(image.shape, image.dtype)).shape[1:]
             path = folder / f"{file_stem(split, stream.transform.__name__)}.npy"
             counts = (len(stream.source), stream.views)
-            dtype = np.dtype(field.dtype(network))
+            dtype = np.dtype(field.dtype(builder))
             writer = open_writer(path, (*counts, *shape), dtype, depth=2, whole=batch_size)
             with jax.set_mesh(mesh):
                 label = f"{name} of {split}"

@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from configs.common import get_defaults
 from data.points import is_points
+from models.dalle import Dalle
 from sample.arguments import idle_settings
+from sample.samplers.from_config import build_network
 from train.optimizer import READ_BY_SCHEDULE, READ_BY_TRANSFORM
 
 _ENDLESS_BETAS = ("cosine", "sohl_dickstein")  # chains that have no `start` and `end`
@@ -20,6 +22,7 @@ _ENDLESS_BETAS = ("cosine", "sohl_dickstein")  # chains that have no `start` and
 def unread_keys(config: ConfigDict) -> list[str]:
     """A line for each key whose value is not the default and has no effect; it names the key and the reason."""
     found = [*_of_optimizer(config.optimizer), *_of_average(config.ema), *_of_data(config), *_of_process(config)]
+    found += _of_dalle(config)
     found += [
         (f"config.sample.{key}", config.sample[key], why) for key, why in idle_settings({}, config.sample.to_dict())
     ]
@@ -97,6 +100,19 @@ def _of_process(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
         for key, default in (("start", 1e-4), ("end", 2e-2)):
             if schedule.get(key, default) != default:
                 yield f"config.process.schedule.{key}", schedule[key], f"kind {schedule['kind']!r} has none"
+
+
+def _of_dalle(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
+    if config.objective != "dalle":
+        return
+    model: Dalle = build_network(config, "models.dalle")
+    if "conv" in model.layer_types:
+        return
+    for key in ("conv_kernel", "conv_edge"):
+        value = getattr(model, key)
+        if value != Dalle.__dataclass_fields__[key].default:
+            attention = config.models.dalle.get("attention", model.attention)
+            yield f"config.models.dalle.{key}", value, f"attention {attention!r} has no layer of type 'conv'"
 
 
 def _or(choices: list[str]) -> str:

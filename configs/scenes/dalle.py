@@ -8,20 +8,24 @@ Hardware and time: one CPU core, 7 minutes. Expect 96 % of validation captions w
 held-out ones (`python -m evaluation --run=runs/dalle --num=500`).
 
 Arguments: `single32` (default; what `make demo` trains), `pair32` (31 minutes of one core, after stage 1 with the same
-argument; 97 % and 93 %), `debug` (seconds; needs no other run).
+argument; 97 % and 93 %), `vqgan` (over the tokens of `configs/scenes/autoencoder.py:vq` in runs/vqgan, which nobody has
+measured), `debug` (seconds; needs no other run).
 """
 
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults, make_debug, muon_of
-from configs.mesh_rules import FROZEN_CONVOLUTIONS, TRANSFORMER, WHOLE
-from configs.scenes import dvae
+from configs.mesh_rules import FROZEN_CONVOLUTIONS, FROZEN_VQGAN, TRANSFORMER, WHOLE
+from configs.scenes import autoencoder, dvae
 
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the experiment."""
-    argument = check_argument(argument, ("single32", "pair32", "debug"))
-    stage1 = dvae.get_config(argument)
+    argument = check_argument(argument, ("single32", "pair32", "vqgan", "debug"))
+    quantized = argument == "vqgan"
+    stage1 = autoencoder.get_config("vq") if quantized else dvae.get_config(argument)
+    part = "autoencoder" if quantized else "dvae"
+    tokenizer = stage1.models[part]
     config = get_defaults()
     config.objective = "dalle"
     config.steps = 2400
@@ -34,9 +38,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.bpe_dropout = 0.0
     config.data.image_tokens = ""  # "auto" or a folder: those that scripts.precompute stored
 
-    config.frozen.dvae = ConfigDict(stage1.models.dvae.to_dict())  # the run's own sizes replace these
-    config.frozen.dvae.source = "runs/dvae"
-    config.frozen.dvae.part = "dvae"
+    config.frozen.dvae = ConfigDict(tokenizer.to_dict())  # the run's own sizes replace these
+    config.frozen.dvae.source = "runs/vqgan" if quantized else "runs/dvae"
+    config.frozen.dvae.part = part
     config.frozen.dvae.step = 0  # its newest checkpoint when this run begins
 
     config.initialize.dalle = ConfigDict({"source": "", "part": "dalle"})  # a run to fine-tune from
@@ -44,7 +48,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.dalle.name = "dalle"
     config.models.dalle.text_vocab_size = 512
     config.models.dalle.text_length = config.data.text_length
-    config.models.dalle.image_vocab_size = stage1.models.dvae.vocab_size
+    config.models.dalle.image_vocab_size = tokenizer.vocab_size
     config.models.dalle.image_grid = (8, 8)
     config.models.dalle.width = 160
     config.models.dalle.depth = 4
@@ -52,7 +56,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.dalle.mlp_ratio = 3.0
     config.models.dalle.activation = "relu_squared"
     config.models.dalle.attention = "full"
-    config.models.dalle.conv_kernel = 5
+    config.models.dalle.conv_kernel = 11  # of layers of type "conv", which "published" has
     config.models.dalle.conv_edge = "wraparound"
     config.models.dalle.implementation = "auto"
     config.models.dalle.scan = False
@@ -77,7 +81,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.schedule.warmup_steps = 100
     config.ema.decay = 0.995
 
-    config.mesh.rules = TRANSFORMER + FROZEN_CONVOLUTIONS + WHOLE
+    config.mesh.rules = (FROZEN_VQGAN if quantized else ()) + TRANSFORMER + FROZEN_CONVOLUTIONS + WHOLE
 
     config.checkpoint.every = 600
     config.evaluate.every = 600
@@ -89,6 +93,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.models.dalle.width = 32
         config.models.dalle.depth = 3
         config.models.dalle.attention = "published"
+        config.models.dalle.conv_kernel = 5
         config.frozen.dvae.source = "random"
     config.lock()
     return config

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from models.dalle import Dalle
 from sample.decoding import Decoding, Given, check_numbers, decode, is_guided
+from sample.image_tokens import ImageTokens
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, read_settings
 
@@ -35,7 +35,7 @@ class DalleSampler:
 
     Attributes:
       model: the transformer; its parameters are `params["dalle"]`.
-      decoder: the image tokenizer, whose `decode_tokens` draws; its weights are `frozen["dvae"]`.
+      image_tokens: the image tokenizer, which draws; its weights are `frozen["dvae"]`.
       guidance: default w of uncond + w (cond - uncond) on the logits, w = 1 meaning none. The unconditional caption
         is blank: all pads.
       temperature: default divisor of the logits; 0 takes the most likely token.
@@ -44,7 +44,7 @@ class DalleSampler:
     """
 
     model: Dalle
-    decoder: nn.Module
+    image_tokens: ImageTokens
     guidance: float = 1.0
     temperature: float = 1.0
     top_k: int = 0
@@ -59,9 +59,9 @@ class DalleSampler:
         """
         given = read_settings(config.sample, cls)
         model = build_network(config, "models.dalle")
-        decoder = build_network(config, "frozen.dvae")
-        check_image_tokens(model, decoder)
-        sampler = cls(model, decoder, **given)
+        image_tokens = ImageTokens.from_config(config)
+        check_image_tokens(model, image_tokens)
+        sampler = cls(model, image_tokens, **given)
         check_numbers(sampler.settings)
         return sampler
 
@@ -144,7 +144,7 @@ class DalleSampler:
         """
         del variables
         guided = is_guided(request["guidance"])
-        return _draw(self.model, self.decoder, guided, params["dalle"], frozen["dvae"], request, keys)
+        return _draw(self.model, self.image_tokens, guided, params["dalle"], frozen, request, keys)
 
     def _given(self, batch: int, image: np.ndarray | None, overrides: Mapping[str, Any]) -> Request:
         """What a request knows of the pictures: pixels, whose tokens the program takes, or tokens; and how many.
@@ -168,7 +168,7 @@ class DalleSampler:
                 raise UserError(
                     f"keep_rows={rows} is impossible; a picture has {height} rows of tokens: keep 0 to {height - 1}"
                 )
-            expected = self.decoder.example_inputs(batch)[0].shape
+            expected = (batch, *self.image_tokens.picture_shape)
             if image.shape != expected:
                 raise UserError(f"pictures are {list(expected)}, not {list(image.shape)}")
             if rows:  # none of it is the same as no picture, and the same program
@@ -183,23 +183,23 @@ class DalleSampler:
         return {"image_prefix": tokens, "prefix_length": np.int32(length)}
 
 
-def check_image_tokens(model: Dalle, tokenizer: nn.Module) -> None:
+def check_image_tokens(model: Dalle, image_tokens: ImageTokens) -> None:
     """Raises UserError unless the transformer's image grid and vocabulary are the tokenizer's."""
-    grid, expected = tuple(model.image_grid), tuple(tokenizer.token_grid)
+    grid, expected = tuple(model.image_grid), image_tokens.grid
     if grid != expected:
         raise UserError(
             f"config.models.dalle.image_grid is {grid}, but config.frozen.dvae makes {expected} tokens; set it to that"
         )
-    if model.image_vocab_size != tokenizer.vocab_size:
+    if model.image_vocab_size != image_tokens.vocab_size:
         raise UserError(
             f"config.models.dalle.image_vocab_size is {model.image_vocab_size}, but config.frozen.dvae has "
-            f"{tokenizer.vocab_size} codes; set it to that"
+            f"{image_tokens.vocab_size} codes; set it to that"
         )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(
-    model: Dalle, decoder: nn.Module, guided: bool, params: Tree, dvae: Tree, request: Request, keys: Array
+    model: Dalle, image_tokens: ImageTokens, guided: bool, params: Tree, frozen: Tree, request: Request, keys: Array
 ) -> dict[str, Array]:
     """The compiled program of `DalleSampler.__call__`: caption in parallel, then one image token a step."""
     text = request["text"]
@@ -208,10 +208,8 @@ def _draw(
         text = jnp.stack([text, jnp.zeros_like(text)], axis=1).reshape(2 * batch, -1)
     logits, cache = model.apply({"params": params}, text, method="prefill")
     numbers = {key: request[key] for key in _SETTINGS}
-    tokenizer = {"params": dvae["params"], **dvae["variables"]}
     if "image" in request:
-        grid: Any = decoder.apply(tokenizer, from_uint8(request["image"]), method="tokenize")
-        given = grid.reshape(batch, -1)
+        given = image_tokens.encode(frozen, from_uint8(request["image"])).reshape(batch, -1)
     else:
         given = request["image_prefix"]
     tokens = decode(
@@ -223,8 +221,7 @@ def _draw(
         Decoding(**numbers, guided=guided),
         Given(given, request["prefix_length"]),
     ).tokens.reshape(batch, *model.image_grid)
-    image = decoder.apply(tokenizer, tokens, method="decode_tokens")
-    return {"image": image, "image_tokens": tokens}
+    return {"image": image_tokens.decode(frozen, tokens), "image_tokens": tokens}
 
 
 def _check_ids(what: str, ids: np.ndarray, vocab_size: int) -> None:

@@ -29,6 +29,8 @@ from weights.formats.diffusers_autoencoder import (
 )
 from weights.run import Run
 
+from .taming import taming_names
+
 SMALL = {
     **{"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 16},
     **{"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), "latent_channels": 4},
@@ -355,26 +357,7 @@ def test_kl_is_the_library_s():
 def test_a_checkpoint_of_compvis(tmp_path):
     """Names as in the table of two implementations: what diffusers computes with its own is computed with theirs."""
     network = randomized(AutoencoderKL(**{**SMALL, "block_out_channels": (32, 64), "norm_num_groups": 32}))
-    level = {"0": "1", "1": "0"}
-    tensors = {}
-    for name, tensor in numpy_of(network).items():
-        parts = name.split(".")
-        if parts[1].endswith("_blocks"):
-            side = "down" if parts[1] == "down_blocks" else "up"
-            kind = {"resnets": "block", "attentions": "attn", f"{side}samplers": f"{side}sample"}[parts[3]]
-            place = [parts[4]] if kind in ("block", "attn") else []
-            parts = [parts[0], side, parts[2] if side == "down" else level[parts[2]], kind, *place, *parts[5:]]
-        elif parts[1] == "mid_block":
-            kind = f"block_{int(parts[3]) + 1}" if parts[2] == "resnets" else "attn_1"
-            parts = [parts[0], "mid", kind, *parts[4:]]
-        theirs = ".".join(parts)
-        for new, old in (
-            *(("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"), ("group_norm", "norm")),
-            *(("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")),
-        ):
-            theirs = theirs.replace(f".{new}.", f".{old}.")
-        attention = tensor.ndim == 2 and ".attn" in theirs
-        tensors[theirs] = tensor[..., None, None] if attention else tensor
+    tensors = taming_names(numpy_of(network))
     tensors["loss.logvar"] = np.zeros((), np.float32)
     write_tensors(tmp_path / "model.safetensors", tensors)
     convert([f"--input={tmp_path}/model.safetensors", f"--output={tmp_path}/ours", "--latent_scale=0.18215"])

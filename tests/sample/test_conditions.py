@@ -130,7 +130,7 @@ def test_a_dalle_completes_the_top_of_a_picture(debug_run, halves, draw, tmp_pat
 
 def draw_tokens(trained, squares):
     """The frozen tokenizer's tokens [b n] of pictures."""
-    part, decoder = trained.frozen["dvae"], trained.sampler.decoder
+    part, decoder = trained.frozen["dvae"], trained.sampler.image_tokens.model
     tree = {"params": part["params"], **part["variables"]}
     tokens = decoder.apply(tree, jnp.asarray(squares) / 127.5 - 1, method="tokenize")
     return np.asarray(tokens).reshape(len(squares), -1)

@@ -163,6 +163,11 @@ class AutoencoderObjective:
             raise UserError(
                 f"config.loss.reduction={objective.reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}"
             )
+        if type(objective.model) not in (KLAutoencoder, VQAutoencoder):
+            raise UserError(
+                f"config.models.autoencoder is a {config.models.autoencoder.name!r}, and this objective trains an "
+                "autoencoder_kl or an autoencoder_vq"
+            )
         quantized = isinstance(objective.model, VQAutoencoder)
         if useless := [key for key in (_OF_KL if quantized else _OF_VQ) if key in config.loss]:
             name = config.models.autoencoder.name

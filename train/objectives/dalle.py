@@ -9,7 +9,6 @@ own, and by default predicting them is part of the loss, as published (`mask_pad
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from cli.ranges import check_ranges
 from models.dalle import Dalle, DalleLogits
+from sample.image_tokens import ImageTokens
 from sample.samplers.dalle import DalleSampler
 from sample.samplers.dvae import from_uint8
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
@@ -67,9 +67,9 @@ class DalleObjective:
         return self.sampler.model
 
     @property
-    def tokenizer(self) -> nn.Module:
+    def image_tokens(self) -> ImageTokens:
         """The frozen image tokenizer."""
-        return self.sampler.decoder
+        return self.sampler.image_tokens
 
     def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:
         """Returns ({"dalle": parameters}, {})."""
@@ -92,7 +92,7 @@ class DalleObjective:
         """
         del step
         text = batch["text"]
-        tokens = self._image_tokens(frozen, batch).reshape(len(text), -1)
+        tokens = self._tokens_of(frozen, batch).reshape(len(text), -1)
         counted = jnp.ones(text.shape, bool)
         if self.mask_pads:
             counted = text != 0
@@ -131,7 +131,7 @@ class DalleObjective:
         rows = np.repeat(rows, 3 // rows.shape[-1], axis=-1)  # gray pictures are logged as color
         return {"samples": Preview(images=rows, columns=len(text), labels=np.concatenate([text, text]))}
 
-    def _image_tokens(self, frozen: Tree, batch: Batch) -> Int[Array, "b *n"]:
+    def _tokens_of(self, frozen: Tree, batch: Batch) -> Int[Array, "b *n"]:
         """The batch's image tokens: precomputed, or from its pictures.
 
         Raises:
@@ -139,18 +139,13 @@ class DalleObjective:
         """
         if "image_tokens" in batch:
             return batch["image_tokens"]
-        tokens = self._apply_tokenizer(frozen, from_uint8(batch["image"]), "tokenize")
+        tokens = self.image_tokens.encode(frozen, from_uint8(batch["image"]))
         if tokens.shape[1:] != self.model.image_grid:
             raise ValueError(
                 f"pictures of {' x '.join(map(str, batch['image'].shape[1:3]))} have {tokens.shape[1:]} tokens, and "
                 f"the transformer's image_grid is {self.model.image_grid}"
             )
         return tokens
-
-    def _apply_tokenizer(self, frozen: Tree, x: Array, method: str) -> Array:
-        """Runs the frozen tokenizer."""
-        part = frozen["dvae"]
-        return self.tokenizer.apply({"params": part["params"], **part["variables"]}, x, method=method)
 
 
 def _sum_of(nats: Float[Array, "b l"], counted: Array) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
@@ -161,5 +156,5 @@ def _sum_of(nats: Float[Array, "b l"], counted: Array) -> tuple[Float[Array, "b"
 @functools.partial(jax.jit, static_argnums=0)
 def _reconstruct(objective: DalleObjective, frozen: Tree, batch: Batch) -> Float[Array, "b h w c"]:
     """The pictures of the batch's image tokens, compiled once per objective."""
-    tokens = objective._image_tokens(frozen, batch).reshape(-1, *objective.model.image_grid)
-    return objective._apply_tokenizer(frozen, tokens, "decode_tokens")
+    tokens = objective._tokens_of(frozen, batch).reshape(-1, *objective.model.image_grid)
+    return objective.image_tokens.decode(frozen, tokens)

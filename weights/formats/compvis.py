@@ -1,5 +1,8 @@
 """First stages as latent diffusion's authors have them (github.com/CompVis/latent-diffusion): state dicts to ours.
 
+Those of taming-transformers, VQGANs, are the same networks by the same names; one that chooses codes by logits
+("quantize.proj") is there alone.
+
 A checkpoint of a first stage has the names of the autoencoder bare, and beside it under "loss." what it was trained
 with: the discriminator, the network of LPIPS, and the logarithm of the output's variance. A checkpoint of a second
 stage, such as Stable Diffusion's, has the autoencoder under "first_stage_model.". Shapes tell all sizes.
@@ -14,21 +17,23 @@ import numpy as np
 from cli.errors import UserError
 from models import create_model
 from models.discriminator import PatchDiscriminator
+from models.gumbel_autoencoder import GumbelAutoencoder
 from weights.files.layout import CONVOLUTION, Layout, Rule, Tree, pointwise
 from weights.files.origin import Origin, WeightsFile, read_weights
 from weights.formats.contract import Converted, Format
 from weights.formats.lpips import lpips_fields, lpips_from_torch
 from weights.formats.runs import autoencoder_run
 
-WEIGHTS = ("model.ckpt", "model.safetensors")
+WEIGHTS = ("model.ckpt", "model.safetensors", "last.ckpt", "checkpoints/last.ckpt")
 STABLE_DIFFUSION_SCALE = 0.18215
 _IMAGE_SIZE = 256  # of the pictures that all published first stages were trained on
 
 _STAGE = "first_stage_model."
 _TRAINED_BESIDE = "loss."
 _DISCRIMINATOR, _LPIPS, _LOG_VARIANCE = "discriminator.", "perceptual_loss.", "logvar"
-# kl-f8.ckpt, sd-v1-4.ckpt, v1-5-pruned.ckpt, 768-v-ema.ckpt, vae-ft-mse-840000-ema-pruned.ckpt
-_PUBLISHED = re.compile(r"^(kl-f\d|vq-f\d|sd-v\d|v\d-\d|\d+-v-|vae-ft-)")
+# kl-f8.ckpt, sd-v1-4.ckpt, v1-5-pruned.ckpt, 768-v-ema.ckpt, vae-ft-mse-840000-ema-pruned.ckpt, vqgan.1024.model.ckpt
+_PUBLISHED = re.compile(r"^(kl-f\d|vq-f\d|sd-v\d|v\d-\d|\d+-v-|vae-ft-|vqgan[._]\w.*\.ckpt$)")
+_CODES = {"autoencoder_vq": "quantize.embedding.weight", "autoencoder_gumbel": "quantize.embed.weight"}
 
 
 def _residual(ours: str, theirs: str) -> tuple[Rule, ...]:
@@ -49,10 +54,11 @@ def _attention(ours: str, theirs: str) -> tuple[Rule, ...]:
     )
 
 
-def _autoencoder_rules() -> tuple[Rule, ...]:
+def _autoencoder_rules(codes: str) -> tuple[Rule, ...]:
     """Both ways number their levels from the finest."""
     rules = [
-        Rule(r"codebook/embedding", "quantize.embedding.weight"),
+        Rule(r"codebook/embedding", codes),
+        Rule(r"logits/(\w+)", r"quantize.proj.\1", CONVOLUTION),
         Rule(r"(quant|post_quant)/(\w+)", r"\1_conv.\2", CONVOLUTION),
         Rule(r"(encoder|decoder)/input/(\w+)", r"\1.conv_in.\2", CONVOLUTION),
         Rule(r"(encoder|decoder)/output_norm/(\w+)", r"\1.norm_out.\2"),
@@ -70,7 +76,10 @@ def _autoencoder_rules() -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-AUTOENCODER = Layout(what="this autoencoder in the layout of CompVis", rules=_autoencoder_rules())
+_AUTOENCODERS = {
+    codes: Layout(what="this autoencoder in the layout of CompVis", rules=_autoencoder_rules(codes))
+    for codes in _CODES.values()
+}
 
 
 def discriminator_layout(model: PatchDiscriminator) -> Layout:
@@ -105,9 +114,9 @@ def autoencoder_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     width = size("encoder.conv_in.weight", 0)
     levels = len(found(r"encoder\.down\.(\d+)\."))
     widths = [size(f"encoder.down.{level}.block.0.conv2.weight", 0) for level in range(levels)]
-    quantized = "quantize.embedding.weight" in tensors
+    name = next((name for name, codes in _CODES.items() if codes in tensors), "autoencoder_kl")
     fields: dict[str, Any] = {
-        "name": "autoencoder_vq" if quantized else "autoencoder_kl",
+        "name": name,
         "image_size": _IMAGE_SIZE,
         "channels": size("encoder.conv_in.weight", 1),
         "width": width,
@@ -116,8 +125,8 @@ def autoencoder_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "blocks": len(found(r"encoder\.down\.0\.block\.(\d+)\.")),
         "latent_channels": size("post_quant_conv.weight", 1),
     }
-    if quantized:
-        fields["vocab_size"] = size("quantize.embedding.weight", 0, ndim=2)
+    if name in _CODES:
+        fields["vocab_size"] = size(_CODES[name], 0, ndim=2)
     return fields
 
 
@@ -154,7 +163,26 @@ def autoencoder_from_compvis(model: Any, tensors: Mapping[str, np.ndarray]) -> T
     Raises:
       UserError: if tensors are missing, unexpected or of another shape; lists them.
     """
-    return AUTOENCODER.read(model, tensors)["params"]
+    codes = _CODES["autoencoder_gumbel" if isinstance(model, GumbelAutoencoder) else "autoencoder_vq"]
+    return _AUTOENCODERS[codes].read(model, tensors)["params"]
+
+
+def quantized_from_compvis(tensors: Mapping[str, np.ndarray], grid: tuple[int, int]) -> tuple[dict[str, Any], Tree]:
+    """({name, fields}, parameters) of a VQGAN that is the image tokenizer of a second stage.
+
+    Args:
+      tensors: a state dict; what it was trained beside may be in it.
+      grid: tokens of a picture, as many down as across.
+
+    Raises:
+      UserError: if they are not a VQGAN's, or of another shape than they should be.
+    """
+    stage = {name: array for name, array in tensors.items() if not name.startswith(_TRAINED_BESIDE)}
+    fields = autoencoder_fields(stage)
+    if fields["name"] not in _CODES:
+        raise UserError(f"these are not the weights of a VQGAN: there is no {' or '.join(_CODES.values())}")
+    fields |= {"image_size": grid[0] * 2 ** (len(fields["multipliers"]) - 1), "latent_scale": 1.0}
+    return fields, autoencoder_from_compvis(create_model(**fields), stage)
 
 
 def _under(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -200,7 +228,7 @@ def _find_scale(
         return scale, ()
     if "scale_factor" in tensors:
         return float(tensors["scale_factor"]), ()
-    if fields["name"] == "autoencoder_vq":
+    if fields["name"] in _CODES:
         return 1.0, ()
     note = (
         f"its files do not tell what latents are multiplied by; {STABLE_DIFFUSION_SCALE} is Stable Diffusion's, give "
@@ -211,13 +239,14 @@ def _find_scale(
 def _recognizes(origin: Origin) -> bool:
     if isinstance(origin, WeightsFile):
         return origin.path.name in WEIGHTS or bool(_PUBLISHED.search(origin.path.name))
-    return origin.find(WEIGHTS[0]) is not None
+    return origin.find(WEIGHTS[0], *WEIGHTS[2:]) is not None
 
 
 FORMAT = Format(
     name="compvis",
-    networks=("autoencoder_kl", "autoencoder_vq", "discriminator", "lpips"),
-    inputs="a first stage, alone or in a checkpoint of Stable Diffusion: a .ckpt, or a folder with model.ckpt",
+    networks=("autoencoder_kl", "autoencoder_vq", "autoencoder_gumbel", "discriminator", "lpips"),
+    inputs="a first stage, also a VQGAN of taming-transformers, alone or in a checkpoint of Stable Diffusion: a .ckpt, "
+    "or a folder with model.ckpt or checkpoints/last.ckpt",
     outputs="nothing",
     recognizes=_recognizes,
     read=_read,

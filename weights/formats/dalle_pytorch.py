@@ -2,9 +2,9 @@
 
 Such a file is a dict: "hparams" are arguments of the class `DALLE`, "weights" its state dict, in which the image
 tokenizer's tensors lie under "vae.". "vae_params" are arguments of the package's own discrete VAE; they are None where
-OpenAI's discrete VAE (which is ours) or a VQGAN makes the tokens.
+OpenAI's discrete VAE or a VQGAN of taming-transformers (under "vae.model.") makes the tokens.
 
-Both networks are the same computation, arranged otherwise:
+Both transformers are the same computation, arranged otherwise:
 
     theirs                                              ours
     a start token, which is caption id 0                a table of its own: row 0 of theirs, and its position
@@ -27,7 +27,8 @@ from weights.files.layout import Layout, Rule, Tensors, Tree, linear
 from weights.files.origin import Origin, WeightsFile, learned, without_keys
 from weights.files.tensors import TORCH_SUFFIXES, read_tensors, read_with
 from weights.files.torch_pickle import read_pickle, tensors_of
-from weights.formats import dall_e
+from weights.formats import dall_e, dalle_pytorch_dvae
+from weights.formats.compvis import quantized_from_compvis
 from weights.formats.contract import Converted, Files, Format, Network
 from weights.formats.runs import dalle_run, read_unframed
 
@@ -37,6 +38,7 @@ _ENTRIES = ("hparams", "vae_params", "weights")
 
 # Their attention -> our layer type.
 _ATTENTION = {"full": "full", "axial_row": "own_row", "axial_col": "column", "conv_like": "conv"}
+_VQGAN = "model."  # before names of an image tokenizer that is one
 _KERNEL = 5  # of their "conv_like"
 
 _TABLE: dict[str, Field] = {
@@ -229,18 +231,8 @@ def _read(origin: Origin, tokenizer: str = "") -> Converted:
     weights = learned(origin, what, content["weights"], _IGNORED)
     vae = {name.removeprefix("vae."): array for name, array in weights.items() if name.startswith("vae.")}
     rest = {name: array for name, array in weights.items() if not name.startswith("vae.")}
-    if content["vae_params"] is None and any(name.startswith("enc.blocks.") for name in vae):
-        sides = [
-            {name.removeprefix(side): array for name, array in vae.items() if name.startswith(side)}
-            for side in ("enc.", "dec.")
-        ]
-        tokens = dall_e.dvae_fields(*sides)
-        network = create_model(**tokens)
-        image_tokenizer, note = (tokens, dall_e.from_dall_e(network, *sides)), ""
-        grid, codes = network.token_grid, network.vocab_size
-    else:
-        image_tokenizer = None
-        grid, codes, note = _foreign_tokenizer(content, rest)
+    grid, codes = _image_tokens(content["hparams"], rest)
+    image_tokenizer, note = _image_tokenizer(content["vae_params"], vae, grid)
     fields = dalle_fields(content["hparams"], codes, grid)
     params = from_dalle_pytorch(create_model(**fields), rest)
     found = read_unframed(tokenizer, fields["text_vocab_size"]) if tokenizer else None
@@ -267,9 +259,9 @@ def _check_taken_apart(tensors: Mapping[str, np.ndarray], width: int) -> None:
         raise UserError(f"these are not the weights of {LAYOUT.what}; of another shape: {', '.join(problems)}")
 
 
-def _foreign_tokenizer(content: Mapping[str, Any], tensors: Tensors) -> tuple[tuple[int, int], int, str]:
-    """(grid, codes, what to tell the user) of an image tokenizer that is no network of this project."""
-    given = read_fields("this DALL-E of dalle_pytorch", content["hparams"], _TABLE)
+def _image_tokens(hparams: Any, tensors: Tensors) -> tuple[tuple[int, int], int]:
+    """(grid, codes) of the image tokens that a transformer reads, by its arguments and tensors."""
+    given = read_fields("this DALL-E of dalle_pytorch", hparams, _TABLE)
     _check_taken_apart(tensors, given["dim"])
     head = tensors.get("to_logits.1.weight", np.zeros(0))
     codes = len(head) - given["num_text_tokens"] - given["text_seq_len"]
@@ -277,9 +269,26 @@ def _foreign_tokenizer(content: Mapping[str, Any], tensors: Tensors) -> tuple[tu
     if len(sides) != 2 or codes < 1:
         what = "rotary_emb is True; it must be False" if len(sides) != 2 else "to_logits.1.weight has no row of a code"
         raise UserError(f"this DALL-E of dalle_pytorch cannot be converted, by its tensors: {what}")
-    kind = "a VQGAN" if content["vae_params"] is None else "the package's own discrete VAE"
-    note = f"its image tokenizer is {kind}, which is no network of this project yet: it makes tokens and not pictures"
-    return (sides[0], sides[1]), codes, note
+    return (sides[0], sides[1]), codes
+
+
+def _image_tokenizer(
+    arguments: Any, tensors: Tensors, grid: tuple[int, int]
+) -> tuple[tuple[dict[str, Any], Tree] | None, str]:
+    """(({name, fields}, parameters), "") of what makes the image tokens; (None, why) where it did not come along."""
+    if any(name.startswith("enc.blocks.") for name in tensors):
+        sides = [
+            {name.removeprefix(side): array for name, array in tensors.items() if name.startswith(side)}
+            for side in ("enc.", "dec.")
+        ]
+        fields = dall_e.dvae_fields(*sides)
+        return (fields, dall_e.from_dall_e(create_model(**fields), *sides)), ""
+    if any(name.startswith(_VQGAN) for name in tensors):
+        vqgan = {name.removeprefix(_VQGAN): array for name, array in tensors.items() if name.startswith(_VQGAN)}
+        return quantized_from_compvis(vqgan, grid), ""
+    if tensors:
+        return dalle_pytorch_dvae.read_dvae(arguments, tensors, grid), ""
+    return None, "there is no image tokenizer: it makes tokens and not pictures"
 
 
 def _read_checkpoint(origin: Origin) -> tuple[dict[str, Any], str]:
@@ -299,7 +308,7 @@ def _read_checkpoint(origin: Origin) -> tuple[dict[str, Any], str]:
     if content is None:
         raise UserError(
             f"{origin.path} is no checkpoint of dalle_pytorch's DALL-E, which has {', '.join(_ENTRIES)} "
-            "(of its discrete VAE alone, which has no vae_params, nothing is converted); give its dalle.pt"
+            "(its discrete VAE alone, a vae.pt, is not converted: it comes along with a dalle.pt); give its dalle.pt"
         )
     return content, str(origin.path)
 
@@ -320,7 +329,7 @@ def _write(network: Network) -> Files:
 FORMAT = Format(
     name="dalle_pytorch",
     networks=("dalle",),
-    inputs="a dalle.pt; the image tokenizer comes along where it is OpenAI's",
+    inputs="a dalle.pt; the image tokenizer comes along: the package's own, OpenAI's, or a VQGAN",
     outputs=f"DALLE(vae=..., **hparams).load_state_dict(..., strict=False) with {HYPERPARAMETERS} and {WEIGHTS}",
     recognizes=_recognizes,
     read=_read,

@@ -1,7 +1,7 @@
-"""minDALL-E's transformer (github.com/kakaobrain/minDALL-E): its state dict to our parameters, and back.
+"""minDALL-E (github.com/kakaobrain/minDALL-E): its transformer and VQGAN to a run, and the transformer back.
 
-The published archive holds `config.yaml`, `stage1_last.ckpt`, a VQGAN, which is no network of this project, and
-`stage2_last.ckpt`, the transformer. It reads captions without a start token, pads them with one token for all
+The published archive holds `config.yaml`, `stage1_last.ckpt`, a VQGAN in the layout of taming-transformers, and
+`stage2_last.ckpt`, the transformer, which reads captions without a start token, pads them with one token for all
 positions, and has a learned position for each image token and heads without a bias.
 """
 
@@ -21,11 +21,14 @@ from models.dalle import Dalle
 from weights.files.fields import IDLE, Field, fixed, flag, group, read_fields, whole, word
 from weights.files.layout import Layout, Rule, Tensors, Tree, linear
 from weights.files.origin import Origin, WeightsFile, read_weights, without_keys
+from weights.formats.compvis import autoencoder_from_compvis, quantized_from_compvis
 from weights.formats.contract import Converted, Files, Format, Network
 from weights.formats.runs import dalle_run
+from weights.formats.taming import TRUNK, vqgan_fields
 
 CONFIG = "config.yaml"
 WEIGHTS = ("stage2_last.ckpt", "stage2_last.safetensors")
+VQGAN = ("stage1_last.ckpt", "stage1_last.safetensors")
 _HEAD_WIDTH = 64  # of the published network, where no config tells
 
 _TABLE: dict[str, Field] = {
@@ -53,7 +56,16 @@ _TABLE: dict[str, Field] = {
         },
         {},
     ),
-    **dict.fromkeys(("stage1", "dataset", "optimizer", "experiment"), IDLE),
+    "stage1": group(
+        {
+            "type": word("vqgan", ("vqgan",)),
+            "embed_dim": whole(256),
+            "n_embed": whole(16384),
+            "hparams": group(TRUNK, {}),
+        },
+        {},
+    ),
+    **dict.fromkeys(("dataset", "optimizer", "experiment"), IDLE),
 }
 _SHORT = {"text": "txt", "image": "img"}
 _LAYER, _THEIRS = r"blocks_(\d+)", r"blocks.\1"
@@ -119,6 +131,16 @@ def transformer_fields_of_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str
         raise UserError(f"shapes do not tell the heads of a width of {width}; put {CONFIG} beside the weights")
     text_ids, codes, text, image = (len(tensors[name]) for name in names)
     return _fields(text_ids, codes, text, image, width, len(layers), width // _HEAD_WIDTH, "gelu")
+
+
+def vqgan_fields_of(config: Any) -> dict[str, Any]:
+    """Reads config.yaml as {"name": "autoencoder_vq", fields} of its image tokenizer.
+
+    Raises:
+      UserError: if ours cannot compute that network; names the keys.
+    """
+    stage = read_fields("this minDALL-E", config, _TABLE)["stage1"]
+    return vqgan_fields("this minDALL-E", stage["hparams"], stage["n_embed"], stage["embed_dim"])
 
 
 def _fields(
@@ -201,17 +223,28 @@ def to_mindall_e(model: Dalle, params: Tree) -> Tensors:
 
 def _read(origin: Origin) -> Converted:
     tensors = read_weights(origin, WEIGHTS, LAYOUT.ignored)
-    if any(name.startswith("stage2.") for name in tensors):  # a training run's, of both stages
-        tensors = {name.removeprefix("stage2."): array for name, array in tensors.items() if name.startswith("stage2.")}
-    config = origin.find(CONFIG)
-    fields = (
-        transformer_fields_of_tensors(tensors) if config is None else transformer_fields(_read_yaml(origin, config))
-    )
-    notes = (
-        "its image tokenizer is a VQGAN, which is no network of this project yet: it makes tokens and not pictures",
-        "its tokenizer of captions is left out: it cuts words in a way of its own",
-    )
-    return dalle_run(fields, from_mindall_e(create_model(**fields), tensors), None, None, notes)
+    stages = {
+        stage: {name.removeprefix(stage): array for name, array in tensors.items() if name.startswith(stage)}
+        for stage in ("stage1.", "stage2.")
+    }
+    if stages["stage2."]:  # a training run's, of both stages
+        tensors = stages["stage2."]
+    path = origin.find(CONFIG)
+    config = None if path is None else _read_yaml(origin, path)
+    fields = transformer_fields_of_tensors(tensors) if config is None else transformer_fields(config)
+    vqgan = stages["stage1."]
+    if not vqgan and origin.find(*VQGAN) is not None:
+        vqgan = read_weights(origin, VQGAN)
+    notes = ("its tokenizer of captions is left out: it cuts words in a way of its own",)
+    image_tokenizer = None
+    if not vqgan:
+        notes = (f"there is no {VQGAN[0]}, its image tokenizer: it makes tokens and not pictures", *notes)
+    elif config is None:
+        image_tokenizer = quantized_from_compvis(vqgan, fields["image_grid"])
+    else:
+        told = vqgan_fields_of(config)
+        image_tokenizer = (told, autoencoder_from_compvis(create_model(**told), vqgan))
+    return dalle_run(fields, from_mindall_e(create_model(**fields), tensors), image_tokenizer, None, notes)
 
 
 def _read_yaml(origin: Origin, path: Path) -> Any:
@@ -231,7 +264,7 @@ def _write(network: Network) -> Files:
 FORMAT = Format(
     name="mindall_e",
     networks=("dalle",),
-    inputs=f"the transformer: the folder of the published archive, or {WEIGHTS[0]} alone; its VQGAN is left out",
+    inputs=f"the folder of the published archive, or {WEIGHTS[0]} alone, which has no image tokenizer",
     outputs=f"Transformer1d(...).load_state_dict with the hparams of {CONFIG} and {WEIGHTS[1]}",
     recognizes=lambda origin: not isinstance(origin, WeightsFile) and origin.find(*WEIGHTS) is not None,
     read=_read,

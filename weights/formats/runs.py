@@ -7,6 +7,7 @@ from cli.errors import UserError
 from cli.locations import Location, locate_from_home
 from configs.common import get_diffusion_sampling
 from data.tokenizer import Tokenizer
+from models import create_model
 from weights.files.origin import Origin
 from weights.formats.contract import Converted, Tree
 from weights.run import OWN, TOKENIZER
@@ -116,15 +117,26 @@ def dalle_run(
     Args:
       fields: {name, fields} of the transformer.
       params: its parameters.
-      image_tokenizer: ({name, fields}, parameters) of a discrete VAE; None where it is no network of this project.
+      image_tokenizer: ({name, fields}, parameters) of what makes its image tokens; None where that did not come along.
       tokenizer: of captions; None if there is none.
       notes: what a user should know.
+
+    Raises:
+      UserError: if the image tokenizer makes other tokens than the transformer reads.
     """
     config: dict[str, Any] = {"objective": "dalle", "models": {"dalle": dict(fields)}}
     config["data"] = {"text_length": fields["text_length"]}
     trees = {"dalle": params}
     if image_tokenizer is not None:
         tokens, trees["dvae"] = image_tokenizer
+        network = create_model(**tokens)
+        made = (*network.token_grid, network.vocab_size)
+        read = (*fields["image_grid"], fields["image_vocab_size"])
+        if made != read:
+            told = [f"{height} x {width} tokens of {codes} codes" for height, width, codes in (made, read)]
+            raise UserError(
+                f"its image tokenizer makes {told[0]}, and its transformer reads {told[1]}; give the right pair"
+            )
         config["frozen"] = {"dvae": {**tokens, "source": OWN, "part": "dvae", "step": 0}}
         config["data"]["image_size"] = tokens["image_size"]
     return Converted(config, trees, {}, tokenizer, notes)

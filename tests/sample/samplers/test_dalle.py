@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models.dvae import DiscreteVAE
+from sample.image_tokens import ImageTokens
 from sample.samplers.contract import besides
 from sample.samplers.dalle import DalleSampler
 
@@ -71,7 +72,7 @@ def system(attention="published", depth=3):
     """(sampler, a function of request and keys that draws)."""
     sampler = DalleSampler.from_config(make_config({"attention": attention, "depth": depth}))
     params = {"dalle": random_params(sampler.model)}
-    frozen = {"dvae": {"params": random_params(sampler.decoder), "variables": {}}}
+    frozen = {"dvae": {"params": random_params(sampler.image_tokens.model), "variables": {}}}
     return sampler, functools.partial(sampler, params, {}, frozen), params, frozen
 
 
@@ -172,7 +173,7 @@ def test_other_values_of_the_options_compile_nothing_new():
             return super().decode_tokens(tokens)
 
     fields = {k: v for k, v in make_config().frozen.dvae.items() if k not in ("name", "source", "part")}
-    counting = DalleSampler(sampler.model, CountingDecoder(**fields))
+    counting = DalleSampler(sampler.model, ImageTokens(CountingDecoder(**fields)))
     for options in [
         {},
         {"temperature": 0.0},
@@ -202,7 +203,7 @@ def pixels(size, seed=0):
     sampler, _, _, frozen = system()
     images = np.random.default_rng(seed).integers(0, 256, (size, 8, 8, 3)).astype(np.uint8)
     tree = {"params": frozen["dvae"]["params"]}
-    tokens = sampler.decoder.apply(tree, jnp.asarray(images) / 127.5 - 1, method="tokenize")
+    tokens = sampler.image_tokens.model.apply(tree, jnp.asarray(images) / 127.5 - 1, method="tokenize")
     return images, np.asarray(tokens).reshape(size, N)
 
 
@@ -254,7 +255,7 @@ def test_pictures_are_the_decoded_tokens():
     out = sample(sampler.request(captions(2)), keys(2))
     assert out["image_tokens"].shape == (2, 4, 4) and out["image_tokens"].dtype == jnp.int32
     tree = {"params": frozen["dvae"]["params"]}
-    expected: jax.Array = sampler.decoder.apply(tree, out["image_tokens"], method="decode_tokens")
+    expected: jax.Array = sampler.image_tokens.model.apply(tree, out["image_tokens"], method="decode_tokens")
     np.testing.assert_allclose(out["image"], expected, atol=1e-5)
     assert out["image"].shape == (2, 8, 8, 3)
     assert np.ptp(out["image"]) > 0.1 and np.max(np.abs(out["image"])) <= 1

@@ -79,7 +79,7 @@ def params_of(objective, scale=0.3):
 @functools.cache
 def frozen():
     """A random image tokenizer that uses several codes."""
-    tokenizer = make_objective().tokenizer
+    tokenizer = make_objective().image_tokens.model
     shapes = jax.eval_shape(tokenizer.init, KEY, *tokenizer.example_inputs(1))["params"]
     return {"dvae": {"params": random_tree(shapes, 1.0), "variables": {}}}
 
@@ -146,7 +146,7 @@ def test_pictures_become_tokens_inside_the_step():
     objective = make_objective()
     batch = make_batch(tokens=False)
     dvae = {"params": frozen()["dvae"]["params"]}
-    tokens: jax.Array = objective.tokenizer.apply(dvae, from_uint8(batch["image"]), method="tokenize")
+    tokens: jax.Array = objective.image_tokens.model.apply(dvae, from_uint8(batch["image"]), method="tokenize")
     assert len(np.unique(tokens)) > 2
     params = params_of(objective)
     given = {"text": batch["text"], "index": batch["index"], "image_tokens": tokens}
@@ -223,8 +223,8 @@ def test_preview_shows_samples_under_what_the_tokenizer_makes_of_the_truth():
     assert preview.images.shape == (6, 8, 8, 3) and preview.columns == 3
     np.testing.assert_array_equal(preview.labels, np.concatenate([batch["text"], batch["text"]]))
     tree = {"params": frozen()["dvae"]["params"]}
-    tokens = objective.tokenizer.apply(tree, from_uint8(batch["image"]), method="tokenize")
-    truth = objective.tokenizer.apply(tree, tokens, method="decode_tokens")
+    tokens = objective.image_tokens.model.apply(tree, from_uint8(batch["image"]), method="tokenize")
+    truth = objective.image_tokens.model.apply(tree, tokens, method="decode_tokens")
     np.testing.assert_allclose(preview.images[:3], (np.asarray(truth) + 1) * 127.5, atol=0.51)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEY, batch["index"])
     drawn = objective.sampler(params, {}, frozen(), objective.sampler.request(np.asarray(batch["text"])), row_keys)

@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.serialization import msgpack_serialize
 
 import models
 from cli.errors import UserError
@@ -14,7 +15,9 @@ from scripts.convert import main as convert
 from weights.files.fields import IDLE
 from weights.files.layout import model_shapes
 from weights.files.tensors import write_tensors
-from weights.formats import dall_e, dalle_pytorch, mindall_e
+from weights.formats import compvis, dall_e, dalle_mini, dalle_pytorch, dalle_pytorch_dvae, mindall_e
+from weights.formats.runs import dalle_run
+from weights.formats.taming import from_flax
 from weights.run import Run
 
 from ...models.random_parameters import random_parameters
@@ -103,8 +106,7 @@ def test_odd_tensors_of_dalle_pytorch_are_named(name, shape, message):
         dalle_pytorch.from_dalle_pytorch(model, {**tensors, name: np.ones(shape, np.float32)})
     if "pos_emb.weights" in name or name == "to_logits.1.weight":
         with pytest.raises(UserError, match=message):
-            content = {"hparams": HPARAMS, "vae_params": {}}
-            dalle_pytorch._foreign_tokenizer(content, {**tensors, name: np.ones(shape, np.float32)})
+            dalle_pytorch._image_tokens(HPARAMS, {**tensors, name: np.ones(shape, np.float32)})
 
 
 def with_row_0(params):
@@ -152,7 +154,7 @@ def test_mindall_e_in_and_out_again(tmp_path, capsys):
     write_tensors(theirs / "stage2_last.safetensors", tensors)
     (theirs / "config.yaml").write_text(json.dumps(mindall_e.transformer_config(model)))
     convert([f"--input={theirs}", f"--output={tmp_path}/ours"])
-    assert "its image tokenizer is a VQGAN" in capsys.readouterr().out
+    assert "there is no stage1_last.ckpt, its image tokenizer: it makes tokens" in capsys.readouterr().out
     assert_same_trees(Run.open(tmp_path / "ours").load().params["dalle"], params)
     noted = mindall_e.transformer_config(model)
     noted["stage2"]["hparams"]["note"] = 1
@@ -175,9 +177,19 @@ def test_empty_tensors_of_mindall_e_are_one_line():
         mindall_e.from_mindall_e(models.create_model(**mindall_e.transformer_fields_of_tensors(tensors)), tensors)
 
 
+def of_strided_dvae(arguments):
+    """Reads "vae_params", with tensors of a tiny network."""
+    model = models.create_model("dvae_strided", vocab_size=5, code_dim=2, width=2, levels=1)
+    tensors = dalle_pytorch_dvae.dvae_layout(model).write({"params": random_parameters(model)})
+    return dalle_pytorch_dvae.dvae_fields(arguments, tensors, (4, 4))
+
+
 DOCUMENTS = {
     "dalle_pytorch": (HPARAMS, lambda value: dalle_pytorch.dalle_fields(value, 11, (4, 4)), dalle_pytorch._TABLE),
     "mindall_e": (MINDALL_E, mindall_e.transformer_fields, mindall_e._TABLE),
+    "mindall_e's VQGAN": ({"stage1": {}}, mindall_e.vqgan_fields_of, {"stage1": mindall_e._TABLE["stage1"]}),
+    "dalle_mini's VQGAN": ({"n_embed": 5}, dalle_mini.config_fields, dalle_mini._TABLE),
+    "dalle_pytorch's VAE": ({}, of_strided_dvae, dalle_pytorch_dvae._TABLE),
 }
 
 
@@ -194,10 +206,72 @@ def test_any_value_of_any_key_is_read_or_refused_in_a_line_that_names_the_key(na
                 assert field is IDLE or field.fits(value), "was read"
 
 
-def test_dalle_mini_is_told_apart(tmp_path):
+def test_dalle_mini_s_transformer_is_told_apart(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "dallebart"}')
-    with pytest.raises(UserError, match="DALL-E mini is an encoder-decoder .BART. over the tokens of a VQGAN"):
+    with pytest.raises(
+        UserError, match="DALL-E mini is an encoder-decoder .BART., of which this project has none; its"
+    ):
         convert([f"--input={tmp_path}", f"--output={tmp_path}/none"])
+    (tmp_path / "flax_model.msgpack").write_bytes(msgpack_serialize({"model": {"encoder": np.zeros(1)}}))
+    with pytest.raises(UserError, match="DALL-E mini is an encoder-decoder"):
+        convert([f"--input={tmp_path}/flax_model.msgpack", f"--output={tmp_path}/none"])
+    (tmp_path / "flax_model.msgpack").write_bytes(b"\xc1")
+    with pytest.raises(UserError, match="flax_model.msgpack is damaged, or not a .msgpack file"):
+        convert([f"--input={tmp_path}/flax_model.msgpack", f"--output={tmp_path}/none"])
+
+
+VQGAN = {"n_embed": 5, "embed_dim": 3, "z_channels": 3, "resolution": 8, "ch": 32, "ch_mult": [1, 2]}
+VQGAN |= {"num_res_blocks": 1, "attn_resolutions": [4]}
+
+
+def test_sizes_of_a_vqgan():
+    fields = dalle_mini.config_fields(VQGAN)
+    assert (fields["multipliers"], fields["attention_levels"], fields["image_size"]) == ((1, 2), (1,), 8)
+    assert dalle_mini.config_fields({"n_embed": 16384})["attention_levels"] == (4,)
+    for change, message in (
+        ({"embed_dim": 4}, "z_channels is 3 and embed_dim 4, ours are one"),
+        ({"out_ch": 1}, "in_channels is 3 and out_ch 1, ours are one"),
+        ({"resolution": 9}, "resolution is 9, which 2 entries of ch_mult do not divide"),
+        ({"double_z": True}, "double_z is True; it must be False"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dalle_mini.config_fields({**VQGAN, **change})
+
+
+def test_leaves_of_vqgan_jax_that_are_no_vqgan_s():
+    for tree, message in (
+        ({"a": {"kernel": np.zeros((2, 3))}}, r"a/kernel is \(2, 3\)"),
+        ({"a": {"bias": "x"}}, "a/bias is no array"),
+    ):
+        with pytest.raises(UserError, match=message):
+            from_flax(tree)
+
+
+def test_an_image_tokenizer_of_another_grid_is_refused():
+    fields = mindall_e.transformer_fields(MINDALL_E)
+    with pytest.raises(UserError, match="makes 4 x 4 tokens of 5 codes, and its transformer reads 4 x 4 tokens of 11"):
+        dalle_run(fields, {}, (dalle_mini.config_fields(VQGAN), {}), None, ())
+    with pytest.raises(
+        UserError, match="these are not the weights of a VQGAN: there is no quantize.embedding.weight or"
+    ):
+        model = models.create_model("autoencoder_kl", width=32, multipliers=(1,), blocks=1, latent_channels=2)
+        tensors = compvis._AUTOENCODERS["quantize.embed.weight"].write({"params": random_parameters(model)})
+        compvis.quantized_from_compvis(tensors, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"normalization": [[0.5, 0.5], [0.5, 0.5]]}, "must be a mean and a standard deviation above 0 of each of 3"),
+        ({"normalization": [[0.5] * 3, [0.5, 0, 0.5]]}, "standard deviation above 0"),
+        ({"normalization": [["a"] * 3, [0.5] * 3]}, "normalization is .*'a'"),
+        ({"note": 1}, "note: not known here"),
+    ],
+)
+def test_arguments_of_dalle_pytorch_s_vae_that_are_refused(arguments, message):
+    assert of_strided_dvae({"normalization": None})["pixel_std"] == (1.0, 1.0, 1.0)
+    with pytest.raises(UserError, match=message):
+        of_strided_dvae(arguments)
 
 
 def test_a_vocabulary_without_ends(tmp_path):

@@ -268,8 +268,9 @@ def test_published_files_of_compvis_are_recognized_by_name(tmp_path):
         return [name for name in names if compvis.FORMAT.recognizes(WeightsFile(tmp_path / name))]
 
     published = ("kl-f8.ckpt", "sd-v1-4.ckpt", "v1-5-pruned.safetensors", "vq-f4.ckpt", "768-v-ema.ckpt", "model.ckpt")
+    published += ("vqgan.1024.model.ckpt", "vqgan_gumbel_f8.ckpt", "last.ckpt")
     assert recognized(*published, "vae-ft-mse-840000-ema-pruned.ckpt")[:-1] == list(published)
-    assert recognized("uvit_v1.pth", "dalle_v2.pt", "sd-vae-ft-mse.safetensors", "dallekl.ckpt") == []
+    assert recognized("uvit_v1.pth", "dalle_v2.pt", "sd-vae-ft-mse.safetensors", "dallekl.ckpt", "vqgan.yaml") == []
 
 
 def test_lpips_comes_of_two_files_or_one(tmp_path):
