@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.errors import UserError
-from cli.locations import local
+from cli.locations import locate
 from cli.ranges import check_seed
 from sample.arguments import add_sampling_arguments, chosen_average, open_trained, sampling_settings
 from sample.sheets.axes import parse_axes, read_texts
@@ -61,9 +62,11 @@ def main(arguments: Sequence[str]) -> None:
     from sample.sheets.trajectory import draw_trajectory  # imports jax, as those above
 
     trained = open_trained(options, chosen_average(options), options.step)
+    if options.size:
+        trained = trained.in_shape(options.size)
     check_shown(trained)
-    seed, settings, out = options.seed or 0, sampling_settings(options), local(options.out, "--out")
-    files = local(options.files, "--files") if options.files else None
+    seed, settings, out = options.seed or 0, sampling_settings(options), locate(options.out)
+    files = locate(options.files) if options.files else None
     trained.check_settings(settings, {axis.name: axis.values for axis in axes})
     conditions = make_conditions(prompts, options.label, options.image)
     order = Order(conditions, seed, settings, options.negative_prompt, options.mask)
@@ -113,6 +116,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--mask", metavar="FILE", help="a picture file, white where a diffusion draws each --image anew (default: all)"
     )
     parser.add_argument(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="of a diffusion that trained on several shapes (config.data.buckets), which to draw, height and width "
+        "(default: the network's own square)",
+    )
+    parser.add_argument(
         "--num",
         type=int,
         help="samples of each condition (default 8; in a cell or trajectory 4; of a run that reads pictures 1), or "
@@ -137,6 +147,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="grid.png", help="the grid (default grid.png)")
     parser.add_argument("--files", default="", help="also write pictures, texts and samples.json to this folder")
     return parser.parse_args(arguments)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Reads "48x80"."""
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no height and width; such as 48x80")
+    return int(match[1]), int(match[2])
 
 
 def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from cli.errors import UserError
 from cli.ranges import check_seed
 from data.preprocess import transform_pair
-from sample.files import read_square
+from sample.files import read_fitted
 from sample.samplers.contract import besides
 from sample.sheets.grid import to_uint8
 from sample.trained import Rows, TrainedSampler
@@ -148,16 +148,15 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
                 raise UserError(f"there is no class {condition.label}; {trained.run.folder} takes {has}")
         rows["label"] = np.array([condition.label for condition in order.conditions], np.int32)
     if "image" in told:
-        data = trained.config.data
-        transform = transform_pair(data.transform).evaluation
+        transform = transform_pair(trained.config.data.transform).evaluation
         files = {str(condition.image) for condition in order.conditions}
-        pictures = {name: read_square(name, data.image_size, transform) for name in sorted(files)}
+        pictures = {name: read_fitted(name, trained.picture_size, transform) for name in sorted(files)}
         rows["image"] = np.stack([pictures[str(condition.image)] for condition in order.conditions])
     if order.negative_prompt is not None:
         rows["negative"] = np.repeat(trained.encode([order.negative_prompt])["text"], len(order.conditions), axis=0)
     if order.mask is not None:
-        data = trained.config.data
-        mask = read_square(order.mask, data.image_size, transform_pair(data.transform).evaluation)
+        transform = transform_pair(trained.config.data.transform).evaluation
+        mask = read_fitted(order.mask, trained.picture_size, transform)
         rows["mask"] = np.repeat((mask.mean(axis=-1) >= 128)[None], len(order.conditions), axis=0)
     trained.sampler.request(**rows, **order.settings)
     return rows

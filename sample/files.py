@@ -1,8 +1,8 @@
 """What `python -m sample` reads and writes: pictures, and samples with what they came from."""
 
 import dataclasses
+import io
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
+from cli.locations import Location, explain, make_folder, write_whole
+from data.buckets import Shape
 from data.pictures import read_picture
 from data.preprocess import PictureTransform, center_square
 
@@ -36,14 +38,14 @@ class Samples:
         return f"{len(self.records)} {' with '.join(name for name, value in made.items() if value is not None)}"
 
 
-def read_square(
-    name: str, size: int, transform: PictureTransform = center_square
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Reads a picture file, and makes it a square as evaluation does.
+def read_fitted(
+    name: str, size: int | Shape, transform: PictureTransform = center_square
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads a picture file, and cuts and resizes it as evaluation does.
 
     Args:
       name: of the file.
-      size: of the square, in pixels.
+      size: height and width of the result in pixels, or the side of a square.
       transform: one that draws nothing.
 
     Raises:
@@ -52,7 +54,7 @@ def read_square(
     return transform(read_picture(name), size, None)
 
 
-def prepare_out(out: Path) -> None:
+def prepare_out(out: Location) -> None:
     """Makes the folder of a picture file, before work is done that could be lost.
 
     Raises:
@@ -61,24 +63,25 @@ def prepare_out(out: Path) -> None:
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise UserError(f"cannot write {out}: {out.suffix or 'no extension'} is no kind of picture; give --out a .png")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}; give --out a .png path that can be written") from error
 
 
-def write_picture(out: Path, picture: Image.Image) -> None:
-    """Writes one picture.
+def write_picture(out: Location, picture: Image.Image) -> None:
+    """Writes one picture, whole or not at all.
 
     Raises:
       UserError: if it cannot be written.
     """
     try:
-        picture.save(out)
+        write_whole(out, _encoded(picture, out.suffix))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {out}: {error}; give --out a .png path that can be written") from error
+        advice = f"cannot write {out}: {error}; give --out a .png path that can be written"
+        raise explain(error) or UserError(advice) from error
 
 
-def write_files(folder: Path, samples: Samples) -> None:
+def write_files(folder: Location, samples: Samples) -> None:
     """Writes each picture as "00000.png", each text as "00000.txt", and `samples.json`: texts, conditions, settings.
 
     Raises:
@@ -86,17 +89,26 @@ def write_files(folder: Path, samples: Samples) -> None:
     """
     records = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for number, record in enumerate(samples.records):
             written = {}
             if samples.images is not None:
                 written["file"], image = f"{number:05d}.png", samples.images[number]
-                Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / written["file"])
+                picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+                write_whole(folder / written["file"], _encoded(picture, ".png"))
             if samples.texts is not None:
                 written["text_file"], written["text"] = f"{number:05d}.txt", samples.texts[number]
-                (folder / written["text_file"]).write_text(written["text"] + "\n", encoding="utf-8")
+                write_whole(folder / written["text_file"], written["text"] + "\n")
             records.append({**written, **record})
         text = json.dumps({"settings": samples.settings, "samples": records}, indent=2, ensure_ascii=False)
-        (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / "samples.json", text + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}; give --files a folder that can be written") from error
+        advice = f"cannot write {folder}: {error}; give --files a folder that can be written"
+        raise explain(error) or UserError(advice) from error
+
+
+def _encoded(picture: Image.Image, suffix: str) -> bytes:
+    """A picture as the bytes of a file that is named so."""
+    content = io.BytesIO()
+    picture.save(content, format=Image.registered_extensions()[suffix.lower()])
+    return content.getvalue()

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from cli.locations import Location
 from cli.ranges import check_seed
+from data.buckets import Shape, shapes_of
 from data.tokenizer import Tokenizer
 from sample.arguments import idle_settings
 from sample.samplers import create_sampler
@@ -38,6 +39,7 @@ class TrainedSampler:
       tokenizer: of the run; None without text.
       chunk: images drawn in one call. Requests are padded to it, so one program serves every number of images.
       guide: what says which weights guide it, {"guide_run", "guide_step", "guide_ema"}; {} without any.
+      shape: height and width of the pictures, where the run trained on several and one was chosen.
     """
 
     run: Run
@@ -48,6 +50,7 @@ class TrainedSampler:
     tokenizer: Tokenizer | None
     chunk: int
     guide: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shape: Shape | None = None
 
     @classmethod
     def open(
@@ -89,6 +92,32 @@ class TrainedSampler:
             frozen={**self.frozen, "guide": weights},
             guide={"guide_run": str(folder), "guide_step": other.weights.step, "guide_ema": other.weights.ema},
         )
+
+    def in_shape(self, shape: Shape) -> "TrainedSampler":
+        """The same, for pictures of one of the shapes that the run trained on, `config.data.buckets`.
+
+        Raises:
+          UserError: if it trained on no such shape, or draws pictures of one alone.
+        """
+        data, folder = self.config.data, self.run.folder
+        said = f"--size={shape[0]}x{shape[1]}"
+        shapes = shapes_of(data.buckets)
+        if not shapes:
+            raise UserError(
+                f"{said} is of a run of config.data.buckets, and {folder} has none: it draws one shape, as its "
+                "positions may be learned; leave it out"
+            )
+        if not hasattr(self.sampler, "in_shape"):
+            raise UserError(f"{said} is of a diffusion, and {folder} is a run of {self.config.objective}; leave it out")
+        if shape not in shapes:
+            trained_on = ", ".join(f"{height}x{width}" for height, width in shapes)
+            raise UserError(f"{said} is none of the shapes that {folder} trained on; choose one of {trained_on}")
+        return dataclasses.replace(self, sampler=self.sampler.in_shape(shape), shape=shape)
+
+    @property
+    def picture_size(self) -> Shape | int:
+        """Height and width of the pictures that it is given and makes, or the side of a square."""
+        return self.shape or self.config.data.image_size
 
     @property
     def setting_names(self) -> tuple[str, ...]:
@@ -143,7 +172,8 @@ class TrainedSampler:
     def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights these are, and all settings of their sampler, those of the run's config included."""
         weights = {"run": str(self.run.folder), **self.weights.record}
-        return {**weights, **self.guide, "seed": seed, **self.config.sample.to_dict(), **settings}
+        size = {} if self.shape is None else {"size": f"{self.shape[0]}x{self.shape[1]}"}
+        return {**weights, **self.guide, **size, "seed": seed, **self.config.sample.to_dict(), **settings}
 
     def program(self, rows: Rows, **settings: Any) -> Hashable:
         """What a request is compiled for: requests that agree in it share a program, whatever their number.

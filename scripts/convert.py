@@ -15,7 +15,7 @@ Converts weights between this project and others.
             INPUT is a folder, a file of weights (.safetensors, .npz, .pt, .bin), or hf:ORGANIZATION/NAME[@REVISION] of
             the Hugging Face hub. DIR becomes a run folder whose training happened elsewhere: it is sampled, evaluated
             and described like a run, and configs name it as a source: --config.initialize.<part>.source=DIR or
-            --config.frozen.<part>.source=DIR
+            --config.frozen.<part>.source=DIR. INPUT and DIR may also be gs://BUCKET/NAME
   outward   --to=FORMAT --run=DIR --output=DIR
             DIR is any run folder. The result is what the other project loads.
 
@@ -119,7 +119,7 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     """Writes what another project loads."""
     from models import create_model
     from weights.formats.contract import Network, write_files
-    from weights.pretrained import free_folder, new_folder
+    from weights.pretrained import filled_folder, free_folder
     from weights.run import Run
     from weights.sources import trained_model
 
@@ -141,7 +141,8 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     null_class = bool(run.config.loss.get("dropout", 0.0))
     network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}), null_class)
     files = form.write(network)
-    write_files(new_folder(output), files)
+    with filled_folder(output) as new:
+        write_files(new, files)
     kind = "moving average" if weights.ema else "parameters"
     print(f"{output}: {_count(network.params):,} parameters ({kind} of step {weights.step}) for {form.name}")
 

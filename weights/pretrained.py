@@ -1,15 +1,19 @@
 """Writing a run folder whose training happened elsewhere: converted weights, ready to be used or fine-tuned."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from cli.compilation_cache import cache_home
 from cli.errors import UserError
-from cli.locations import local, write_whole
+from cli.locations import Location, in_store, locate, upload, write_whole
 from data.tokenizer import Tokenizer
 from weights.files.tensors import write_tensors
 from weights.run import CONFIG, PROVENANCE, TOKENIZER, WEIGHTS, tensor_name
@@ -18,7 +22,7 @@ Tree = Any
 
 
 def write_pretrained(
-    folder: str | Path,
+    folder: str | Location,
     config: Mapping[str, Any],
     params: Mapping[str, Tree],
     variables: Mapping[str, Tree],
@@ -40,28 +44,28 @@ def write_pretrained(
     Raises:
       UserError: if the folder has something in it or cannot be written.
     """
-    folder = new_folder(folder)
     tensors = {}
     for part, tree in params.items():
         for collection, leaves in {"params": tree, **variables.get(part, {})}.items():
             for path, leaf in flatten_dict(leaves).items():
                 tensors[tensor_name(part, collection, "/".join(path))] = leaf
-    write_tensors(folder / WEIGHTS, tensors)
-    with (folder / WEIGHTS).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if tokenizer is not None:
-        tokenizer.save(folder / TOKENIZER)
-    write_json(folder / PROVENANCE, {**provenance, "sha256": digest})
-    write_json(folder / CONFIG, config)
+    with filled_folder(folder, CONFIG) as new:
+        write_tensors(new / WEIGHTS, tensors)
+        with (new / WEIGHTS).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if tokenizer is not None:
+            tokenizer.save(new / TOKENIZER)
+        write_json(new / PROVENANCE, {**provenance, "sha256": digest})
+        write_json(new / CONFIG, config)
 
 
-def free_folder(folder: str | Path) -> Path:
+def free_folder(folder: str | Location) -> Location:
     """A folder for results as a path, without making it: what is read first may be refused.
 
     Raises:
       UserError: if it has something in it or cannot be one.
     """
-    folder = local(folder, "--output")
+    folder = locate(folder)
     try:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; choose another --output or empty it")
@@ -70,18 +74,34 @@ def free_folder(folder: str | Path) -> Path:
     return folder
 
 
-def new_folder(folder: str | Path) -> Path:
-    """Makes a folder for results.
+@contextlib.contextmanager
+def filled_folder(folder: str | Location, marker: str = "") -> Iterator[Path]:
+    """Makes a folder for results, which the block fills; in a store they are there when it has ended.
+
+    Args:
+      folder: a new or empty one.
+      marker: of its files the one that is put into a store last.
+
+    Yields:
+      where to write them: on this machine in any case.
 
     Raises:
       UserError: if it has something in it or cannot be made.
     """
-    folder = free_folder(folder)
+    location = free_folder(folder)
+    draft = cache_home() / "tessera" / "outputs" / uuid.uuid4().hex if in_store(location) else location
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        draft.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --output") from error
-    return folder
+        raise UserError(f"cannot write {draft}: {error.strerror}; choose another --output") from error
+    if draft == location:
+        yield draft
+        return
+    try:
+        yield draft
+        upload(draft, location, marker)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

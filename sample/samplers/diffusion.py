@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax.errors import FlaxError
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
@@ -113,6 +114,7 @@ class DiffusionSampler:
       rescale: default phi, see `diffusion.guidance.Guidance`.
       guidance_start: default share of the process before which there is no guidance.
       guidance_stop: default share after which there is none.
+      shape: height and width of pictures, where they are not the network's own square; see `in_shape`.
       guide: the sampler of a network that guidance leads away from, whose weights are `frozen["guide"]`:
         {"params": {"denoiser": tree, ...}, "frozen": those of its own frozen stages}; None for usual guidance.
     """
@@ -127,6 +129,7 @@ class DiffusionSampler:
     rescale: float = 0.0
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    shape: tuple[int, int] | None = None
     guide: "DiffusionSampler | None" = None
 
     @classmethod
@@ -165,8 +168,12 @@ class DiffusionSampler:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
-        return self.model.example_inputs(1)[0].shape[1:]
+        """Shape of one sample of what is diffused."""
+        own = self.model.example_inputs(1)[0].shape[1:]
+        if self.shape is None:
+            return own
+        factor = 1 if self.first_stage is None else self.first_stage.model.downsampling
+        return (*(side // factor for side in self.shape), own[-1])
 
     def data(self, frozen: Tree, images: UInt8[Array, "b H W c"], keys: Key[Array, "b"]) -> Float[Array, "b h w z"]:
         """What the denoiser learns of pictures: their pixels in [-1, 1], or latents, drawn by one key an example."""
@@ -237,6 +244,26 @@ class DiffusionSampler:
             if ours != theirs:
                 raise UserError(f"the --guide_run is of another {name} than the run: {theirs}, not {ours}")
         return dataclasses.replace(self, guide=guide)
+
+    def in_shape(self, shape: tuple[int, int]) -> "DiffusionSampler":
+        """This sampler, of pictures of another height and width.
+
+        Raises:
+          UserError: if a network does not take them, as one with a learned position of each patch.
+        """
+        sampler = dataclasses.replace(self, shape=shape)
+        for model in (self.model, *(() if self.guide is None else (self.guide.model,))):
+            x_t, *told = model.example_inputs(1)
+            params = jax.eval_shape(model.init, jax.random.key(0), x_t, *told)
+            wanted = jax.ShapeDtypeStruct((1, *sampler.sample_shape), x_t.dtype)
+            try:
+                jax.eval_shape(model.apply, params, wanted, *told)
+            except (ValueError, TypeError, FlaxError) as error:  # what networks of one shape raise
+                said = str(error).strip().splitlines()[0]
+                raise UserError(
+                    f"the denoiser does not take pictures of {shape[0]} x {shape[1]}: {said}; leave out --size"
+                ) from error
+        return sampler
 
     @property
     def _text_length(self) -> int:

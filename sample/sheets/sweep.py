@@ -2,11 +2,11 @@
 
 import csv
 import dataclasses
+import io
 import itertools
 import math
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
+from cli.locations import Location, in_store, write_whole
 from data.scenes import find_world, parse_caption
 from data.scenes.grader import SceneGrader
 from sample.conditions import Condition, Made, Order, draw, order_rows
@@ -52,8 +53,8 @@ class Sweep(Samples):
       table: the file of numbers.
     """
 
-    pages: tuple[Path, ...]
-    table: Path
+    pages: tuple[Location, ...]
+    table: Location
 
 
 def check_axes(trained: TrainedSampler, axes: Sequence[Axis]) -> None:
@@ -73,7 +74,7 @@ def run_sweep(
     order: Order,
     axes: Sequence[Axis],
     num: int,
-    out: Path,
+    out: Location,
     clip: ClipEmbedder | None = None,
 ) -> Sweep:
     """Draws every cell, with the same seed and indices in each, and writes pages and numbers as they are done.
@@ -185,7 +186,7 @@ class Measure:
         if clip is not None and not captions:
             raise UserError(f"{trained.run.folder} draws no captions, and --clip compares with these; leave it out")
         world = find_world(trained.config.data.dataset)
-        if world is None or trained.config.data.image_size != world.image_size or not captions:
+        if world is None or trained.picture_size != world.image_size or not captions:
             return
         self._grader = SceneGrader(world)
         for caption in sorted(captions):
@@ -226,15 +227,20 @@ def diversity(images: UInt8[np.ndarray, "c n h w ch"]) -> float | None:
     return float(np.mean(distances)) if distances else None
 
 
-def append_row(table: Path, row: Sequence[Any], new: bool = False) -> None:
+def append_row(table: Location, row: Sequence[Any], new: bool = False) -> None:
     """Adds a row to a CSV file, or begins the file.
 
     Raises:
       UserError: if it cannot be written.
     """
     try:
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow(row)
+        if in_store(table):  # where nothing is appended
+            write_whole(table, (b"" if new else table.read_bytes()) + line.getvalue().encode("utf-8"))
+            return
         with table.open("w" if new else "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(row)
+            file.write(line.getvalue())
     except OSError as error:
         raise UserError(f"cannot write {table}: {error}; give --out a folder that can be written") from error
 
@@ -292,7 +298,7 @@ def _page_places(axes: Sequence[Axis], number: int) -> list[int]:
     return [int(place) for place in np.unravel_index(number, sizes)] if sizes else []
 
 
-def _page_name(out: Path, axes: Sequence[Axis], number: int) -> Path:
+def _page_name(out: Location, axes: Sequence[Axis], number: int) -> Location:
     places = zip(axes[2:], _page_places(axes, number), strict=True)
     return out.with_name("_".join([out.stem, *(axis.file_part(place) for axis, place in places)]) + out.suffix)
 

@@ -49,8 +49,8 @@ def test_other_places_are_refused(place: str, message: str):
 def test_a_home_that_nobody_has_and_a_store_where_only_files_may_be_are_refused():
     with pytest.raises(UserError, match="^~nobody-here/data begins with a home folder that nobody has"):
         locate_from_home("~nobody-here/data")
-    with pytest.raises(UserError, match="^--out=gs://b/grid.png must be on this machine"):
-        local("gs://b/grid.png", "--out")
+    with pytest.raises(UserError, match="^--features_dir=gs://b/features must be on this machine"):
+        local("gs://b/features", "--features_dir")
 
 
 def test_an_object_is_written_at_once_and_seen_by_all(object_store: ObjectStore, bucket: str):

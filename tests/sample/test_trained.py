@@ -12,7 +12,7 @@ from sample.__main__ import main
 from sample.command import draw_samples
 from sample.conditions import Order, make_conditions
 from sample.embedding import ClipEmbedder
-from sample.files import read_square
+from sample.files import read_fitted
 from sample.trained import TrainedSampler
 
 
@@ -70,14 +70,14 @@ def test_a_tokenizer_run_reconstructs_pictures(stage1, tmp_path):
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
     main([f"--run={stage1}", f"--image={tmp_path}/red.png", f"--out={tmp_path}/grid.png", f"--files={tmp_path}/out"])
     assert (tmp_path / "out" / "00000.png").is_file()
-    assert read_square(str(tmp_path / "red.png"), 32).shape == (32, 32, 3)
+    assert read_fitted(str(tmp_path / "red.png"), 32).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("transform", [center_square, clip_evaluation])
 def test_picture_files_are_seen_as_evaluation_sees_pictures(tmp_path, transform):
     pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "noise.png")
-    assert (read_square(str(tmp_path / "noise.png"), 32, transform) == transform(pixels, 32, None)).all()
+    assert (read_fitted(str(tmp_path / "noise.png"), 32, transform) == transform(pixels, 32, None)).all()
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,12 @@ def test_a_run_is_sampled_from_evaluated_and_frozen_where_it_lies(
     object_store.put(f"{bucket}/red.png", (tmp_path / "red.png").read_bytes())
     for number, run in enumerate((here, there)):
         picture = (tmp_path / "red.png", f"gs://{bucket}/red.png")[number]
-        sample.__main__.main([f"--run={run}", f"--image={picture}", f"--out={tmp_path}/{number}.png"])
-    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+        place = (tmp_path, f"gs://{bucket}")[number]
+        written = [f"--out={place}/drawn/grid.png", f"--files={place}/drawn/files"]
+        sample.__main__.main([f"--run={run}", f"--image={picture}", *written])
+    for name in ("grid.png", "files/00000.png"):
+        assert (tmp_path / "drawn" / name).read_bytes() == object_store[f"{bucket}/drawn/{name}"]
+    assert json.loads(object_store[f"{bucket}/drawn/files/samples.json"])["settings"]["run"] == there
 
     evaluation.__main__.main([f"--run={there}", "--num=8", "--splits=validation"])
     (record,) = json.loads(object_store[f"{bucket}/runs/stage1/evaluation.json"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
-from cli.locations import Location, local
+from cli.locations import Location, in_store, local_copy, locate
 from cli.text_files import read_text
 from data.hub import HUB, hub_error
 from weights.files.tensors import Tensors, check_finite, read_tensors, unwrapped
@@ -90,9 +90,9 @@ class Origin(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Folder(Origin):
-    """A folder of this machine."""
+    """A folder of this machine, or of a store, whose files are read from copies."""
 
-    path: Path
+    path: Location
     leniency: Leniency = STRICT
 
     def describe(self) -> str:
@@ -101,9 +101,12 @@ class Folder(Origin):
 
     def find(self, *names: str) -> Path | None:
         """The first of these files that the folder has."""
-        return next((self.path / name for name in names if (self.path / name).is_file()), None)
+        found = next((self.path / name for name in names if (self.path / name).is_file()), None)
+        return None if found is None else local_copy(found)
 
     def _owns(self, path: Path) -> bool:
+        if in_store(self.path):  # where there are no links
+            return True
         folder, target = path.parent.resolve(), path.resolve()
         # In the hub's cache, which may be given as a folder, files are links from snapshots/<commit>/ to blobs/.
         stores = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
@@ -112,14 +115,20 @@ class Folder(Origin):
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFile(Origin):
-    """One file of weights with nothing around it."""
+    """One file of weights with nothing around it.
+
+    Attributes:
+      path: on this machine.
+      source: of what that is a copy; "" for the file itself.
+    """
 
     path: Path
     leniency: Leniency = STRICT
+    source: str = ""
 
     def describe(self) -> str:
         """The file."""
-        return str(self.path)
+        return self.source or str(self.path)
 
     def find(self, *names: str) -> Path | None:
         """Nothing: what lies beside a file need not belong to it."""
@@ -209,7 +218,7 @@ class Subfolder(Origin):
 
 
 def open_origin(text: str, leniency: Leniency = STRICT) -> Origin:
-    """Returns what `--input` names: "hf:organization/name[@revision]", a folder, or a file.
+    """Returns what `--input` names: "hf:organization/name[@revision]", a folder or a file, also gs://BUCKET/NAME.
 
     Raises:
       UserError: if there is no such folder or file.
@@ -217,11 +226,11 @@ def open_origin(text: str, leniency: Leniency = STRICT) -> Origin:
     if text.startswith(HUB):
         repository, _, revision = text.removeprefix(HUB).partition("@")
         return HubRepository(repository, revision or None, leniency)
-    path = local(text, "--input")
+    path = locate(text)
     if path.is_dir():
         return Folder(path, leniency)
     if path.is_file():
-        return WeightsFile(path, leniency)
+        return WeightsFile(local_copy(path), leniency, text if in_store(path) else "")
     raise UserError(f"there is no folder or file {text}; give one, or {HUB}ORGANIZATION/NAME of the Hugging Face hub")
 
 
