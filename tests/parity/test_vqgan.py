@@ -103,11 +103,12 @@ def test_mindall_e_draws_with_its_vqgan(tmp_path):
 @pytest.mark.parametrize("kind", ["vqgan", "gumbel", "own", "own with blocks"])
 def test_image_tokenizers_of_dalle_pytorch(theirs, kind, tmp_path):
     arguments, own = None, kind.startswith("own")
+    normalization = ((0.4, 0.5, 0.6, 0), (0.5, 0.25, 0.5, 1))
     if own:
         arguments = {"image_size": 16, "num_layers": 1, "num_tokens": CODES, "codebook_dim": 6, "hidden_dim": 8}
         arguments |= {"num_resnet_blocks": 2 if kind.endswith("blocks") else 0}
         if kind.endswith("blocks"):
-            arguments["normalization"] = ((0.4, 0.5, 0.6, 0), (0.5, 0.25, 0.5, 1))
+            arguments["normalization"] = normalization
         torch.manual_seed(0)
         vae = theirs.DiscreteVAE(**arguments).eval()
         with torch.no_grad():
@@ -131,7 +132,7 @@ def test_image_tokenizers_of_dalle_pytorch(theirs, kind, tmp_path):
     def drawn(tokens):
         images = vae.decode(tokens)
         if own and kind.endswith("blocks"):  # it draws pixels as it reads them
-            mean, std = (torch.tensor(row[:3]).reshape(1, 3, 1, 1) for row in arguments["normalization"])
+            mean, std = (torch.tensor(row[:3]).reshape(1, 3, 1, 1) for row in normalization)
             images = 2 * (images * std + mean) - 1
         return images.clamp(-1, 1) if own else 2 * images - 1
 
