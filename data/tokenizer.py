@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,8 @@ class Tokenizer:
     A tokenizer may frame captions by a start and an end token, which have the two highest ids; no caption's text
     becomes one of them, whatever it says. It is either trained here (`train`, `with_ends`), or reads as CLIP does
     (`from_clip_vocabulary`): words end in `</w>`, captions are framed, and the padding is also the piece "!", or
-    another one (`padded_with`).
+    another one (`padded_with`). Or it merges letters and not bytes, as minDALL-E's (`from_letter_vocabulary`): a letter
+    that no piece has is an id of its own.
     """
 
     def __init__(self, model: tokenizers.Tokenizer):
@@ -52,8 +54,10 @@ class Tokenizer:
         Raises:
           UserError: if it was made by something else.
         """
-        self._clip = getattr(model.model, "end_of_word_suffix", None) == END_OF_WORD
-        if not self._clip and model.token_to_id(_PAD) != PAD_ID:
+        marked = getattr(model.model, "end_of_word_suffix", None) == END_OF_WORD
+        self._letters = marked and getattr(model.model, "unk_token", None) is not None
+        self._clip = marked and not self._letters
+        if not marked and model.token_to_id(_PAD) != PAD_ID:
             raise UserError(f"this tokenizer was not made by Tessera: its id {PAD_ID} is not {_PAD}")
         ends, size = (model.token_to_id(START), model.token_to_id(END)), model.get_vocab_size()
         if ends != (None, None) and ends != (size - 2, size - 1):
@@ -106,6 +110,33 @@ class Tokenizer:
           UserError: if nothing is there, or it is something else.
         """
         return cls(clip_model(read_clip_vocabulary(path), ends))
+
+    @classmethod
+    def from_letter_vocabulary(cls, vocabulary: Path, merges: Path, unknown: str, pad: str) -> "Tokenizer":
+        """Reads a vocabulary of the `tokenizers` library's CharBPETokenizer, which encodes lower-cased here.
+
+        Args:
+          vocabulary: a JSON file, {piece: id}.
+          merges: a text file, a pair a line.
+          unknown: the piece that stands for a letter which is in no other.
+          pad: the piece that fills captions up.
+
+        Raises:
+          UserError: if the files are no vocabulary, or have no such pieces.
+        """
+        model, normalizers = tokenizers.models.BPE, tokenizers.normalizers
+        try:
+            options = {"unk_token": unknown, "end_of_word_suffix": END_OF_WORD}
+            whole = tokenizers.Tokenizer(model.from_file(str(vocabulary), str(merges), **options))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{vocabulary} and {merges} are no vocabulary ({error}); fetch them again") from error
+        if missing := [piece for piece in (unknown, pad) if whole.token_to_id(piece) is None]:
+            raise UserError(f"{vocabulary} has no piece {missing[0]!r}; fetch it again")
+        whole.normalizer = normalizers.Sequence([normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()])
+        whole.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        whole.decoder = tokenizers.decoders.BPEDecoder(suffix=END_OF_WORD)
+        whole.enable_padding(pad_id=whole.token_to_id(pad), pad_token=pad)
+        return cls(whole)
 
     @classmethod
     def load(cls, path: str | Location) -> "Tokenizer":
@@ -222,7 +253,7 @@ class Tokenizer:
             while kept and kept[-1] == PAD_ID:
                 kept.pop()
         else:
-            kept = [i for i in kept if i != PAD_ID]
+            kept = [i for i in kept if i != self.pad_id]
         return self._model.decode([i for i in kept if i != self.start_id]).strip()
 
     def _encode(self, text: str) -> list[int]:
@@ -243,8 +274,13 @@ class Tokenizer:
                 if len(ids) > length:
                     return ids
                 pieces = self._merge(word[start : start + _MERGED_AT_ONCE], dropout, rng)
-                ids.extend(self._model.token_to_id(piece) or PAD_ID for piece in pieces)
+                ids.extend(self._ids_of(pieces))
         return ids
+
+    def _ids_of(self, pieces: Iterable[str]) -> Iterable[int]:
+        """Ids of pieces; of one that is none, which only letters may be, that of the unknown one."""
+        unknown = self._model.token_to_id(self._model.model.unk_token) if self._letters else PAD_ID
+        return (unknown if (id := self._model.token_to_id(piece)) is None else id for piece in pieces)
 
     def _words(self, text: str) -> list[tuple[str, ...]]:
         """Returns the words of a caption, each as pieces of one byte."""
@@ -261,7 +297,7 @@ class Tokenizer:
             text = clean_caption(text)
         elif normalizer is not None:
             text = normalizer.normalize_str(text)
-        suffix = END_OF_WORD if self._clip else ""
+        suffix = END_OF_WORD if self._clip or self._letters else ""
         return [(*word[:-1], word[-1] + suffix) for word, _ in splitter.pre_tokenize_str(text)]
 
     def _merge(self, word: Sequence[str], dropout: float, rng: np.random.Generator) -> list[str]:

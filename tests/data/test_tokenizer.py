@@ -1,5 +1,7 @@
 """Byte-pair encoding: round trips, padding, truncation, seeded dropout, and the frame of a start and an end token."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tokenizers
@@ -260,3 +262,43 @@ def test_long_captions_are_not_kept(tokenizer, dropout):
         tokenizer.encode(text, 8, dropout, rng)
     assert (tokenizer._known_ids.num_bytes, tokenizer._known_words.num_bytes) == before
     assert before[dropout > 0] > 0
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory) -> tuple[tokenizers.CharBPETokenizer, Path, Path]:
+    """The library's own tokenizer of letters, as minDALL-E sets it up, and its two files."""
+    folder = tmp_path_factory.mktemp("letters")
+    trained = tokenizers.CharBPETokenizer(unk_token="[UNK]", lowercase=True)
+    trained.train_from_iterator(TEXTS, 60, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+    vocabulary, merges = (Path(file) for file in trained.save_model(str(folder)))
+    theirs = tokenizers.CharBPETokenizer.from_file(str(vocabulary), str(merges), unk_token="[UNK]", lowercase=True)
+    theirs.add_special_tokens(["[PAD]"])
+    theirs.enable_padding(length=16, pad_id=theirs.token_to_id("[PAD]"))
+    theirs.enable_truncation(max_length=16)
+    return theirs, vocabulary, merges
+
+
+@pytest.mark.parametrize("pad", ["[PAD]", "e"])  # the published one's id need not be 0
+def test_a_vocabulary_of_letters_encodes_as_the_library_s(letters, pad, tmp_path):
+    theirs, vocabulary, merges = letters
+    ours = Tokenizer.from_letter_vocabulary(vocabulary, merges, "[UNK]", pad)
+    ours.save(tmp_path / "tokenizer.json")
+    assert ours.vocab_size == theirs.get_vocab_size() and ours.end_id is None
+    theirs.enable_padding(length=16, pad_id=theirs.token_to_id(pad))
+    for each in (ours, Tokenizer.load(tmp_path / "tokenizer.json")):
+        for text in ("A Small RED circle", "a ☃ qé, star!", "small " * 20):
+            assert each.encode(text, 16).ids.tolist() == theirs.encode(text).ids
+            assert each.encode(text, 16, 1e-9, np.random.default_rng(0)).ids.tolist() == theirs.encode(text).ids
+        assert each.pad_id == theirs.token_to_id(pad) and not each.reads_as_clip
+    plain = Tokenizer.from_letter_vocabulary(vocabulary, merges, "[UNK]", "[PAD]")
+    assert plain.decode(plain.encode("a big star", 16).ids) == "a big star"
+
+
+def test_what_is_no_vocabulary_of_letters_is_one_line(letters, tmp_path):
+    _, vocabulary, merges = letters
+    with pytest.raises(UserError, match="vocab.json has no piece '<none>'"):
+        Tokenizer.from_letter_vocabulary(vocabulary, merges, "[UNK]", "<none>")
+    (tmp_path / "vocab.json").write_text("[1]")
+    with pytest.raises(UserError, match="are no vocabulary") as error:
+        Tokenizer.from_letter_vocabulary(tmp_path / "vocab.json", merges, "[UNK]", "[PAD]")
+    assert "\n" not in str(error.value)

@@ -16,6 +16,7 @@ import yaml
 
 from cli.errors import UserError
 from cli.text_files import read_text
+from data.tokenizer import Tokenizer
 from models import create_model
 from models.dalle import Dalle
 from weights.files.fields import IDLE, Field, fixed, flag, group, read_fields, whole, word
@@ -29,6 +30,7 @@ from weights.formats.taming import TRUNK, vqgan_fields
 CONFIG = "config.yaml"
 WEIGHTS = ("stage2_last.ckpt", "stage2_last.safetensors")
 VQGAN = ("stage1_last.ckpt", "stage1_last.safetensors")
+TOKENIZER = ("tokenizer/bpe-16k-vocab.json", "tokenizer/bpe-16k-merges.txt")
 _HEAD_WIDTH = 64  # of the published network, where no config tells
 
 _TABLE: dict[str, Field] = {
@@ -235,7 +237,7 @@ def _read(origin: Origin) -> Converted:
     vqgan = stages["stage1."]
     if not vqgan and origin.find(*VQGAN) is not None:
         vqgan = read_weights(origin, VQGAN)
-    notes = ("its tokenizer of captions is left out: it cuts words in a way of its own",)
+    tokenizer, notes = _read_tokenizer(origin, fields["text_vocab_size"])
     image_tokenizer = None
     if not vqgan:
         notes = (f"there is no {VQGAN[0]}, its image tokenizer: it makes tokens and not pictures", *notes)
@@ -244,7 +246,22 @@ def _read(origin: Origin) -> Converted:
     else:
         told = vqgan_fields_of(config)
         image_tokenizer = (told, autoencoder_from_compvis(create_model(**told), vqgan))
-    return dalle_run(fields, from_mindall_e(create_model(**fields), tensors), image_tokenizer, None, notes)
+    return dalle_run(fields, from_mindall_e(create_model(**fields), tensors), image_tokenizer, tokenizer, notes)
+
+
+def _read_tokenizer(origin: Origin, ids: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
+    """The tokenizer of captions, if the archive has it; and a note if it has none.
+
+    Raises:
+      UserError: if it is none, or has more ids than the transformer.
+    """
+    vocabulary, merges = (origin.find(name) for name in TOKENIZER)
+    if vocabulary is None or merges is None:
+        return None, (f"there is no {TOKENIZER[0]} with its merges, its tokenizer: it takes no captions",)
+    tokenizer = Tokenizer.from_letter_vocabulary(vocabulary, merges, unknown="[UNK]", pad="[PAD]")
+    if tokenizer.vocab_size > ids:
+        raise UserError(f"{vocabulary} has {tokenizer.vocab_size} ids, and the transformer {ids}; give its own")
+    return tokenizer, ()
 
 
 def _read_yaml(origin: Origin, path: Path) -> Any:
@@ -264,7 +281,7 @@ def _write(network: Network) -> Files:
 FORMAT = Format(
     name="mindall_e",
     networks=("dalle",),
-    inputs=f"the folder of the published archive, or {WEIGHTS[0]} alone, which has no image tokenizer",
+    inputs=f"the folder of the published archive, or {WEIGHTS[0]} alone, which makes no pictures and takes no captions",
     outputs=f"Transformer1d(...).load_state_dict with the hparams of {CONFIG} and {WEIGHTS[1]}",
     recognizes=lambda origin: not isinstance(origin, WeightsFile) and origin.find(*WEIGHTS) is not None,
     read=_read,

@@ -154,7 +154,8 @@ def test_mindall_e_in_and_out_again(tmp_path, capsys):
     write_tensors(theirs / "stage2_last.safetensors", tensors)
     (theirs / "config.yaml").write_text(json.dumps(mindall_e.transformer_config(model)))
     convert([f"--input={theirs}", f"--output={tmp_path}/ours"])
-    assert "there is no stage1_last.ckpt, its image tokenizer: it makes tokens" in capsys.readouterr().out
+    assert "there is no stage1_last.ckpt, its image tokenizer: it makes tokens" in (said := capsys.readouterr().out)
+    assert "there is no tokenizer/bpe-16k-vocab.json with its merges" in said
     assert_same_trees(Run.open(tmp_path / "ours").load().params["dalle"], params)
     noted = mindall_e.transformer_config(model)
     noted["stage2"]["hparams"]["note"] = 1
@@ -167,6 +168,23 @@ def test_mindall_e_in_and_out_again(tmp_path, capsys):
         convert([f"--input={theirs}", f"--output={tmp_path}/none"])
     (theirs / "config.yaml").write_text("stage2: [")
     with pytest.raises(UserError, match="config.yaml is not valid YAML"):
+        convert([f"--input={theirs}", f"--output={tmp_path}/none"])
+
+
+def test_mindall_e_s_captions(tmp_path):
+    theirs = tmp_path / "theirs"
+    model = models.create_model(**mindall_e.transformer_fields(MINDALL_E))
+    write_tensors(theirs / "stage2_last.safetensors", mindall_e.to_mindall_e(model, random_parameters(model)))
+    (theirs / "tokenizer").mkdir()
+    pieces = ["[UNK]", "[PAD]", *"abc", *(f"{letter}</w>" for letter in "abc"), "ab</w>"]
+    (theirs / "tokenizer" / "bpe-16k-vocab.json").write_text(json.dumps({p: id for id, p in enumerate(pieces)}))
+    (theirs / "tokenizer" / "bpe-16k-merges.txt").write_text("#version: 0.2\na b</w>\n")
+    convert([f"--input={theirs}", f"--output={tmp_path}/ours"])
+    tokenizer = Run.open(tmp_path / "ours").tokenizer()
+    assert tokenizer.encode("AB cx", 6).ids.tolist() == [8, 4, 0, 1, 1, 1]
+    pieces += [f"piece{n}" for n in range(9)]
+    (theirs / "tokenizer" / "bpe-16k-vocab.json").write_text(json.dumps({p: id for id, p in enumerate(pieces)}))
+    with pytest.raises(UserError, match="bpe-16k-vocab.json has 18 ids, and the transformer 13"):
         convert([f"--input={theirs}", f"--output={tmp_path}/none"])
 
 
