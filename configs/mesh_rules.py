@@ -122,3 +122,14 @@ CAPTIONER = (
     (r"mapper_down/kernel", ("fsdp", "tensor")),
     *WHOLE,
 )
+
+# UniDiffuser; the CLIP and the captioner beside it are small, and stay whole.
+UNIDIFFUSER = (
+    (r"^(clip|captioner)/", ()),
+    *TRANSFORMER,
+    (r"(clip_in|text_in)/kernel", (None, "fsdp")),
+    (r"data_type/embedding", (None, "fsdp")),
+    (r"skips_\d+/projection/kernel", ("fsdp", "tensor")),
+    (r"patch/kernel", (None, None, None, "fsdp")),
+    *WHOLE,
+)

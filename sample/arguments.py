@@ -37,6 +37,13 @@ SETTINGS: Mapping[str, Setting] = {
     "caption_length": Setting(int, "tokens of a caption at most; default: the run's config"),
     "beams": Setting(int, "of a search for the likeliest caption; 0 for none; default: the run's config"),
     "length_penalty": Setting(float, "of that: 1 compares means of log p, 0 sums; default: the run's config"),
+    "mode": Setting(
+        str,
+        "of a UniDiffuser: text_to_image, image_to_text, joint, image, text, image_variation, text_variation; default: "
+        "what --prompt and --image ask for",
+    ),
+    "unconditional": Setting(str, "of a UniDiffuser: what guidance leads away from, noise or the empty caption"),
+    "noise": Setting(str, "of a UniDiffuser: whose habits of drawing it, authors or diffusers"),
     "keep_rows": Setting(int, "rows of tokens kept of an --image to complete; default: half of them", besides=True),
     "strength": Setting(
         float,

@@ -195,7 +195,7 @@ def _check_kind(trained: TrainedSampler, order: Order) -> None:
     for row in told:
         if row not in (*sampler.reads, *may_read):
             raise UserError(f"{folder} takes no {_GIVEN[row][0]}; it takes {takes}")
-    if sampler.reads and not order.conditions[0].rows:
+    if sampler.reads and not order.conditions[0].rows and not getattr(sampler, "needs_none", False):
         raise UserError(f"{folder} takes {takes}")
     for name, parameter in inspect.signature(sampler.request).parameters.items():
         if name in sampler.reads and parameter.default is parameter.empty and name not in told:

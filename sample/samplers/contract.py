@@ -19,6 +19,8 @@ What may be made, under the same names in a sampler's outputs:
 The run's `tokenizer.json` reads the text that is made, too. A sampler that reads with one tokenizer and writes with
 another has an attribute `writes_with`: the name of the other one's file in the run folder.
 
+A sampler that reads rows and may be told none of them has an attribute `needs_none`, which is True.
+
 A sampler that may be told more than what makes its data has an attribute `may_read`: see `besides`.
 """
 

@@ -9,6 +9,7 @@ from sample.samplers.dalle import DalleSampler
 from sample.samplers.diffusion import DiffusionSampler
 from sample.samplers.dvae import ReconstructionSampler
 from sample.samplers.llama import LlamaSampler
+from sample.samplers.unidiffuser import UniDiffuserSampler
 from sample.samplers.vision_adapter import VisionAdapterSampler
 
 SAMPLERS: dict[str, Any] = {
@@ -19,6 +20,7 @@ SAMPLERS: dict[str, Any] = {
     "diffusion": DiffusionSampler,
     "dvae": ReconstructionSampler,
     "llama": LlamaSampler,
+    "unidiffuser": UniDiffuserSampler,
     "vision_adapter": VisionAdapterSampler,
     "vqvae": ReconstructionSampler,
 }

@@ -13,6 +13,7 @@ from train.objectives.dalle import DalleObjective
 from train.objectives.diffusion import DiffusionObjective
 from train.objectives.dvae import DiscreteVAEObjective
 from train.objectives.llama import LlamaObjective
+from train.objectives.unidiffuser import UniDiffuserObjective
 from train.objectives.vision_adapter import VisionAdapterObjective
 from train.objectives.vqvae import VectorQuantizedVAEObjective
 
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, Any] = {
     "diffusion": DiffusionObjective,
     "dvae": DiscreteVAEObjective,
     "llama": LlamaObjective,
+    "unidiffuser": UniDiffuserObjective,
     "vision_adapter": VisionAdapterObjective,
     "vqvae": VectorQuantizedVAEObjective,
 }

@@ -1,0 +1,530 @@
+"""Pictures and captions, one for the other, both, or one alone, by one network (Bao et al. 2023, section 3.2 and 3.3).
+
+A side that is given has time 0, one that is to say nothing is noise at the last time T. With eps(image, text; t_image,
+t_text) and t the solver's time:
+
+    mode             drawn          the network is asked                    guidance leads away from
+    text_to_image    picture        eps(x, text; t, 0)                      eps(x, noise; t, T), or the blank caption's
+    image_to_text    caption        eps(image, x; 0, t)                     eps(noise, x; T, t)
+    joint            both           eps(x, y; t, t)                         eps(x, noise; t, T) of the picture,
+                                                                            eps(noise, y; T, t) of the caption
+    image            picture        eps(x, noise; t, T)
+    text             caption        eps(noise, x; T, t)
+    image_variation  picture        image_to_text, then text_to_image
+    text_variation   caption        text_to_image, then image_to_text
+
+Variations hand over latents: neither the caption nor the picture between is decoded and encoded again. Guidance is
+uncond + w (cond - uncond), where the paper has w = 1 + s. All calls of a step are one batch.
+
+"Noise" is drawn anew at every step, as the authors' code does; diffusers keeps that of "image" and "text", and draws a
+caption's first state as the captioner's latents of noise. Both are `noise="diffusers"`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from diffusion.plan import Plan, per_example_noise, solve
+from diffusion.process import Process
+from diffusion.schedule import DiscreteSchedule, create_schedule
+from diffusion.solver_choice import make_plan
+from models.captioner import Captioner
+from models.clip import Clip
+from models.unidiffuser import PictureAndText, UniDiffuser
+from sample.first_stage import FirstStage
+from sample.samplers.captioner import (
+    CaptionSettings,
+    check_features,
+    clip_pictures,
+    clip_tokens,
+    frozen_clip,
+    write_captions,
+)
+from sample.samplers.dvae import from_uint8
+from sample.samplers.from_config import build_network, read_settings
+from sample.samplers.llama import check_questions, end_of_texts
+
+Tree = Any
+Request = dict[str, Any]
+Latents = dict[str, Array]  # some of "image", "clip" and "text"
+Network = Callable[[PictureAndText, Array, Array], PictureAndText]
+
+PICTURE, TEXT = ("image", "clip"), ("text",)
+# Mode -> the row that it reads.
+MODES: Mapping[str, str | None] = {
+    **{"text_to_image": "text", "image_to_text": "image", "joint": None, "image": None, "text": None},
+    **{"image_variation": "image", "text_variation": "text"},
+}
+UNCONDITIONAL = ("noise", "empty")
+NOISE = ("authors", "diffusers")
+
+# Numbers that a key is folded with, one for each use.
+_FIRST, _STEPS, _FRESH, _POSTERIOR, _WORDS, _SECOND = range(6)
+
+
+def drawn_names(mode: str) -> tuple[str, ...]:
+    """What of the latents a mode without stages draws."""
+    return {"text_to_image": PICTURE, "image": PICTURE, "image_to_text": TEXT, "text": TEXT}.get(mode, PICTURE + TEXT)
+
+
+def predict(
+    network: Network,
+    mode: str,
+    x: Latents,
+    t: Float[Array, "b"],
+    last: Float[Array, ""] | float,
+    told: Latents,
+    fresh: Latents,
+    guidance: Float[Array, ""] | float | None = None,
+    empty: Float[Array, "b l z"] | None = None,
+) -> Latents:
+    """What of the network's outputs belongs to what a mode draws; guided if `guidance` is not None.
+
+    Args:
+      network: (x, time of the picture, time of the caption) -> outputs.
+      mode: one of the first five of `MODES`.
+      x: the noisy states of what is drawn.
+      t: their time, as the network sees it.
+      last: T.
+      told: latents of what is given.
+      fresh: noise in place of a side that is to say nothing.
+      guidance: w.
+      empty: latents of the blank caption, which guidance of text_to_image leads away from in place of noise's.
+    """
+    zero, end = jnp.zeros_like(t), jnp.full_like(t, last)
+
+    def call(image: Latents, text: Latents, t_image: Array, t_text: Array) -> tuple[PictureAndText, Array, Array]:
+        return PictureAndText(image["image"], image["clip"], text["text"]), t_image, t_text
+
+    calls: Sequence[tuple[PictureAndText, Array, Array]]
+    if mode == "text_to_image":
+        away = call(x, fresh, t, end) if empty is None else call(x, {"text": empty}, t, zero)
+        calls = [call(x, told, t, zero), away]
+    elif mode == "image_to_text":
+        calls = [call(told, x, zero, t), call(fresh, x, end, t)]
+    elif mode == "joint":
+        calls = [call(x, x, t, t), call(x, fresh, t, end), call(fresh, x, end, t)]
+    elif mode == "image":
+        calls = [call(x, fresh, t, end)]
+    else:
+        calls = [call(fresh, x, end, t)]
+    outputs = in_one_batch(network, calls if guidance is not None else calls[:1])
+    cond = outputs[0]
+    if guidance is None or len(outputs) == 1:
+        return {name: getattr(cond, name) for name in x}
+    # Of joint guidance the second call is of the picture, the third of the caption; otherwise there are but two.
+    away = {name: outputs[-1] if name in TEXT else outputs[1] for name in x}
+    return {
+        name: getattr(away[name], name) + guidance * (getattr(cond, name) - getattr(away[name], name)) for name in x
+    }
+
+
+def in_one_batch(network: Network, calls: Sequence[tuple[PictureAndText, Array, Array]]) -> tuple[PictureAndText, ...]:
+    """Outputs of several calls, made as one, of whose batch an example's rows stand together: on one device."""
+    count = len(calls)
+    if count == 1:
+        return (network(*calls[0]),)
+    arguments = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *calls)
+    outputs = network(*arguments)
+    return tuple(jax.tree.map(lambda leaf, place=place: leaf[place::count], outputs) for place in range(count))
+
+
+def draw_latents(
+    network: Network,
+    process: Process,
+    plan: Plan,
+    mode: str,
+    first: Latents,
+    told: Latents,
+    keys: Key[Array, "b"],
+    guidance: Float[Array, ""] | float | None = None,
+    empty: Float[Array, "b l z"] | None = None,
+    kept: Latents | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Latents:
+    """Runs a solver in one mode.
+
+    Args:
+      network: see `predict`, as `mode`, `told`, `guidance` and `empty`.
+      process: that it was trained on.
+      plan: of the solver.
+      mode: see there.
+      first: noise of unit variance, of what is drawn.
+      told: see there.
+      keys: of the examples, for all noise that is drawn on the way.
+      guidance: see there.
+      empty: see there.
+      kept: noise of the sides that say nothing, where it is not drawn anew at every step.
+      shapes: of an example's latents, those that are neither drawn nor told among them.
+    """
+    schedule = process.schedule
+    last = process.network_time(jnp.float32(schedule.time_range[1]))
+    noises = {**{name: value.shape[1:] for name, value in {**told, **first}.items()}, **(shapes or {})}
+
+    def fresh_noise(t: Array) -> Latents:
+        # A solver asks at every time once, so that the time's bits are a number of the step.
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, jax.lax.bitcast_convert_type(t, jnp.int32))
+        return normal_latents(step_keys, noises)
+
+    def denoise(x: Latents, t: Array) -> Latents:
+        times = jnp.broadcast_to(t, keys.shape)
+        fresh = kept if kept is not None else fresh_noise(t)
+        outputs = predict(network, mode, x, process.network_time(times), last, told, fresh, guidance, empty)
+        return {name: process.data(outputs[name].astype(jnp.float32), x[name], times) for name in x}
+
+    x = jax.tree.map(lambda leaf: plan.first_scale * leaf, first)
+    noise_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _STEPS)
+    return solve(plan, denoise, x, per_example_noise(noise_keys, x)).x
+
+
+def normal_latents(keys: Key[Array, "b"], shapes: Mapping[str, tuple[int, ...]]) -> Latents:
+    """Standard normal latents of these shapes; each of an example's own key."""
+    places = {name: place for place, name in enumerate(PICTURE + TEXT)}
+    return {
+        name: jax.vmap(lambda key, name=name: jax.random.normal(jax.random.fold_in(key, places[name]), shapes[name]))(
+            keys
+        )
+        for name in sorted(shapes)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a sampler is compiled for, beside the batch.
+
+    Attributes:
+      mode: one of `MODES`; "" for what the rows that are given ask for: a caption its picture, a picture its caption,
+        both each of them, nothing a pair.
+      sampler: see `diffusion.solver_choice.SOLVERS`.
+      steps: S.
+      spacing: of the times; "time" and the singlestep solver are the authors'.
+      unconditional: what guidance of text_to_image leads away from: "noise" at the last time, or the "empty" caption.
+      noise: whose habits of drawing it: "authors" or "diffusers".
+    """
+
+    mode: str = ""
+    sampler: str = "dpm_solver_singlestep"
+    steps: int = 50
+    spacing: str = "time"
+    unconditional: str = "noise"
+    noise: str = "authors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """What latents are multiplied by before they are diffused, and divided by behind; those of pictures have their own.
+
+    Attributes:
+      clip: of the CLIP embedding; 1 where published.
+      text: of the captioner's latents; 1 where published.
+    """
+
+    clip: float = 1.0
+    text: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class UniDiffuserSampler:
+    """Draws pictures and writes captions.
+
+    Attributes:
+      model: the network; its parameters are `params["unidiffuser"]`.
+      process: what it was trained on.
+      first_stage: pictures to latents and back; frozen, as the next two.
+      clip: reads pictures and captions. The two towers may be of different networks.
+      captioner: captions' features to latents, and latents to captions.
+      scales: of latents.
+      choices: defaults.
+      captions: how captions are written.
+      guidance: default w; 1 for none.
+    """
+
+    model: UniDiffuser
+    process: Process
+    first_stage: FirstStage
+    clip: Clip
+    captioner: Captioner
+    scales: Scales
+    choices: Choices
+    captions: CaptionSettings
+    guidance: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "UniDiffuserSampler":
+        """Builds the sampler of `config.models`, `frozen`, `process`, `scales` and `sample`.
+
+        Raises:
+          UserError: if a part is missing, parts do not go together, or a setting is impossible.
+        """
+        model, clip = build_network(config, "models.unidiffuser"), frozen_clip(config)
+        first_stage = FirstStage.from_config(config)
+        if first_stage is None or "captioner" not in config.frozen:
+            raise UserError("UniDiffuser diffuses latents; name config.frozen.first_stage and config.frozen.captioner")
+        captioner = build_network(config, "frozen.captioner")
+        _check_parts(config, model, first_stage, clip, captioner)
+        fields = config.process.to_dict()
+        try:
+            process = Process(create_schedule(**fields.pop("schedule")), **fields)
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(f"config.process is impossible: {str(error).splitlines()[0]}") from error
+        if not isinstance(process.schedule, DiscreteSchedule) or process.time_shift != 1:
+            raise UserError("UniDiffuser's time 0 is that of data; set config.process to a chain with time_shift 1")
+        if process.variance == "learned" or process.clip:
+            raise UserError("UniDiffuser learns no variance, and latents are not clipped; change config.process")
+        scales = Scales(**{name: float(value) for name, value in config.get("scales", ConfigDict()).items()})
+        if not (scales.clip > 0 and scales.text > 0):
+            raise UserError(f"config.scales is {dataclasses.asdict(scales)}; factors are above 0")
+        choices = Choices(**read_settings(config.sample, Choices))
+        captions = CaptionSettings(**read_settings(config.sample, CaptionSettings))
+        guidance = float(config.sample.get("guidance", 1.0))
+        sampler = cls(model, process, first_stage, clip, captioner, scales, choices, captions, guidance)
+        sampler._changed({})
+        return sampler
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The rows that a request may hold; it need hold none."""
+        return ("text", "image")
+
+    @property
+    def needs_none(self) -> bool:
+        """Nothing need be given."""
+        return True
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """What outputs may hold."""
+        return ("image", "text")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of `config.sample`, with their values."""
+        return {**dataclasses.asdict(self.choices), "guidance": self.guidance, **dataclasses.asdict(self.captions)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of an example's latents."""
+        x = self.model.example_inputs(1)[0]
+        return {name: getattr(x, name).shape[1:] for name in PICTURE + TEXT}
+
+    @property
+    def end_id(self) -> int:
+        """Ends a caption."""
+        return end_of_texts(self.captioner, "captioner")
+
+    def request(
+        self,
+        text: Int[np.ndarray, "b l"] | None = None,
+        image: UInt8[np.ndarray, "b H W 3"] | None = None,
+        **overrides: Any,
+    ) -> Request:
+        """A request for a picture, a caption, or both, for each key.
+
+        Args:
+          text: ids of captions, framed, 0 behind.
+          image: pictures.
+          **overrides: of `settings`.
+
+        Raises:
+          UserError: on an unknown override, an impossible value, or rows that the mode does not read.
+        """
+        choices, captions, guidance = self._changed(overrides)
+        given = [name for name, row in (("text", text), ("image", image)) if row is not None]
+        modes: tuple[str, ...] = (choices.mode,)
+        if not choices.mode:
+            modes = tuple({"text": "text_to_image", "image": "image_to_text"}[name] for name in given) or ("joint",)
+        elif given != [row for row in (MODES[choices.mode],) if row is not None]:
+            reads = MODES[choices.mode] or "nothing"
+            raise UserError(f"mode {choices.mode} reads {reads}, and {' and '.join(given) or 'nothing'} is given")
+        rows: Request = {}
+        if text is not None:
+            rows["text"] = check_questions(text, self.clip.text_vocab_size, self.clip.text_end_id)
+        if image is not None:
+            side = self.model.image_size * self.first_stage.model.downsampling
+            if image.shape[1:] != (side, side, 3):
+                raise UserError(f"pictures are {list(image.shape[1:])}, this run's {[side, side, 3]}")
+            rows["image"] = np.asarray(image)
+        return {
+            **rows,
+            "modes": modes,
+            "choices": choices,
+            "captions": captions.program,
+            "guidance": np.float32(guidance),
+            **captions.numbers,
+        }
+
+    def __call__(
+        self, params: Tree, variables: Tree, frozen: Tree, request: Request, keys: Key[Array, "b"]
+    ) -> dict[str, Array]:
+        """Draws for each key; what comes of it depends on its rows and key alone.
+
+        Args:
+          params: {"unidiffuser": tree}.
+          variables: unused.
+          frozen: "first_stage", "clip" and "captioner".
+          request: from `request`.
+          keys: one for each.
+
+        Returns:
+          {"image": float [b H W 3] in [-1, 1], "text": int32 [b l], 0 behind the end}, those of them that the mode
+          makes; a variation also what is between.
+        """
+        del variables
+        static = (request["modes"], request["choices"], request["captions"], float(request["guidance"]) != 1.0)
+        told = {name: value for name, value in request.items() if name not in ("modes", "choices", "captions")}
+        return _draw(self, *static, params["unidiffuser"], frozen, told, keys)
+
+    def plan(self, choices: Choices) -> Plan:
+        """The plan of a solver.
+
+        Raises:
+          ValueError: if there is no such sampler or spacing, or the steps are impossible.
+        """
+        return make_plan(self.process.schedule, choices.sampler, choices.steps, spacing=choices.spacing)
+
+    def encode_text(self, frozen: Tree, text: Int[Array, "b l"]) -> Latents:
+        """Latents of captions."""
+        features = clip_tokens(self.clip, _collections(frozen["clip"]), text)
+        latents = self.captioner.apply(_collections(frozen["captioner"]), features, method="encode")
+        return {"text": self.scales.text * jnp.asarray(latents, jnp.float32)}
+
+    def encode_image(self, frozen: Tree, images: UInt8[Array, "b H W 3"], keys: Key[Array, "b"]) -> Latents:
+        """Latents of pictures, drawn by one key an example, and their CLIP embeddings."""
+        pixels = from_uint8(images)
+        embedded = clip_pictures(self.clip, _collections(frozen["clip"]), pixels)
+        return {"image": self.first_stage.encode(frozen, pixels, keys), "clip": self.scales.clip * embedded}
+
+    def write(
+        self, frozen: Tree, latents: Latents, program: tuple[int, int], numbers: dict[str, Array], keys: Array
+    ) -> Int[Array, "b l"]:
+        """Captions of latents; see `sample.samplers.captioner.write_captions`."""
+        captioner, params = self.captioner, frozen["captioner"]["params"]
+
+        def prefill(length: int) -> tuple[Array, Any]:
+            text = latents["text"] / self.scales.text
+            return captioner.apply({"params": params}, text, length, method="prefill_latents")
+
+        return write_captions(captioner, params, prefill, program, numbers, self.end_id, keys)
+
+    def _changed(self, overrides: Mapping[str, Any]) -> tuple[Choices, CaptionSettings, float]:
+        """Settings with others; raises UserError unless they are possible."""
+        if unknown := sorted(overrides.keys() - self.settings.keys()):
+            raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {', '.join(self.settings)}")
+        own = {field.name for field in dataclasses.fields(Choices)}
+        choices = dataclasses.replace(self.choices, **{k: v for k, v in overrides.items() if k in own})
+        captions = self.captions.changed({k: v for k, v in overrides.items() if k not in (*own, "guidance")})
+        for name, allowed in (("mode", ("", *MODES)), ("unconditional", UNCONDITIONAL), ("noise", NOISE)):
+            if getattr(choices, name) not in allowed:
+                shown = ", ".join(each or "'' for what is given" for each in allowed)
+                raise UserError(f"{name}={getattr(choices, name)!r} is unknown; choose one of {shown}")
+        guidance = float(overrides.get("guidance", self.guidance))
+        if not 0 <= guidance < float("inf"):
+            raise UserError(f"guidance={guidance} is impossible; 1 means none, more follows what is given more")
+        if choices.mode in ("image", "text") and guidance != 1 and "guidance" in overrides:
+            raise UserError(f"mode {choices.mode} is told nothing that guidance could lead to; leave guidance out")
+        most = self.captioner.length - self.captioner.prefix_length + 1
+        if captions.caption_length > most:
+            raise UserError(f"caption_length={captions.caption_length} is more than the captioner has; use {most}")
+        try:
+            self.plan(choices)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"sampler {choices.sampler!r} with {choices.steps} steps: {error}") from error
+        return choices, captions, guidance
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _draw(
+    sampler: UniDiffuserSampler,
+    modes: tuple[str, ...],
+    choices: Choices,
+    program: tuple[int, int],
+    guided: bool,
+    params: Tree,
+    frozen: Tree,
+    request: Request,
+    keys: Array,
+) -> dict[str, Array]:
+    """The compiled program of `UniDiffuserSampler.__call__`."""
+    plan, shapes, outputs = sampler.plan(choices), sampler.shapes, {}
+    numbers = {name: request[name] for name in ("temperature", "top_k", "top_p", "length_penalty")}
+    folded = [jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in range(_SECOND + 1)]
+
+    def network(x: PictureAndText, t_image: Array, t_text: Array) -> PictureAndText:
+        return sampler.model.apply({"params": params}, x, t_image, t_text)
+
+    def noise(keys: Array) -> Latents:
+        drawn = normal_latents(keys, shapes)
+        if choices.noise == "diffusers":
+            clip = normal_latents(keys, {"text": (shapes["text"][0], sampler.captioner.feature_width)})["text"]
+            encoded = sampler.captioner.apply(_collections(frozen["captioner"]), clip, method="encode")
+            drawn["text"] = jnp.asarray(encoded, jnp.float32)
+        return drawn
+
+    def draw(mode: str, told: Latents, keys: Array) -> Latents:
+        first_keys, own_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in (_FIRST, _FRESH))
+        whole = noise(first_keys)
+        first = {name: whole[name] for name in drawn_names(mode)}
+        kept = whole if choices.noise == "diffusers" and mode in ("image", "text") else None
+        guidance = request["guidance"] if guided and mode not in ("image", "text") else None
+        empty = None
+        if guidance is not None and mode == "text_to_image" and choices.unconditional == "empty":
+            blank = jnp.array([sampler.clip.text_end_id - 1, sampler.clip.text_end_id], jnp.int32)
+            empty = sampler.encode_text(frozen, jnp.broadcast_to(blank, (len(keys), 2)))["text"]
+        return draw_latents(network, sampler.process, plan, mode, first, told, own_keys, guidance, empty, kept, shapes)
+
+    def given(row: str) -> Latents:
+        if row == "text":
+            return sampler.encode_text(frozen, request["text"])
+        return sampler.encode_image(frozen, request["image"], folded[_POSTERIOR])
+
+    for mode in modes:
+        row = MODES[mode]
+        told: Latents = {} if row is None else given(row)
+        if mode == "image_variation":
+            between = draw("image_to_text", told, keys)
+            drawn = {**between, **draw("text_to_image", between, folded[_SECOND])}
+        elif mode == "text_variation":
+            between = draw("text_to_image", told, keys)
+            drawn = {**between, **draw("image_to_text", between, folded[_SECOND])}
+        else:
+            drawn = draw(mode, told, keys)
+        if "image" in drawn:
+            outputs["image"] = sampler.first_stage.decode(frozen, drawn["image"])
+        if "text" in drawn:
+            outputs["text"] = sampler.write(frozen, drawn, program, numbers, folded[_WORDS])
+    return outputs
+
+
+def _collections(trees: Mapping[str, Tree]) -> Tree:
+    """What a frozen network is applied to."""
+    return {"params": trees["params"], **trees["variables"]}
+
+
+def _check_parts(
+    config: ConfigDict, model: UniDiffuser, first_stage: FirstStage, clip: Clip, captioner: Captioner
+) -> None:
+    """Raises UserError unless the networks go together."""
+    if not isinstance(captioner, Captioner) or captioner.mapper != "bottleneck":
+        raise UserError("config.frozen.captioner must be a captioner with a bottleneck, whose latents are diffused")
+    check_features(captioner, clip)
+    side, _, channels = first_stage.latent_shape(config.data.image_size)
+    wanted = {
+        "image_size": side,
+        "in_channels": channels,
+        "clip_width": clip.embed_dim,
+        "text_length": captioner.prefix_length,
+        "text_width": captioner.latent_width,
+    }
+    wrong = [
+        f"{name} {getattr(model, name)}, not {value}" for name, value in wanted.items() if getattr(model, name) != value
+    ]
+    if wrong:
+        raise UserError(f"config.models.unidiffuser is not of what the frozen networks make: {'; '.join(wrong)}")

@@ -1,0 +1,125 @@
+"""UniDiffuser: one noise prediction for a picture and its caption, each at a time of its own (Bao et al. 2023, eq. 5).
+
+    loss = mean of |eps_theta(x_t, y_s; t, s) - [eps_x, eps_y]|^2,  t and s drawn independently
+
+over all entries of picture, CLIP embedding and caption together; at the published shapes these are 75, 2 and 23 % of
+them. Public fine-tunings average each part by itself: `reduction="parts"`. The paper drops nothing for guidance, as
+time T of a side already says nothing of it. First stage, CLIP and captioner are frozen.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from cli.ranges import check_range
+from models.unidiffuser import PictureAndText, UniDiffuser
+from sample.samplers.unidiffuser import PICTURE, TEXT, UniDiffuserSampler, normal_latents
+from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
+from train.objectives.preview import gather, to_host
+
+REDUCTIONS = ("elements", "parts")
+_PREVIEWED = ("text_to_image", "image_to_text")
+
+
+@dataclasses.dataclass(frozen=True)
+class UniDiffuserObjective:
+    """Trains part `unidiffuser`, a `models.unidiffuser.UniDiffuser`.
+
+    Attributes:
+      sampler: holds the networks and the process, and draws the previews.
+      reduction: "elements", all entries count alike; "parts", the means of the three parts do.
+      image_weight: what errors of a picture's latents count beside that.
+      clip_weight: of its CLIP embedding.
+      text_weight: of the caption's latents.
+    """
+
+    sampler: UniDiffuserSampler
+    reduction: str = "elements"
+    image_weight: float = 1.0
+    clip_weight: float = 1.0
+    text_weight: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "UniDiffuserObjective":
+        """Reads `config.models`, `config.frozen`, `config.process`, `config.scales`, `config.sample`, `config.loss`.
+
+        Raises:
+          UserError: if a setting is impossible, or there are no captions.
+        """
+        objective = cls(UniDiffuserSampler.from_config(config), **config.loss)
+        if objective.reduction not in REDUCTIONS:
+            raise UserError(f"config.loss.reduction={objective.reduction!r} is unknown; choose elements or parts")
+        for name in (*PICTURE, *TEXT):
+            check_range(f"config.loss.{name}_weight", getattr(objective, f"{name}_weight"), "[0, inf)")
+        if not 0 < config.data.text_length <= objective.sampler.clip.text_length:
+            raise UserError(
+                f"config.data.text_length={config.data.text_length} is not what CLIP reads, 1 to "
+                f"{objective.sampler.clip.text_length} tokens"
+            )
+        return objective
+
+    @property
+    def model(self) -> UniDiffuser:
+        """The network that is trained."""
+        return self.sampler.model
+
+    def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:
+        """Returns ({"unidiffuser": parameters}, {})."""
+        del batch
+        inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.model.example_inputs(1))
+        return {"unidiffuser": self.model.init(rng, *inputs)["params"]}, {}
+
+    def loss(
+        self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""], step: Array, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The loss of a batch.
+
+        Metrics: loss; mse_image, mse_clip and mse_text, of each part by itself; power_image, power_clip and power_text,
+        the mean square of what is diffused, which should be near 1 (`config.scales`).
+
+        `batch` holds image uint8 [b H W 3] and text int32 [b l], framed, 0 behind.
+        """
+        del step, train
+        sampler, process = self.sampler, self.sampler.process
+        keys = jax.vmap(lambda key: jax.random.split(key, 4))(example_keys(rng, batch))
+        x_0 = {
+            **sampler.encode_image(frozen, batch["image"], keys[:, 0]),
+            **sampler.encode_text(frozen, batch["text"]),
+        }
+        eps = normal_latents(keys[:, 1], {name: value.shape[1:] for name, value in x_0.items()})
+        t_image, t_text = (process.draw_time(jax.vmap(jax.random.uniform)(keys[:, use])) for use in (2, 3))
+        times = {**dict.fromkeys(PICTURE, t_image), **dict.fromkeys(TEXT, t_text)}
+        x_t = PictureAndText(**{name: process.noised(x_0[name], eps[name], times[name]) for name in x_0})
+        seen = process.network_time(t_image), process.network_time(t_text)
+        outputs = self.model.apply({"params": params["unidiffuser"]}, x_t, *seen)
+        ones = jnp.ones_like(t_image)
+        metrics, loss, entries = {}, jnp.zeros_like(t_image), 0
+        for name, value in x_0.items():
+            axes, size = tuple(range(1, value.ndim)), int(np.prod(value.shape[1:]))
+            target = process.target(value, eps[name], times[name])
+            mse = jnp.mean(jnp.square(getattr(outputs, name) - target), axis=axes)
+            power = jnp.mean(jnp.square(value), axis=axes)
+            share = size if self.reduction == "elements" else 1
+            entries += share
+            loss += share * getattr(self, f"{name}_weight") * process.weight(times[name]) * mse
+            metrics |= {f"mse_{name}": (jnp.sum(mse), jnp.sum(ones)), f"power_{name}": (jnp.sum(power), jnp.sum(ones))}
+        loss = loss / entries
+        metrics["loss"] = jnp.sum(loss), jnp.sum(ones)
+        return jnp.mean(loss), Aux(metrics=metrics, variables=variables)
+
+    def preview(
+        self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""]
+    ) -> dict[str, Preview]:
+        """Pictures of the batch's captions, and its pictures with captions that are written for them."""
+        rows = {name: np.asarray(batch[name]) for name in self.sampler.reads}
+        request = self.sampler.request(**rows, mode="")
+        outputs = self.sampler(params, variables, frozen, request, example_keys(rng, batch))
+        columns = min(len(batch["image"]), 8)
+        drawn = Preview(images=to_host(outputs["image"]), columns=columns, labels=gather(batch["text"]))
+        read = Preview(images=gather(batch["image"]), columns=columns, labels=gather(outputs["text"]))
+        return dict(zip(_PREVIEWED, (drawn, read), strict=True))
