@@ -23,6 +23,9 @@ _NUMBERS = {
     **{"data.bpe_dropout": "[0, 1]", "ema.decay": "[0, 1)"},
 }
 
+# Objective -> parts whose sizes it compares itself, since they differ: pictures are resized for CLIP, captions padded.
+_COMPARED_ELSEWHERE = {"captioner": ("clip",), "unidiffuser": ("clip", "first_stage", "unidiffuser")}
+
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError if a number, a choice or a pattern of the config itself is impossible."""
@@ -81,6 +84,8 @@ def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
     """Raises UserError where the sizes of networks, data and tokenizer disagree."""
     for group in ("models", "frozen"):
         for part, model in config[group].items():
+            if part in _COMPARED_ELSEWHERE.get(config.objective, ()):
+                continue
             for key in ("text_length", "image_size"):
                 if key not in model or model[key] == config.data[key]:
                     continue

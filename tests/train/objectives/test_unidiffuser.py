@@ -1,0 +1,106 @@
+"""UniDiffuser's loss: its parts' shares, independent times, and what its config must be."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cli.config import load_config
+from cli.errors import UserError
+from configs.scenes import unidiffuser
+from models.unidiffuser import UniDiffuser
+from train.objectives import create_objective
+from weights.sources import load_frozen
+
+ASKED = []
+
+
+class Zeros(UniDiffuser):
+    """A network that predicts nothing; what it is asked is in `ASKED`."""
+
+    def apply(self, variables, x, t_image, t_text):
+        ASKED.append((x, t_image, t_text))
+        return jax.tree.map(jnp.zeros_like, x)
+
+
+@functools.cache
+def asked_once():
+    """(objective, metrics, loss by reduction, what the network was asked) of one batch of sixteen."""
+    objective, frozen = create_objective(unidiffuser.get_config("debug")), load_frozen(unidiffuser.get_config("debug"))
+    rng, fields = np.random.default_rng(0), objective.model.__dataclass_fields__.keys() - {"parent", "name"}
+    network = Zeros(**{name: getattr(objective.model, name) for name in fields})
+    text = np.zeros((16, 24), np.int32)
+    text[:, :4] = [351, 5, 6, 352]
+    image = rng.integers(0, 255, (16, 32, 32, 3), np.uint8)
+    batch = {"image": jnp.asarray(image), "text": jnp.asarray(text), "index": jnp.arange(16)}
+    losses = {}
+    for reduction in ("elements", "parts"):
+        sampler = dataclasses.replace(objective.sampler, model=network)
+        tried = dataclasses.replace(objective, sampler=sampler, reduction=reduction, clip_weight=3.0)
+
+        def loss(frozen, batch, tried=tried):
+            value, aux = tried.loss({"unidiffuser": {}}, {}, frozen, batch, jax.random.key(0), jnp.array(0), True)
+            return value, aux.metrics, ASKED[-1]
+
+        value, metrics, asked = jax.jit(loss)(frozen, batch)
+        losses[reduction] = float(value), {name: float(a / b) for name, (a, b) in metrics.items()}, asked
+    return objective, losses
+
+
+def test_entries_count_alike_or_parts_do():
+    objective, losses = asked_once()
+    sizes = {name: int(np.prod(shape)) for name, shape in objective.sampler.shapes.items()}
+    weights = {"image": 1.0, "clip": 3.0, "text": 1.0}
+    for reduction, (loss, metrics, _) in losses.items():
+        shares = sizes if reduction == "elements" else dict.fromkeys(sizes, 1)
+        total = sum(shares[name] * weights[name] * metrics[f"mse_{name}"] for name in sizes)
+        assert loss == pytest.approx(total / sum(shares.values()), rel=1e-5)
+        assert metrics["mse_image"] == pytest.approx(1, abs=0.1)  # of noise alone
+
+
+def test_times_of_both_sides_are_drawn_independently_from_1_to_1000():
+    _, losses = asked_once()
+    x, t_image, t_text = losses["elements"][2]
+    times = np.stack([t_image, t_text])
+    assert times.min() >= 1 and times.max() <= 1000 and np.all(times == np.round(times))
+    assert np.count_nonzero(t_image == t_text) <= 1 and np.abs(np.corrcoef(times)[0, 1]) < 0.8
+    assert len({float(value) for value in t_image}) > 12
+    assert np.isfinite(np.asarray(x.text)).all()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("models.unidiffuser.text_width=5", "text_width 5, not 16"),
+        ("process.time_shift=0", "UniDiffuser's time 0 is that of data"),
+        ("loss.reduction=sum", "config.loss.reduction='sum' is unknown"),
+        ("sample.mode=both", "mode='both' is unknown; choose one of '' for what is given, text_to_image"),
+        ("sample.steps=0", "with 0 steps"),
+        ("scales.clip=0.0", "factors are above 0"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(override, said):
+    config = load_config(["--config=configs/scenes/unidiffuser.py:debug", f"--config.{override}"])
+    with pytest.raises(UserError, match=said):
+        create_objective(config)
+
+
+def test_a_mode_reads_what_it_is_of_and_is_inferred_from_what_is_given():
+    sampler = create_objective(unidiffuser.get_config("debug")).sampler
+    text = np.zeros((1, 24), np.int32)
+    text[:, :3] = [351, 5, 352]
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    assert sampler.request()["modes"] == ("joint",)
+    assert sampler.request(text)["modes"] == ("text_to_image",)
+    assert sampler.request(image=image)["modes"] == ("image_to_text",)
+    assert sampler.request(text, image)["modes"] == ("text_to_image", "image_to_text")
+    assert sampler.request(image=image, mode="image_variation")["modes"] == ("image_variation",)
+    with pytest.raises(UserError, match="mode text_variation reads text, and image is given"):
+        sampler.request(image=image, mode="text_variation")
+    with pytest.raises(UserError, match="mode joint reads nothing, and text is given"):
+        sampler.request(text, mode="joint")
+    with pytest.raises(UserError, match="told nothing that guidance could lead to"):
+        sampler.request(mode="text", guidance=3.0)
