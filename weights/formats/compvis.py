@@ -22,10 +22,9 @@ from weights.files.layout import CONVOLUTION, Layout, Rule, Tree, pointwise
 from weights.files.origin import Origin, WeightsFile, read_weights
 from weights.formats.contract import Converted, Format
 from weights.formats.lpips import lpips_fields, lpips_from_torch
-from weights.formats.runs import autoencoder_run
+from weights.formats.runs import AUTOENCODER_OPTIONS, STABLE_DIFFUSION_SCALE, autoencoder_run, read_latent_scale
 
 WEIGHTS = ("model.ckpt", "model.safetensors", "last.ckpt", "checkpoints/last.ckpt")
-STABLE_DIFFUSION_SCALE = 0.18215
 _IMAGE_SIZE = 256  # of the pictures that all published first stages were trained on
 
 _STAGE = "first_stage_model."
@@ -112,6 +111,11 @@ def autoencoder_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         return sorted({int(match[1]) for name in tensors if (match := re.match(pattern, name))})
 
     width = size("encoder.conv_in.weight", 0)
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        raise UserError(
+            "these are the weights of a first stage in the layout of diffusers; give the folder that has its "
+            "config.json too, and --source=diffusers"
+        )
     levels = len(found(r"encoder\.down\.(\d+)\."))
     widths = [size(f"encoder.down.{level}.block.0.conv2.weight", 0) for level in range(levels)]
     name = next((name for name, codes in _CODES.items() if codes in tensors), "autoencoder_kl")
@@ -219,15 +223,14 @@ def _find_scale(
 ) -> tuple[float, tuple[str, ...]]:
     """What latents are multiplied by: as told, as a second stage's checkpoint says, or as published; and a note."""
     if given:
-        try:
-            scale = float(given)
-        except ValueError:
-            scale = 0.0
-        if not 0 < scale < float("inf"):
-            raise UserError(f"--latent_scale={given} is not a number above 0; Stable Diffusion's is 0.18215")
-        return scale, ()
-    if "scale_factor" in tensors:
-        return float(tensors["scale_factor"]), ()
+        return read_latent_scale(given), ()
+    if (stored := tensors.get("scale_factor")) is not None:
+        if np.size(stored) != 1 or not 0 < float(np.ravel(stored)[0]) < float("inf"):
+            raise UserError(
+                f"scale_factor, what a second stage multiplies latents by, is {_shown(stored)}, and one number above 0 "
+                "is read; give it as --latent_scale"
+            )
+        return float(np.ravel(stored)[0]), ()
     if fields["name"] in _CODES:
         return 1.0, ()
     note = (
@@ -236,9 +239,14 @@ def _find_scale(
     return STABLE_DIFFUSION_SCALE, (f"{note}--latent_scale for another",)
 
 
+def _shown(value: np.ndarray) -> str:
+    return str(np.ravel(value)[0]) if np.size(value) == 1 else f"an array of {' x '.join(map(str, np.shape(value)))}"
+
+
 def _recognizes(origin: Origin) -> bool:
     if isinstance(origin, WeightsFile):
-        return origin.path.name in WEIGHTS or bool(_PUBLISHED.search(origin.path.name))
+        # Anybody's weights may be called model.safetensors.
+        return origin.path.name in (*WEIGHTS[:1], *WEIGHTS[2:]) or bool(_PUBLISHED.search(origin.path.name))
     return origin.find(WEIGHTS[0], *WEIGHTS[2:]) is not None
 
 
@@ -251,5 +259,5 @@ FORMAT = Format(
     recognizes=_recognizes,
     read=_read,
     write=None,
-    options={"latent_scale": "what a second stage multiplies latents by, where the files do not tell"},
+    options=AUTOENCODER_OPTIONS,
 )

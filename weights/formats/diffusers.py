@@ -29,7 +29,7 @@ from weights.formats.diffusers_autoencoder import autoencoder_files, read_autoen
 from weights.formats.diffusers_blocks import attention_rules, residual_rules, with_new_names
 from weights.formats.diffusers_scheduler import read_scheduler
 from weights.formats.dit import dit_run
-from weights.formats.runs import denoiser_run
+from weights.formats.runs import AUTOENCODER_OPTIONS, denoiser_run
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -427,7 +427,7 @@ def _recognizes(origin: Origin) -> bool:
     return config is not None and peek_json(config).get("_class_name") in (PLAIN, CONDITION, *_ALONE)
 
 
-def _read(origin: Origin, subfolder: str = "") -> Converted:
+def _read(origin: Origin, subfolder: str = "", latent_scale: str = "") -> Converted:
     if subfolder and subfolder not in (PIPELINE_FOLDER, diffusers_dit.PIPELINE_FOLDER):
         origin = Subfolder(origin, subfolder)
         origin.require(CONFIG)
@@ -447,7 +447,7 @@ def _read(origin: Origin, subfolder: str = "") -> Converted:
         params = diffusers_unidiffuser.unidiffuser_from_diffusers(create_model(**fields), tensors)
         return Converted({"objective": "", "models": {"unidiffuser": fields}}, {"unidiffuser": params})
     if dit is None and kind in tuple(AUTOENCODERS):
-        return read_autoencoder(origin.json(CONFIG), read_weights(origin, WEIGHTS))
+        return read_autoencoder(origin.json(CONFIG), read_weights(origin, WEIGHTS), latent_scale)
     process, sample = (None, {}) if origin.find(SCHEDULER) is None else read_scheduler(origin.json(SCHEDULER))
     if dit is not None:
         run, fields = dit_run, diffusers_dit.dit_fields(dit.json(CONFIG))
@@ -455,23 +455,25 @@ def _read(origin: Origin, subfolder: str = "") -> Converted:
     else:
         run, (fields, tensors) = denoiser_run, read_unet(origin)
         params, _ = unet_from_diffusers(create_model(**fields), tensors)
-    stage, notes = _find_first_stage(origin, fields["in_channels"])
+    stage, notes = _find_first_stage(origin, fields["in_channels"], latent_scale)
     return run(fields, params, process, sample, stage, notes)
 
 
-def _find_first_stage(origin: Origin, channels: int) -> tuple[tuple[dict[str, Any], Tree] | None, tuple[str, ...]]:
+def _find_first_stage(
+    origin: Origin, channels: int, latent_scale: str
+) -> tuple[tuple[dict[str, Any], Tree] | None, tuple[str, ...]]:
     """({name, fields}, parameters) of a pipeline's first stage, if it makes latents of so many channels; and notes."""
     for folder in FIRST_STAGE_FOLDERS:
         part = Subfolder(origin, folder)
         if (path := part.find(CONFIG)) is None or peek_json(path).get("_class_name") not in tuple(AUTOENCODERS):
             continue
         try:
-            read = read_autoencoder(part.json(CONFIG), read_weights(part, WEIGHTS))
+            read = read_autoencoder(part.json(CONFIG), read_weights(part, WEIGHTS), latent_scale)
         except UserError as error:
             return None, (f"its first stage is left out: {error}",)
         fields = read.config["models"]["autoencoder"]
         if fields["latent_channels"] == channels:
-            return (fields, read.params["autoencoder"]), ()
+            return (fields, read.params["autoencoder"]), read.notes
     return None, ()
 
 
@@ -509,5 +511,9 @@ FORMAT = Format(
     recognizes=_recognizes,
     read=_read,
     write=_write,
-    options={"subfolder": "of a pipeline: the folder of a network that is read alone, such as vae"},
+    options={
+        "subfolder": "of a pipeline: the folder of a network that is read alone, such as vae; a unet or a transformer "
+        "comes with its scheduler and first stage in any case",
+        **AUTOENCODER_OPTIONS,
+    },
 )

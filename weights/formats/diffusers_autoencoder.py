@@ -18,7 +18,7 @@ from weights.files.fields import IDLE, Field, fixed, read_fields, real, several,
 from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors, Tree
 from weights.formats.contract import Converted, Files, Network
 from weights.formats.diffusers_blocks import attention_rules, residual_rules, with_new_names
-from weights.formats.runs import autoencoder_run
+from weights.formats.runs import STABLE_DIFFUSION_SCALE, autoencoder_run, read_latent_scale
 
 KL, VQ = "AutoencoderKL", "VQModel"
 NAMES = {KL: "autoencoder_kl", VQ: "autoencoder_vq"}
@@ -58,7 +58,7 @@ def _table(kind: str) -> dict[str, Field]:
         "act_fn": fixed("silu", "swish"),
         "norm_num_groups": whole(32),
         "sample_size": several(whole(), 32, length=2, single=True),
-        "scaling_factor": real(0.18215, low=0, above=True),
+        "scaling_factor": real(STABLE_DIFFUSION_SCALE, low=0, above=True),
         "force_upcast": IDLE,  # computes a first stage in float32 where a pipeline is in float16
         **own,
         **{key: fixed(value) for key, value in _FIXED[kind].items()},
@@ -183,15 +183,28 @@ def autoencoder_config(model: KLAutoencoder | VQAutoencoder, variables: Mapping[
     return config
 
 
-def read_autoencoder(config: Mapping[str, Any], tensors: Tensors) -> Converted:
+def read_autoencoder(config: Mapping[str, Any], tensors: Tensors, latent_scale: str = "") -> Converted:
     """Makes a run of a first stage's config.json and tensors.
+
+    Args:
+      config: of the library.
+      tensors: likewise.
+      latent_scale: what a second stage multiplies latents by, in place of the config's; "" for that.
 
     Raises:
       UserError: if ours cannot compute it, or the tensors are those of another network.
     """
-    fields = autoencoder_fields(config)
+    fields, notes = autoencoder_fields(config), ()
+    if latent_scale:
+        fields["latent_scale"] = read_latent_scale(latent_scale)
+    elif "scaling_factor" not in config:
+        of_authors = "; that of latent diffusion's authors is 1" if config["_class_name"] == VQ else ""
+        notes = (
+            f"its config.json has no scaling_factor, what latents are multiplied by; {fields['latent_scale']} is the "
+            f"library's own default{of_authors}: give --latent_scale for another",
+        )
     params = autoencoder_from_diffusers(create_model(**fields), tensors)
-    return autoencoder_run(fields, {"autoencoder": params})
+    return autoencoder_run(fields, {"autoencoder": params}, notes=notes)
 
 
 def autoencoder_files(network: Network, config_name: str, weights_name: str) -> Files:

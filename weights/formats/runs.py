@@ -12,6 +12,12 @@ from weights.files.origin import Origin
 from weights.formats.contract import Converted, Tree
 from weights.run import OWN, TOKENIZER
 
+STABLE_DIFFUSION_SCALE = 0.18215  # what its second stage multiplies latents by
+
+AUTOENCODER_OPTIONS = {
+    "latent_scale": "what a second stage multiplies a first one's latents by, in place of what the files tell"
+}
+
 CLIP_OPTIONS = {"tokenizer": "of a CLIP that comes without one: CLIP's vocabulary, or a tokenizer.json"}
 
 
@@ -77,6 +83,22 @@ def denoiser_run(
     usual = get_diffusion_sampling(sample["sampler"], sample["steps"])
     config |= {"process": process, "sample": {**usual.to_dict(), **sample}}
     return Converted(config, trees, notes=notes)
+
+
+def read_latent_scale(given: str) -> float:
+    """The number of `--latent_scale`.
+
+    Raises:
+      UserError: if it is none.
+    """
+    try:
+        scale = float(given)
+    except ValueError:
+        scale = 0.0
+    if not 0 < scale < float("inf"):
+        stable = f"Stable Diffusion's is {STABLE_DIFFUSION_SCALE}"
+        raise UserError(f"--latent_scale={given} is not a number above 0; {stable}")
+    return scale
 
 
 def autoencoder_run(

@@ -270,7 +270,37 @@ def test_published_files_of_compvis_are_recognized_by_name(tmp_path):
     published = ("kl-f8.ckpt", "sd-v1-4.ckpt", "v1-5-pruned.safetensors", "vq-f4.ckpt", "768-v-ema.ckpt", "model.ckpt")
     published += ("vqgan.1024.model.ckpt", "vqgan_gumbel_f8.ckpt", "last.ckpt")
     assert recognized(*published, "vae-ft-mse-840000-ema-pruned.ckpt")[:-1] == list(published)
-    assert recognized("uvit_v1.pth", "dalle_v2.pt", "sd-vae-ft-mse.safetensors", "dallekl.ckpt", "vqgan.yaml") == []
+    others = ("uvit_v1.pth", "dalle_v2.pt", "sd-vae-ft-mse.safetensors", "dallekl.ckpt", "vqgan.yaml")
+    others += ("model.safetensors",)
+    assert recognized(*others) == []
+
+
+def test_a_compvis_file_that_says_no_scale_or_is_of_diffusers_is_one_line(tmp_path):
+    fields = of_32_groups({**KL, "multipliers": (1,), "attention_levels": ()})
+    model = models.create_model(**fields)
+    params = random_parameters(model)
+    tensors = {f"first_stage_model.{name}": array for name, array in state_dict(fields, params).items()}
+    arguments = ["--source=compvis", f"--input={tmp_path}/f.safetensors", f"--output={tmp_path}/ours"]
+    for scale, shown in ((np.ones((2, 3)), "an array of 2 x 3"), (np.zeros(1), "0.0"), (np.full((), np.inf), "inf")):
+        write_tensors(tmp_path / "f.safetensors", {**tensors, "scale_factor": scale})
+        with pytest.raises(UserError, match=f"scale_factor, .*, is {shown}, and one number above 0 is read; give it"):
+            convert([*arguments, "--allow_nonfinite"])
+    write_tensors(tmp_path / "f.safetensors", autoencoder_to_diffusers(model, params))
+    with pytest.raises(UserError, match="in the layout of diffusers; give the folder that has its config.json"):
+        convert(arguments)
+
+
+def test_a_scale_that_a_config_of_diffusers_leaves_out_is_said(tmp_path, capsys):
+    model = models.create_model(**VQ)
+    files = autoencoder_files(Network(model, random_parameters(model), {}), "config.json", "model.safetensors")
+    del files["config.json"]["scaling_factor"]
+    write_files(tmp_path / "theirs", {**files, "diffusion_pytorch_model.safetensors": files["model.safetensors"]})
+    convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/one"])
+    assert "0.18215 is the library's own default; that of latent diffusion's authors is 1" in capsys.readouterr().out
+    convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/two", "--latent_scale=1"])
+    assert "scaling_factor" not in capsys.readouterr().out
+    scales = [Run.open(tmp_path / name).config.models.autoencoder.latent_scale for name in ("one", "two")]
+    assert scales == [0.18215, 1.0]
 
 
 def test_lpips_comes_of_two_files_or_one(tmp_path):
