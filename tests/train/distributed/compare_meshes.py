@@ -45,8 +45,9 @@ def main() -> None:
 
 def step(program: Program, config) -> dict:
     """Loss, gradient and new state of the first step, as numpy."""
-    # A ResNet's gradient jumps where a rectifier's input is 0 but for rounding: a batch in which none is.
-    rng = np.random.default_rng(5 if config.objective == "clip" else 0)
+    # A ResNet's gradient jumps where a rectifier's input is 0 but for rounding, and that of an absolute error where a
+    # pixel is right but for rounding: batches in which none is.
+    rng = np.random.default_rng({"clip": 5, "autoencoder": 1}.get(config.objective, 0))
     batch = {name: rng.integers(0, 200, leaf.shape).astype(leaf.dtype) for name, leaf in program.abstract_batch.items()}
     batch["index"] = np.arange(config.batch_size, dtype=np.int32)
     if config.objective == "clip":

@@ -59,6 +59,8 @@ CONFIGS = {
         "--config=configs/paper/uvit.py:debug",
         "--config.models.denoiser.dtype=float32",
     ),
+    "diffusion, latents": ("--config=configs/scenes/latent_unet.py:debug",),
+    "autoencoder": ("--config=configs/scenes/autoencoder.py:debug",),
     "diffusion, ddpm": ("--config=configs/paper/ddpm.py:debug", "--config.models.denoiser.heads=2"),
 }
 
