@@ -40,6 +40,7 @@ from weights.sources import RANDOM, load_frozen
 Clock = Callable[[], float]
 
 _FIRST_PASS_SECONDS = 60.0
+_STEP_ADVICE = "lower config.batch_size, raise config.mesh.microbatches or config.mesh.fsdp, or recompute (remat)"
 
 
 def without_sources(config: ConfigDict) -> ConfigDict:
@@ -101,34 +102,18 @@ def measure_step(
       UserError: if the config cannot be built or does not fit the devices.
     """
     config = without_sources(config)
-    program = create_program(config, make_mesh(config.mesh))
-    advice = "lower config.batch_size, raise config.mesh.microbatches or config.mesh.fsdp, or recompute (remat)"
-    with program.in_mesh(), _memory_errors(f"batch_size={config.batch_size}", advice):
-        batch, frozen = made_up_batch(program, config), load_frozen(config, config.seed, program.abstract_frozen)
-        start = clock()
-        lowered = program.train_step.lower(program.abstract_state, program.abstract_frozen, program.abstract_batch)
-        traced = clock()
-        compiled = lowered.compile()
-        done = clock()
-        state = program.init(batch)
-
-        def run(count: int) -> None:
-            nonlocal state
-            metrics = None
-            for _ in range(count):
-                state, metrics, _ = compiled(state, frozen, batch)
-            jax.block_until_ready((state, metrics))
-
-        seconds = time_windows(run, windows=windows, steps=steps, warmup=warmup, clock=clock)
-    memory = _memory(compiled)  # before other work adds to the peaks
+    with _memory_errors(f"batch_size={config.batch_size}", _STEP_ADVICE):
+        step = prepare_step(config, clock)
+        seconds = time_windows(step.run, windows=windows, steps=steps, warmup=warmup, clock=clock)
+    compiled, memory = step.compiled, _memory(step.compiled)  # before other work adds to the peaks
     # The virtual devices of a CPU share its cores.
-    devices = jax.process_count() if jax.default_backend() == "cpu" else program.mesh.size
+    devices = jax.process_count() if jax.default_backend() == "cpu" else step.devices
     return {
         "windows": windows,
         "steps_per_window": steps,
         "warmup_steps": warmup,
-        "trace_seconds": traced - start,
-        "compile_seconds": done - traced,
+        "trace_seconds": step.trace_seconds,
+        "compile_seconds": step.compile_seconds,
         "attention": list(read_attention(compiled.as_text())),
         **step_figures(
             seconds,
@@ -140,6 +125,89 @@ def measure_step(
         ),
         "memory": memory,
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedStep:
+    """A training step that is ready to run.
+
+    Attributes:
+      run: makes so many updates, and returns when the last is done.
+      compiled: the program.
+      devices: of its mesh.
+      trace_seconds: that it took to trace.
+      compile_seconds: and to compile.
+    """
+
+    run: Callable[[int], None]
+    compiled: Any
+    devices: int
+    trace_seconds: float
+    compile_seconds: float
+
+
+def prepare_step(config: ConfigDict, clock: Clock = time.perf_counter) -> PreparedStep:
+    """Compiles the training step of a config without sources, for a made-up batch and state."""
+    program = create_program(config, make_mesh(config.mesh))
+    with program.in_mesh():
+        batch, frozen = made_up_batch(program, config), load_frozen(config, config.seed, program.abstract_frozen)
+        start = clock()
+        lowered = program.train_step.lower(program.abstract_state, program.abstract_frozen, program.abstract_batch)
+        traced = clock()
+        compiled = lowered.compile()
+        done = clock()
+        state = program.init(batch)
+
+    def run(count: int) -> None:
+        nonlocal state
+        metrics = None
+        for _ in range(count):
+            state, metrics, _ = compiled(state, frozen, batch)
+        jax.block_until_ready((state, metrics))
+
+    return PreparedStep(run, compiled, program.mesh.size, traced - start, done - traced)
+
+
+def compare_steps(
+    config: ConfigDict, other: ConfigDict, *, windows: int, steps: int, warmup: int, clock: Clock = time.perf_counter
+) -> dict[str, Any]:
+    """Times the training steps of two configs in turn, so that what else a machine does slows both down alike.
+
+    Args:
+      config: an experiment.
+      other: another.
+      windows: how many times to measure each.
+      steps: updates in a window.
+      warmup: updates of each before the first window.
+      clock: seconds.
+
+    Returns:
+      seconds and processor_seconds (of this process, of all its threads) of the other's step, as {"median", "low",
+      "high"}; ratio and processor_ratio, what the first's takes over what the other's takes in the window behind it;
+      program_peak_bytes, planned by the compiler, of both.
+
+    Raises:
+      UserError: if a config cannot be built, or both do not fit the devices together.
+    """
+    with _memory_errors("both steps together", _STEP_ADVICE):
+        prepared = [prepare_step(without_sources(each), clock) for each in (config, other)]
+        for step in prepared:
+            step.run(warmup)
+        measured: dict[str, list[tuple[float, ...]]] = {"": [], "processor_": []}
+        for _ in range(windows):
+            times = []
+            for step in prepared:
+                start = (clock(), time.process_time())
+                step.run(steps)
+                times.append(((clock() - start[0]) / steps, (time.process_time() - start[1]) / steps))
+            for name, pair in zip(measured, zip(*times, strict=True), strict=True):
+                measured[name].append(pair)
+    report: dict[str, Any] = {}
+    for name, pairs in measured.items():
+        report[f"{name}seconds"] = dataclasses.asdict(Spread.of([second for _, second in pairs]))
+        report[f"{name}ratio"] = dataclasses.asdict(Spread.of([first / second for first, second in pairs]))
+    report["program_peak_bytes"] = [program_bytes(step.compiled.memory_analysis()) for step in prepared]
+    return report
 
 
 def step_figures(
@@ -193,8 +261,8 @@ def measure_data(
     Raises:
       UserError: if the dataset is missing.
     """
-    data = locate_precomputed(config).data
-    tokenizer = load_tokenizer(data) if data.text_length else None
+    tokenizer = load_tokenizer(config.data) if config.data.text_length else None
+    data = locate_precomputed(config, tokenizer).data
     stream = open_stream(data, tokenizer, split=data.split, seed=config.seed, train=True, batch_size=config.batch_size)
     rows = process_rows(batch_sharding(make_mesh(config.mesh)), config.batch_size)
     reader = BatchReader(

@@ -20,7 +20,7 @@ from data.buckets import BucketOrder, choose_buckets, shapes_of
 from data.dialogues import check_dialogues, encode_dialogue, make_dialogue
 from data.picture_sizes import picture_sizes
 from data.pictures import open_picture, read_picture
-from data.precomputed import REPLACES, StoredField
+from data.precomputed import MADE_OF, StoredField
 from data.preprocess import TRANSFORMS, choose_caption, transform_pair
 from data.records import CAPTIONS, PLACE, dataset_folder, open_records
 from data.tally import TRUNCATED, Tally
@@ -91,8 +91,8 @@ class ExampleStream:
     """The endless, index-determined stream of training examples, or one pass over an evaluation split.
 
     `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] (i modulo 2^31), with a tokenizer `text` int32
-    [L], and with a `label_field` `label` int32 []. What is precomputed stands in place of the picture. With
-    `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
+    [L], and with a `label_field` `label` int32 []. What is precomputed of pictures stands in their place, what is of
+    captions beside `text`. With `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class ExampleStream:
         if self._dialogues:
             check_dialogues(self._dialogues, config.dataset, tokenizer)
         needs = ((CAPTIONS,) if tokenizer is not None else ()) + ((self._label,) if self._label else ())
-        folders = {name: locate(config[name]) for name in REPLACES if config.get(name, "")}
-        self._pictures = "image" not in {REPLACES[name] for name in folders}
+        folders = {name: locate(config[name]) for name in MADE_OF if config.get(name, "")}
+        self._pictures = "image" not in {MADE_OF[name] for name in folders}
         pair = transform_pair(config.transform)
         self._shapes, self._order = shapes_of(config.buckets), order
         if self._shapes:
@@ -154,9 +154,9 @@ class ExampleStream:
         # Making a generator takes longer than all else about an example that is kept: only for what draws from it.
         random = self._pictures and pair.training is not pair.evaluation
         self._draws = train and (random or tokenizer is not None)
+        of_split = {"split": split, "transform": self._transform.__name__, "records": len(self.source)}
         self._stored = {
-            name: StoredField.open(folder, config, split, self._transform.__name__, len(self.source))
-            for name, folder in folders.items()
+            name: StoredField.open(name, folder, config, tokenizer, **of_split) for name, folder in folders.items()
         }
         for field in self._stored.values():
             self.source.leave_out(field.damaged)
@@ -176,6 +176,19 @@ class ExampleStream:
     def pass_batches(self, batch_size: int) -> int:
         """Number of whole batches in one pass, at least 1."""
         return self._order.pass_batches if self._order is not None else max(1, len(self.source) // batch_size)
+
+    @property
+    def given_up(self) -> tuple[str, ...]:
+        """What is drawn no more, as it was stored: a line each."""
+        pair = transform_pair(self._recipe[0].transform)
+        if not self._train or pair.training is pair.evaluation:
+            return ()
+        return tuple(
+            f"config.data.{name}: {pair.training.__name__} shows a picture in {field.views} stored ways, in turn by "
+            "epoch, and draws none anew"
+            for name, field in self._stored.items()
+            if MADE_OF[name] == "image"
+        )
 
     @property
     def classes(self) -> int:
@@ -204,31 +217,34 @@ class ExampleStream:
         place = self.place(index)
         record = self.source[place]
         rng = np.random.default_rng((self._seed, index)) if self._draws else None
-        epoch = index // len(self.source)
-        example: Example = {name: field.row(record[PLACE], epoch) for name, field in self._stored.items()}
+        example: Example = {}
         if self._pictures:
             shape = self._size if self._order is None else self._shapes[self._order.bucket(index)]
             example["image"] = self._transform(record["image"], shape, rng)
         example["index"] = np.int32(index % 2**31)
+        chosen = 0
         if self._tokenizer is not None:
             if self._dialogues:
                 # Evaluation asks of all kinds too, each record always the same.
                 caption = make_dialogue(self._dataset, record[CAPTIONS], rng or np.random.default_rng((0, place)))
                 ids, truncated = encode_dialogue(self._tokenizer, caption, self._length)
             else:
-                caption = choose_caption(record[CAPTIONS], rng)
+                chosen = choose_caption(record[CAPTIONS], rng)
+                caption = record[CAPTIONS][chosen]
                 ids, truncated = self._tokenizer.encode(caption, self._length, self._dropout, rng)
             if truncated:
                 self.tally.add(TRUNCATED, place, f"caption cut to {self._length} tokens: {caption!r}")
             example["text"] = ids
         if self._label:
             example["label"] = np.asarray(record[self._label], np.int32)
-        return example
+        epoch = index // len(self.source)
+        stored = {name: field.row(record[PLACE], epoch, chosen) for name, field in self._stored.items()}
+        return {**stored, **example}
 
     def _check_buckets(self, config: ConfigDict, batch_size: int) -> None:
         """Raises UserError unless there can be buckets."""
         if not self._pictures:
-            raise UserError("config.data.buckets shapes pictures, and this run reads stored tokens; leave one out")
+            raise UserError("config.data.buckets shapes pictures, and this run reads stored fields; leave one out")
         if not transform_pair(config.transform).any_shape:
             able = ", ".join(name for name, pair in TRANSFORMS.items() if pair.any_shape)
             raise UserError(

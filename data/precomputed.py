@@ -5,52 +5,53 @@
         train-dalle_training.npy           [records, views, ...]: one split under one transform, records as stored
         train-dalle_training.json          which records could not be read
         validation-center_square.npy
+    <dataset>/<version>/precomputed/text_features/81d20b7c9a4e-77tokens-5b1f0c2d/
+        provenance.json                    likewise, with the tokenizer's hash
+        train-captions.npy                 [captions, ...]: of a split, all of a record's one after another
+        train-captions-starts.npy          [records + 1]: the number of each record's first one
+        train-captions.json
 
 A transform that draws nothing has one view of a picture. Of one that draws, `views` are stored; epoch e of a run sees
-view e modulo their number, whatever the run's seed.
+view e modulo their number, whatever the run's seed. Rows all have one size, so that any of them is found by its number
+alone, and an interrupted file can be appended to.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
-import os
-import shutil
-import socket
-import tempfile
-import threading
-import time
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from cli.locations import Location, create, in_store, local_copy, open_upload
+from cli.locations import Location, local_copy
 from data.preprocess import transform_pair
 from data.records import dataset_folder
+from data.tokenizer import Tokenizer
 
 FOLDER = "precomputed"
 PROVENANCE = "provenance.json"
 AUTO = "auto"  # in `config.data.<field>`: the folder beside the dataset that the frozen weights name
 
-# What an example has in place of its picture or caption, once that is stored.
-REPLACES: Mapping[str, str] = {"image_tokens": "image"}
+# What a field is made of. An example has it in place of its picture, or beside the ids of its caption.
+MADE_OF: Mapping[str, str] = {"image_tokens": "image", "latent_moments": "image", "text_features": "text"}
 
-# In a store, rows wait for a part until there are so many bytes of them, or so many seconds are over.
-_PART_BYTES, _PART_SECONDS = 2**23, 60.0
+CAPTIONS_STEM = "captions"  # in the place of a transform
 
-_CLAIM_SECONDS = 60.0  # between two signs of life of who writes into a store
+_AGAIN = "run `python -m scripts.precompute` with this config"
 
 
 def file_stem(split: str, transform: str) -> str:
     """The name of a split under a transform, without its suffix."""
     return f"{quote(split, safe='')}-{transform}"
+
+
+def starts_of(path: Location) -> Location:
+    """The file of the first captions' numbers beside a file of captions."""
+    return path.with_name(f"{path.stem}-starts.npy")
 
 
 def read_provenance(folder: Location) -> dict[str, Any] | None:
@@ -68,295 +69,142 @@ def read_provenance(folder: Location) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error}); remove {folder} and run scripts.precompute again") from error
 
 
-def pictures_of(config: ConfigDict) -> dict[str, Any]:
-    """Which pictures `config.data` names, transform apart: what stored fields must have in common with it.
+def made_of(name: str, config: ConfigDict, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Which pictures or captions `config.data` names: what a stored field must have in common with it.
+
+    Args:
+      name: of the field.
+      config: `config.data`.
+      tokenizer: of the captions.
+
+    Raises:
+      UserError: if there are no captions, or another text is made of them each time.
+    """
+    version = dataset_folder(config.dataset, config.data_dir).name
+    if MADE_OF[name] == "image":
+        return {"dataset": f"{config.dataset}/{version}", **_pictures_of(config)}
+    if tokenizer is None:
+        raise UserError(f"config.data.{name} is made of captions, and config.data.text_length is 0")
+    for key, off in (("bpe_dropout", 0), ("dialogues", "")):
+        if config.get(key, off):
+            raise UserError(
+                f"config.data.{key}={config[key]!r} makes another text of a caption each time, and config.data.{name} "
+                f"is stored of captions as they are; set it to {off!r}"
+            )
+    return {
+        "dataset": f"{config.dataset}/{version}",
+        "text_field": config.text_field,
+        "text_length": config.text_length,
+        "tokenizer": tokenizer.digest,
+    }
+
+
+def _pictures_of(config: ConfigDict) -> dict[str, Any]:
+    """The pictures, transform apart.
 
     `draft` is the short side, in pixels, near which a large JPEG is decoded, on which its pixels depend; 0 where all of
     it is read. A transform that needs more of a picture asks for more, also where it shares its evaluation.
     """
-    version = dataset_folder(config.dataset, config.data_dir).name
     return {
-        "dataset": f"{config.dataset}/{version}",
         "image_size": config.image_size,
         "image_field": config.image_field,
         "draft": transform_pair(config.transform).draft_side(config.image_size) if config.draft else 0,
     }
 
 
-def check_pictures(folder: Location, made: Mapping[str, Any], config: ConfigDict, remedy: str) -> None:
-    """Compares what a folder says of how it was made with the pictures of `config.data`.
+def field_folder(name: str, config: ConfigDict, tokenizer: Tokenizer | None, weights: str) -> Location:
+    """Where a field of `config.data` is stored that a network with this hash makes. Raises as `made_of`."""
+    made = made_of(name, config, tokenizer)
+    if MADE_OF[name] == "image":
+        size = f"{made['image_size']}px" + (f"-draft{made['draft']}" if made["draft"] else "")
+        field = made["image_field"]
+    else:
+        size, field = f"{made['text_length']}tokens-{made['tokenizer'][:8]}", made["text_field"]
+    named = f"-{quote(field, safe='')}" if field else ""
+    return dataset_folder(config.dataset, config.data_dir) / FOLDER / name / f"{weights[:12]}-{size}{named}"
+
+
+def check_made_of(folder: Location, made: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
+    """Compares what a folder says of how it was made with what `made_of` says.
 
     Raises:
       UserError: if they are others; `remedy` says what to do.
     """
-    for what, wanted in pictures_of(config).items():
-        if made.get(what) != wanted:
-            raise UserError(f"{folder} is of {what} {made.get(what)}, not {wanted}; {remedy}")
+    for what, value in wanted.items():
+        if made.get(what) != value:
+            raise UserError(f"{folder} is of {what} {made.get(what)}, not {value}; {remedy}")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredField:
-    """One field of a split, for each record and view.
+    """One field of a split, for each record and view, or for each record's captions.
 
     Attributes:
-      rows: [records, views, ...], read as they are asked for; of a store, from a copy on this machine.
-      damaged: records whose pictures could not be read, in whose place others stand.
+      rows: [records, views, ...] or [captions, ...], read as they are asked for; of a store, from a copy on this
+        machine.
+      damaged: records whose pictures or captions could not be read, in whose place others stand.
+      starts: number of each record's first caption; None of a field of pictures.
     """
 
-    rows: Shaped[np.ndarray, "n views *shape"]
+    rows: Shaped[np.ndarray, "n *shape"]
     damaged: frozenset[int]
+    starts: Int[np.ndarray, " records"] | None = None
 
     @classmethod
-    def open(cls, folder: Location, config: ConfigDict, split: str, transform: str, records: int) -> "StoredField":
+    def open(
+        cls,
+        name: str,
+        folder: Location,
+        config: ConfigDict,
+        tokenizer: Tokenizer | None,
+        *,
+        split: str,
+        transform: str,
+        records: int,
+    ) -> "StoredField":
         """Opens a split under a transform.
 
         Args:
+          name: of the field.
           folder: with a `provenance.json`.
           config: `config.data`, of which it must be.
+          tokenizer: likewise.
           split: of the dataset.
-          transform: the name of the function.
+          transform: the name of the function; a field of captions has none.
           records: of the split.
 
         Raises:
           UserError: if it was not stored, or not completely, or of something else.
         """
-        made, again = read_provenance(folder), "run `python -m scripts.precompute` with this config"
+        made, captions = read_provenance(folder), MADE_OF[name] == "text"
         if made is None:
-            raise UserError(f"nothing precomputed is in {folder}; {again}")
-        check_pictures(folder, made, config, again)
-        path = folder / f"{file_stem(split, transform)}.npy"
+            raise UserError(f"nothing precomputed is in {folder}; {_AGAIN}")
+        check_made_of(folder, made, made_of(name, config, tokenizer), _AGAIN)
+        path = folder / f"{file_stem(split, CAPTIONS_STEM if captions else transform)}.npy"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.npy"))) or "nothing"
             state = "is not complete" if any(folder.glob(f"{path.name}.part*")) else "is missing"
-            raise UserError(f"{path} {state} (there is {there}); {again}: it goes on where it was")
+            raise UserError(f"{path} {state} (there is {there}); {_AGAIN}: it goes on where it was")
         try:
             rows = np.load(local_copy(path), mmap_mode="r")
+            starts = np.load(local_copy(starts_of(path))) if captions else None
             damaged = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["damaged"]
+            if starts is not None and starts[-1] != len(rows):
+                raise ValueError(f"{len(rows)} captions, not {starts[-1]}")
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it, and {again}") from error
-        if len(rows) != records:
-            raise UserError(f"{path} has {len(rows)} records, but the split has {records}; remove it, and {again}")
-        return cls(rows, frozenset(damaged))
+            raise UserError(f"{path} is damaged ({error}); remove it, and {_AGAIN}") from error
+        count = len(rows) if starts is None else len(starts) - 1
+        if count != records:
+            raise UserError(f"{path} has {count} records, but the split has {records}; remove it, and {_AGAIN}")
+        return cls(rows, frozenset(damaged), starts)
 
-    def row(self, place: int, epoch: int) -> Shaped[np.ndarray, "*shape"]:
-        """The field of a record in some epoch; integers as int32."""
-        row = self.rows[place, epoch % self.rows.shape[1]]
+    @property
+    def views(self) -> int:
+        """How many of a picture are stored."""
+        return self.rows.shape[1]
+
+    def row(self, place: int, epoch: int, caption: int) -> Shaped[np.ndarray, "*shape"]:
+        """The field of a record in some epoch, with that one of its captions; integers as int32."""
+        at = (place, epoch % self.views) if self.starts is None else self.starts[place] + caption
+        row = self.rows[at]
         return row.astype(np.int32) if np.issubdtype(row.dtype, np.integer) else np.array(row)
-
-
-class RowWriter:
-    """Writes a .npy file of known shape by appending; what an interrupted one wrote is kept.
-
-    Until `finish`, the file is called `<name>.part`. `StoredRowWriter` does the same in a store.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, *, depth: int, whole: int):
-        """Begins, or goes on.
-
-        Args:
-          path: of the file.
-          shape: of the array.
-          dtype: of it.
-          depth: how many of its leading dimensions count rows.
-          whole: rows that are appended together: a file goes on at a multiple of them.
-
-        Raises:
-          UserError: if what is there has another shape, or a finished file lacks rows.
-        """
-        head = _header(shape, dtype)
-        self._path, self._draft = path, path.with_name(path.name + ".part")
-        self._dtype, self._shape = dtype, shape[depth:]
-        self.total = int(np.prod(shape[:depth]))
-        row_bytes = int(np.prod(self._shape)) * dtype.itemsize
-        self.done = 0
-        for there in (path, self._draft):
-            if not there.is_file():
-                continue
-            with there.open("rb") as file:
-                begins = file.read(len(head))
-            if begins != head[: len(begins)]:
-                raise _other_shape(there, shape, dtype)
-            self.done = max(0, there.stat().st_size - len(head)) // row_bytes  # a header may have been cut short too
-            break
-        if path.is_file():
-            if self.done != self.total:
-                raise UserError(
-                    f"{path} is damaged: it holds {self.done} of {self.total} rows; remove it to begin anew"
-                )
-            return
-        self.done = self.done // whole * whole
-        if not self.done:
-            self._draft.write_bytes(head)
-        os.truncate(self._draft, len(head) + self.done * row_bytes)
-
-    def append(self, rows: Shaped[np.ndarray, "b *shape"]) -> None:
-        """Adds rows."""
-        with self._draft.open("ab") as file:
-            file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
-        self.done += len(rows)
-
-    def finish(self) -> None:
-        """Gives the file its name."""
-        if self._path.is_file():
-            return
-        with self._draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        self._draft.replace(self._path)
-
-
-class StoredRowWriter:
-    """`RowWriter` where there is no append: rows are put into a store in parts, which become one file in the end.
-
-    A part is called `<name>.part-<number of its first row>`, and the first begins with the file's header. There may be
-    one writer at a time, of which `Claim` makes sure.
-    """
-
-    def __init__(self, path: Location, shape: tuple[int, ...], dtype: np.dtype, *, depth: int, whole: int):
-        """Begins, or goes on. Arguments and errors as of `RowWriter`; a part is a multiple of `whole` rows."""
-        self._path, self._dtype, self._shape = path, dtype, shape[depth:]
-        self._head, self._whole_shape = _header(shape, dtype), shape
-        self._row_bytes = int(np.prod(self._shape)) * dtype.itemsize
-        self.total = int(np.prod(shape[:depth]))
-        self._kept: list[bytes] = []  # rows that no part has yet
-        self._since = time.monotonic()
-        self._finished = path.is_file() and self._is_whole()
-        self.done = self.total if self._finished else 0
-        while (part := self._part(self.done)).is_file() and self.done < self.total:
-            size: Any = part.stat()
-            if not self.done and _begin(part, len(self._head)) != self._head:
-                raise _other_shape(part, shape, dtype)
-            self.done += (size.length - (0 if self.done else len(self._head))) // self._row_bytes
-        self._first = self.done  # of the next part
-
-    def append(self, rows: Shaped[np.ndarray, "b *shape"]) -> None:
-        """Adds rows, and puts a part if many wait or have waited for long."""
-        self._kept.append(np.ascontiguousarray(rows, self._dtype).tobytes())
-        self.done += len(rows)
-        if sum(map(len, self._kept)) >= _PART_BYTES or time.monotonic() - self._since >= _PART_SECONDS:
-            self._put()
-
-    def finish(self) -> None:
-        """Makes the file of its parts, and removes them."""
-        if not self._finished and not (self._path.is_file() and self._is_whole()):  # another may have been quicker
-            self._put()
-            with tempfile.TemporaryFile() as whole:
-                row = 0
-                while row < self.total:
-                    data = self._part(row).read_bytes()
-                    whole.write(data)
-                    row += (len(data) - (0 if row else len(self._head))) // self._row_bytes
-                whole.seek(0)
-                with open_upload(self._path) as sink:
-                    shutil.copyfileobj(whole, sink, 2**20)
-        for part in self._path.parent.glob(f"{self._path.name}.part-*"):
-            part.unlink(missing_ok=True)
-
-    def _is_whole(self) -> bool:
-        """Whether all of the file is there: it may have been cut short when it was put together.
-
-        Raises:
-          UserError: if it is of another shape.
-        """
-        if _begin(self._path, len(self._head)) != self._head:
-            raise _other_shape(self._path, self._whole_shape, self._dtype)
-        size: Any = self._path.stat()
-        return size.length == len(self._head) + self.total * self._row_bytes
-
-    def _part(self, row: int) -> Location:
-        return self._path.with_name(f"{self._path.name}.part-{row:012d}")
-
-    def _put(self) -> None:
-        if self._kept:
-            self._part(self._first).write_bytes(b"".join(([] if self._first else [self._head]) + self._kept))
-        self._kept, self._first, self._since = [], self.done, time.monotonic()
-
-
-class Claim:
-    """Keeps a second writer out of a folder in a store, which has no locks: an object `lock` that says who writes.
-
-    It is written again every `_CLAIM_SECONDS`. One that was not for three times as long belongs to a process that is
-    gone, and may be taken.
-    """
-
-    def __init__(self, folder: Location):
-        """Claims a folder.
-
-        Raises:
-          UserError: if another process has it.
-        """
-        self._path, self._lost = folder / "lock", False
-        self._own = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex})
-        if not create(self._path, self._own) and self._holder() != self._own:  # a request may have been sent twice
-            self._take_over()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True, name="claim")
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raises UserError if the folder was taken by another process, which held this one for gone."""
-        if self._lost:
-            raise UserError(f"another process writes {self._path.parent} now; wait for it")
-
-    def close(self) -> None:
-        """Gives the folder back."""
-        self._ended.set()
-        self._thread.join()
-        if self._holder() == self._own:
-            self._path.unlink(missing_ok=True)
-
-    def _take_over(self) -> None:
-        """Takes the place of a writer that is gone."""
-        try:
-            status: Any = self._path.stat()
-            silent, holder = time.time() - status.mtime, json.loads(self._holder())
-        except (FileNotFoundError, ValueError):
-            silent, holder = 0.0, {}
-        if silent < 3 * _CLAIM_SECONDS:
-            who = f"process {holder.get('pid')} of {holder.get('host')}"
-            raise UserError(
-                f"another process is writing {self._path.parent} ({who}, {max(silent, 0):.0f} s ago); wait for it, or, "
-                f"if it is gone, for {3 * _CLAIM_SECONDS:.0f} s"
-            )
-        self._path.unlink(missing_ok=True)
-        if not create(self._path, self._own):
-            raise UserError(f"another process is writing {self._path.parent}; wait for it")
-
-    def _holder(self) -> str:
-        try:
-            return self._path.read_text()
-        except FileNotFoundError:
-            return ""
-
-    def _renew(self) -> None:
-        while not self._ended.wait(_CLAIM_SECONDS):
-            with contextlib.suppress(Exception):  # a store that does not answer: it is tried again
-                if self._holder() != self._own:
-                    self._lost = True
-                    return
-                self._path.write_text(self._own)
-
-
-def open_writer(path: Location, shape: tuple[int, ...], dtype: np.dtype, **rows: int) -> RowWriter | StoredRowWriter:
-    """What writes a file of rows where it lies. Arguments as of `RowWriter`."""
-    return StoredRowWriter(path, shape, dtype, **rows) if in_store(path) else RowWriter(path, shape, dtype, **rows)
-
-
-def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """How a .npy file begins."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    )
-    return header.getvalue()
-
-
-def _begin(path: Location, size: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(size)
-
-
-def _other_shape(path: Location, shape: tuple[int, ...], dtype: np.dtype) -> UserError:
-    return UserError(
-        f"{path} was begun for another shape than {list(shape)} of {dtype}: another --views, or another dataset; "
-        "remove it to begin anew"
-    )

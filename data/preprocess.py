@@ -224,9 +224,9 @@ def transform_pair(name: str) -> TransformPair:
     return TRANSFORMS[name]
 
 
-def choose_caption(captions: Sequence[str], rng: np.random.Generator | None) -> str:
-    """Picks one of an example's captions: any of them at random, or the first one without a generator."""
-    return captions[0 if rng is None else int(rng.integers(len(captions)))]
+def choose_caption(captions: Sequence[str], rng: np.random.Generator | None) -> int:
+    """The number of one of an example's captions: any of them at random, or the first one without a generator."""
+    return 0 if rng is None else int(rng.integers(len(captions)))
 
 
 def _extent(image: Source) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Byte-pair encoding of captions: train, encode (with BPE dropout, framed or not), decode."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -197,6 +198,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, padding and ends included."""
         return self._model.get_vocab_size()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what it makes ids by: two tokenizers that have it in common make the same of any caption."""
+        return hashlib.sha256(json.dumps(json.loads(self._model.to_str()), sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def start_id(self) -> int | None:

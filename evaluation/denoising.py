@@ -72,7 +72,7 @@ def _errors(
 ) -> Float[Array, "b"]:
     """Squared error of the output for each picture."""
     process = sampler.process
-    x_0 = sampler.data(frozen, images, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 4))
+    x_0 = sampler.data(frozen, {"image": images}, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 4))
     t = process.draw_time(shares)
     eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(keys)
     x_t = process.noised(x_0, eps, t)

@@ -10,14 +10,14 @@ from it (`posterior`), of vectors the nearest codes (`quantize`, then `lookup`).
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from models.layers.convolution import Conv
 from models.layers.group_norm_resnet import (
@@ -40,6 +40,13 @@ def posterior(moments: Float[Array, "*n m"]) -> tuple[Float[Array, "*n c"], Floa
     """Mean and logarithm of the variance of the Gaussian of each latent, of what `KLAutoencoder.encode` gives."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
+
+
+def draw_posterior(moments: Float[Array, "b h w m"], keys: Key[Array, "b"]) -> Float[Array, "b h w c"]:
+    """A draw from the Gaussian of each latent, of what `KLAutoencoder.encode` gives, by one key an example."""
+    mean, log_variance = posterior(moments)
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+    return mean + jnp.exp(0.5 * log_variance) * noise
 
 
 class _Side(nn.Module):
@@ -182,6 +189,9 @@ class Autoencoder(nn.Module):
       param_dtype: of the parameters.
     """
 
+    # Fine-tuning may begin at weights that were made for other sizes, or whose latents were scaled otherwise.
+    ADAPTABLE: ClassVar[tuple[str, ...]] = ("image_size", "latent_shift", "latent_scale")
+
     image_size: int = 256
     channels: int = 3
     width: int = 128
@@ -239,6 +249,11 @@ class Autoencoder(nn.Module):
         self.quant = Conv(given, (1, 1), **start_of(given, zero_init=False), **types)
         self.post_quant = Conv(taken, (1, 1), **start_of(taken, zero_init=False), **types)
         self.latents = LatentStatistics()
+
+    def adapt(self, params: Any, theirs: "Autoencoder") -> Any:
+        """Parameters of a network that differs in `ADAPTABLE`, as they are: no shape and no layer follows those."""
+        del theirs
+        return params
 
     def encode(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w {self.encoded_channels}"]:
         """Encodes images in [-1, 1], float32; each side of a picture is halved, and floored, once a level but one.
@@ -376,9 +391,10 @@ class VQAutoencoder(Autoencoder):
 
 
 class LatentStatistics(nn.Module):
-    """What training measured of latents, over all channels: the collection `statistics`, which the objective updates.
+    """What was measured of latents, over all channels: the collection `statistics`.
 
-    Zero `count` means that nothing was measured yet.
+    Training measures them anew, of the weights that are used, whenever it saves; see `measure_latents`. Zero `count`
+    means that nothing was measured yet.
     """
 
     @nn.compact
@@ -391,21 +407,19 @@ class LatentStatistics(nn.Module):
 
 
 def measure_latents(
-    statistics: Mapping[str, Float[Array, ""]], z: Float[Array, "b h w c"], decay: float
+    statistics: Mapping[str, Float[Array, ""]], z: Float[Array, "b h w c"]
 ) -> dict[str, Float[Array, ""]]:
-    """Moves `LatentStatistics` by a batch of latents.
+    """Adds a batch of latents to `LatentStatistics`, in which all batches count alike.
 
     Args:
       statistics: mean, square (the mean of squares) and count (of batches) so far.
       z: latents before `normalize`.
-      decay: of the moving averages; that of the n-th batch is at most (1 + n) / (10 + n).
     """
-    count = statistics["count"]
-    decay = jnp.minimum(decay, (1 + count) / (10 + count)) * (count > 0)
+    share = 1 / (statistics["count"] + 1)
     return {
-        "mean": decay * statistics["mean"] + (1 - decay) * jnp.mean(z),
-        "square": decay * statistics["square"] + (1 - decay) * jnp.mean(jnp.square(z)),
-        "count": count + 1,
+        "mean": statistics["mean"] + share * (jnp.mean(z) - statistics["mean"]),
+        "square": statistics["square"] + share * (jnp.mean(jnp.square(z)) - statistics["square"]),
+        "count": statistics["count"] + 1,
     }
 
 

@@ -1,7 +1,7 @@
 """Pictures to the latents that a second stage learns, and back: the only place where a latent is scaled.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.1 and appendix G: latents
-are divided by their standard deviation, as published or as measured in training (`models.autoencoder`).
+are divided by their standard deviation, as published or as measured of the training set (`models.autoencoder`).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from models.autoencoder import KLAutoencoder, VQAutoencoder, posterior
+from models.autoencoder import KLAutoencoder, VQAutoencoder, draw_posterior, posterior
 from sample.samplers.from_config import build_network
 
 Tree = Any
@@ -80,11 +80,7 @@ class FirstStage:
 
     def draw(self, frozen: Tree, moments: Float[Array, "b h w m"], keys: Key[Array, "b"]) -> Float[Array, "b h w z"]:
         """Latents of what `moments` gives; see `encode`."""
-        z = moments
-        if isinstance(self.model, KLAutoencoder):
-            mean, log_variance = posterior(moments)
-            noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-            z = mean + jnp.exp(0.5 * log_variance) * noise
+        z = draw_posterior(moments, keys) if isinstance(self.model, KLAutoencoder) else moments
         return self.model.apply(_variables(frozen), z, method="normalize")
 
     def mean(self, frozen: Tree, images: Float[Array, "b H W c"]) -> Float[Array, "b h w z"]:

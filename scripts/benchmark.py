@@ -1,6 +1,7 @@
 """`python -m scripts.benchmark --config=FILE`: what a config costs on the devices at hand."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,12 +33,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--distributed", default="", metavar="WHERE", help="where several processes meet, as for `python -m train`"
     )
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="OVERRIDES",
+        help="time the step in turn with that of the same config with other keys, such as "
+        "--against='--config.data.latent_moments=auto'",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, rest = parser.parse_known_args(arguments)
     config = load_config(rest)
+    other = load_config([*rest, *shlex.split(options.against)]) if options.against else None
     parts = tuple(part for part in options.measure.split(",") if part)
     if not parts or not set(parts) <= set(_PARTS):
         raise UserError(f"--measure={options.measure} is not a choice of {','.join(_PARTS)}")
+    if other is not None and "step" not in parts:
+        raise UserError("--against is of the step, which --measure leaves out")
     if min(options.windows, options.steps) < 1 or options.warmup < 0:
         raise UserError("--windows and --steps must be at least 1, --warmup at least 0")
 
@@ -47,12 +58,14 @@ def main(arguments: Sequence[str]) -> None:
 
     join_processes(options.distributed)
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured too
-    report = benchmark(config, parts, windows=options.windows, steps=options.steps, warmup=options.warmup)
+    report = benchmark(config, parts, windows=options.windows, steps=options.steps, warmup=options.warmup, other=other)
     if jax.process_index() == 0:
         print(json.dumps(report, indent=2) if options.json else format_report(report))
 
 
-def benchmark(config: Any, parts: Sequence[str], *, windows: int, steps: int, warmup: int) -> dict[str, Any]:
+def benchmark(
+    config: Any, parts: Sequence[str], *, windows: int, steps: int, warmup: int, other: Any = None
+) -> dict[str, Any]:
     """Measures parts of a config's work.
 
     Args:
@@ -61,13 +74,14 @@ def benchmark(config: Any, parts: Sequence[str], *, windows: int, steps: int, wa
       windows: how many times to measure each.
       steps: updates in a window.
       warmup: updates before the first one.
+      other: a config whose step is timed in turn with that of the first; None for none.
 
     Returns:
       environment, objective, batch_size, dtype, and the report of each part; `data` is {"missing": why} if the dataset
       was not prepared.
     """
     from cost.decoding import measure_decoding
-    from cost.measured import describe_devices, dtype_of, measure_data, measure_sample, measure_step
+    from cost.measured import compare_steps, describe_devices, dtype_of, measure_data, measure_sample, measure_step
     from data.records import dataset_folder
 
     report: dict[str, Any] = {
@@ -78,6 +92,8 @@ def benchmark(config: Any, parts: Sequence[str], *, windows: int, steps: int, wa
     }
     if "step" in parts:
         report["step"] = measure_step(config, windows=windows, steps=steps, warmup=warmup)
+    if other is not None:
+        report["against"] = compare_steps(config, other, windows=windows, steps=steps, warmup=warmup)
     if "data" in parts:
         try:
             dataset_folder(config.data.dataset, config.data.data_dir)
@@ -112,6 +128,8 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     if "step" in report:
         lines += _step_lines(report["step"])
+    if "against" in report:
+        lines += _against_lines(report["against"])
     if "data" in report:
         lines += _data_lines(report["data"])
     if "sample" in report:
@@ -155,6 +173,17 @@ def _step_lines(step: dict[str, Any]) -> list[str]:
         f"({step['peak_source']})",
         "peak memory     "
         + "; ".join(f"{size / 2**20:,.0f} MiB {what}" for what, size in planned.items() if size is not None),
+    ]
+
+
+def _against_lines(against: dict[str, Any]) -> list[str]:
+    first, second = (f"{size / 2**20:,.1f} MiB" if size is not None else "?" for size in against["program_peak_bytes"])
+    return [
+        f"the other step  {_spread(against['seconds'], 1e3)} ms, {_spread(against['processor_seconds'], 1e3)} ms of "
+        "processor time",
+        f"                the first takes {_spread(against['ratio'])} times as long, "
+        f"{_spread(against['processor_ratio'])} times the processor time",
+        f"                planned by the compiler for a device: {first}, and {second} of the other",
     ]
 
 

@@ -48,8 +48,8 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     import numpy as np
 
     from cost.flops import matrix_flops
-    from data.pipeline import batch_spec
     from train.objectives import create_objective
+    from train.precomputed import example_spec
     from train.trainable import count_parameters, trained_params
     from weights.run import overlay
     from weights.sources import abstract_frozen
@@ -60,7 +60,7 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     objective = create_objective(config)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
-        for name, (shape, dtype) in batch_spec(config.data).items()
+        for name, (shape, dtype) in example_spec(config).items()
     }
     rng = jax.eval_shape(lambda: jax.random.key(0))
     params, variables = jax.eval_shape(objective.init, rng, batch)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 from ml_collections import ConfigDict
 
@@ -119,10 +120,12 @@ class _Training:
 def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
     check_parts(config, tokenizer)
-    config = locate_precomputed(config)
+    config = locate_precomputed(config, tokenizer)
     opening = {"seed": config.seed, "batch_size": config.batch_size}
     stream = open_stream(config.data, tokenizer, split=config.data.split, train=True, **opening)
     check_classes(config, stream)
+    for line in getattr(stream, "given_up", ()) if is_first() else ():
+        print(line, flush=True)
     example = {name: (value.shape[1:], value.dtype) for name, value in stream.batch([0]).items()}
     program = create_program(config, make_mesh(config.mesh), example)
     validation_stream = open_stream(config.data, tokenizer, split=config.data.validation_split, train=False, **opening)
@@ -225,15 +228,7 @@ def _run(
         log = RunLog(config, workdir, start, wandb_id(workdir)) if is_first() else SilentLog()
         resources.callback(log.close)
         health = HealthCheck(config.nonfinite, trained_params(state.params, config.trainable), log.say)
-        reader = BatchReader(
-            training.stream,
-            batch_size=config.batch_size,
-            rows=rows,
-            examples_seen=seen,
-            workers=config.data.workers,
-            read_ahead=config.data.read_ahead,
-            processes=config.data.processes,
-        )
+        reader = _reader(config, training, seen)
         resources.callback(reader.close)
         trace = StepProfile(workdir / PROFILE, profile if is_first() else 0, start, config.steps, log.say)
         resources.callback(trace.close)
@@ -271,6 +266,7 @@ def _run(
                     log.write_evaluation(step, _evaluate(training, state), _previews(config, training, state))
             if save_due:
                 with TraceAnnotation("save"):
+                    state = _measure(config, training, state, hurry=stopping and not last)
                     health.check_state(step, state.params, state.variables)
                     log.sync()
                     store.save(step, state.as_trees())
@@ -306,6 +302,37 @@ def _run(
         (workdir / DONE).write_text(f"{step}\n", encoding="utf-8")
         print(f"done: {step} steps, {workdir}")
     return EXIT_OK
+
+
+def _reader(config: ConfigDict, training: _Training, seen: int) -> BatchReader:
+    """The batches of the stream from example `seen`."""
+    return BatchReader(
+        training.stream,
+        batch_size=config.batch_size,
+        rows=training.rows,
+        examples_seen=seen,
+        workers=config.data.workers,
+        read_ahead=config.data.read_ahead,
+        processes=config.data.processes,
+    )
+
+
+def _measure(config: ConfigDict, training: _Training, state: TrainState, hurry: bool) -> TrainState:
+    """Lets an objective find out what it has to of the weights that are kept; each example is seen once.
+
+    In a hurry it sees one batch: a run that is being stopped has seconds, and goes on later.
+    """
+    program, size = training.program, config.batch_size
+    wanted = getattr(program.objective, "measured", 0)
+    if not wanted:
+        return state
+    wanted = min(wanted, size) if hurry else wanted
+    with contextlib.closing(_reader(config, training, 0)) as reader:
+        for number in range(min(-(-wanted // size), training.stream.pass_batches(size))):
+            batch = place_batch(next(reader), training.rows, size, program.rows)
+            with program.in_mesh():
+                state = program.measure(state, training.frozen, batch, jnp.asarray(number, jnp.int32))
+    return state
 
 
 class _Clock:

@@ -15,15 +15,16 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from data.pipeline import batch_spec, picture_shapes
+from data.pipeline import picture_shapes
 from train.checks import check_config
 from train.distributed.mesh import batch_sharding, check_batch_size, replicated
 from train.distributed.sharding import shardings
 from train.objectives import create_objective
 from train.objectives.contract import Batch, Objective
 from train.optimizer import create_optimizer
+from train.precomputed import example_spec
 from train.state import TrainState, create_state
-from train.step import make_eval_step, make_train_step
+from train.step import make_eval_step, make_measure, make_train_step
 from train.trainable import trained_params
 from weights import power_averages
 from weights.sources import abstract_frozen
@@ -47,6 +48,7 @@ class Program:
       init: batch -> TrainState, jitted; parameters are created sharded.
       train_step: (state, frozen, batch) -> (state, metrics, health), jitted; the state is donated.
       eval_step: (state, frozen, batch) -> metrics, jitted.
+      measure: (state, frozen, batch, number) -> state, jitted; see `train.objectives.contract`.
     """
 
     mesh: Mesh
@@ -60,6 +62,7 @@ class Program:
     init: Any
     train_step: Any
     eval_step: Any
+    measure: Any
 
     def in_mesh(self) -> Any:
         """The context in which the steps are to be traced: networks find their mesh in it."""
@@ -86,7 +89,7 @@ def create_program(
     rows, whole = batch_sharding(mesh), replicated(mesh)
     abstract_batch = {
         name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=rows)
-        for name, (shape, dtype) in (example or batch_spec(config.data)).items()
+        for name, (shape, dtype) in (example or example_spec(config)).items()
     }
     init_rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # apart from every step's key
     try:
@@ -132,6 +135,7 @@ def create_program(
             out_shardings=(state_shardings, whole, whole),
         ),
         eval_step=jax.jit(make_eval_step(config, objective), out_shardings=whole),
+        measure=jax.jit(make_measure(config, objective), donate_argnums=0, out_shardings=state_shardings),
     )
     if config.data.buckets:
         _check_buckets(config, program)

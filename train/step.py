@@ -133,6 +133,18 @@ def make_eval_step(config: ConfigDict, objective: Objective) -> EvalStep:
     return eval_step
 
 
+def make_measure(config: ConfigDict, objective: Any) -> Callable[[TrainState, Tree, Batch, Array], TrainState]:
+    """Returns `measure(state, frozen, batch, number) -> state`, of an objective that has a `measure`."""
+
+    def measure(state: TrainState, frozen: Tree, batch: Batch, number: Array) -> TrainState:
+        rng = jax.random.key(config.seed)
+        params = state.inference_params
+        variables = objective.measure(params, state.variables, frozen, batch, rng, number)
+        return dataclasses.replace(state, variables=variables)
+
+    return measure
+
+
 def _accumulate(
     gradient_of: Callable[..., Any], variables: Tree, batch: Batch, count: int
 ) -> tuple[Array, Metrics, Tree, Tree]:

@@ -109,6 +109,7 @@ def read_with_clip(config: ConfigDict, stage: ConfigDict) -> None:
     del config.initialize.text
     config.data.text_length = stage.data.text_length
     config.data.text_ends = True
+    config.data.text_features = ""  # "auto" or a folder: those that scripts.precompute stored
     config.models.denoiser.context_width = stage.models.clip.text_width
     config.frozen.clip = ConfigDict(stage.models.clip.to_dict())  # the run's own sizes replace these
     config.frozen.clip.source = "runs/clip"

@@ -53,6 +53,7 @@ def get_latent_training(argument: str) -> ConfigDict:
     """What all backbones share that learn latents: the first stage, and what `ddpm_uvit.get_training` has."""
     config = get_training(pairs=argument == "pair64")
     config.process.clip = False
+    config.data.latent_moments = ""  # "auto" or a folder: those that scripts.precompute stored
     config.steps = 3500
     config.checkpoint.every = 500
     config.evaluate.every = 1000
@@ -74,7 +75,7 @@ def get_latent_training(argument: str) -> ConfigDict:
         config.frozen.first_stage.source = "runs/autoencoder_pair64"
         config.checkpoint.every = config.evaluate.every = 2500
         config.checkpoint.keep = 2
-    config.models.denoiser.image_size = config.data.image_size // 2 ** (len(stage.multipliers) - 1)
+    config.models.denoiser.image_size = config.data.image_size // (stage.patch_size * 2 ** (len(stage.multipliers) - 1))
     config.models.denoiser.in_channels = stage.latent_channels
     return config
 

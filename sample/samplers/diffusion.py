@@ -175,10 +175,16 @@ class DiffusionSampler:
         factor = 1 if self.first_stage is None else self.first_stage.model.downsampling
         return (*(side // factor for side in self.shape), own[-1])
 
-    def data(self, frozen: Tree, images: UInt8[Array, "b H W c"], keys: Key[Array, "b"]) -> Float[Array, "b h w z"]:
-        """What the denoiser learns of pictures: their pixels in [-1, 1], or latents, drawn by one key an example."""
-        pixels = from_uint8(images)
-        return pixels if self.first_stage is None else self.first_stage.encode(frozen, pixels, keys)
+    def data(self, frozen: Tree, batch: Mapping[str, Array], keys: Key[Array, "b"]) -> Float[Array, "b h w z"]:
+        """What the denoiser learns of pictures: their pixels in [-1, 1], or latents, drawn by one key an example.
+
+        `batch` holds image uint8 [b H W c]; or, of latents, latent_moments as `FirstStage.moments` gives them.
+        """
+        stage = self.first_stage
+        if "latent_moments" in batch and stage is not None:
+            return stage.draw(frozen, batch["latent_moments"], keys)
+        pixels = from_uint8(batch["image"])
+        return pixels if stage is None else stage.encode(frozen, pixels, keys)
 
     def given(self, frozen: Tree, request: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
         """(what is known of the data of a picture, where it is to stay), None for what a request has not.
@@ -415,9 +421,16 @@ class DiffusionSampler:
         return output
 
     def conditioning(self, params: Tree, frozen: Tree, rows: Mapping[str, Array]) -> Conditioning:
-        """What the denoiser is told of rows that have `text`, `label`, or both."""
-        tokens = self.text(params, frozen, rows["text"]) if self.text is not None else None
+        """What the denoiser is told of rows that have `text` (and perhaps its `text_features`), `label`, or both."""
+        tokens = rows.get("text_features")
+        if tokens is None and self.text is not None:
+            tokens = self.text(params, frozen, rows["text"])
         return Conditioning(tokens=tokens, label=rows["label"] if self.classes else None)
+
+    def blank_features(self, params: Tree, frozen: Tree) -> Float[Array, "1 l d"]:
+        """The features of the caption that says nothing."""
+        assert self.text is not None  # or nobody asks for them
+        return self.text(params, frozen, self.blank({}, 1)["text"])
 
     def blank(self, rows: Mapping[str, Array], count: int) -> dict[str, Array]:
         """The rows with what they lack: blank captions, the class that stands for none."""

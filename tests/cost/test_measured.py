@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from cli.config import load_config
 from cli.errors import UserError
@@ -111,3 +112,24 @@ def test_what_does_not_fit_is_a_line_that_says_what_to_do(monkeypatch):
     message = "INTERNAL: something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         measured.measure_sample(config, windows=1)
+
+
+def test_two_steps_are_timed_in_turn(monkeypatch):
+    turns, now, configs = [], [0.0], [ConfigDict({"seconds": seconds}) for seconds in (3.0, 2.0)]
+
+    def prepare(config, clock):
+        def run(count):
+            turns.append((config.seconds, count))
+            now[0] += count * config.seconds
+
+        planned = SimpleNamespace(
+            **{f"{kind}_size_in_bytes": 1 for kind in ("argument", "output", "alias", "temp")}, peak_memory_in_bytes=7
+        )
+        return SimpleNamespace(run=run, compiled=SimpleNamespace(memory_analysis=lambda: planned))
+
+    monkeypatch.setattr(measured, "prepare_step", prepare)
+    monkeypatch.setattr(measured, "without_sources", lambda config: config)
+    report = measured.compare_steps(*configs, windows=2, steps=4, warmup=1, clock=lambda: now[0])
+    assert turns == [(3.0, 1), (2.0, 1), *[(3.0, 4), (2.0, 4)] * 2]
+    assert report["seconds"]["median"] == 2 and report["ratio"] == {"median": 1.5, "low": 1.5, "high": 1.5}
+    assert report["program_peak_bytes"] == [7, 7] and report["processor_ratio"]["median"] > 0

@@ -83,7 +83,7 @@ def test_crop_caption_and_merges_draw_in_turn_from_one_generator(data_config, to
     for index in range(20):
         record, rng = stream.source[stream.place(index)], np.random.default_rng((5, index))
         image = transform_pair(transform).training(record["image"], 32, rng)
-        text = tokenizer.encode(choose_caption(record["captions"], rng), 48, 0.3, rng).ids
+        text = tokenizer.encode(record["captions"][choose_caption(record["captions"], rng)], 48, 0.3, rng).ids
         assert equal(stream[index], {"image": image, "index": np.int32(index), "text": text})
 
 

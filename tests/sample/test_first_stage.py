@@ -1,6 +1,7 @@
 """Diffusion in latents: what a first stage makes of pictures and back, and where that is used."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,20 @@ import pytest
 from ml_collections import ConfigDict
 
 import models
+from cli.config import load_config
 from cli.errors import UserError
+from data.pipeline import open_stream
 from models.autoencoder import posterior
 from sample import first_stage
 from sample.first_stage import FirstStage
 from sample.samplers.diffusion import DiffusionSampler
 from train.objectives.contract import example_keys
 from train.objectives.diffusion import DiffusionObjective
+from weights.sources import load_frozen, resolve_frozen
 
 from ..models.random_parameters import random_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SHARED = {"image_size": 8, "width": 4, "multipliers": (1, 1), "blocks": 1, "groups": 2, "latent_channels": 2}
 KL = {"name": "autoencoder_kl", **SHARED, "latent_shift": 0.25, "latent_scale": 0.5}
@@ -85,6 +91,22 @@ def test_many_pictures_are_decoded_in_parts(monkeypatch):
     whole = jax.jit(functools.partial(stage.decode, frozen))(z)
     monkeypatch.setattr(first_stage, "_PIXELS", 2 * 64)
     np.testing.assert_allclose(jax.jit(functools.partial(stage.decode, frozen))(z), whole, atol=1e-6)
+
+
+def test_latents_of_a_trained_first_stage_have_mean_0_and_deviation_1(debug_run, scenes_dir):
+    """What training measured is of the weights that are used, the moving average, and of the training set."""
+    config = load_config([f"--config={ROOT}/configs/scenes/latent_unet.py:debug"])
+    config.frozen.first_stage.source = str(debug_run("scenes/autoencoder.py"))
+    config.data.data_dir = str(scenes_dir)
+    resolve_frozen(config)
+    stage, frozen = FirstStage.from_config(config), load_frozen(config)
+    count = float(frozen["first_stage"]["variables"]["statistics"]["latents"]["count"])
+    stream = open_stream(config.data, None, split="train", seed=3, train=False)
+    batch = stream.batch(range(stream.epoch_size))
+    assert count == stream.epoch_size // 8
+    keys = example_keys(jax.random.key(5), {"index": jnp.asarray(batch["index"])})
+    z = jax.jit(functools.partial(stage.encode, frozen))(batch["image"] / np.float32(127.5) - 1, keys)
+    assert abs(float(z.mean())) < 0.01 and float(z.std()) == pytest.approx(1, abs=0.01)
 
 
 def latent_config(fields=KL, process=None, **denoiser):

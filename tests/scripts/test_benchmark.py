@@ -104,8 +104,9 @@ def test_tokens_are_shown_where_there_are_some():
         ("--windows=0", "must be at least 1"),
         ("--steps=0", "must be at least 1"),
         ("--warmup=-1", "--warmup at least 0"),
+        ("--measure=data --against=--config.seed=1", "--against is of the step, which --measure leaves out"),
     ],
 )
 def test_mistakes(flag, message):
     with pytest.raises(UserError, match=message):
-        benchmark.main([CONFIG, flag])
+        benchmark.main([CONFIG, *flag.split()])

@@ -18,15 +18,16 @@ from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
 from cli.locations import locate
 from data.pipeline import load_tokenizer, open_stream
-from data.precomputed import Claim, RowWriter, open_writer
 from data.preprocess import dalle_training
 from data.records import RecordSource
+from data.row_writer import Claim, RowWriter, open_writer
 from models import create_model
 from sample.samplers.dvae import from_uint8
 from scripts.precompute import main
-from train import precomputed
+from train import feature_pass
+from train.feature_pass import _VIEW_SEED, precompute
 from train.loop import train
-from train.precomputed import _VIEW_SEED, locate_precomputed, precompute
+from train.precomputed import locate_precomputed
 from weights.run import model_of, read_metrics
 from weights.sources import load_frozen
 
@@ -67,10 +68,10 @@ def tokens_of(config, images):
 
 def test_the_stream_has_the_tokens_of_its_pictures_and_the_same_captions(make_config):
     config = make_config("--config.data.bpe_dropout=0.3")
-    folder = precompute(config)
+    folder = precompute(config, "image_tokens")
     assert folder.parent.name == "image_tokens" and folder.name.endswith("-32px")
     config.data.image_tokens = "auto"
-    located, tokenizer = locate_precomputed(config), load_tokenizer(config.data)
+    located, tokenizer = locate_precomputed(config, None), load_tokenizer(config.data)
     assert located.data.image_tokens == str(folder) and config.data.image_tokens == "auto"
     for split, training in (("train", True), ("validation", False)):
         live, cached = (
@@ -91,7 +92,7 @@ def test_the_stream_has_the_tokens_of_its_pictures_and_the_same_captions(make_co
 
 @pytest.mark.slow
 def test_training_on_stored_tokens_has_the_same_losses_to_the_bit(make_config, tmp_path):
-    precompute(make_config())
+    precompute(make_config(), "image_tokens")
     rows = {}
     for tokens in ("", "auto"):
         folder = tmp_path / f"run{tokens}"
@@ -103,7 +104,7 @@ def test_training_on_stored_tokens_has_the_same_losses_to_the_bit(make_config, t
 
 def test_an_interrupted_one_goes_on_and_ends_with_the_same_bytes(make_config, monkeypatch, capsys):
     config = make_config()
-    folder = precompute(config, batch_size=32)
+    folder = precompute(config, "image_tokens", batch_size=32)
     whole = stored(folder)
     shutil.rmtree(folder)
     append, calls = RowWriter.append, []
@@ -116,7 +117,7 @@ def test_an_interrupted_one_goes_on_and_ends_with_the_same_bytes(make_config, mo
 
     monkeypatch.setattr(RowWriter, "append", failing)
     with pytest.raises(KeyboardInterrupt):
-        precompute(config, batch_size=32)
+        precompute(config, "image_tokens", batch_size=32)
     (part,) = folder.glob("*.part")
     with part.open("ab") as file:  # half a row, as a kill leaves it
         file.write(b"\1\2\3")
@@ -125,16 +126,16 @@ def test_an_interrupted_one_goes_on_and_ends_with_the_same_bytes(make_config, mo
         open_stream(config.data, load_tokenizer(config.data), split="train", seed=0, train=True)
     calls.clear()
     monkeypatch.setattr(RowWriter, "append", lambda self, rows: calls.append(len(rows)) or append(self, rows))
-    precompute(config, batch_size=32)
+    precompute(config, "image_tokens", batch_size=32)
     assert sum(calls) == 300 - 3 * 32 + 60  # no more than what was missing
     assert stored(folder) == whole
     calls.clear()
-    assert precompute(config) == folder and not calls
+    assert precompute(config, "image_tokens") == folder and not calls
     assert "all 300 are there" in capsys.readouterr().out
 
 
 def test_in_a_store_parts_become_the_same_file(object_store, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.precomputed._PART_BYTES", 2 * 32 * 6)  # two batches
+    monkeypatch.setattr("data.row_writer._PART_BYTES", 2 * 32 * 6)  # two batches
     rows = np.random.default_rng(0).integers(0, 2**16, (100, 3), np.uint16)
     shape = {"shape": (100, 1, 3), "dtype": rows.dtype, "depth": 2, "whole": 32}
     names = [f"{bucket}/tokens/rows.npy.part-{row:012d}" for row in (0, 64)]
@@ -165,19 +166,19 @@ def test_in_a_store_parts_become_the_same_file(object_store, bucket, tmp_path, m
 
 
 def test_in_a_store_a_second_writer_ends_in_one_line_unless_the_first_is_gone(object_store, bucket, monkeypatch):
-    monkeypatch.setattr("data.precomputed._CLAIM_SECONDS", 0.1)
+    monkeypatch.setattr("data.row_writer._CLAIM_SECONDS", 0.1)
     folder, lock = locate(f"gs://{bucket}/tokens"), f"{bucket}/tokens/lock"
     with contextlib.closing(Claim(folder)) as first:
         time.sleep(0.5)
         with pytest.raises(
             UserError, match=r"another process is writing gs://.* \(process \d+ of .* ago\); wait for it"
         ):
-            monkeypatch.setattr("data.precomputed._CLAIM_SECONDS", 60)
+            monkeypatch.setattr("data.row_writer._CLAIM_SECONDS", 60)
             Claim(folder)
         first.check()
     assert lock not in object_store.objects
     object_store.put(lock, b"{}")  # of a process that was killed
-    monkeypatch.setattr("data.precomputed._CLAIM_SECONDS", 0.1)
+    monkeypatch.setattr("data.row_writer._CLAIM_SECONDS", 0.1)
     time.sleep(1.4)  # times are whole seconds
     with contextlib.closing(Claim(folder)) as second:
         object_store.put(lock, b"{}")  # another one held this one for gone
@@ -190,17 +191,17 @@ def test_in_a_store_a_second_writer_ends_in_one_line_unless_the_first_is_gone(ob
 @pytest.mark.slow
 def test_tokens_in_a_store_are_those_of_this_machine(make_config, object_store, bucket, tmp_path):
     config = make_config()
-    folder = precompute(config)
+    folder = precompute(config, "image_tokens")
     whole = stored(folder)
     shutil.rmtree(folder)
     object_store.put_folder(f"{bucket}/data", tmp_path / "data")
     config.data.data_dir = f"gs://{bucket}/data"
-    there = precompute(config)
+    there = precompute(config, "image_tokens")
     assert str(there) == f"gs://{bucket}/{folder.relative_to(tmp_path)}"
     place = f"{bucket}/{folder.relative_to(tmp_path)}/"
     assert {name: object_store[place + name] for name in object_store.names(place)} == whole
     config.data.image_tokens = "auto"
-    located = locate_precomputed(config)
+    located = locate_precomputed(config, None)
     assert located.data.image_tokens == str(there)
     stream = open_stream(located.data, load_tokenizer(config.data), split="train", seed=0, train=False)
     tokens = np.load(io.BytesIO(whole["train-center_square.npy"]))
@@ -212,9 +213,9 @@ def test_a_transform_that_draws_needs_a_number_of_views_and_epochs_take_turns(ma
     with config.unlocked():
         config.frozen.dvae.image_size = 16
     with pytest.raises(UserError, match="draws anew in every epoch; say how many views .* with --views=K") as raised:
-        precompute(config)
+        precompute(config, "image_tokens")
     assert "\n" not in str(raised.value)
-    folder = precompute(config, views=2)
+    folder = precompute(config, "image_tokens", views=2)
     config.data.image_tokens = str(folder)
     stream = open_stream(config.data, load_tokenizer(config.data), split="train", seed=1, train=True)
     place = stream.place(7)
@@ -226,22 +227,22 @@ def test_a_transform_that_draws_needs_a_number_of_views_and_epochs_take_turns(ma
     expected = tokens_of(config, np.stack([views[0], views[1], views[0]]))
     np.testing.assert_array_equal(stream.batch([7, later, third])["image_tokens"], expected)
     with pytest.raises(UserError, match="was begun for another shape than .*another --views"):
-        precompute(config, views=3)
+        precompute(config, "image_tokens", views=3)
     config.data.transform = "center_square"
     with pytest.raises(UserError, match="draws nothing, so there is one view; leave out --views"):
-        precompute(config, views=2)
+        precompute(config, "image_tokens", views=2)
 
 
 def test_what_is_stale_is_refused_in_one_line(make_config, tmp_path):
     config = make_config()
-    folder = precompute(config)
+    folder = precompute(config, "image_tokens")
 
     def refused(message, *overrides, tokens="auto", size=32):
         changed = make_config(*overrides, f"--config.data.image_tokens={tokens}", f"--config.data.image_size={size}")
         with changed.unlocked():
             changed.frozen.dvae.image_size = size
         with pytest.raises(UserError, match=message) as raised:
-            located = locate_precomputed(changed)
+            located = locate_precomputed(changed, None)
             open_stream(located.data, load_tokenizer(located.data), split=located.data.split, seed=0, train=True)
         assert "\n" not in str(raised.value) and "scripts.precompute" in str(raised.value)
 
@@ -262,7 +263,7 @@ def test_what_is_stale_is_refused_in_one_line(make_config, tmp_path):
         (folder / "provenance.json").write_text(json.dumps({**provenance, key: value}))
         refused(f"is of {key} {value}, not ")
         with pytest.raises(UserError, match=f"is of {key} {value}, not .*; remove it"):
-            precompute(config)
+            precompute(config, "image_tokens")
     (folder / "provenance.json").write_text(json.dumps(provenance))
     rows = np.load(folder / "train-center_square.npy")
     np.save(folder / "train-center_square.npy", rows[:-1])
@@ -272,7 +273,7 @@ def test_what_is_stale_is_refused_in_one_line(make_config, tmp_path):
         os.truncate(folder / "train-center_square.npy", size)
         refused("is damaged")
         with pytest.raises(UserError, match=r"train-center_square.npy is damaged: it holds \d+ of 300 rows; remove it"):
-            precompute(config)
+            precompute(config, "image_tokens")
     (folder / "train-center_square.npy").write_bytes(b"no array")
     refused("is damaged")
 
@@ -286,7 +287,7 @@ def test_a_picture_that_cannot_be_read_is_replaced_together_with_its_caption(mak
         return fetch(self, place)
 
     monkeypatch.setattr(RecordSource, "_fetch", broken)
-    folder = precompute(config)
+    folder = precompute(config, "image_tokens")
     assert json.loads((folder / "train-center_square.json").read_text()) == {"damaged": [4, 5]}
     tokenizer = load_tokenizer(config.data)
     live = open_stream(config.data, tokenizer, split="train", seed=0, train=True)
@@ -318,7 +319,7 @@ def test_the_command_stores_and_says_where(make_config, tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             main([*command, *wrong])
-    with pytest.raises(UserError, match="a vqvae has nothing that can be precomputed"):
+    with pytest.raises(UserError, match="this vqvae has nothing that can be precomputed"):
         main([f"--config={ROOT}/configs/scenes/dvae.py:debug"])
 
 
@@ -327,16 +328,16 @@ def test_two_at_once_are_told_apart(make_config, monkeypatch):
 
     def second(*_, **__):
         monkeypatch.undo()
-        precompute(config)
+        precompute(config, "image_tokens")
 
-    monkeypatch.setattr(precomputed, "_write_provenance", second)
+    monkeypatch.setattr(feature_pass, "_write_provenance", second)
     with pytest.raises(UserError, match="another process is writing"):
-        precompute(config)
+        precompute(config, "image_tokens")
 
 
 @pytest.mark.slow
 def test_several_devices_store_the_same(make_config, tmp_path):
-    folder = precompute(make_config(), batch_size=32)
+    folder = precompute(make_config(), "image_tokens", batch_size=32)
     whole = stored(folder)
     shutil.rmtree(folder)
     (tmp_path / "config.py").write_text(

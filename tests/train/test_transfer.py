@@ -80,3 +80,20 @@ def test_a_clip_goes_on_at_another_resolution_and_nothing_else_may_differ(scenes
     )
     with pytest.raises(UserError, match="activation: 'quick_gelu', not 'gelu'"):
         train(config(scenes_dir, "clip.py", *settings, "--config.models.clip.activation=gelu"), tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_a_first_stage_of_other_sizes_and_scale_is_trained_further(scenes_dir, tmp_path):
+    """As those of Stable Diffusion come in: made for 256 pixels, latents times 0.18215."""
+    model = config(scenes_dir, "autoencoder.py").models.autoencoder.to_dict()
+    part = Part(model, **jax.jit(lambda: random_part(model, 3).trees())())
+    described = {
+        "objective": "autoencoder",
+        "models": {"autoencoder": {**model, "image_size": 256, "latent_scale": 0.2}},
+    }
+    write_pretrained(tmp_path / "stage", described, {"autoencoder": part.params}, {}, provenance={"format": "made up"})
+    settings = (f"--config.initialize.autoencoder.source={tmp_path}/stage", "--config.optimizer.schedule.peak=0.0")
+    assert train(config(scenes_dir, "autoencoder.py", *settings, "--config.steps=2"), tmp_path / "run") == EXIT_OK
+    weights = Run.open(tmp_path / "run").load(ema=False)
+    assert_same_trees(weights.params["autoencoder"], part.params)
+    assert weights.variables["autoencoder"]["statistics"]["latents"]["count"] == 300 // 8

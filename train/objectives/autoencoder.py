@@ -25,12 +25,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from cli.ranges import check_ranges
-from models.autoencoder import KLAutoencoder, VQAutoencoder, measure_latents, posterior
+from models.autoencoder import KLAutoencoder, VQAutoencoder, draw_posterior, measure_latents, posterior
 from models.discriminator import PatchDiscriminator
 from models.layers.quantizer import straight_through
 from models.lpips import LPIPS
@@ -45,11 +45,11 @@ REDUCTIONS = ("sum", "mean")
 
 _MAX_WEIGHT = 1e4
 _GRADIENT_FLOOR = 1e-4  # added to the norm that the weight is divided by
-_STATISTICS_DECAY = 0.999  # of what is measured of latents
 
 _NUMBERS = {
     **dict.fromkeys(("perceptual_weight", "kl_weight", "codebook_weight", "commitment"), "[0, inf)"),
     **dict.fromkeys(("discriminator_weight", "discriminator_start"), "[0, inf)"),
+    "measured_examples": "[1, inf)",
 }
 # Keys of `config.loss` that one of the two bottlenecks reads.
 _OF_KL = ("kl_weight",)
@@ -129,6 +129,8 @@ class AutoencoderObjective:
       discriminator_weight: published 0.5 (KL), 0.75 (VQ; f8 0.6).
       discriminator_start: the step with which the adversarial terms begin; published 50,001 (KL), for VQ 0 (f4), 1 (f8)
         or 250,001 (f16).
+      measured_examples: pictures of the training set whose latents are measured whenever the run saves, of the
+        autoencoder's own `latent_scale` None; as many as there are if these are fewer. Published: the first batch.
     """
 
     model: KLAutoencoder | VQAutoencoder
@@ -143,6 +145,7 @@ class AutoencoderObjective:
     legacy_commitment: bool = True
     discriminator_weight: float = 0.5
     discriminator_start: int = 50_001
+    measured_examples: int = 10_000
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "AutoencoderObjective":
@@ -201,8 +204,8 @@ class AutoencoderObjective:
     ) -> tuple[Float[Array, ""], Aux]:
         """The sum of both sides' losses; see the module.
 
-        In training latents are drawn from their Gaussians, and `Aux.variables` has the moved statistics of latents and
-        of batches. Otherwise latents are the means, the discriminator normalizes by its running statistics, and the
+        In training latents are drawn from their Gaussians, and `Aux.variables` has the moved statistics of batches.
+        Otherwise latents are the means, the discriminator normalizes by its running statistics, and the
         first line has no g, whose weight is a matter of gradients.
 
         Metrics: loss; nll; reconstruction, the absolute error on the scale of [-1, 1]; mse255; perceptual;
@@ -212,9 +215,8 @@ class AutoencoderObjective:
         start too). `mean_metrics` says how they add up.
         """
         images = from_uint8(batch["image"])
-        own = variables.get("autoencoder", {})
-        tree = {"params": params["autoencoder"], **own}
-        latents, encoded, penalty, values = self._encode(tree, images, example_keys(rng, batch), train)
+        tree = {"params": params["autoencoder"], **variables.get("autoencoder", {})}
+        latents, penalty, values = self._encode(tree, images, example_keys(rng, batch), train)
         features: Array = self.model.apply(tree, latents, method="features")
         outputs: Array = self.model.apply(tree, features, method="pixels")
         if outputs.shape != images.shape:
@@ -248,12 +250,27 @@ class AutoencoderObjective:
             values |= {"logits_real": jnp.mean(real), "logits_fake": jnp.mean(fake)}
             loss = loss + factor * values["discriminator"]
             variables = {**variables, "discriminator": judge.variables}
-        if train and self.model.latent_scale is None:
-            encoded = jax.lax.stop_gradient(encoded)
-            measured = measure_latents(own["statistics"]["latents"], encoded, _STATISTICS_DECAY)
-            variables = {**variables, "autoencoder": {**own, "statistics": {"latents": measured}}}
         values = {"loss": loss, **terms, **values, "mse255": mse255(images, jnp.clip(outputs, -1, 1))}
         return loss, Aux(metrics=mean_metrics(len(images), values), variables=variables)
+
+    @property
+    def measured(self) -> int:
+        """How many examples `measure` is to see."""
+        return self.measured_examples if self.model.latent_scale is None else 0
+
+    def measure(
+        self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""], number: Int[Array, ""]
+    ) -> Tree:
+        """The variables with what a second stage's latents of a batch measure, beside those of the batches before."""
+        del frozen
+        own = variables["autoencoder"]
+        before = own["statistics"]["latents"]
+        before = {**before, "count": jnp.asarray(number, before["count"].dtype)}  # which forgets earlier weights
+        tree = {"params": params["autoencoder"], **own}
+        z: Array = self.model.apply(tree, from_uint8(batch["image"]), method="encode")
+        if isinstance(self.model, KLAutoencoder):
+            z = draw_posterior(z, example_keys(rng, batch))
+        return {**variables, "autoencoder": {**own, "statistics": {"latents": measure_latents(before, z)}}}
 
     def preview(
         self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""]
@@ -266,15 +283,15 @@ class AutoencoderObjective:
 
     def _encode(
         self, tree: Tree, images: Float[Array, "b H W c"], keys: Key[Array, "b"], train: bool
-    ) -> tuple[Array, Array, Array, dict[str, Array]]:
-        """(what is decoded, the latents that a second stage learns, the weighted bottleneck term, metrics)."""
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """(what is decoded, the weighted bottleneck term, metrics)."""
         encoded: Array = self.model.apply(tree, images, method="encode")
         if isinstance(self.model, KLAutoencoder):
-            mean, log_variance = posterior(encoded)
+            moments = encoded
+            mean, log_variance = posterior(moments)
             latents = encoded = mean
             if train:
-                noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-                latents = encoded = mean + jnp.exp(0.5 * log_variance) * noise
+                latents = encoded = draw_posterior(moments, keys)
             kl = kl_to_standard_normal(mean, log_variance)
             penalty, values = self.kl_weight * jnp.mean(kl), {"kl": kl}
         else:
@@ -285,7 +302,7 @@ class AutoencoderObjective:
             usage, perplexity = code_statistics(tokens, self.model.vocab_size)
             penalty = self.codebook_weight * jnp.mean(codebook)
             values = {"codebook": codebook, "code_usage": usage, "perplexity": perplexity}
-        return latents, encoded, penalty, {**values, "latent_mean": jnp.mean(encoded), "latent_std": jnp.std(encoded)}
+        return latents, penalty, {**values, "latent_mean": jnp.mean(encoded), "latent_std": jnp.std(encoded)}
 
     def _likelihood(
         self, frozen: Tree, images: Float[Array, "b H W c"], outputs: Float[Array, "b H W c"], log_variance: Array

@@ -48,6 +48,11 @@ class Objective(Protocol):
     not trained. `batch` is a dict of arrays with leading dimension B; `batch["index"]` is each example's place in the
     data stream. With a class attribute TAKES_PARTS = True, an objective is given the whole batch also where
     `config.mesh.microbatches` is above 1, and takes it apart itself.
+
+    An objective may have to find out something of the weights that are kept, such as the deviation of their latents:
+    it then has a number of examples `measured`, and a method `measure(params, variables, frozen, batch, rng, number)
+    -> variables`. Whenever the run saves, that is called with the weights of inference for the first so many examples
+    of the stream, in batches whose `number` counts from 0; for one batch where a signal ends the run.
     """
 
     def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:

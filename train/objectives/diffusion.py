@@ -4,7 +4,8 @@
 
 plus, with learned variances, T / 1000 times the variational bound of the chain's step, which trains the variances alone
 (Nichol and Dhariwal 2021, section 3.1 and eq. 16). Conditions are dropped at random, for guidance. With
-`config.frozen.first_stage` x_0 is what that makes of a picture, drawn anew in each step (Rombach et al. 2022, eq. 2).
+`config.frozen.first_stage` x_0 is what that makes of a picture, drawn anew in each step (Rombach et al. 2022, eq. 2);
+pictures' moments and captions' features may be precomputed (`train.precomputed`).
 """
 
 import dataclasses
@@ -82,9 +83,11 @@ class DiffusionObjective:
         """The loss of a batch.
 
         Metrics: loss, weighted; mse, not; mse_q1 to mse_q4, of the quarters of the process, the first nearest to data;
-        and with learned variances bound, the bound's terms, bits per dimension and step.
+        and with learned variances bound, the bound's terms, bits per dimension and step, but of latents, which are no
+        multiples of 2 / 255 that the last of its steps could have a probability of.
 
-        `batch` holds point float [b d] or image uint8 [b h w 3], and text int32 [b l] or label int32 [b].
+        `batch` holds point float [b d], image uint8 [b h w 3] or latent_moments float [b h w m]; and text int32 [b l],
+        perhaps with text_features float [b l d] of it, or label int32 [b].
         """
         del step
         sampler, process = self.sampler, self.sampler.process
@@ -92,14 +95,18 @@ class DiffusionObjective:
         own = example_keys(rng, batch)
         keys = jax.vmap(lambda key: jax.random.split(key, 4))(own)
         latent_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(own, 4)
-        x_0 = batch["point"] if "point" in batch else sampler.data(frozen, batch["image"], latent_keys)
+        x_0 = batch["point"] if "point" in batch else sampler.data(frozen, batch, latent_keys)
         t = process.draw_time(jax.vmap(jax.random.uniform)(keys[:, 0]))
         eps = jax.vmap(lambda key: jax.random.normal(key, x_0.shape[1:]))(keys[:, 1])
         x_t = process.noised(x_0, eps, t)
         rows = {name: batch[name] for name in ("text", "label") if name in batch and sampler.conditional}
+        if "text_features" in batch:
+            rows["text_features"] = batch["text_features"]
         if train and self.dropout:
             dropped = jax.vmap(jax.random.uniform)(keys[:, 2]) < self.dropout
             blank = sampler.blank({}, len(t))
+            if "text_features" in rows:
+                blank["text_features"] = sampler.blank_features(params, frozen)
             rows = {
                 name: jnp.where(dropped.reshape(-1, *(1,) * (row.ndim - 1)), blank[name], row)
                 for name, row in rows.items()
@@ -121,7 +128,9 @@ class DiffusionObjective:
         loss = process.weight(t) * mse
         if bound is not None and isinstance(process.schedule, DiscreteSchedule):
             loss = loss + process.schedule.steps / 1000 * bound
-        values = {"loss": loss, "mse": mse, **({"bound": bound} if bound is not None else {})}
+        values = {"loss": loss, "mse": mse}
+        if bound is not None and sampler.first_stage is None:
+            values["bound"] = bound
         ones = jnp.ones_like(t)
         metrics = {name: (jnp.sum(value), jnp.sum(ones)) for name, value in values.items()}
         quarter = jnp.clip(jnp.floor(process.progress(t) * QUARTERS), 0, QUARTERS - 1)

@@ -198,19 +198,36 @@ def test_batch_statistics_move_once_a_pass(step):
 
     @jax.jit
     def reference(params):
-        outputs, *_, z = reconstruct(objective, params["autoencoder"], batch)
+        outputs = reconstruct(objective, params["autoencoder"], batch)[0]
         stats = variables["discriminator"]
         for pictures in (outputs, batch["image"] / 127.5 - 1, outputs):
             tree = {"params": params["discriminator"], **stats}
             _, stats = objective.discriminator.apply(tree, pictures, train=True, mutable=["batch_stats"])
-        return z, stats
+        return stats
 
-    z, stats = reference(params)
-    assert_trees_close(aux.variables["discriminator"], stats, 1e-5)
-    measured = aux.variables["autoencoder"]["statistics"]["latents"]
-    np.testing.assert_allclose([measured["mean"], measured["square"]], [z.mean(), (z**2).mean()], rtol=1e-5)
-    assert measured["count"] == 1
+    assert_trees_close(aux.variables["discriminator"], reference(params), 1e-5)
     assert jax.tree.structure(aux.variables) == jax.tree.structure(variables)
+
+
+def test_latents_are_measured_anew_over_all_batches(step):
+    objective, batch, params, variables, _, _ = step
+    other = {**batch, "image": batch["image"] // 2}
+    assert objective.measured == 10_000
+
+    @jax.jit
+    def run(params, stale):
+        moved = stale
+        for number, each in enumerate((batch, other)):
+            moved = objective.measure(params, moved, {}, each, KEY, jnp.asarray(number))
+        return moved, [reconstruct(objective, params["autoencoder"], each)[-1] for each in (batch, other)]
+
+    stale = jax.tree.map(lambda leaf: leaf + 3, variables)  # of other weights
+    moved, drawn = run(params, stale)
+    found, z = moved["autoencoder"]["statistics"]["latents"], jnp.stack(drawn)
+    np.testing.assert_allclose(
+        [found["mean"], found["square"], found["count"]], [z.mean(), (z**2).mean(), 2], rtol=1e-5
+    )
+    assert_trees_close(moved["discriminator"], stale["discriminator"], 0)
 
 
 def test_lpips_stands_beside_every_pixel():
