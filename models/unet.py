@@ -146,7 +146,7 @@ class UNet(nn.Module):
         tokens = label = None
         if self.num_classes:
             label = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-        if self._reads_tokens:
+        if self.reads_tokens:
             tokens = jax.ShapeDtypeStruct((batch_size, EXAMPLE_TOKENS, self.context_width), jnp.float32)
         t = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
         return x_t, t, Conditioning(tokens=tokens, label=label)
@@ -289,7 +289,7 @@ class UNet(nn.Module):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     @property
-    def _reads_tokens(self) -> bool:
+    def reads_tokens(self) -> bool:
         """Whether `conditioning.tokens` is needed."""
         return self.context_width > 0 and not (self.num_classes and self.class_embedding == "token")
 
@@ -335,10 +335,10 @@ class UNet(nn.Module):
         if math.gcd(height, width) % self.downsampling:
             raise ValueError(f"pictures are {height} x {width}; both must be multiples of {self.downsampling}")
         tokens, mask, label = conditioning.tokens, conditioning.mask, conditioning.label
-        if (tokens is not None) != self._reads_tokens:
+        if (tokens is not None) != self.reads_tokens:
             raise ValueError(
                 f"the network needs conditioning.tokens [B L {self.context_width}]"
-                if self._reads_tokens
+                if self.reads_tokens
                 else "the network does not read conditioning.tokens; leave them out"
             )
         if tokens is not None and tokens.shape[-1] != self.context_width:

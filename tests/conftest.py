@@ -134,6 +134,8 @@ def scenes_dir(make_once: MakeOnce) -> Path:
 def debug_run(scenes_dir: Path, make_once: MakeOnce, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`debug_run("scenes/dvae.py")`: a run of that config's debug variant, trained once for all who look at it.
 
+    `debug_run("paper/uvit.py:debug_coco")` is one of its other variants.
+
     Each process of the suite has a copy, since evaluation writes into the folder.
     """
     from cli.config import load_config
@@ -142,12 +144,13 @@ def debug_run(scenes_dir: Path, make_once: MakeOnce, tmp_path_factory: pytest.Te
 
     @functools.cache
     def folder(name: str) -> Path:
-        config = load_config([f"--config={ROOT}/configs/{name}:debug", f"--config.data.data_dir={scenes_dir}"])
+        variant = name if ":" in name else f"{name}:debug"
+        config = load_config([f"--config={ROOT}/configs/{variant}", f"--config.data.data_dir={scenes_dir}"])
 
         def make(workdir: Path) -> None:
             assert train(config, workdir) == EXIT_OK
 
-        path = make_once(name.removesuffix(".py").replace("/", "_"), make)
+        path = make_once(name.removesuffix(".py").replace("/", "_").replace(":", "_"), make)
         return Path(shutil.copytree(path, tmp_path_factory.mktemp("runs") / Path(name).stem))
 
     return folder

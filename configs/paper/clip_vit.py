@@ -113,6 +113,44 @@ def get_model(embed_dim: int, image_size: int, text_width: int) -> ConfigDict:
     return model
 
 
+def get_text_tower(source: str) -> ConfigDict:
+    """The text tower of L/14 alone as `config.frozen.text`, 123,060,480 parameters, for diffusions that read captions.
+
+    Captions are filled up with the end token, which the tokenizer must do, as Stable Diffusion 1's does.
+
+    Args:
+      source: a folder that holds it as part "text", such as a converted Stable Diffusion; "random" for tests.
+    """
+    tower = ConfigDict()
+    tower.name = "clip_text"
+    tower.text_vocab_size = 49_408
+    tower.text_length = 77
+    tower.text_end_id = 49_407
+    tower.text_pad_id = 49_407
+    tower.text_width = 768
+    tower.text_layers = 12
+    tower.activation = "quick_gelu"
+    tower.scan = True
+    tower.dtype = "bfloat16"
+    tower.source = source
+    tower.part = "text"
+    tower.step = 0  # its newest checkpoint when a run begins
+    return tower
+
+
+def shrink_text_tower(config: ConfigDict) -> None:
+    """What a debug variant changes of a config that reads captions with `get_text_tower`."""
+    config.data.tokenizer = ""
+    config.data.text_ends = True
+    config.data.text_length = config.frozen.text.text_length = 24
+    config.frozen.text.text_vocab_size = 353
+    config.frozen.text.text_end_id = 352
+    config.frozen.text.text_pad_id = 0
+    config.frozen.text.text_width = 64
+    config.frozen.text.text_layers = 1
+    config.frozen.text.source = "random"
+
+
 def shrink(config: ConfigDict) -> None:
     """Makes a debug variant: the embedded dataset, its tokenizer, one layer of text."""
     make_debug(config, steps=2, batch_size=8)

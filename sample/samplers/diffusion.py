@@ -158,7 +158,7 @@ class DiffusionSampler:
         numbers = {key: given[key] for key in _NUMBERS if key in given}
         null_class = bool(config.loss.get("dropout", 0.0))
         text = _text_context(config, getattr(model, "context_width", None))
-        if text is None and getattr(model, "context_width", 0):
+        if text is None and getattr(model, "reads_tokens", getattr(model, "context_width", 0) > 0):
             raise UserError("the denoiser reads a context; name what makes one in config.models.text or frozen.text")
         first_stage = FirstStage.from_config(config)
         _check_data(config, model, process, first_stage)

@@ -16,6 +16,9 @@ from scripts.describe import describe
 from train.optimizer import create_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
+# Variants that run what `debug` of the same file does not.
+MORE_VARIANTS = tuple(f"configs/paper/{name}" for name in ("uvit.py:debug_coco", "dit.py:debug_sit"))
+MORE_VARIANTS += ("configs/paper/latent_diffusion.py:debug_text",)
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*/[a-z]*.py"))
 
 
@@ -36,7 +39,7 @@ def test_a_config_is_locked_documented_and_survives_json(name):
     "name",
     [
         pytest.param(name, marks=[pytest.mark.slow] if name.split("/")[1] in ("paper", "drawings") else [])
-        for name in CONFIGS
+        for name in (*CONFIGS, *MORE_VARIANTS)
     ],
 )
 def test_the_debug_variant_runs_without_any_other_run(name, debug_run):

@@ -157,11 +157,18 @@ def test_mistakes_are_one_line(page, monkeypatch):
         fit.main([f"--config={CONFIG}"])
 
 
+# Nobody had the time to compile these yet; docs/tpu.md says so. A row that is added ends its entry here.
+WITHOUT_ROW = tuple(f"configs/paper/{name}.py" for name in ("first_stage", "latent_diffusion", "stable_diffusion"))
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_paper_config_names_a_slice_and_fits_there(name):
     """The row is of the config as it is now: `python -m scripts.fit --config=... --table=docs/tpu.md` renews it."""
     config = load_config([f"--config={ROOT / name}"])
     row = fit.find_row(PAGE, name, config.mesh.topology)
+    if name in WITHOUT_ROW:
+        assert row is None and f"`{name}`" in PAGE.read_text()
+        return
     assert row is not None, f"docs/tpu.md has no row of {name} on {config.mesh.topology}"
     assert row["hashes"].split()[0] == fit.row_hashes(config).split()[0], f"the row of {name} is out of date"
     assert row["fits"] == "yes"
