@@ -25,6 +25,8 @@ Evaluates a run, or a CLIP that was converted (--dataset says of what), and writ
 metric as it ends: one that fails is named at the end, and costs no other.
 
 caption_accuracy   share of captions whose picture has every attribute right, and each attribute (embedded dataset)
+written_captions   share of captions that are written for pictures (or captions) and say nothing wrong, each attribute
+agreement          the same of pairs that are drawn of nothing
 answers            share of questions about a picture that are answered right, of each kind, and about a wrong picture
 reconstruction     error of an image tokenizer, codes it uses, and scenes still read right after it
 

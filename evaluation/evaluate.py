@@ -28,6 +28,7 @@ from evaluation.features.metrics import (
 from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record, check_finite, keep_picture
+from evaluation.written_captions import AGREEMENT, WRITTEN, agreement_values, written_values
 from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
@@ -96,8 +97,12 @@ def applicable_metrics(
     if "point" in sampler.makes:
         defaults = default_point_metrics(trained)
         return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
+    if {"text", "image"} <= set(sampler.makes):  # either of the other, or both of nothing
+        return ("caption_accuracy", WRITTEN, AGREEMENT), ()
     if "text" in sampler.makes and set(sampler.reads) == {"text", "image"}:
         return (ANSWERS,), ()
+    if "text" in sampler.makes and hasattr(sampler, "captions"):
+        return (WRITTEN,), ()
     if "image" not in sampler.makes:
         return (), ()
     if reconstructs(sampler):
@@ -213,6 +218,10 @@ def _values_of(
     """What one metric finds that shares nothing with others."""
     if name in SCORED:
         return scorer_record(name, trained, cast(ClipScorer, tools.scorer), split, num, seed, settings)
+    if name == WRITTEN:
+        return written_values(trained, split, num, seed, settings)
+    if name == AGREEMENT:
+        return agreement_values(trained, num, seed, settings)
     if name == ANSWERS:
         return answer_values(trained, split, num, seed, settings)
     if name == CAPTION_LOSS:

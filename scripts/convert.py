@@ -121,10 +121,12 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     from weights.formats.contract import Network, write_files
     from weights.pretrained import filled_folder, free_folder
     from weights.run import Run
-    from weights.sources import trained_model
+    from weights.sources import load_part, resolve_frozen, trained_model
 
     run, form = Run.open(options.run), formats[options.to]
     fitting = [part for part, fields in run.models().items() if fields["name"] in form.networks]
+    whole = [part for part in fitting if run.models()[part]["name"] in form.beside]
+    fitting = whole if len(whole) == 1 else fitting  # which takes the others with it
     if not options.part and len(fitting) != 1:
         has = ", ".join(f"{part} ({fields['name']})" for part, fields in run.models().items())
         raise UserError(
@@ -139,7 +141,13 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     output = free_folder(options.output)
     weights = run.load(options.step or None, parts=(part,), mapped=True)
     null_class = bool(run.config.loss.get("dropout", 0.0))
-    network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}), null_class)
+    beside = {}
+    if set(wanted := form.beside.get(fields["name"], ())) <= set(run.config.frozen):
+        resolve_frozen(run.config, near=run.folder)
+        for name in wanted:
+            other = load_part(run.config.frozen[name])
+            beside[name] = Network(create_model(**other.model), other.params, other.variables)
+    network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}), null_class, beside)
     files = form.write(network)
     with filled_folder(output) as new:
         write_files(new, files)

@@ -43,6 +43,7 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
 TOKENIZER = "tokenizer.json"
+WRITES_WITH = "caption_tokenizer.json"  # of runs that write with another vocabulary than they read
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 PROFILE = "profile"

@@ -81,7 +81,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.loss.clip_weight = 1.0
     config.loss.text_weight = 1.0
 
-    config.sample.mode = ""  # a key of sample.samplers.unidiffuser.MODES; "" for what is given
+    config.sample.mode = ""  # a key of sample.samplers.unidiffuser_modes.MODES; "" for what is given
     config.sample.sampler = "dpm_solver_singlestep"
     config.sample.steps = 50
     config.sample.spacing = "time"

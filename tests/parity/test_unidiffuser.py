@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from diffusers.pipelines.deprecated.unidiffuser import UniDiffuserModel, UniDiffuserTextDecoder
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import models
+from models.clip import IMAGE_MEAN, IMAGE_STD
 from models.unidiffuser import PictureAndText, UniDiffuser
+from sample.trained import TrainedSampler
 from scripts.convert import main as convert
 from weights.run import Run
 
@@ -72,3 +76,73 @@ def test_positions_of_other_grids_are_pytorch_s_bilinear_ones(grid):
     resized = torch.nn.functional.interpolate(square, grid, mode="bilinear", align_corners=False)
     expected = resized.permute(0, 2, 3, 1).reshape(-1, 8).numpy()
     np.testing.assert_allclose(bound._positions(grid)[5:], expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """(their networks by folder, the folder that they are in)."""
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=20, hidden_size=12, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=5, hidden_act="quick_gelu", bos_token_id=18, eos_token_id=19, pad_token_id=19,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=10, hidden_act="quick_gelu",
+    )  # fmt: skip
+    networks = {
+        "text_encoder": CLIPTextModel(text),
+        "image_encoder": CLIPVisionModelWithProjection(vision),
+        "text_decoder": UniDiffuserTextDecoder(
+            prefix_length=5, prefix_inner_dim=12, prefix_hidden_dim=6, vocab_size=9, n_positions=16, n_embd=8,
+            n_layer=1, n_head=2, activation_function="gelu",
+        ),
+        "vae": AutoencoderKL(
+            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, layers_per_block=1, norm_num_groups=4,
+            sample_size=16,
+        ),
+        "unet": UniDiffuserModel(**SIZES, use_data_type_embedding=True),
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("pipeline")
+    for name, network in networks.items():
+        if name == "text_decoder":  # its class cannot save safetensors
+            network.save_config(folder / name)
+            torch.save(network.state_dict(), folder / name / "diffusion_pytorch_model.bin")
+        else:
+            network.save_pretrained(folder / name)
+    DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=8.5e-4, beta_end=0.012, solver_order=3
+    ).save_pretrained(folder / "scheduler")
+    return {name: network.eval() for name, network in networks.items()}, folder
+
+
+def test_a_whole_pipeline_becomes_a_run_that_encodes_as_it_does_and_goes_back(pipeline, tmp_path, capsys):
+    networks, folder = pipeline
+    convert([f"--input={folder}", f"--output={tmp_path}/ours"])
+    assert "caption_tokenizer.json" in capsys.readouterr().out
+    trained = TrainedSampler.open(tmp_path / "ours")
+    sampler, frozen = trained.sampler, trained.frozen
+    assert (sampler.guidance, sampler.captions.beams, sampler.model.data_types) == (8.0, 5, 2)
+    rng = np.random.default_rng(0)
+    text = np.array([[18, 3, 19, 0, 0], [18, 4, 5, 6, 19]], np.int32)
+    padded = np.where(np.cumsum(text == 19, axis=1) > 0, 19, text)
+    image = rng.integers(0, 255, (2, 16, 16, 3), np.uint8)
+    pixels = (image / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
+    with torch.no_grad():
+        states = networks["text_encoder"](torch.from_numpy(padded)).last_hidden_state
+        latents = networks["text_decoder"].encode(states).numpy()
+        given = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
+        embedded = networks["image_encoder"](given).image_embeds.numpy()
+    np.testing.assert_allclose(sampler.encode_text(frozen, jnp.asarray(text))["text"], latents, atol=1e-4)
+    ours = sampler.encode_image(frozen, jnp.asarray(image), jax.random.split(jax.random.key(0), 2))["clip"]
+    np.testing.assert_allclose(ours, embedded, atol=1e-4)
+
+    convert(["--to=diffusers", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
+    for name, network in networks.items():
+        loaded: Any = type(network).from_pretrained(tmp_path / "back" / name, output_loading_info=True)
+        back, report = loaded
+        assert not any(report.values()), (name, report)
+        for key, tensor in network.state_dict().items():
+            if not key.startswith("transformer.pos_embed"):  # which nothing reads
+                np.testing.assert_array_equal(back.state_dict()[key].numpy(), tensor.numpy())

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from cli.ranges import check_range
 from models.unidiffuser import PictureAndText, UniDiffuser
-from sample.samplers.unidiffuser import PICTURE, TEXT, UniDiffuserSampler, normal_latents
+from sample.samplers.unidiffuser import UniDiffuserSampler
+from sample.samplers.unidiffuser_modes import PICTURE, TEXT, normal_latents
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.preview import gather, to_host
 

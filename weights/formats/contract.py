@@ -25,12 +25,14 @@ class Network:
       params: its parameters.
       variables: {collection: tree}; may be empty.
       null_class: whether the last class that it knows, if any, stands for none.
+      beside: networks that it is used with, frozen parts by their names; {} where it is written alone.
     """
 
     model: Any
     params: Tree
     variables: Tree
     null_class: bool = True
+    beside: Mapping[str, "Network"] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Converted:
       params: {part: tree}.
       variables: {part: {collection: tree}}; may be empty.
       tokenizer: of captions; None if there is none.
+      caption_tokenizer: that captions are written with, where that is another one.
       notes: lines that a user should read.
     """
 
@@ -49,6 +52,7 @@ class Converted:
     params: dict[str, Tree]
     variables: dict[str, Tree] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    caption_tokenizer: Tokenizer | None = dataclasses.field(default=None, kw_only=True)
     notes: tuple[str, ...] = ()
 
 
@@ -65,6 +69,7 @@ class Format:
       read: (origin, **options) -> what it holds; raises UserError where that is none of it, or ours cannot compute it.
       write: one network -> files; raises UserError where the other project cannot compute it. None: nothing is written.
       options: {flag: help} of what reading may be told.
+      beside: network -> the frozen parts that are written with it where a run has them.
     """
 
     name: str
@@ -75,6 +80,7 @@ class Format:
     read: Callable[..., Converted]
     write: Callable[[Network], Files] | None
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def write_files(folder: Path, files: Files) -> None:

@@ -23,6 +23,7 @@ from weights.files.fields import IDLE, Field, fixed, flag, read_fields, real, se
 from weights.files.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensors, Tree, linear
 from weights.files.origin import Origin, Subfolder, peek_json, read_weights
 from weights.formats import diffusers_dit, diffusers_text_decoder, diffusers_unidiffuser
+from weights.formats import diffusers_unidiffuser_pipeline as unidiffuser_pipeline
 from weights.formats.contract import Converted, Files, Format, Network
 from weights.formats.diffusers_autoencoder import NAMES as AUTOENCODERS
 from weights.formats.diffusers_autoencoder import autoencoder_files, read_autoencoder
@@ -440,6 +441,8 @@ def _read(origin: Origin, subfolder: str = "", latent_scale: str = "") -> Conver
         tensors = read_weights(origin, WEIGHTS, diffusers_text_decoder.IGNORED)
         params = diffusers_text_decoder.text_decoder_from_diffusers(create_model(**fields), tensors)
         return Converted({"objective": "", "models": {"captioner": fields}}, {"captioner": params})
+    if dit is None and kind == diffusers_unidiffuser.CLASS and origin.find(unidiffuser_pipeline.TEXT_DECODER):
+        return unidiffuser_pipeline.read_pipeline(origin, WEIGHTS)
     if dit is None and kind == diffusers_unidiffuser.CLASS:
         place = origin if origin.find(f"{PIPELINE_FOLDER}/{CONFIG}") is None else Subfolder(origin, PIPELINE_FOLDER)
         fields = diffusers_unidiffuser.unidiffuser_fields(place.json(CONFIG))
@@ -494,10 +497,8 @@ def _write(network: Network) -> Files:
             WEIGHTS[0]: diffusers_text_decoder.text_decoder_to_diffusers(params),
         }
     if isinstance(model, UniDiffuser):
-        return {
-            CONFIG: diffusers_unidiffuser.unidiffuser_config(model),
-            WEIGHTS[0]: diffusers_unidiffuser.unidiffuser_to_diffusers(params),
-        }
+        write = unidiffuser_pipeline.pipeline_files if network.beside else unidiffuser_pipeline.network_files
+        return write(network, CONFIG, WEIGHTS[0])
     return unet_files(model, params) if isinstance(model, UNet) else autoencoder_files(network, CONFIG, WEIGHTS[0])
 
 
@@ -505,12 +506,13 @@ FORMAT = Format(
     name="diffusers",
     networks=("unet", "dit", "unidiffuser", "captioner", *AUTOENCODERS.values()),
     inputs="a UNet, a DiT, a UniDiffuser, its captioner or a first stage; of a pipeline the first two with a first "
-    "stage and what its scheduler says",
+    "stage and what its scheduler says; UniDiffuser's whole pipeline",
     outputs="from_pretrained(DIR) of UNet2DModel, UNet2DConditionModel if it has transformers, DiTTransformer2DModel, "
-    "UniDiffuserModel, UniDiffuserTextDecoder, AutoencoderKL or VQModel",
+    "UniDiffuserModel (UniDiffuserPipeline, given its tokenizers), UniDiffuserTextDecoder, AutoencoderKL or VQModel",
     recognizes=_recognizes,
     read=_read,
     write=_write,
+    beside={"unidiffuser": unidiffuser_pipeline.BESIDE},
     options={
         "subfolder": "of a pipeline: the folder of a network that is read alone, such as vae; a unet or a transformer "
         "comes with its scheduler and first stage in any case",

@@ -10,7 +10,7 @@ from data.tokenizer import Tokenizer
 from models import create_model
 from weights.files.origin import Origin
 from weights.formats.contract import Converted, Tree
-from weights.run import OWN, TOKENIZER
+from weights.run import OWN, TOKENIZER, WRITES_WITH
 
 STABLE_DIFFUSION_SCALE = 0.18215  # what its second stage multiplies latents by
 
@@ -125,6 +125,44 @@ def autoencoder_run(
         part: {**network, "source": OWN, "part": part, "step": 0} for part, network in (frozen or {}).items()
     }
     return Converted(config, dict(trees), dict(variables or {}), notes=notes)
+
+
+def unidiffuser_run(
+    origin: Origin,
+    fields: Mapping[str, Any],
+    trees: Mapping[str, Tree],
+    frozen: Mapping[str, Mapping[str, Any]],
+    process: Mapping[str, Any],
+) -> Converted:
+    """A UniDiffuser: objective `unidiffuser`, part `unidiffuser`, and its frozen parts in the same folder.
+
+    Args:
+      origin: of the vocabulary that captions are read with, if it has one.
+      fields: {name, fields} of the network.
+      trees: {part: parameters} of it and the frozen parts.
+      frozen: {part: {name, fields}}: "first_stage", "clip" and "captioner".
+      process: `config.process`, but for the times that the network is fed, which are 1 to T.
+    """
+    clip, stage, words = (frozen[part] for part in ("clip", "first_stage", "captioner"))
+    most = words["length"] - words["prefix_length"] + 1  # the last token is never read
+    tokenizer, notes = _find_tokenizer("", origin, clip["text_end_id"])
+    if tokenizer is None:
+        notes += ("it has no tokenizer, which captions take: put one into the folder as tokenizer.json",)
+    if words["text_vocab_size"] != clip["text_vocab_size"]:
+        notes += (f"it writes with another vocabulary than it reads: put that into the folder as {WRITES_WITH}",)
+    config: dict[str, Any] = {
+        "objective": "unidiffuser",
+        "models": {"unidiffuser": dict(fields)},
+        "frozen": {part: {**network, "source": OWN, "part": part, "step": 0} for part, network in frozen.items()},
+        "data": {
+            "image_size": fields["image_size"] * 2 ** (len(stage["multipliers"]) - 1),
+            "text_length": clip["text_length"],
+        },
+        "process": {**process, "time_shift": 1, "clip": False},
+        "scales": {"clip": 1.0, "text": 1.0},
+        "sample": {"guidance": 8.0, "beams": 5, "caption_length": min(67, most)},  # the authors' s = 7
+    }
+    return Converted(config, dict(trees), {}, tokenizer, notes)
 
 
 def dalle_run(

@@ -11,7 +11,7 @@ from diffusion.process import Process
 from diffusion.schedule import DiscreteSchedule
 from diffusion.solver_choice import make_plan
 from models.unidiffuser import PictureAndText
-from sample.samplers.unidiffuser import draw_latents, drawn_names, normal_latents, predict
+from sample.samplers.unidiffuser_modes import draw_latents, drawn_names, normal_latents, predict
 
 SHAPES = {"image": (1, 1, 1), "clip": (1,), "text": (1, 1)}
 PROCESS = Process(DiscreteSchedule("scaled_linear", 1000, 8.5e-4, 0.012), time_shift=1)
