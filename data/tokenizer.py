@@ -19,6 +19,7 @@ from data.clip_vocabulary import END, END_OF_WORD, START, clean_caption, clip_mo
 
 PAD_ID = 0
 _PAD = "<pad>"
+_EOS = "<|EOS|>"  # what UniDiffuser's captioner has behind GPT-2's own end
 
 _CACHE_BYTES = 2**25  # of encodings, and as much of words
 _LONGEST_KEPT = 1024  # letters of a caption whose encoding is kept
@@ -46,7 +47,8 @@ class Tokenizer:
     becomes one of them, whatever it says. It is either trained here (`train`, `with_ends`), or reads as CLIP does
     (`from_clip_vocabulary`): words end in `</w>`, captions are framed, and the padding is also the piece "!", or
     another one (`padded_with`). Or it merges letters and not bytes, as minDALL-E's (`from_letter_vocabulary`): a letter
-    that no piece has is an id of its own.
+    that no piece has is an id of its own. Or it reads as GPT-2 does (`from_gpt2_vocabulary`): letters keep their case,
+    captions have an end and no start, and the padding is also the piece "!".
     """
 
     def __init__(self, model: tokenizers.Tokenizer):
@@ -58,10 +60,11 @@ class Tokenizer:
         marked = getattr(model.model, "end_of_word_suffix", None) == END_OF_WORD
         self._letters = marked and getattr(model.model, "unk_token", None) is not None
         self._clip = marked and not self._letters
-        if not marked and model.token_to_id(_PAD) != PAD_ID:
-            raise UserError(f"this tokenizer was not made by Tessera: its id {PAD_ID} is not {_PAD}")
         ends, size = (model.token_to_id(START), model.token_to_id(END)), model.get_vocab_size()
-        if ends != (None, None) and ends != (size - 2, size - 1):
+        self._gpt2 = not marked and model.token_to_id(_PAD) is None and ends[0] is None and ends[1] is not None
+        if not marked and not self._gpt2 and model.token_to_id(_PAD) != PAD_ID:
+            raise UserError(f"this tokenizer was not made by Tessera: its id {PAD_ID} is not {_PAD}")
+        if not self._gpt2 and ends != (None, None) and ends != (size - 2, size - 1):
             raise UserError(f"this tokenizer was not made by Tessera: {START} and {END} are not its highest ids")
         # Otherwise a caption that spells such a token would become it.
         model.encode_special_tokens = True
@@ -140,6 +143,30 @@ class Tokenizer:
         return cls(whole)
 
     @classmethod
+    def from_gpt2_vocabulary(cls, vocabulary: Path, merges: Path, size: int) -> "Tokenizer":
+        """Reads GPT-2's vocabulary.
+
+        Args:
+          vocabulary: a JSON file, {piece: id}.
+          merges: a text file, a pair a line.
+          size: ids that there are to be: as many as the file has, where its last one ends captions, or one more, which
+            does then (UniDiffuser's).
+
+        Raises:
+          UserError: if the files are no vocabulary, or have another number of pieces.
+        """
+        try:
+            whole = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{vocabulary} and {merges} are no vocabulary ({error}); fetch them again") from error
+        if (found := whole.get_vocab_size()) not in (size, size - 1) or whole.token_to_id(END) is None:
+            raise UserError(f"{vocabulary} has {found} pieces, and GPT-2's with {END} are {size} or one less here")
+        whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        whole.decoder = tokenizers.decoders.ByteLevel()
+        whole.add_special_tokens([END] if found == size else [END, _EOS])
+        return cls(whole)
+
+    @classmethod
     def load(cls, path: str | Location) -> "Tokenizer":
         """Reads a tokenizer that `save` wrote: trained or CLIP's, with or without ends.
 
@@ -212,7 +239,7 @@ class Tokenizer:
     @functools.cached_property
     def end_id(self) -> int | None:
         """The id after every caption, the highest of all; None for a tokenizer that does not frame."""
-        return self._model.token_to_id(END)
+        return self.vocab_size - 1 if self._gpt2 else self._model.token_to_id(END)
 
     def encode(self, text: str, length: int, dropout: float = 0.0, rng: np.random.Generator | None = None) -> Encoded:
         """Encodes a caption into exactly `length` ids, cutting its end or padding it.
@@ -234,7 +261,7 @@ class Tokenizer:
         else:
             ids = self._encode(text)
         if self.end_id is not None:
-            ids = [self.start_id, *ids, self.end_id]
+            ids = [*([] if self.start_id is None else [self.start_id]), *ids, self.end_id]
         padded = np.full(length, self.pad_id, np.int32)
         kept = ids[:length]
         padded[: len(kept)] = kept
@@ -245,7 +272,7 @@ class Tokenizer:
 
     def count(self, text: str) -> int:
         """Returns how many ids a caption takes if nothing is cut, ends included."""
-        return len(self._encode(text)) + (0 if self.end_id is None else 2)
+        return len(self._encode(text)) + (self.start_id is not None) + (self.end_id is not None)
 
     def decode(self, ids: Int[np.ndarray, " l"]) -> str:
         """Returns the text of ids, without padding, ends, and what follows the first end.
@@ -258,7 +285,7 @@ class Tokenizer:
         if self._clip:  # only at the end: elsewhere it is a "!", which is never the last piece of a word
             while kept and kept[-1] == PAD_ID:
                 kept.pop()
-        else:
+        elif not self._gpt2:  # whose pads stand behind an end alone, and before it are a "!"
             kept = [i for i in kept if i != self.pad_id]
         return self._model.decode([i for i in kept if i != self.start_id]).strip()
 

@@ -92,7 +92,8 @@ def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     provenance = {"format": form.name, "input": origin.describe(), **options.given}
     provenance |= {"ignore_keys": ignored} if ignored else {}
     provenance |= {NONFINITE: True} if options.allow_nonfinite else {}
-    write_pretrained(output, read.config, read.params, read.variables, provenance=provenance, tokenizer=read.tokenizer)
+    tokenizers = {"tokenizer": read.tokenizer, "caption_tokenizer": read.caption_tokenizer}
+    write_pretrained(output, read.config, read.params, read.variables, provenance=provenance, **tokenizers)
     parts = "; ".join(f"part {part!r}, {_count(params):,} parameters" for part, params in read.params.items())
     print(f"{output}: {form.name}; {parts}")
     for note in read.notes:

@@ -16,7 +16,7 @@ from cli.errors import UserError
 from cli.locations import Location, in_store, locate, upload, write_whole
 from data.tokenizer import Tokenizer
 from weights.files.tensors import write_tensors
-from weights.run import CONFIG, PROVENANCE, TOKENIZER, WEIGHTS, tensor_name
+from weights.run import CONFIG, PROVENANCE, TOKENIZER, WEIGHTS, WRITES_WITH, tensor_name
 
 Tree = Any
 
@@ -29,6 +29,7 @@ def write_pretrained(
     *,
     provenance: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
+    caption_tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes a folder that `weights.run.Run` opens; its config comes last, so that a folder with one is whole.
 
@@ -40,6 +41,7 @@ def write_pretrained(
       variables: {part: {collection: tree}}; may be empty.
       provenance: where the weights are from; a hash of them is added.
       tokenizer: of its captions.
+      caption_tokenizer: that captions are written with, where that is another one.
 
     Raises:
       UserError: if the folder has something in it or cannot be written.
@@ -55,6 +57,8 @@ def write_pretrained(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if tokenizer is not None:
             tokenizer.save(new / TOKENIZER)
+        if caption_tokenizer is not None:
+            caption_tokenizer.save(new / WRITES_WITH)
         write_json(new / PROVENANCE, {**provenance, "sha256": digest})
         write_json(new / CONFIG, config)
 

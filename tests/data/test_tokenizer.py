@@ -1,5 +1,6 @@
 """Byte-pair encoding: round trips, padding, truncation, seeded dropout, and the frame of a start and an end token."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +303,28 @@ def test_what_is_no_vocabulary_of_letters_is_one_line(letters, tmp_path):
     with pytest.raises(UserError, match="are no vocabulary") as error:
         Tokenizer.from_letter_vocabulary(tmp_path / "vocab.json", merges, "[UNK]", "[PAD]")
     assert "\n" not in str(error.value)
+
+
+def test_gpt2_s_vocabulary_keeps_letters_and_ends_captions_without_a_start(tmp_path):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # "!" is the first, as in GPT-2's
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator(["a Red circle"] * 9, trainer)
+    model.add_special_tokens(["<|endoftext|>"])
+    size = model.get_vocab_size()
+    (tmp_path / "vocab.json").write_text(json.dumps(model.get_vocab()))
+    merges = json.loads(model.to_str())["model"]["merges"]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]))
+    files = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    for ids, end in ((size, size - 1), (size + 1, size)):
+        tokenizer = Tokenizer.from_gpt2_vocabulary(*files, ids)
+        assert (tokenizer.start_id, tokenizer.end_id, tokenizer.vocab_size) == (None, end, ids)
+        row, truncated = tokenizer.encode("a Red circle!", 20)
+        assert not truncated and row[tokenizer.count("a Red circle!") - 1] == end and row[-1] == 0
+        tokenizer.save(tmp_path / "tokenizer.json")
+        again = Tokenizer.load(tmp_path / "tokenizer.json")
+        assert again.end_id == end and again.decode(row) == tokenizer.decode(row) == "a Red circle!"
+        assert tokenizer.decode(tokenizer.encode("a <|endoftext|> <|EOS|>", 40).ids) == "a <|endoftext|> <|EOS|>"
+    with pytest.raises(UserError, match=f"has {size} pieces, and GPT-2's with <.endoftext.> are 99 or one less"):
+        Tokenizer.from_gpt2_vocabulary(*files, 99)

@@ -8,7 +8,7 @@
     scheduler       of the process; solvers are the authors', not its own
 
 The two towers become one part `clip`, in which the text's projection, that nothing reads, is 0. Tokenizers are files of
-text beside: CLIP's is read where it is there, and neither is written.
+text beside: both are read where they are there, and neither is written.
 """
 
 from collections.abc import Mapping
@@ -73,7 +73,7 @@ def read_pipeline(origin: Origin, weights: tuple[str, ...]) -> Converted:
     # Of the solver only its noise is taken; which order it has plays no part.
     process, _ = read_scheduler({**part("scheduler").json("scheduler_config.json"), "solver_order": 2})
     frozen = {"first_stage": stage.config["models"]["autoencoder"], "clip": clip, "captioner": words}
-    return unidiffuser_run(part("clip_tokenizer"), fields, trees, frozen, process)
+    return unidiffuser_run(part("clip_tokenizer"), part("text_tokenizer"), fields, trees, frozen, process)
 
 
 def pipeline_files(network: Network, config: str, weights: str) -> Files:

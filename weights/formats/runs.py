@@ -129,6 +129,7 @@ def autoencoder_run(
 
 def unidiffuser_run(
     origin: Origin,
+    written: Origin,
     fields: Mapping[str, Any],
     trees: Mapping[str, Tree],
     frozen: Mapping[str, Mapping[str, Any]],
@@ -138,6 +139,7 @@ def unidiffuser_run(
 
     Args:
       origin: of the vocabulary that captions are read with, if it has one.
+      written: of GPT-2's, that they are written with, likewise.
       fields: {name, fields} of the network.
       trees: {part: parameters} of it and the frozen parts.
       frozen: {part: {name, fields}}: "first_stage", "clip" and "captioner".
@@ -148,8 +150,13 @@ def unidiffuser_run(
     tokenizer, notes = _find_tokenizer("", origin, clip["text_end_id"])
     if tokenizer is None:
         notes += ("it has no tokenizer, which captions take: put one into the folder as tokenizer.json",)
+    caption_tokenizer = None
     if words["text_vocab_size"] != clip["text_vocab_size"]:
-        notes += (f"it writes with another vocabulary than it reads: put that into the folder as {WRITES_WITH}",)
+        vocabulary, merges = written.find("vocab.json"), written.find("merges.txt")
+        if vocabulary is not None and merges is not None:
+            caption_tokenizer = Tokenizer.from_gpt2_vocabulary(vocabulary, merges, words["text_vocab_size"])
+        else:
+            notes += (f"it writes with another vocabulary than it reads: put that into the folder as {WRITES_WITH}",)
     config: dict[str, Any] = {
         "objective": "unidiffuser",
         "models": {"unidiffuser": dict(fields)},
@@ -162,7 +169,7 @@ def unidiffuser_run(
         "scales": {"clip": 1.0, "text": 1.0},
         "sample": {"guidance": 8.0, "beams": 5, "caption_length": min(67, most)},  # the authors' s = 7
     }
-    return Converted(config, dict(trees), {}, tokenizer, notes)
+    return Converted(config, dict(trees), {}, tokenizer, notes, caption_tokenizer=caption_tokenizer)
 
 
 def dalle_run(
