@@ -59,7 +59,7 @@ CONFIGS = {
         "--config=configs/paper/uvit.py:debug",
         "--config.models.denoiser.dtype=float32",
     ),
-    "diffusion, latents": ("--config=configs/scenes/latent_unet.py:debug",),
+    "diffusion, latents": ("--config=configs/scenes/latent_unet.py:debug", "--config.models.denoiser.head_width=8"),
     "autoencoder": ("--config=configs/scenes/autoencoder.py:debug",),
     "diffusion, ddpm": ("--config=configs/paper/ddpm.py:debug", "--config.models.denoiser.heads=2"),
 }
