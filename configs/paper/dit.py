@@ -63,6 +63,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.workers = 16
 
     stage = first_stage.get_frozen("debug" if debug else "kl_f8", "pretrained/sd_vae", 0.18215)
+    config.data.latent_moments = ""  # "auto" or a folder: those that scripts.precompute stored
     config.frozen.first_stage = stage
     config.initialize.denoiser = ConfigDict({"source": "", "part": "denoiser"})  # a run to fine-tune from
     config.models.denoiser = ConfigDict()

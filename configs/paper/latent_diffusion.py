@@ -94,6 +94,7 @@ def _know_classes(config: ConfigDict) -> None:
     config.data.dataset = "imagenet2012"
     config.data.transform = "adm_training"
     config.data.label_field = "label"
+    config.data.latent_moments = ""  # "auto" or a folder: those that scripts.precompute stored
     config.frozen.first_stage = first_stage.get_frozen("vq_f4", "runs/vq_f4", 1.0)
     config.models.denoiser.image_size = 64
     config.models.denoiser.in_channels = 3
@@ -115,6 +116,7 @@ def _read_captions(config: ConfigDict) -> None:
     config.data.dataset = "folder/laion_400m"
     config.data.transform = "center_square"
     config.data.text_length = 77
+    config.data.latent_moments = ""  # "auto" or a folder: those that scripts.precompute stored
     config.frozen.first_stage = first_stage.get_frozen("kl_f8", "runs/kl_f8", 0.18215)
     config.initialize.text = ConfigDict({"source": "", "part": "text"})  # likewise
     config.models.denoiser.image_size = 32

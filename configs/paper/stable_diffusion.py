@@ -64,7 +64,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.workers = 16
 
     stage = first_stage.get_frozen("debug" if argument == "debug" else "kl_f8", "pretrained/sd_vae", 0.18215)
+    config.data.latent_moments = ""  # "auto" or a folder: those that scripts.precompute stored
     config.frozen.first_stage = stage
+    config.data.text_features = ""  # "auto" or a folder: those that scripts.precompute stored
     config.frozen.text = clip_vit.get_text_tower("pretrained/sd1")
     if argument.startswith("v2"):
         _read_with_open_clip(config.frozen.text)

@@ -163,6 +163,7 @@ def _learn_latents(config: ConfigDict, argument: str) -> None:
     """What the networks of Stable Diffusion's latents have of their own."""
     scale, continuous, dropout, guidance = LATENTS[argument]
     debug = argument.startswith("debug")
+    config.data.latent_moments = ""  # "auto" or a folder: those that scripts.precompute stored
     config.frozen.first_stage = first_stage.get_frozen("debug" if debug else "kl_f8", "pretrained/sd_vae", scale)
     config.models.denoiser.image_size //= 2 ** (len(config.frozen.first_stage.multipliers) - 1)
     config.models.denoiser.in_channels = config.frozen.first_stage.latent_channels
@@ -172,6 +173,7 @@ def _learn_latents(config: ConfigDict, argument: str) -> None:
         config.process.schedule.end = 0.012
         config.process.time_shift = 1  # steps are counted from 1
     if not config.models.denoiser.num_classes:
+        config.data.text_features = ""  # "auto" or a folder: those that scripts.precompute stored
         config.frozen.text = clip_vit.get_text_tower("pretrained/sd1")
         config.data.text_length = 77
         config.data.tokenizer = "pretrained/sd1/tokenizer.json"
