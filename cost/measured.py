@@ -95,7 +95,8 @@ def measure_step(
       clock: seconds.
 
     Returns:
-      trace_seconds, compile_seconds; `attention`, the implementations of it that the compiled step has; seconds (of a
+      trace_seconds, compile_seconds; `processor_seconds` of a step, over all cores, of this process, None on an
+      accelerator; `attention`, the implementations of it that the compiled step has; seconds (of a
       step) and the rates of `step_figures`; `memory`.
 
     Raises:
@@ -104,7 +105,9 @@ def measure_step(
     config = without_sources(config)
     with _memory_errors(f"batch_size={config.batch_size}", _STEP_ADVICE):
         step = prepare_step(config, clock)
+        used = time.process_time()
         seconds = time_windows(step.run, windows=windows, steps=steps, warmup=warmup, clock=clock)
+        used = (time.process_time() - used) / (warmup + windows * steps)
     compiled, memory = step.compiled, _memory(step.compiled)  # before other work adds to the peaks
     # The virtual devices of a CPU share its cores.
     devices = jax.process_count() if jax.default_backend() == "cpu" else step.devices
@@ -114,6 +117,7 @@ def measure_step(
         "warmup_steps": warmup,
         "trace_seconds": step.trace_seconds,
         "compile_seconds": step.compile_seconds,
+        "processor_seconds": used if jax.default_backend() == "cpu" else None,
         "attention": list(read_attention(compiled.as_text())),
         **step_figures(
             seconds,
@@ -254,6 +258,8 @@ def measure_data(
 
     Returns:
       first_pass_examples_per_second: of the first epoch, or of a minute of it: records are read and decoded.
+      first_pass_processor_seconds: of an example, over all cores, what was read ahead included; None where other
+        processes decode.
       first_pass_share: of the epoch that was read before the windows.
       examples_per_second: {"median", "low", "high"} afterwards: with `config.data.cache`, records come from memory.
       cache, workers, processes: of `config.data`.
@@ -284,10 +290,13 @@ def measure_data(
         return count, elapsed
 
     with contextlib.closing(reader):
+        used = time.process_time()
         first, took = read(lambda count, elapsed: count >= stream.epoch_size or elapsed >= _FIRST_PASS_SECONDS)
+        used = (time.process_time() - used) / first
         later = [read(lambda _, elapsed: elapsed >= seconds) for _ in range(windows)]
     return {
         "first_pass_examples_per_second": first / took,
+        "first_pass_processor_seconds": None if data.processes else used,
         "first_pass_share": min(1.0, first / stream.epoch_size),
         "examples_per_second": dataclasses.asdict(Spread.of([count / elapsed for count, elapsed in later])),
         "cache": data.cache,

@@ -108,6 +108,9 @@ def benchmark(
                     ("first_pass_ratio_to_step", report["data"]["first_pass_examples_per_second"]),
                 ):
                     report["data"][name] = rate / consumed
+                step, read = report["step"]["processor_seconds"], report["data"]["first_pass_processor_seconds"]
+                if step and read:
+                    report["data"]["first_pass_processor_ratio_to_step"] = step / config.batch_size / read
     if "sample" in parts:
         report["sample"] = measure_sample(config, windows=windows)
     if "decode" in parts:
@@ -191,7 +194,10 @@ def _data_lines(data: dict[str, Any]) -> list[str]:
     if "missing" in data:
         return [f"data            not measured: {data['missing']}"]
     ratio = f", {data['ratio_to_step']:.1f} times what a step takes" if "ratio_to_step" in data else ""
-    first = f" ({data['first_pass_ratio_to_step']:.1f} times)" if "first_pass_ratio_to_step" in data else ""
+    times = [f"{data['first_pass_ratio_to_step']:.1f} times"] if "first_pass_ratio_to_step" in data else []
+    if "first_pass_processor_ratio_to_step" in data:  # which other programs on the machine do not change
+        times.append(f"{data['first_pass_processor_ratio_to_step']:.1f} times by processor time")
+    first = f" ({', '.join(times)})" if times else ""
     return [
         f"data            {_spread(data['examples_per_second'])} examples/s{ratio}; first pass "
         f"{data['first_pass_examples_per_second']:,.0f}{first}"

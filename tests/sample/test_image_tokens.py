@@ -1,5 +1,7 @@
 """A DALL-E over the tokens of whichever network makes some: vector-quantized autoencoders beside discrete VAEs."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import models
+from cli.config import load_config
 from cli.errors import UserError
+from models.autoencoder import VQAutoencoder
 from sample import image_tokens
 from sample.image_tokens import ImageTokens
 from sample.samplers.dalle import DalleSampler
@@ -16,6 +20,7 @@ from train.precomputed import FIELDS
 
 from ..models.random_parameters import random_parameters
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"image_size": 8, "width": 4, "multipliers": (1, 1), "blocks": 1, "groups": 2, "latent_channels": 2}
 VQ = {"name": "autoencoder_vq", **SIZES, "vocab_size": 7, "latent_scale": 1.0}
 GUMBEL = {**VQ, "name": "autoencoder_gumbel"}
@@ -101,3 +106,9 @@ def test_what_does_not_fit_is_one_line(fields, dalle, message):
     with pytest.raises(UserError, match=message) as error:
         DalleSampler.from_config(make_config(fields, **dalle))
     assert "\n" not in str(error.value)
+
+
+def test_the_shipped_config_over_a_vqgan_fits():
+    sampler = DalleSampler.from_config(load_config([f"--config={ROOT}/configs/scenes/dalle.py:vqgan"]))
+    assert sampler.image_tokens.grid == sampler.model.image_grid == (8, 8)
+    assert type(sampler.image_tokens.model) is VQAutoencoder

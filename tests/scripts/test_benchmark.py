@@ -57,6 +57,8 @@ def test_a_report_holds_every_figure_and_its_environment(scenes_dir, capsys, mon
 
     rates = report["data"]
     assert rates["first_pass_share"] == 1 and rates["first_pass_examples_per_second"] > 0
+    by_processor = step["processor_seconds"] / 8 / rates["first_pass_processor_seconds"]
+    assert rates["first_pass_processor_ratio_to_step"] == pytest.approx(by_processor) and by_processor > 0
     assert rates["cache"] is True and rates["workers"] == 1
     ratio = rates["examples_per_second"]["median"] / step["examples_per_second"]["median"]
     assert rates["ratio_to_step"] == pytest.approx(ratio)
@@ -67,6 +69,7 @@ def test_a_report_holds_every_figure_and_its_environment(scenes_dir, capsys, mon
     text = benchmark.format_report(report)
     for label in ("compilation", "step", "examples", "matrix FLOPs", "MFU", "peak memory", "data", "sampling"):
         assert f"\n{label}  " in text
+    assert f"{by_processor:.1f} times by processor time)" in text
     assert "tokens" not in text and "load average" in text
 
 
