@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from cli.config import from_json, load_config, to_json
+from data import scenes
 from data.pipeline import batch_spec
+from data.tokenizer import Tokenizer
 from models import create_model
+from sample.samplers.diffusion import DiffusionSampler
 from sample.trained import TrainedSampler
 from scripts.describe import describe
 from train.optimizer import create_optimizer
+from weights.run import model_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Variants that run what `debug` of the same file does not.
@@ -55,6 +59,23 @@ def test_the_debug_variant_runs_without_any_other_run(name, debug_run):
     outputs = trained(rows, seed=0, indices=range(3))
     assert outputs and all(len(rows) == 3 and np.isfinite(rows).all() for rows in outputs.values())
     assert "image" not in outputs or outputs["image"].shape == (3, 32, 32, 3)
+
+
+@pytest.mark.parametrize("name", ["latent_unet", "latent_uvit", "latent_dit"])
+def test_latents_of_larger_pictures_fit_their_first_stage(name):
+    config = load_config([f"--config={ROOT}/configs/scenes/{name}.py:pair64"])
+    stage = load_config([f"--config={ROOT}/configs/scenes/autoencoder.py:pair64"])
+    assert model_of(config.frozen.first_stage) == model_of(stage.models.autoencoder)
+    assert DiffusionSampler.from_config(config).sample_shape == (16, 16, 4)
+
+
+def test_captions_of_three_objects_fit_their_configs():
+    config = load_config([f"--config={ROOT}/configs/scenes/latent_unet.py:pair64"])
+    world, rng = scenes.WORLDS["pair64"], np.random.default_rng(0)
+    captions = {text for _ in range(2000) for text in scenes.write_captions(world, scenes.sample_scene(world, rng))}
+    tokenizer = Tokenizer.train(sorted(captions), 512)
+    assert tokenizer.vocab_size == config.models.text.text_vocab_size
+    assert not any(tokenizer.encode(text, config.data.text_length).truncated for text in captions)
 
 
 def test_published_sizes_have_the_published_parameter_counts():
