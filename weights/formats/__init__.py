@@ -12,6 +12,7 @@ from weights.formats import (
     mindall_e,
     open_clip,
     transformers,
+    unidiffuser,
     uvit,
 )
 from weights.formats.contract import Format
@@ -22,6 +23,6 @@ FORMATS: dict[str, Format] = {
         *(transformers.FORMAT, open_clip.FORMAT, open_clip.OPENAI_FORMAT, diffusers.FORMAT, uvit.FORMAT, dit.FORMAT),
         *(compvis.FORMAT, lpips.FORMAT),
         *(dall_e.FORMAT, dalle_pytorch.FORMAT, mindall_e.FORMAT, dalle_mini.FORMAT),
-        meta_llama.FORMAT,
+        *(meta_llama.FORMAT, unidiffuser.FORMAT),
     )
 }

@@ -229,7 +229,7 @@ def uvit_files(model: UViT, params: Tree) -> Files:
 
 def _recognizes(origin: Origin) -> bool:
     if isinstance(origin, WeightsFile):
-        return "uvit" in origin.path.name
+        return "uvit" in origin.path.name and re.match(r"uvit_v[01]\b", origin.path.name) is None  # UniDiffuser's
     return origin.find(ARGUMENTS, *WEIGHTS) is not None
 
 
