@@ -120,6 +120,9 @@ def get_diffusion_sampling(sampler: str, steps: int, guidance: float = 1.0) -> C
             "churn_max": 0.0,  # 0 for no end
             "churn_noise": 1.0,
             "guided_channels": 0,  # the first ones of the data that are guided; 0 for all
+            "times": "even",  # of a chain; or "published", as the code of Stable Diffusion has them
+            "offset": 0,  # of a chain: added to times of spacing "leading"
+            "end": "clean",  # of a chain: "first" lets ddim and plms end at the noise of its first step
             "guidance": guidance,
             "rescale": 0.0,  # of guided pictures to the spread of unguided ones, 0 to 1
             "guidance_start": 0.0,  # shares of the process between which there is guidance

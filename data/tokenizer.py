@@ -15,7 +15,15 @@ from cli.errors import UserError
 from cli.locations import Location, locate, write_whole
 from cli.text_files import read_text
 from data.bounded_cache import BoundedCache
-from data.clip_vocabulary import END, END_OF_WORD, START, clean_caption, clip_model, read_clip_vocabulary
+from data.clip_vocabulary import (
+    END,
+    END_OF_WORD,
+    START,
+    ClipVocabulary,
+    clean_caption,
+    clip_model,
+    read_clip_vocabulary,
+)
 
 PAD_ID = 0
 _PAD = "<pad>"
@@ -210,6 +218,17 @@ class Tokenizer:
         model = tokenizers.Tokenizer.from_str(self._model.to_str())
         model.enable_padding(pad_id=pad, pad_token=piece)
         return Tokenizer(model)
+
+    def clip_vocabulary(self) -> ClipVocabulary:
+        """Pieces, merges and padding, of a tokenizer that reads as CLIP does.
+
+        Raises:
+          UserError: if it reads otherwise.
+        """
+        if not self._clip:
+            raise UserError("this tokenizer was trained here and is not of CLIP's form")
+        merges = [tuple(pair) for pair in json.loads(self._model.to_str())["model"]["merges"]]
+        return ClipVocabulary(self._model.get_vocab(), merges, self._model.id_to_token(self.pad_id))
 
     @functools.cached_property
     def pad_id(self) -> int:

@@ -47,6 +47,7 @@ class Plan:
       first_noise: added to what the sampler starts from.
       start_sigma: of the noise in what it starts from; None for that in the first state that the network is asked
         about.
+      start_scale: what fresh noise is multiplied by at the start; None for `first_scale`'s own.
     """
 
     t: Float[np.ndarray, " s"]
@@ -62,6 +63,7 @@ class Plan:
     log_variance: np.ndarray | None = None
     first_noise: float = 0.0
     start_sigma: float | None = None
+    start_scale: float | None = None
 
     def __post_init__(self) -> None:
         with np.errstate(over="ignore"):
@@ -87,8 +89,10 @@ class Plan:
     def first_scale(self) -> float:
         """The standard deviation of the noise that sampling starts from, as published samplers have it.
 
-        That of noisy data of variance 1, or sigma alone where noise grows on unscaled data.
+        That of noisy data of variance 1, or sigma alone where noise grows on unscaled data, or what the plan says.
         """
+        if self.start_scale is not None:
+            return self.start_scale
         return self.first_sigma if self.alpha[0] == 1 else float(np.hypot(self.alpha[0], self.first_sigma))
 
     @property

@@ -1,5 +1,6 @@
 """Solvers by the names that samplers are published under, each on its own times unless told otherwise."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -27,6 +28,9 @@ TIME_MIN = 1e-3  # where samplers of the SDEs stop, as published (Lu et al. 2022
 
 _OF_INTERVALS = ("dpm_solver_multistep", "dpm_solver_singlestep", "unipc")
 _BETWEEN_STEPS = ("euler", "euler_ancestral", "heun")
+TIMES = ("even", "published")
+ENDS = ("clean", "first")
+_ENDS_AT_FIRST = ("ddim", "plms")
 
 _PLANS: dict[str, Callable[[TimeGrid], Plan]] = {
     "plms": solvers.plms,
@@ -50,6 +54,9 @@ def make_plan(
     churn_max: float = 0.0,
     churn_noise: float = 1.0,
     strength: float = 1.0,
+    times: str = "even",
+    offset: int = 0,
+    end: str = "clean",
 ) -> Plan:
     """The plan of a sampler.
 
@@ -68,6 +75,11 @@ def make_plan(
       churn_noise: S_noise.
       strength: share of the steps that are made, the last ones, rounded up: what begins between noise and data, as in
         SDEdit (Meng et al. 2022, section 3).
+      times: of a chain: "even", or "published", as the code of Stable Diffusion has them (`diffusion.times.timesteps`);
+        then Euler's and Heun's method begin with noise of the chain's sigma, too, and not of variance 1.
+      offset: of a chain: added to times whose spacing is "leading"; 1 in Stable Diffusion.
+      end: of a chain: "first" lets "ddim" and "plms" end at the noise of the chain's first step, as in Stable
+        Diffusion; other samplers, and "clean", end in data.
 
     Raises:
       ValueError: if there is no such sampler or spacing, or the steps are impossible.
@@ -84,7 +96,15 @@ def make_plan(
     if sampler == "flow_sde" and not isinstance(schedule, FlowSchedule):
         raise ValueError("sampler 'flow_sde' needs schedule flow")
     require("strength", strength, lambda share: 0 < share <= 1, "above 0 and at most 1")
-    grid = _grid(schedule, sampler, steps, spacing)
+    chain = {"times": (times, TIMES), "end": (end, ENDS)}
+    for name, (value, choices) in chain.items():
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+    require("offset", offset, lambda n: n >= 0 and isinstance(n, int), "a whole number of at least 0")
+    if not isinstance(schedule, DiscreteSchedule) and (times, offset, end) != ("even", 0, "clean"):
+        raise ValueError("times, offset and end are of a chain's steps; leave them out, or choose schedule discrete")
+    published = times == "published"
+    grid = _grid(schedule, sampler, steps, spacing, published, offset, end)
     total = len(grid)
     grid = grid.last(max(1, math.ceil(strength * total - 1e-9)))
     if sampler == "flow_sde":
@@ -100,11 +120,17 @@ def make_plan(
     if sampler == "heun":
         straight = isinstance(schedule, FlowSchedule)
         within = (churn_min, churn_max or math.inf)
-        return solvers.heun(grid, churn, within, churn_noise, straight=straight, total=total)
-    return _PLANS[sampler](grid)
+        plan = solvers.heun(grid, churn, within, churn_noise, straight=straight, total=total)
+    else:
+        plan = _PLANS[sampler](grid)
+    if published and sampler in _BETWEEN_STEPS and spacing != "leading":
+        return dataclasses.replace(plan, start_scale=plan.first_sigma)
+    return plan
 
 
-def _grid(schedule: Schedule, sampler: str, steps: int, spacing: str) -> TimeGrid:
+def _grid(
+    schedule: Schedule, sampler: str, steps: int, spacing: str, published: bool, offset: int, end: str
+) -> TimeGrid:
     """The times of a sampler."""
     if isinstance(schedule, DiscreteSchedule):
         if sampler == "reverse_sde":
@@ -119,6 +145,9 @@ def _grid(schedule: Schedule, sampler: str, steps: int, spacing: str) -> TimeGri
             spacing or usual,
             intervals=sampler in _OF_INTERVALS,
             whole=sampler not in _BETWEEN_STEPS,
+            offset=offset,
+            end=end if sampler in _ENDS_AT_FIRST else "clean",
+            published=published,
         )
     if isinstance(schedule, EDMSchedule):
         return continuous_grid(schedule, steps, spacing or "karras", clean=sampler != "reverse_sde")

@@ -61,21 +61,29 @@ class TimeGrid:
 
 
 def timesteps(
-    spacing: str, num: int, total: int, *, intervals: bool = False, offset: int = 0, whole: bool = True
+    spacing: str,
+    num: int,
+    total: int,
+    *,
+    intervals: bool = False,
+    offset: int = 0,
+    whole: bool = True,
+    published: bool = False,
 ) -> np.ndarray:
     """Times of a chain, falling (Lin et al. 2023, table 2).
 
     Args:
       spacing: "leading", multiples of total / num from 0, or of total / (num + 1) from the first one above 0 for
         intervals, rounded down; "linspace", from total - 1 to 0; "trailing", from total - 1 in steps of total / num.
-        Published code takes multiples of total // num, so that where num does not divide total the chain begins too
-        late for the noise that it is given, at 501 steps of 1000 in the middle. Where it divides both are the same.
         One step begins at total - 1 whatever the spacing, as there it would hand the noise back elsewhere.
       num: S, the number of them.
       total: T of the chain.
       intervals: see the module; "trailing" is the same for both.
       offset: added to leading ones; 1 in Stable Diffusion.
       whole: round "linspace" to steps of the chain, as all published samplers but Euler's and Heun's do.
+      published: as published code has them: multiples of total // num, so that where num does not divide total the
+        chain begins too late for the noise that it is given, at 501 steps of 1000 in the middle; and one step is the
+        chain's first. Where num divides total, and is more than 1, both are the same.
 
     Returns:
       [S] float64 in 0 ... T - 1. Where rounding repeats a time it stands once, so that there are
@@ -91,7 +99,8 @@ def timesteps(
         raise ValueError(f"{num} steps are not between 1 and {most}, all that a chain of {total} has for this sampler")
     if spacing == "leading":
         points = num + intervals
-        times = np.arange(int(intervals), points) * total // points + offset
+        times = np.arange(int(intervals), points)
+        times = (times * (total // points) if published else times * total // points) + offset
     elif spacing == "linspace":
         # numpy rounds halves to even, as the reference implementations do.
         times = np.linspace(0, total - 1, num + intervals)[int(intervals) :]
@@ -100,7 +109,7 @@ def timesteps(
         times = np.round(total - np.arange(num)[::-1] * (total / num)) - 1
     else:
         raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}, time, log_snr")
-    times = times if num > 1 else np.array([total - 1])
+    times = times if num > 1 or published else np.array([total - 1])
     return np.unique(np.minimum(times, total - 1))[::-1].astype(np.float64)
 
 
@@ -120,6 +129,7 @@ def discrete_grid(
     offset: int = 0,
     whole: bool = True,
     end: str = "clean",
+    published: bool = False,
 ) -> TimeGrid:
     """Times of a chain.
 
@@ -132,6 +142,7 @@ def discrete_grid(
       whole: see `timesteps`.
       end: "clean", the last step ends in data without noise; "first", at the noise of time 0, as PLMS and DDIM do in
         Stable Diffusion. Then time 0 itself is the end, and not a step.
+      published: see `timesteps`.
 
     Raises:
       ValueError: on an unknown spacing or end, or an impossible number of steps.
@@ -148,7 +159,8 @@ def discrete_grid(
         alpha = 1 / np.sqrt(1 + np.square(levels))
         times, sigma = schedule.time_of_noise(levels), levels * alpha
     else:
-        times = timesteps(spacing, num, schedule.steps, intervals=intervals, offset=offset, whole=whole)
+        choices = {"intervals": intervals, "offset": offset, "whole": whole, "published": published}
+        times = timesteps(spacing, num, schedule.steps, **choices)
         if end == "first" and times[-1] == 0:
             times = times[:-1]
         alpha, sigma = schedule.alpha(times), schedule.sigma(times)

@@ -22,8 +22,10 @@ from weights.sources import load_frozen, resolve_frozen
 
 Rows = dict[str, np.ndarray]
 
-# One size for every command, so that a picture comes out of the same program whichever command draws it.
+# One size for every command, so that a picture comes out of the same program whichever command draws it. Diffusions of
+# large pictures draw as many as have the pixels of 64 of 64 x 64, which is one of 512 x 512.
 CHUNK = 64
+_PIXELS = CHUNK * 64 * 64
 
 
 @dataclasses.dataclass
@@ -54,9 +56,9 @@ class TrainedSampler:
 
     @classmethod
     def open(
-        cls, folder: str | Location, *, step: int | None = None, ema: bool | float = True, chunk: int = CHUNK
+        cls, folder: str | Location, *, step: int | None = None, ema: bool | float = True, chunk: int = 0
     ) -> "TrainedSampler":
-        """Loads a run; `step` and `ema` as in `weights.run.Run.load`.
+        """Loads a run; `step` and `ema` as in `weights.run.Run.load`; a `chunk` of 0 is what suits its pictures.
 
         Raises:
           UserError: if the run, its checkpoint or a frozen stage is missing, or nothing can be sampled from it.
@@ -67,6 +69,8 @@ class TrainedSampler:
         sampler = create_sampler(config)
         config.sample = ConfigDict({**sampler.settings, **config.sample})  # an older run may lack settings
         weights = run.load(step, ema)
+        most = max(1, _PIXELS // config.data.image_size**2) if config.objective == "diffusion" else CHUNK
+        chunk = chunk or min(CHUNK, most)
         return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk)
 
     def guided_by(self, folder: str | Location, step: int | None = None) -> "TrainedSampler":

@@ -125,6 +125,14 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     from weights.sources import load_part, resolve_frozen, trained_model
 
     run, form = Run.open(options.run), formats[options.to]
+    if (
+        form.write_pipeline is not None
+        and not options.part
+        and {"denoiser"} == set(run.config.models)
+        and "text" in run.config.frozen
+    ):
+        _write_pipeline(run, form, options)
+        return
     fitting = [part for part, fields in run.models().items() if fields["name"] in form.networks]
     whole = [part for part in fitting if run.models()[part]["name"] in form.beside]
     fitting = whole if len(whole) == 1 else fitting  # which takes the others with it
@@ -154,6 +162,38 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
         write_files(new, files)
     kind = "moving average" if weights.ema else "parameters"
     print(f"{output}: {_count(network.params):,} parameters ({kind} of step {weights.step}) for {form.name}")
+
+
+def _write_pipeline(run: Any, form: Any, options: argparse.Namespace) -> None:
+    """Writes a run with all that it draws with; frozen parts come from where they are."""
+    from models import create_model
+    from weights.formats.contract import Network, Pipeline, write_files
+    from weights.pretrained import filled_folder, free_folder
+    from weights.run import OWN, Run
+    from weights.sources import resolve_frozen, trained_model
+
+    output = free_folder(options.output)
+    resolve_frozen(run.config, near=run.folder)
+    weights = run.load(options.step or None, mapped=True)
+    networks = {}
+    for part in run.config.models:
+        fields = trained_model(run, part)
+        networks[part] = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}))
+    for part, entry in run.config.frozen.items():
+        source = run if entry.source in (OWN, str(run.folder)) else Run.open(entry.source)
+        fields, frozen = (
+            trained_model(source, entry.part),
+            source.load(entry.get("step", 0) or None, parts=(entry.part,), mapped=True),
+        )
+        networks[part] = Network(
+            create_model(**fields), frozen.params[entry.part], frozen.variables.get(entry.part, {})
+        )
+    files = form.write_pipeline(Pipeline(run.config, networks, run.tokenizer()))
+    with filled_folder(output) as new:
+        write_files(new, files)
+    counts = "; ".join(f"{part} {_count(network.params):,} parameters" for part, network in networks.items())
+    kind = "moving average" if weights.ema else "parameters"
+    print(f"{output}: {counts} ({kind} of step {weights.step}) for {form.name}")
 
 
 def _count(params: Any) -> int:

@@ -62,6 +62,9 @@ class Steps:
       churn_noise: standard deviation of what is added.
       guided_channels: how many of the data's channels, the first ones, are guided; 0 for all. The others follow the
         condition alone: 3 of 4 in the published code of DiT.
+      times: of a chain, as the two that follow; see `diffusion.solver_choice.make_plan`. "even" or "published".
+      offset: added to times of spacing "leading".
+      end: "clean" or "first".
     """
 
     sampler: str = "dpm_solver_multistep"
@@ -73,6 +76,9 @@ class Steps:
     churn_max: float = 0.0
     churn_noise: float = 1.0
     guided_channels: int = 0
+    times: str = "even"
+    offset: int = 0
+    end: str = "clean"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,7 +396,7 @@ class DiffusionSampler:
         Raises:
           ValueError: if there is no such sampler or spacing, or the steps are impossible.
         """
-        more = {name: getattr(steps, name) for name in ("spacing", "eta", *_CHURN)}
+        more = {name: getattr(steps, name) for name in ("spacing", "eta", *_CHURN, "times", "offset", "end")}
         more |= {"variance": self.process.variance, "strength": strength}
         return make_plan(self.process.schedule, steps.sampler, steps.steps, **more)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion.schedule import DiscreteSchedule, FlowSchedule, VPSchedule
+from diffusion.solver_choice import make_plan
 from diffusion.times import TimeGrid, continuous_grid, discrete_grid, karras_noise, timesteps
 
 STABLE_DIFFUSION = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
@@ -36,6 +37,38 @@ def test_leading_times_begin_later_with_every_step_and_are_published_where_they_
 @pytest.mark.parametrize("intervals", [False, True])
 def test_one_step_begins_where_the_chain_ends(spacing, intervals):
     assert discrete_grid(STABLE_DIFFUSION, 1, spacing, intervals=intervals).t.tolist() == [999, 0]
+
+
+def test_published_times_begin_late_where_steps_do_not_divide_the_chain():
+    assert timesteps("leading", 30, 1000, offset=1, published=True)[[0, 1, -1]].tolist() == [958, 925, 1]
+    assert timesteps("leading", 501, 1000, published=True)[0] == 500
+    assert timesteps("leading", 30, 1000, intervals=True, published=True)[[0, -1]].tolist() == [960, 32]
+    assert timesteps("leading", 1, 1000, offset=1, published=True).tolist() == [1]
+    assert timesteps("linspace", 1, 1000, published=True).tolist() == [0]
+    assert timesteps("leading", 50, 1000, published=True).tolist() == timesteps("leading", 50, 1000).tolist()
+
+
+def test_samplers_as_stable_diffusion_has_them():
+    published = {"times": "published", "offset": 1, "end": "first"}
+    plan = make_plan(STABLE_DIFFUSION, "ddim", 20, **published)
+    assert plan.t[[0, -1]].tolist() == [951, 1] and plan.first_scale == pytest.approx(1)
+    # To the noise of time 0, from that of 1: a step to clean data would forget the state.
+    assert plan.state[-1] == pytest.approx(float(STABLE_DIFFUSION.sigma(0.0) / STABLE_DIFFUSION.sigma(1.0)))
+    euler = make_plan(STABLE_DIFFUSION, "euler", 20, **published)
+    assert euler.t[0] == 999 and euler.state[-1] == 0
+    assert euler.first_scale == pytest.approx(float(STABLE_DIFFUSION.sigma(999.0))) != 1
+    assert make_plan(STABLE_DIFFUSION, "euler", 20).first_scale == pytest.approx(1)
+    leading = make_plan(STABLE_DIFFUSION, "euler", 20, spacing="leading", **published)
+    assert leading.t[0] == 951 and leading.first_scale == pytest.approx(1)
+    for settings, message in (
+        ({"times": "even "}, "unknown times 'even '"),
+        ({"end": "last"}, "unknown end 'last'"),
+        ({"offset": -1}, "offset=-1 is impossible"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_plan(STABLE_DIFFUSION, "ddim", 20, **settings)
+    with pytest.raises(ValueError, match="of a chain's steps"):
+        make_plan(FlowSchedule(), "euler", 20, offset=1)
 
 
 def test_noise_of_stable_diffusion_at_ten_karras_steps():

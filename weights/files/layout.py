@@ -110,12 +110,12 @@ class Layout:
     leaves: Mapping[str, str] = dataclasses.field(default_factory=lambda: TORCH_LEAVES)
     ignored: str = r"(?!)"
 
-    def read(self, model: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, Tree]:
+    def read(self, model: Any, tensors: Mapping[str, Any]) -> dict[str, Tree]:
         """Converts tensors to the variables of `model`, in its own dtypes.
 
         Args:
           model: a Linen module with `example_inputs`; says what is expected.
-          tensors: theirs, by name.
+          tensors: theirs, by name; arrays, or `Deferred`.
 
         Returns:
           {collection: tree}: "params", and "batch_stats" if there are any.
@@ -250,10 +250,15 @@ def model_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
       UserError: if a field has a value that the network cannot be built with.
     """
     try:
-        return _by_path(jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1)))
+        return dict(_traced_shapes(model))
     except _UNFIT as error:
         said = str(error).strip() or type(error).__name__
         raise UserError(f"this network cannot be built: {said.splitlines()[0]}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _traced_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return _by_path(jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs(1)))
 
 
 def _by_path(tree: Mapping[str, Tree]) -> dict[str, Any]:

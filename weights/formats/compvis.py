@@ -15,16 +15,27 @@ from typing import Any
 import numpy as np
 
 from cli.errors import UserError
+from cli.locations import locate_from_home
+from data.tokenizer import Tokenizer
 from models import create_model
 from models.discriminator import PatchDiscriminator
 from models.gumbel_autoencoder import GumbelAutoencoder
 from weights.files.layout import CONVOLUTION, Layout, Rule, Tree, pointwise
 from weights.files.origin import Origin, WeightsFile, read_weights
+from weights.formats import compvis_pipeline
 from weights.formats.contract import Converted, Format
+from weights.formats.diffusers_pipeline import SAMPLING
 from weights.formats.lpips import lpips_fields, lpips_from_torch
-from weights.formats.runs import AUTOENCODER_OPTIONS, STABLE_DIFFUSION_SCALE, autoencoder_run, read_latent_scale
+from weights.formats.runs import (
+    AUTOENCODER_OPTIONS,
+    STABLE_DIFFUSION_SCALE,
+    autoencoder_run,
+    denoiser_run,
+    read_latent_scale,
+)
 
 WEIGHTS = ("model.ckpt", "model.safetensors", "last.ckpt", "checkpoints/last.ckpt")
+FIRST_STAGE = "first_stage"
 _IMAGE_SIZE = 256  # of the pictures that all published first stages were trained on
 
 _STAGE = "first_stage_model."
@@ -79,6 +90,11 @@ _AUTOENCODERS = {
     codes: Layout(what="this autoencoder in the layout of CompVis", rules=_autoencoder_rules(codes))
     for codes in _CODES.values()
 }
+
+
+def autoencoder_layout(model: Any) -> Layout:
+    """The table of a first stage, a `models.autoencoder`."""
+    return _AUTOENCODERS[_CODES["autoencoder_gumbel" if isinstance(model, GumbelAutoencoder) else "autoencoder_vq"]]
 
 
 def discriminator_layout(model: PatchDiscriminator) -> Layout:
@@ -167,8 +183,7 @@ def autoencoder_from_compvis(model: Any, tensors: Mapping[str, np.ndarray]) -> T
     Raises:
       UserError: if tensors are missing, unexpected or of another shape; lists them.
     """
-    codes = _CODES["autoencoder_gumbel" if isinstance(model, GumbelAutoencoder) else "autoencoder_vq"]
-    return _AUTOENCODERS[codes].read(model, tensors)["params"]
+    return autoencoder_layout(model).read(model, tensors)["params"]
 
 
 def quantized_from_compvis(tensors: Mapping[str, np.ndarray], grid: tuple[int, int]) -> tuple[dict[str, Any], Tree]:
@@ -194,8 +209,19 @@ def _under(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
 
 
-def _read(origin: Origin, latent_scale: str = "") -> Converted:
+def _read(
+    origin: Origin,
+    latent_scale: str = "",
+    prediction: str = "",
+    image_size: str = "",
+    tokenizer: str = "",
+    only: str = "",
+) -> Converted:
     tensors = read_weights(origin, WEIGHTS)
+    if only not in ("", FIRST_STAGE):
+        raise UserError(f"--only={only} is none of what a checkpoint has; give --only={FIRST_STAGE}, or leave it out")
+    if not only and any(name.startswith(compvis_pipeline.TEXT) for name in tensors):
+        return _read_pipeline(tensors, latent_scale, prediction, image_size, tokenizer)
     stage = _under(_STAGE, tensors) or {
         name: array for name, array in tensors.items() if not name.startswith((_TRAINED_BESIDE, "model_ema."))
     }
@@ -216,6 +242,32 @@ def _read(origin: Origin, latent_scale: str = "") -> Converted:
     if log_variance := float(np.sum(beside.get(_LOG_VARIANCE, 0.0))):
         notes += (f"the logarithm of the output's variance, {log_variance:g}, is left out",)
     return autoencoder_run(fields, trees, variables, others, frozen, notes)
+
+
+def _read_pipeline(
+    tensors: Mapping[str, np.ndarray], latent_scale: str, prediction: str, image_size: str, tokenizer: str
+) -> Converted:
+    """Stable Diffusion, whole."""
+    words = Tokenizer.from_clip_vocabulary(locate_from_home(tokenizer)) if tokenizer else None
+    stage = autoencoder_fields(_under(_STAGE, tensors))
+    text = compvis_pipeline.read_text(tensors, words)
+    process = compvis_pipeline.read_process(tensors, prediction, second=text[0]["text_pad_id"] == 0)
+    usual = 768 if process["prediction"] == "v" else 512
+    factor = 2 ** (len(stage["multipliers"]) - 1)
+    side = int(image_size) if image_size.isdecimal() else 0 if image_size else usual
+    if side < factor or side % factor:
+        raise UserError(f"--image_size={image_size} is no multiple of {factor} pixels, such as {usual}")
+    fields, params, notes = compvis_pipeline.read_unet(tensors, side // factor)
+    if text[0]["text_width"] != fields["context_width"]:
+        raise UserError(
+            f"its text encoder has width {text[0]['text_width']}, and its UNet reads {fields['context_width']}"
+        )
+    stage["latent_scale"], more = _find_scale(stage, tensors, latent_scale)
+    model = create_model(**stage)
+    first_stage = stage, autoencoder_layout(model).read_deferred(model, _under(_STAGE, tensors))["params"]
+    if words is None:
+        notes += ("it has no tokenizer, which prompts take: give CLIP's vocabulary as --tokenizer",)
+    return denoiser_run(fields, params, process, SAMPLING, first_stage, (*notes, *more), text)
 
 
 def _find_scale(
@@ -253,11 +305,17 @@ def _recognizes(origin: Origin) -> bool:
 FORMAT = Format(
     name="compvis",
     networks=("autoencoder_kl", "autoencoder_vq", "autoencoder_gumbel", "discriminator", "lpips"),
-    inputs="a first stage, also a VQGAN of taming-transformers, alone or in a checkpoint of Stable Diffusion: a .ckpt, "
-    "or a folder with model.ckpt or checkpoints/last.ckpt",
+    inputs="a first stage, also a VQGAN of taming-transformers; Stable Diffusion 1 or 2 in one file: a .ckpt or "
+    ".safetensors, or a folder with model.ckpt or checkpoints/last.ckpt",
     outputs="nothing",
     recognizes=_recognizes,
     read=_read,
     write=None,
-    options=AUTOENCODER_OPTIONS,
+    options={
+        **AUTOENCODER_OPTIONS,
+        "prediction": "of Stable Diffusion 2: v or eps",
+        "image_size": "of Stable Diffusion: the pictures that it draws, pixels (default 512, of v 768)",
+        "tokenizer": "of Stable Diffusion: CLIP's vocabulary",
+        "only": "first_stage: of a checkpoint of Stable Diffusion that alone",
+    },
 )

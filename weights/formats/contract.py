@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from cli.locations import write_whole
 from data.tokenizer import Tokenizer
 from weights.files.origin import Origin
 from weights.files.tensors import write_tensors
@@ -12,8 +15,8 @@ from weights.pretrained import write_json
 
 Tree = Any
 
-# What is written, by the files' names: tensors in .safetensors, JSON objects in all others.
-Files = dict[str, Mapping[str, Any]]
+# What is written, by the files' names: tensors in .safetensors, text where it is a string, JSON objects in all others.
+Files = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,21 @@ class Network:
     variables: Tree
     null_class: bool = True
     beside: Mapping[str, "Network"] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A run with all that it draws with.
+
+    Attributes:
+      config: of the run.
+      networks: {part: network}, trained and frozen ones.
+      tokenizer: of its captions; None if there is none.
+    """
+
+    config: ConfigDict
+    networks: Mapping[str, Network]
+    tokenizer: Tokenizer | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +88,7 @@ class Format:
       write: one network -> files; raises UserError where the other project cannot compute it. None: nothing is written.
       options: {flag: help} of what reading may be told.
       beside: network -> the frozen parts that are written with it where a run has them.
+      write_pipeline: a run with all that it draws with -> files; None where there is no such thing.
     """
 
     name: str
@@ -81,6 +100,7 @@ class Format:
     write: Callable[[Network], Files] | None
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     beside: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    write_pipeline: Callable[[Pipeline], Files] | None = None
 
 
 def write_files(folder: Path, files: Files) -> None:
@@ -92,4 +112,9 @@ def write_files(folder: Path, files: Files) -> None:
     for name, value in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, value) if path.suffix == ".safetensors" else write_json(path, value)
+        if path.suffix == ".safetensors":
+            write_tensors(path, value)
+        elif isinstance(value, str):
+            write_whole(path, value)
+        else:
+            write_json(path, value)

@@ -20,14 +20,15 @@ from models.dit import DiT
 from models.unet import UNet
 from models.unidiffuser import UniDiffuser
 from weights.files.fields import IDLE, Field, fixed, flag, read_fields, real, several, whole, word
-from weights.files.layout import CONVOLUTION, LINEAR, Form, Layout, Rule, Tensors, Tree, linear
+from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors, Tree
 from weights.files.origin import Origin, Subfolder, peek_json, read_weights
 from weights.formats import diffusers_dit, diffusers_text_decoder, diffusers_unidiffuser
 from weights.formats import diffusers_unidiffuser_pipeline as unidiffuser_pipeline
-from weights.formats.contract import Converted, Files, Format, Network
+from weights.formats.contract import Converted, Files, Format, Network, Pipeline
 from weights.formats.diffusers_autoencoder import NAMES as AUTOENCODERS
 from weights.formats.diffusers_autoencoder import autoencoder_files, read_autoencoder
-from weights.formats.diffusers_blocks import attention_rules, residual_rules, with_new_names
+from weights.formats.diffusers_blocks import attention_rules, residual_rules, transformer_rules, with_new_names
+from weights.formats.diffusers_pipeline import GUIDANCE, check_parts, is_whole, pipeline_files, read_text_part
 from weights.formats.diffusers_scheduler import read_scheduler
 from weights.formats.dit import dit_run
 from weights.formats.runs import AUTOENCODER_OPTIONS, denoiser_run
@@ -40,8 +41,8 @@ WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     *("diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"),
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.safetensors.index.fp16.json",
+    *("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.fp16.json"),
+    *("diffusion_pytorch_model.fp16.safetensors.index.json", "diffusion_pytorch_model.fp16.bin"),
 )
 
 PLAIN, CONDITION = "UNet2DModel", "UNet2DConditionModel"
@@ -149,37 +150,10 @@ def _types(kind: str, way: str, default: tuple[str, ...]) -> Field:
 
 _TABLES = _tables()
 
-# The 1x1 convolution or the dense layer that a spatial transformer begins and ends with.
-_PROJECTION = Form(
-    outward=lambda array: (CONVOLUTION if array.ndim == 4 else LINEAR).outward(array),
-    inward=lambda array, shape: (CONVOLUTION if len(shape) == 4 else LINEAR).inward(array, shape),
-)
-
-
-def _transformer(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """Rules of a spatial transformer; `ours` has one group."""
-    rules = [
-        Rule(rf"{ours}/norm/(\w+)", rf"{theirs}.norm.\2"),
-        Rule(rf"{ours}/input/(\w+)", rf"{theirs}.proj_in.\2", _PROJECTION),
-        Rule(rf"{ours}/output/(\w+)", rf"{theirs}.proj_out.\2", _PROJECTION),
-    ]
-    ours, theirs = rf"{ours}/blocks_(\d+)", rf"{theirs}.transformer_blocks.\2"
-    for norm, number in (("self", 1), ("context", 2), ("mlp", 3)):
-        rules.append(Rule(rf"{ours}/{norm}_norm/(\w+)", rf"{theirs}.norm{number}.\3"))
-    for kind, number in (("self", 1), ("context", 2)):
-        mine, other = rf"{ours}/{kind}_attention", rf"{theirs}.attn{number}"
-        rules += [
-            Rule(rf"{mine}/query/(\w+)", rf"{other}.to_q.\3"),
-            Rule(rf"{mine}/key_value/(\w+)", tuple(rf"{other}.to_{name}.\3" for name in "kv")),
-            Rule(rf"{mine}/out/(\w+)", rf"{other}.to_out.0.\3", linear(inputs=2)),
-        ]
-    rules.append(Rule(rf"{ours}/mlp/up_gate/(\w+)", rf"{theirs}.ff.net.0.proj.\3"))
-    return (*rules, Rule(rf"{ours}/mlp/down/(\w+)", rf"{theirs}.ff.net.2.\3"))
-
 
 def unet_layout(model: UNet) -> Layout:
     """The table of a network: the library numbers the levels of the way up from the coarsest."""
-    attend = attention_rules if model.attention == "plain" else _transformer
+    attend = attention_rules if model.attention == "plain" else transformer_rules
     levels = len(model.multipliers)
     rules = [
         Rule(r"input/(\w+)", r"conv_in.\1", CONVOLUTION),
@@ -358,7 +332,7 @@ def unet_files(model: UNet, params: Tree) -> Files:
     Raises:
       UserError: if the library cannot compute what `model` does.
     """
-    return {CONFIG: unet_config(model), WEIGHTS[0]: unet_to_diffusers(model, params)}
+    return {CONFIG: unet_config(model), WEIGHTS[0]: unet_layout(model).write_deferred({"params": params})}
 
 
 def _read_levels(kind: str, given: Mapping[str, Any], problems: list[str]) -> tuple[tuple[int, ...], str]:
@@ -428,7 +402,7 @@ def _recognizes(origin: Origin) -> bool:
     return config is not None and peek_json(config).get("_class_name") in (PLAIN, CONDITION, *_ALONE)
 
 
-def _read(origin: Origin, subfolder: str = "", latent_scale: str = "") -> Converted:
+def _read(origin: Origin, subfolder: str = "", latent_scale: str = "", tokenizer: str = "") -> Converted:
     if subfolder and subfolder not in (PIPELINE_FOLDER, diffusers_dit.PIPELINE_FOLDER):
         origin = Subfolder(origin, subfolder)
         origin.require(CONFIG)
@@ -453,19 +427,31 @@ def _read(origin: Origin, subfolder: str = "", latent_scale: str = "") -> Conver
         return read_autoencoder(origin.json(CONFIG), read_weights(origin, WEIGHTS), latent_scale)
     process, sample = (None, {}) if origin.find(SCHEDULER) is None else read_scheduler(origin.json(SCHEDULER))
     if dit is not None:
-        run, fields = dit_run, diffusers_dit.dit_fields(dit.json(CONFIG))
+        fields = diffusers_dit.dit_fields(dit.json(CONFIG))
         params = diffusers_dit.dit_from_diffusers(create_model(**fields), read_weights(dit, WEIGHTS))
-    else:
-        run, (fields, tensors) = denoiser_run, read_unet(origin)
-        params, _ = unet_from_diffusers(create_model(**fields), tensors)
-    stage, notes = _find_first_stage(origin, fields["in_channels"], latent_scale)
-    return run(fields, params, process, sample, stage, notes)
+        return dit_run(fields, params, process, sample, *_find_first_stage(origin, fields["in_channels"], latent_scale))
+    fields, tensors = read_unet(origin)
+    model = create_model(**fields)
+    params = unet_layout(model).read_deferred(model, with_new_names(tensors))["params"]
+    text = read_text_part(origin, tokenizer) if fields.get("context_width") else None
+    stage, notes = _find_first_stage(origin, fields["in_channels"], latent_scale, needed=text is not None)
+    found = {"vae": stage is not None, "text_encoder": text is not None, "scheduler": process is not None}
+    if text is not None or is_whole(origin):
+        notes += check_parts(origin, found)
+    if text is not None:
+        if (width := text[0]["text_width"]) != fields["context_width"]:
+            raise UserError(f"its text encoder has width {width}, and its UNet reads {fields['context_width']}")
+        sample = {**sample, "guidance": GUIDANCE}
+    return denoiser_run(fields, params, process, sample, stage, notes, text)
 
 
 def _find_first_stage(
-    origin: Origin, channels: int, latent_scale: str
+    origin: Origin, channels: int, latent_scale: str, needed: bool = False
 ) -> tuple[tuple[dict[str, Any], Tree] | None, tuple[str, ...]]:
-    """({name, fields}, parameters) of a pipeline's first stage, if it makes latents of so many channels; and notes."""
+    """({name, fields}, parameters) of a pipeline's first stage, if it makes latents of so many channels; and notes.
+
+    One that is `needed` is refused where it does not fit or cannot be read.
+    """
     for folder in FIRST_STAGE_FOLDERS:
         part = Subfolder(origin, folder)
         if (path := part.find(CONFIG)) is None or peek_json(path).get("_class_name") not in tuple(AUTOENCODERS):
@@ -473,10 +459,17 @@ def _find_first_stage(
         try:
             read = read_autoencoder(part.json(CONFIG), read_weights(part, WEIGHTS), latent_scale)
         except UserError as error:
+            if needed:
+                raise
             return None, (f"its first stage is left out: {error}",)
         fields = read.config["models"]["autoencoder"]
         if fields["latent_channels"] == channels:
             return (fields, read.params["autoencoder"]), read.notes
+        if needed:
+            raise UserError(
+                f"its UNet reads {channels} channels and its first stage makes {fields['latent_channels']}: pipelines "
+                "whose UNet sees more than latents are not converted"
+            )
     return None, ()
 
 
@@ -502,6 +495,10 @@ def _write(network: Network) -> Files:
     return unet_files(model, params) if isinstance(model, UNet) else autoencoder_files(network, CONFIG, WEIGHTS[0])
 
 
+def _write_pipeline(pipeline: Pipeline) -> Files:
+    return pipeline_files(pipeline, _write(pipeline.networks["denoiser"]))
+
+
 FORMAT = Format(
     name="diffusers",
     networks=("unet", "dit", "unidiffuser", "captioner", *AUTOENCODERS.values()),
@@ -516,6 +513,8 @@ FORMAT = Format(
     options={
         "subfolder": "of a pipeline: the folder of a network that is read alone, such as vae; a unet or a transformer "
         "comes with its scheduler and first stage in any case",
+        "tokenizer": "of a pipeline that comes without one: CLIP's vocabulary, or a tokenizer.json",
         **AUTOENCODER_OPTIONS,
     },
+    write_pipeline=_write_pipeline,
 )

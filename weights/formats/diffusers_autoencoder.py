@@ -203,7 +203,8 @@ def read_autoencoder(config: Mapping[str, Any], tensors: Tensors, latent_scale: 
             f"its config.json has no scaling_factor, what latents are multiplied by; {fields['latent_scale']} is the "
             f"library's own default{of_authors}: give --latent_scale for another",
         )
-    params = autoencoder_from_diffusers(create_model(**fields), tensors)
+    model = create_model(**fields)
+    params = autoencoder_layout(model).read_deferred(model, with_new_names(tensors))["params"]
     return autoencoder_run(fields, {"autoencoder": params}, notes=notes)
 
 
@@ -212,7 +213,7 @@ def autoencoder_files(network: Network, config_name: str, weights_name: str) -> 
     config = autoencoder_config(network.model, network.variables)
     shift, _ = _shift_and_scale(network.model, network.variables)
     params = _centered(network.params, shift, network.model.latent_channels) if shift else network.params
-    return {config_name: config, weights_name: autoencoder_to_diffusers(network.model, params)}
+    return {config_name: config, weights_name: autoencoder_layout(network.model).write_deferred({"params": params})}
 
 
 def _shift_and_scale(model: KLAutoencoder | VQAutoencoder, variables: Mapping[str, Tree]) -> tuple[float, float]:

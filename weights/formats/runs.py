@@ -55,8 +55,9 @@ def denoiser_run(
     sample: Mapping[str, Any],
     first_stage: tuple[Mapping[str, Any], Tree] | None = None,
     notes: tuple[str, ...] = (),
+    text: tuple[Mapping[str, Any], Tree, Tokenizer | None] | None = None,
 ) -> Converted:
-    """A diffusion backbone: objective `diffusion`, part `denoiser`, and `first_stage` frozen in the same folder.
+    """A diffusion backbone: objective `diffusion`, part `denoiser`; `first_stage` and `text` frozen in the same folder.
 
     Args:
       fields: {name, fields} of the network.
@@ -65,24 +66,31 @@ def denoiser_run(
       sample: how to sample from it unless told otherwise: {"sampler", "steps"}, and other keys of `config.sample`.
       first_stage: ({name, fields}, parameters) of what makes pictures of its latents; None of pixels, or without one.
       notes: what a user should know.
+      text: ({name, fields}, parameters, tokenizer) of what reads captions for it; None without one.
     """
     config: dict[str, Any] = {"objective": "diffusion", "models": {"denoiser": dict(fields)}}
     config["data"] = {"image_size": fields["image_size"], "label_field": "label" if fields["num_classes"] else ""}
-    trees = {"denoiser": params}
+    trees, frozen, tokenizer = {"denoiser": params}, {}, None
     if first_stage is not None:
-        network, trees["first_stage"] = first_stage
-        config["frozen"] = {"first_stage": {**network, "source": OWN, "part": "first_stage", "step": 0}}
-        config["data"]["image_size"] *= 2 ** (len(network["multipliers"]) - 1)
+        frozen["first_stage"], trees["first_stage"] = first_stage
+        config["data"]["image_size"] *= 2 ** (len(first_stage[0]["multipliers"]) - 1)
+    if text is not None:
+        frozen["text"], trees["text"], tokenizer = text
+        config["data"]["text_length"] = frozen["text"]["text_length"]
+    if frozen:
+        config["frozen"] = {
+            part: {**network, "source": OWN, "part": part, "step": 0} for part, network in frozen.items()
+        }
     if process is None:
         notes += ("its files do not tell the process that it was trained on, so that it cannot be sampled",)
-        return Converted(config, trees, notes=notes)
+        return Converted(config, trees, tokenizer=tokenizer, notes=notes)
     process = dict(process)
     if first_stage is not None and process.get("clip"):
         process["clip"] = False
         notes += ("its scheduler cuts estimates off at -1 and 1, which latents are not: that is left out",)
     usual = get_diffusion_sampling(sample["sampler"], sample["steps"])
     config |= {"process": process, "sample": {**usual.to_dict(), **sample}}
-    return Converted(config, trees, notes=notes)
+    return Converted(config, trees, tokenizer=tokenizer, notes=notes)
 
 
 def read_latent_scale(given: str) -> float:

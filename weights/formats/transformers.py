@@ -25,7 +25,7 @@ from weights.formats.transformers_mllama import mllama_files, read_mllama
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # The library's names of activations -> ours; the first of two is the one that is written.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -55,20 +55,20 @@ _LAYERS = whole(12, high=1024)
 _TOWER: dict[str, Field] = {
     **dict.fromkeys(_IDLE, IDLE),
     "num_hidden_layers": _LAYERS,
-    "hidden_act": word("quick_gelu", tuple(_ACTIVATIONS)),
+    "hidden_act": word("quick_gelu", tuple(ACTIVATIONS)),
     "layer_norm_eps": fixed(1e-5),
 }
 # What config.json may hold, with the library's defaults.
+TEXT_TOWER: dict[str, Field] = {
+    **_TOWER,
+    "vocab_size": whole(49408),
+    "hidden_size": whole(512),
+    "intermediate_size": whole(2048),
+    "num_attention_heads": whole(8),
+    "max_position_embeddings": whole(77),
+}
 _TOWERS: dict[str, dict[str, Field]] = {
-    "text": {
-        **_TOWER,
-        "vocab_size": whole(49408),
-        "hidden_size": whole(512),
-        "intermediate_size": whole(2048),
-        "num_attention_heads": whole(8),
-        "max_position_embeddings": whole(77),
-        "eos_token_id": whole(49407, low=0),
-    },
+    "text": {**TEXT_TOWER, "eos_token_id": whole(49407, low=0)},
     "vision": {
         **_TOWER,
         "hidden_size": whole(768),
@@ -213,7 +213,7 @@ def clip_fields(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | Non
         "text_width": text["hidden_size"],
         "text_layers": text["num_hidden_layers"],
         "text_heads": text["num_attention_heads"],
-        "activation": _ACTIVATIONS[text["hidden_act"]],
+        "activation": ACTIVATIONS[text["hidden_act"]],
         "logit_scale_init": given["logit_scale_init_value"],
         "image_mean": tuple(prepared["image_mean"]),
         "image_std": tuple(prepared["image_std"]),
@@ -227,7 +227,7 @@ def clip_configs(model: Clip) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: if there is none.
     """
-    names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     problems = []
     if model.image_tower != "vit":
         problems.append(f"its image_tower is {model.image_tower!r}; CLIPModel has a vit")

@@ -1,0 +1,192 @@
+"""Pipelines of Stable Diffusion in and out, and what is refused of them; tests/parity draws with them."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from cli.errors import UserError
+from sample.samplers import create_sampler
+from sample.trained import CHUNK, TrainedSampler
+from scripts.convert import main as convert
+from weights.files.tensors import read_tensors, write_tensors
+from weights.run import Run
+
+from ..stable_diffusion_samples import FIRST_STAGE, LENGTH, PROCESS, SAMPLE, TEXT, write_pipeline
+from ..unet_samples import STABLE_DIFFUSION_1
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """(folder, {part: parameters})."""
+    folder = tmp_path_factory.mktemp("pipeline") / "theirs"
+    return folder, write_pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(theirs):
+    folder = theirs[0].parent / "ours"
+    convert([f"--input={theirs[0]}", f"--output={folder}"])
+    return folder
+
+
+def test_all_parts_become_one_folder_that_samples(theirs, ours):
+    run = Run.open(ours)
+    assert run.config.models.denoiser.to_dict() == STABLE_DIFFUSION_1
+    stage, text = (run.config.frozen[part].to_dict() for part in ("first_stage", "text"))
+    assert FIRST_STAGE.items() <= stage.items() and TEXT.items() <= text.items() and stage["source"] == "."
+    assert run.config.process.to_dict() == PROCESS and run.config.sample.to_dict() == SAMPLE
+    assert (run.config.data.image_size, run.config.data.text_length) == (16, LENGTH)
+    loaded = run.load(parts=tuple(theirs[1])).params
+    jax.tree.map(np.testing.assert_array_equal, loaded, theirs[1])
+    words = run.tokenizer()
+    assert words is not None and words.encode("a cat", LENGTH).ids[-1] == words.end_id == words.pad_id
+    sampler = create_sampler(run.config)
+    assert sampler.text.blank[1:] == (words.end_id,) * (LENGTH - 1) and sampler.reads == ("text",)
+
+
+def test_it_goes_back_file_by_file(theirs, ours, tmp_path):
+    convert(["--to=diffusers", f"--run={ours}", f"--output={tmp_path}/back"])
+    files = {path.relative_to(theirs[0]) for path in theirs[0].rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "back") for path in (tmp_path / "back").rglob("*") if path.is_file()}
+    for file in files:
+        assert (theirs[0] / file).read_bytes() == (tmp_path / "back" / file).read_bytes(), file
+
+
+def test_large_pictures_are_drawn_in_smaller_chunks(ours, tmp_path):
+    assert TrainedSampler.open(ours).chunk == CHUNK
+    shutil.copytree(ours, tmp_path / "large")
+    config = json.loads((tmp_path / "large" / "config.json").read_text())
+    config["data"]["image_size"], config["models"]["denoiser"]["image_size"] = 512, 256
+    (tmp_path / "large" / "config.json").write_text(json.dumps(config))
+    assert TrainedSampler.open(tmp_path / "large").chunk == 1
+
+
+def change_json(path, **changes):
+    document = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"gamma": 1}, "gamma: not known here"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas is True; it must be False"),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "even"}, "timestep_spacing is 'even'; it must be one"),
+        ("scheduler/scheduler_config.json", {"final_sigmas_type": "sigma_min"}, "final_sigmas_type is 'sigma_min'"),
+        ("text_encoder/config.json", {"model_type": "t5"}, "the text encoder is of model_type 't5'"),
+        ("text_encoder/config.json", {"vocab_size": 100}, "has 100 ids, and its tokenizer uses 5"),
+        (
+            "text_encoder/config.json",
+            {"hidden_size": 8, "intermediate_size": 32},
+            "text encoder has width 8|are not the",
+        ),
+        ("tokenizer/tokenizer_config.json", {"pad_token": 1}, "filled up with 1; it must be a token"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "<pad>"}, "pad with '<pad>', which is none of its"),
+        ("unet/config.json", {"in_channels": 9}, "are not the weights|more than latents"),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "not converted: text_encoder_2"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(file, changes, message, theirs, tmp_path):
+    shutil.copytree(theirs[0], tmp_path / "theirs")
+    change_json(tmp_path / "theirs" / file, **changes)
+    with pytest.raises(UserError, match=message):
+        convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
+    assert not (tmp_path / "ours").exists()
+
+
+def test_parts_that_are_left_out_are_named(theirs, tmp_path, capsys):
+    shutil.copytree(theirs[0], tmp_path / "theirs")
+    change_json(tmp_path / "theirs" / "model_index.json", safety_checker=["stable_diffusion", "SafetyChecker"])
+    convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
+    assert "safety checker is left out" in capsys.readouterr().out
+
+
+def without_a_file(folder, rng):
+    files = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"]
+    files += ["tokenizer/merges.txt", *(f"{part}/{name}" for part, name in WEIGHTS.items())]
+    (folder / files[rng.integers(len(files))]).unlink()
+
+
+def with_other_tensors(folder, rng):
+    part = sorted(WEIGHTS)[rng.integers(3)]
+    tensors = dict(read_tensors(folder / part / WEIGHTS[part]))
+    name = sorted(tensors)[rng.integers(len(tensors))]
+    array = tensors.pop(name)
+    kind = rng.integers(4)
+    tensors |= ({}, {f"{name}_": array}, {name: np.zeros((*array.shape, 1), np.float32)}, {name: array * np.nan})[kind]
+    write_tensors(folder / part / WEIGHTS[part], tensors)
+
+
+def with_damaged_bytes(folder, rng):
+    part = sorted(WEIGHTS)[rng.integers(3)]
+    path = folder / part / WEIGHTS[part]
+    content = bytearray(path.read_bytes())
+    if rng.integers(2):
+        path.write_bytes(content[: rng.integers(len(content) - 1)])
+        return
+    for place in rng.integers(0, 200, 8):
+        content[place] = rng.integers(256)
+    path.write_bytes(content)
+
+
+def with_a_hostile_index(folder, rng):
+    part = sorted(WEIGHTS)[rng.integers(3)]
+    names = list(read_tensors(folder / part / WEIGHTS[part]))
+    (folder / part / WEIGHTS[part]).unlink()
+    shards = ("../../secret.safetensors", "/etc/passwd", "gone.safetensors", "", "..", "a\\b", 3, None, ["x"], {"a": 1})
+    places = [*({name: shard for name in names} for shard in shards), {}, [], "x", None]
+    index = {"metadata": {}, "weight_map": places[rng.integers(len(places))]}
+    (folder / part / f"{WEIGHTS[part]}.index.json").write_text(json.dumps(index))
+
+
+def with_a_wrong_key(folder, rng):
+    files = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+    path = folder / files[rng.integers(len(files))]
+    document = json.loads(path.read_text())
+    values = (None, "x", [], {"a": 1}, -1, 10**30, 1e400, [1, "x"], True)
+    keys = [*sorted(document), "surprise", "use_karras_sigmas"]
+    document[keys[rng.integers(len(keys))]] = values[rng.integers(len(values))]
+    path.write_text(json.dumps(document))
+
+
+def with_a_broken_vocabulary(folder, rng):
+    file = ("vocab.json", "merges.txt")[rng.integers(2)]
+    contents = (b"", b"{}", b"\xff\xfe", b"[1]", b'{"a": 0}', b"#version\na b c\n", b"#version\nq q\n")
+    (folder / "tokenizer" / file).write_bytes(contents[rng.integers(len(contents))])
+
+
+FAULTS = (
+    *(without_a_file, with_other_tensors, with_damaged_bytes, with_a_hostile_index, with_a_wrong_key),
+    with_a_broken_vocabulary,
+)
+
+
+def refuse(folder, theirs, seed):
+    """Whether a pipeline with a fault of a seed is refused: in one line, and nothing is written."""
+    rng = np.random.default_rng(seed)
+    shutil.copytree(theirs, folder / "theirs")
+    FAULTS[seed % len(FAULTS)](folder / "theirs", rng)
+    try:
+        convert(["--source=diffusers", f"--input={folder}/theirs", f"--output={folder}/ours"])
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000, str(error)
+        assert not (folder / "ours").exists()
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(30), pytest.param(range(30, 230), marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_faults_of_every_kind_end_in_a_line(seeds, theirs, tmp_path):
+    refused = sum(refuse(tmp_path / str(seed), theirs[0], seed) for seed in seeds)
+    assert refused > 0.85 * len(seeds)  # some keys may have the value that they are given

@@ -1,0 +1,46 @@
+"""A tiny pipeline of Stable Diffusion as diffusers keeps one, written here, for the tests of formats."""
+
+from pathlib import Path
+from typing import Any
+
+from configs.common import get_defaults, get_diffusion_sampling
+from data.tokenizer import Tokenizer
+from models import create_model
+from weights.formats import diffusers
+from weights.formats.contract import Network, Pipeline, write_files
+
+from ..models.random_parameters import random_parameters
+from .unet_samples import STABLE_DIFFUSION_1
+
+LENGTH = 8  # tokens of a caption
+TEXT = {
+    **{"name": "clip_text", "text_length": LENGTH, "text_width": 6, "text_layers": 1, "text_heads": 2},
+    "activation": "quick_gelu",
+}
+FIRST_STAGE = {
+    **{"name": "autoencoder_kl", "image_size": 16, "channels": 3, "width": 4, "multipliers": (1, 2), "blocks": 1},
+    **{"attention_levels": (), "latent_channels": 4, "latent_scale": 0.18215, "groups": 2},
+}
+PROCESS = {
+    "schedule": {"name": "discrete", "kind": "scaled_linear", "steps": 1000, "start": 0.00085, "end": 0.012},
+    **{"prediction": "eps", "variance": "small", "clip": False},
+}
+SAMPLE = {**get_diffusion_sampling("plms", 50, 7.5).to_dict(), "times": "published", "offset": 1, "end": "first"}
+
+
+def write_pipeline(folder: Path) -> dict[str, Any]:
+    """Writes one, with a small vocabulary of CLIP's form; returns {part: parameters}."""
+    vocabulary = folder.parent / "merges.txt"
+    vocabulary.write_text("#version: 0.2\nc a\nca t</w>\nr e\nre d</w>\n", encoding="utf-8")
+    words = Tokenizer.from_clip_vocabulary(vocabulary).padded_with("<|endoftext|>")
+    ends = {"text_vocab_size": words.vocab_size, "text_end_id": words.end_id, "text_pad_id": words.pad_id}
+    config = get_defaults()
+    with config.unlocked():
+        config.process, config.sample = PROCESS, SAMPLE
+    fields = {"denoiser": STABLE_DIFFUSION_1, "first_stage": FIRST_STAGE, "text": {**TEXT, **ends}}
+    models = {part: create_model(**each) for part, each in fields.items()}
+    networks = {part: Network(model, random_parameters(model), {}) for part, model in models.items()}
+    write = diffusers.FORMAT.write_pipeline
+    assert write is not None
+    write_files(folder, write(Pipeline(config, networks, words)))
+    return {part: network.params for part, network in networks.items()}
