@@ -126,6 +126,8 @@ FIRST_STAGE = (
     *((rf"^first_stage/.*{pattern}", axes) for pattern, axes in _FIRST_STAGES),
     (r"^first_stage/", ()),
 )
+# Or whole on every device, beside a network that takes the memory: it needs no collectives of its own then.
+WHOLE_FIRST_STAGE = ((r"^first_stage/", ()),)
 
 # GPT-2 behind a prefix, with the frozen CLIP whose features it reads.
 CAPTIONER = (

@@ -30,7 +30,7 @@ the squared error. Guidance is of three of the four channels, as there. What dif
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
-from configs.mesh_rules import DIT, FIRST_STAGE
+from configs.mesh_rules import DIT, WHOLE_FIRST_STAGE
 from configs.paper import first_stage
 
 # size -> (width, depth, heads)
@@ -108,7 +108,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.ema.warm_up = False
 
     config.mesh.fsdp = 8 if size == "xl" else 1
-    config.mesh.rules = FIRST_STAGE + DIT
+    config.mesh.rules = WHOLE_FIRST_STAGE + DIT
     config.mesh.topology = "v5e:4x4"  # see docs/tpu.md
 
     config.checkpoint.every = 5000

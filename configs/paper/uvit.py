@@ -36,7 +36,7 @@ All in latents can; guidance is 1 + s of the authors' s. What differs:
 from ml_collections import ConfigDict
 
 from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
-from configs.mesh_rules import FIRST_STAGE, UVIT
+from configs.mesh_rules import UVIT, WHOLE_FIRST_STAGE
 from configs.paper import clip_vit, first_stage
 
 # argument -> (dataset, transform, image size, patch size, width, depth, heads, classes)
@@ -184,5 +184,5 @@ def _learn_latents(config: ConfigDict, argument: str) -> None:
     config.loss.dropout = dropout
     config.sample = get_diffusion_sampling("dpm_solver_singlestep", steps=50, guidance=guidance)
     config.sample.spacing = "time"
-    config.mesh.rules = FIRST_STAGE + UVIT
+    config.mesh.rules = WHOLE_FIRST_STAGE + UVIT
     config.mesh.topology = "v5e:8x8" if config.models.denoiser.num_classes else "v5e:4x4"
