@@ -30,14 +30,13 @@ from cli.errors import UserError
 from diffusion.guidance import Guidance, interleave, pairs, separate
 from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
-from diffusion.schedule import create_schedule
 from diffusion.solver_choice import make_plan
 from models.clip import Clip
 from models.clip_text import ClipText
 from models.conditioning import Conditioning
 from sample.first_stage import FirstStage
 from sample.samplers.dvae import from_uint8
-from sample.samplers.from_config import build_network, read_settings
+from sample.samplers.from_config import build_network, build_process, read_settings
 
 Tree = Any
 Request = dict[str, Any]
@@ -147,18 +146,7 @@ class DiffusionSampler:
         """
         given = read_settings(config.sample, cls, Steps)
         model = build_network(config, "models.denoiser")
-        if not isinstance(config.get("process"), ConfigDict):
-            raise UserError(
-                "the config does not tell on which process the denoiser was trained; convert it with its pipeline, "
-                "whose scheduler does"
-            )
-        fields = config.process.to_dict()
-        if not isinstance(schedule := fields.pop("schedule", None), dict):
-            raise UserError("config.process.schedule names no schedule of noise; give it, such as {'name': 'discrete'}")
-        try:
-            process = Process(create_schedule(**schedule), **fields)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"config.process is impossible: {str(error).splitlines()[0]}") from error
+        process = build_process(config)
         solver = (field.name for field in dataclasses.fields(Steps))
         steps = Steps(**{key: given[key] for key in solver if key in given})
         numbers = {key: given[key] for key in _NUMBERS if key in given}

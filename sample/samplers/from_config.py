@@ -9,16 +9,21 @@ import flax.linen as nn
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from diffusion.process import Process
+from diffusion.schedule import create_schedule
 from models import create_model
 from weights.run import model_of
 
 
-def read_settings(sample: Mapping[str, Any] | ConfigDict, *declared: type) -> dict[str, Any]:
+def read_settings(
+    sample: Mapping[str, Any] | ConfigDict, *declared: type, place: str = "config.sample"
+) -> dict[str, Any]:
     """Reads the values of `config.sample` that are settings in a sampler's dataclasses, whose defaults say their types.
 
     Args:
       sample: {setting: value}; keys that are no setting are left alone.
       *declared: the dataclasses.
+      place: names the group in errors.
 
     Returns:
       {setting: value} of those that are given; whole numbers as floats where the default is one.
@@ -35,9 +40,29 @@ def read_settings(sample: Mapping[str, Any] | ConfigDict, *declared: type) -> di
         fits = type(value) is type(default) or (type(default) is float and type(value) is int)
         if not fits or (type(value) is float and not math.isfinite(value)):
             shown = "an object" if isinstance(value, Mapping | ConfigDict) else repr(value)
-            raise UserError(f"config.sample.{field.name} is {shown}; it must be such as {default!r}")
+            raise UserError(f"{place}.{field.name} is {shown}; it must be such as {default!r}")
         given[field.name] = type(default)(value)
     return given
+
+
+def build_process(config: ConfigDict) -> Process:
+    """The process that a config describes, `config.process`.
+
+    Raises:
+      UserError: if there is none, or it is impossible.
+    """
+    if not isinstance(config.get("process"), ConfigDict):
+        raise UserError(
+            "the config does not tell on which process the denoiser was trained; convert it with its pipeline, "
+            "whose scheduler does"
+        )
+    fields = config.process.to_dict()
+    if not isinstance(schedule := fields.pop("schedule", None), dict):
+        raise UserError("config.process.schedule names no schedule of noise; give it, such as {'name': 'discrete'}")
+    try:
+        return Process(create_schedule(**schedule), **fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.process is impossible: {str(error).splitlines()[0]}") from error
 
 
 def build_network(config: ConfigDict, place: str) -> nn.Module:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from diffusion.plan import Plan
 from diffusion.process import Process
-from diffusion.schedule import DiscreteSchedule, create_schedule
+from diffusion.schedule import DiscreteSchedule
 from diffusion.solver_choice import make_plan
 from models.captioner import Captioner
 from models.clip import Clip
@@ -32,7 +32,7 @@ from sample.samplers.captioner import (
     write_captions,
 )
 from sample.samplers.dvae import from_uint8
-from sample.samplers.from_config import build_network, read_settings
+from sample.samplers.from_config import build_network, build_process, read_settings
 from sample.samplers.llama import check_questions, end_of_texts
 from sample.samplers.unidiffuser_modes import MODES, PICTURE, TEXT, Latents, draw_latents, drawn_names, normal_latents
 from weights.run import TOKENIZER, WRITES_WITH
@@ -121,22 +121,21 @@ class UniDiffuserSampler:
             raise UserError("UniDiffuser diffuses latents; name config.frozen.first_stage and config.frozen.captioner")
         captioner = build_network(config, "frozen.captioner")
         _check_parts(config, model, first_stage, clip, captioner)
-        fields = config.process.to_dict()
-        try:
-            process = Process(create_schedule(**fields.pop("schedule")), **fields)
-        except (TypeError, ValueError, KeyError) as error:
-            raise UserError(f"config.process is impossible: {str(error).splitlines()[0]}") from error
+        process = build_process(config)
         if not isinstance(process.schedule, DiscreteSchedule) or process.time_shift != 1:
             raise UserError("UniDiffuser's time 0 is that of data; set config.process to a chain with time_shift 1")
         if process.variance == "learned" or process.clip:
             raise UserError("UniDiffuser learns no variance, and latents are not clipped; change config.process")
-        scales = Scales(**{name: float(value) for name, value in config.get("scales", ConfigDict()).items()})
+        given = config.get("scales", {})
+        if not isinstance(given, Mapping | ConfigDict):
+            raise UserError(f"config.scales is {given!r}; it must be an object, such as {dataclasses.asdict(Scales())}")
+        scales = Scales(**read_settings(given, Scales, place="config.scales"))
         if not (scales.clip > 0 and scales.text > 0):
             raise UserError(f"config.scales is {dataclasses.asdict(scales)}; factors are above 0")
         choices = Choices(**read_settings(config.sample, Choices))
         captions = CaptionSettings(**read_settings(config.sample, CaptionSettings))
-        guidance = float(config.sample.get("guidance", 1.0))
-        sampler = cls(model, process, first_stage, clip, captioner, scales, choices, captions, guidance)
+        guidance = read_settings(config.sample, cls)
+        sampler = cls(model, process, first_stage, clip, captioner, scales, choices, captions, **guidance)
         sampler._changed({})
         return sampler
 

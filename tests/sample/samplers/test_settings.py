@@ -11,7 +11,7 @@ from cli.errors import UserError
 from sample.samplers import create_sampler
 
 
-@pytest.mark.parametrize("name", ["toy/swiss_roll", "scenes/dalle"])
+@pytest.mark.parametrize("name", ["toy/swiss_roll", "scenes/dalle", "scenes/unidiffuser"])
 def test_a_value_of_another_type_is_a_line_that_names_the_key(name):
     document = json.loads(to_json(load_config([f"--config=configs/{name}.py:debug"])))
     for path in flatten({group: document.get(group, {}) for group in ("sample", "process")}):
