@@ -166,6 +166,8 @@ class TrainedSampler:
         rows: Rows = {}
         if "text" in self.sampler.reads:
             rows["text"] = np.zeros((1, self.config.data.text_length), np.int32)
+            if self.tokenizer is not None and self.tokenizer.end_id is not None:
+                rows["text"][:, -1] = self.tokenizer.end_id  # without which nothing reads it
         if "label" in self.sampler.reads:
             rows["label"] = np.zeros(1, np.int32)
         if "image" in self.sampler.reads:

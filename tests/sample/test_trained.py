@@ -1,13 +1,16 @@
 """Sampling from a run folder, and what `python -m sample` writes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from cli.errors import UserError
 from data.preprocess import center_square, clip_evaluation
+from data.tokenizer import Tokenizer
 from sample.__main__ import main
 from sample.command import draw_samples
 from sample.conditions import Order, make_conditions
@@ -143,3 +146,12 @@ def test_a_guide_without_effect_is_refused_and_one_with_is_recorded(diffusion_ru
         guided.check_settings({"guidance": 1.0})
     with pytest.raises(UserError, match="keeps no moving average, of which --ema=1 is"):
         guided.run.check_average(1.0)
+
+
+def test_a_run_that_reads_framed_text_is_asked_with_an_end():
+    asked, trained = {}, object.__new__(TrainedSampler)
+    trained.sampler = SimpleNamespace(reads=("text",), request=lambda **rows: asked.update(rows))
+    trained.config = ConfigDict({"sample": {"temperature": 0.0}, "data": {"text_length": 4}})
+    trained.tokenizer = Tokenizer.train(["a red circle"], 260).with_ends()
+    trained.check_request({"temperature": 1.0})
+    assert asked["text"].tolist() == [[0, 0, 0, trained.tokenizer.end_id]] and asked["temperature"] == 1.0
