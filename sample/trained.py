@@ -69,7 +69,7 @@ class TrainedSampler:
         sampler = create_sampler(config)
         config.sample = ConfigDict({**sampler.settings, **config.sample})  # an older run may lack settings
         weights = run.load(step, ema)
-        most = max(1, _PIXELS // config.data.image_size**2) if config.objective == "diffusion" else CHUNK
+        most = max(1, _PIXELS // max(1, config.data.image_size) ** 2) if config.objective == "diffusion" else CHUNK
         chunk = chunk or min(CHUNK, most)
         return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk)
 
