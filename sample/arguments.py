@@ -27,6 +27,8 @@ class Setting:
 
 _DIFFUSION = "sampling of a diffusion (defaults: the run's config)"
 
+DTYPES = ("float32", "bfloat16")
+
 # The settings of all samplers; which of them a run has, its sampler says.
 SETTINGS: Mapping[str, Setting] = {
     "guidance": Setting(float, "default: the run's config.sample.guidance"),
@@ -121,6 +123,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, besides: bool = True
         help="a moving average made of those that training kept (config.ema.lengths), such as 0.1; 0 for the "
         "parameters, 1 for the run's own average (default)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="what networks compute in (default: as the run's config says); norms, softmax and a first stage, which "
+        "makes pictures of latents, stay as they are",
+    )
     parser.add_argument("--guide_run", metavar="RUN", help="a weaker diffusion that guidance leads away from")
     parser.add_argument("--guide_step", type=int, metavar="STEP", help="its checkpoint (default: the newest)")
     parser.add_argument("--seed", type=int, default=0)
@@ -169,7 +177,7 @@ def open_trained(options: argparse.Namespace, ema: bool | float, step: int | Non
 
     if options.guide_step is not None and not options.guide_run:
         raise UserError("--guide_step is of a --guide_run; give that, or leave it out")
-    trained = TrainedSampler.open(options.run, step=step, ema=ema)
+    trained = TrainedSampler.open(options.run, step=step, ema=ema, dtype=options.dtype or "")
     if options.ema == 1:
         trained.run.check_average(1.0, trained.weights.step)
     return trained.guided_by(options.guide_run, options.guide_step) if options.guide_run else trained

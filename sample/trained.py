@@ -14,7 +14,9 @@ from cli.locations import Location
 from cli.ranges import check_seed
 from data.buckets import Shape, shapes_of
 from data.tokenizer import Tokenizer
+from models import MODELS
 from sample.arguments import idle_settings
+from sample.first_stage import PART as FIRST_STAGE
 from sample.samplers import create_sampler
 from sample.samplers.contract import besides
 from weights.run import TOKENIZER, Run, RunWeights
@@ -41,6 +43,7 @@ class TrainedSampler:
       tokenizer: of the run; None without text.
       chunk: images drawn in one call. Requests are padded to it, so one program serves every number of images.
       guide: what says which weights guide it, {"guide_run", "guide_step", "guide_ema"}; {} without any.
+      dtype: what its networks compute in where that was chosen; "" for what its config says.
       shape: height and width of the pictures, where the run trained on several and one was chosen.
     """
 
@@ -52,13 +55,27 @@ class TrainedSampler:
     tokenizer: Tokenizer | None
     chunk: int
     guide: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = ""
     shape: Shape | None = None
 
     @classmethod
     def open(
-        cls, folder: str | Location, *, step: int | None = None, ema: bool | float = True, chunk: int = 0
+        cls,
+        folder: str | Location,
+        *,
+        step: int | None = None,
+        ema: bool | float = True,
+        chunk: int = 0,
+        dtype: str = "",
     ) -> "TrainedSampler":
-        """Loads a run; `step` and `ema` as in `weights.run.Run.load`; a `chunk` of 0 is what suits its pictures.
+        """Loads a run.
+
+        Args:
+          folder: of the run.
+          step: of the checkpoint, as in `weights.run.Run.load`.
+          ema: as there.
+          chunk: see the attributes; 0 for what suits its pictures.
+          dtype: what networks compute in, but a first stage, which rounds what is seen; "" for what the config says.
 
         Raises:
           UserError: if the run, its checkpoint or a frozen stage is missing, or nothing can be sampled from it.
@@ -66,12 +83,17 @@ class TrainedSampler:
         run = Run.open(folder)
         config = run.config
         resolve_frozen(config, near=run.folder)
+        if dtype:
+            with config.unlocked():
+                for part, entry in (*config.models.items(), *config.frozen.items()):
+                    if part != FIRST_STAGE and "dtype" in MODELS[entry.name].__dataclass_fields__:
+                        entry.dtype = dtype
         sampler = create_sampler(config)
         config.sample = ConfigDict({**sampler.settings, **config.sample})  # an older run may lack settings
         weights = run.load(step, ema)
         most = max(1, _PIXELS // max(1, config.data.image_size) ** 2) if config.objective == "diffusion" else CHUNK
         chunk = chunk or min(CHUNK, most)
-        return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk)
+        return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk, dtype=dtype)
 
     def guided_by(self, folder: str | Location, step: int | None = None) -> "TrainedSampler":
         """The same, led away from what another run draws; see `DiffusionSampler.guided_by`.
@@ -83,7 +105,7 @@ class TrainedSampler:
         Raises:
           UserError: if there is no such run or checkpoint, or this one cannot be guided by it.
         """
-        other = TrainedSampler.open(folder, step=step)
+        other = TrainedSampler.open(folder, step=step, dtype=self.dtype)
         if not hasattr(self.sampler, "guided_by"):
             raise UserError(f"{self.run.folder} is a run of {self.config.objective}, which no second run guides")
         files = [run.folder / TOKENIZER for run in (self.run, other.run)]
@@ -179,6 +201,7 @@ class TrainedSampler:
         """Which weights these are, and all settings of their sampler, those of the run's config included."""
         weights = {"run": str(self.run.folder), **self.weights.record}
         size = {} if self.shape is None else {"size": f"{self.shape[0]}x{self.shape[1]}"}
+        size |= {"dtype": self.dtype} if self.dtype else {}
         return {**weights, **self.guide, **size, "seed": seed, **self.config.sample.to_dict(), **settings}
 
     def program(self, rows: Rows, **settings: Any) -> Hashable:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -190,3 +191,18 @@ def refuse(folder, theirs, seed):
 def test_faults_of_every_kind_end_in_a_line(seeds, theirs, tmp_path):
     refused = sum(refuse(tmp_path / str(seed), theirs[0], seed) for seed in seeds)
     assert refused > 0.85 * len(seeds)  # some keys may have the value that they are given
+
+
+def test_half_precision_leaves_the_first_stage_as_it_is(ours):
+    """Networks compute in bfloat16, states and pictures stay float32, and samples are near those of float32."""
+    single, half = (TrainedSampler.open(ours, chunk=2, dtype=dtype) for dtype in ("", "bfloat16"))
+    models = half.sampler.model, half.sampler.text.model, half.sampler.first_stage.model
+    assert [jnp.dtype(model.dtype).name for model in models] == ["bfloat16", "bfloat16", "float32"]
+    assert half.describe(0, {})["dtype"] == "bfloat16" and "dtype" not in single.describe(0, {})
+    features, exact = (
+        each.sampler.text(each.weights.params, each.frozen, jnp.asarray(each.encode(["a red cat"])["text"]))
+        for each in (half, single)
+    )
+    assert features.dtype == jnp.bfloat16 and exact.dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(features, np.float32), exact, atol=0.05)
+    assert np.abs(np.asarray(features, np.float32) - exact).max() > 0
