@@ -61,6 +61,8 @@ CONFIGS = {
     ),
     "diffusion, latents": ("--config=configs/scenes/latent_unet.py:debug", "--config.models.denoiser.head_width=8"),
     "autoencoder": ("--config=configs/scenes/autoencoder.py:debug",),
+    "captioner": ("--config=configs/scenes/captioner.py:debug",),
+    "unidiffuser": ("--config=configs/scenes/unidiffuser.py:debug",),
     "diffusion, ddpm": ("--config=configs/paper/ddpm.py:debug", "--config.models.denoiser.heads=2"),
 }
 

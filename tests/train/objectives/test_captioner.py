@@ -8,8 +8,10 @@ import pytest
 from cli.config import load_config
 from cli.errors import UserError
 from configs.scenes import captioner
+from models import create_model
 from train.objectives import create_objective
 from train.objectives.captioner import caption_targets
+from train.trainable import trained_params
 from weights.sources import load_frozen
 
 START, END = 351, 352
@@ -70,3 +72,16 @@ def test_what_does_not_go_together_is_one_line(override, said):
     config = load_config(["--config=configs/scenes/captioner.py:debug", f"--config.{override}"])
     with pytest.raises(UserError, match=said):
         create_objective(config)
+
+
+def test_gpt2_is_held_by_its_path_and_starts_from_a_network_of_its_own():
+    config = captioner.get_config("debug_mlp")
+    objective = create_objective(config)
+    params = jax.eval_shape(lambda: objective.init(jax.random.key(0), {})[0])
+    trained = trained_params(params, (r"^captioner/(?!language/)",))["captioner"]
+    assert set(trained) == {"mapper_up", "mapper_down"}
+    within = create_model(**objective.model.network_at("language"))
+    alone = jax.eval_shape(within.init, jax.random.key(0), *within.example_inputs(1))["params"]
+    assert jax.tree.map(lambda leaf: leaf.shape, alone) == jax.tree.map(
+        lambda leaf: leaf.shape, params["captioner"]["language"]
+    )
