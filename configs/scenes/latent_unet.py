@@ -7,8 +7,8 @@ Paper: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusi
     python -m train --config=configs/scenes/latent_unet.py --workdir=runs/latent_unet
 
 The first stage is `config.frozen.first_stage`, whose run says what latents are multiplied by; here they are 8 x 8 x 4.
-Captions, process and optimizer are those of `configs/scenes/ddpm_unet.py`, but for estimates of the data, which are not
-clipped. Not measured yet.
+Captions and optimizer are those of `configs/scenes/ddpm_unet.py`. The process is rectified flow's line, with times about
+its middle (Esser et al. 2024) and the data predicted, whose estimates are not clipped.
 
 Arguments: `single32` (default), `pair64` (pictures of 64 x 64 with up to three objects, latents of 16 x 16, a larger
 network, for a GPU; first stage runs/autoencoder_pair64, of `autoencoder.py:pair64`), `debug` (seconds; a random first
@@ -30,12 +30,12 @@ def get_config(argument: str = "") -> ConfigDict:
     argument = check_argument(argument, ARGUMENTS)
     config = get_latent_training(argument)
     config.models.denoiser.name = "unet"
-    config.models.denoiser.width = 192 if argument == "pair64" else 96
+    config.models.denoiser.width = 192 if argument == "pair64" else 64
     config.models.denoiser.multipliers = (1, 2)
     config.models.denoiser.attention_levels = (0, 1)
     config.models.denoiser.attention = "transformer"
     config.models.denoiser.blocks = 1
-    config.models.denoiser.head_width = 48
+    config.models.denoiser.head_width = 48 if argument == "pair64" else 32
     config.models.denoiser.groups = 8
     config.mesh.rules = FIRST_STAGE + UNET
     if argument == "debug":
@@ -52,9 +52,11 @@ def get_config(argument: str = "") -> ConfigDict:
 def get_latent_training(argument: str) -> ConfigDict:
     """What all backbones share that learn latents: the first stage, and what `ddpm_uvit.get_training` has."""
     config = get_training(pairs=argument == "pair64")
+    config.process.schedule = ConfigDict({"name": "flow"})
+    config.process.times = "logit_normal"
     config.process.clip = False
     config.data.latent_moments = ""  # "auto" or a folder: those that scripts.precompute stored
-    config.steps = 3500
+    config.steps = 5500
     config.checkpoint.every = 500
     config.evaluate.every = 1000
     stage = autoencoder.get_config({"single32": "kl"}.get(argument, argument)).models.autoencoder
