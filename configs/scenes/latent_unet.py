@@ -7,8 +7,8 @@ Paper: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusi
     python -m train --config=configs/scenes/latent_unet.py --workdir=runs/latent_unet
 
 The first stage is `config.frozen.first_stage`, whose run says what latents are multiplied by; here they are 8 x 8 x 4.
-Captions and optimizer are those of `configs/scenes/ddpm_unet.py`. The process is rectified flow's line, with times about
-its middle (Esser et al. 2024) and the data predicted, whose estimates are not clipped.
+Captions and optimizer are those of `configs/scenes/ddpm_unet.py`. The process is rectified flow's line, with times
+about its middle (Esser et al. 2024) and the data predicted, whose estimates are not clipped.
 
 Arguments: `single32` (default), `pair64` (pictures of 64 x 64 with up to three objects, latents of 16 x 16, a larger
 network, for a GPU; first stage runs/autoencoder_pair64, of `autoencoder.py:pair64`), `debug` (seconds; a random first

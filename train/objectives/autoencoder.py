@@ -321,7 +321,7 @@ class AutoencoderObjective:
         return jnp.mean(nll), {"nll": nll, **values}
 
     def _last_layer_norm(
-        self, last: Tree, features: Float[Array, "b H W f"], gradient: Float[Array, "b H W c"]
+        self, last: Tree, features: Float[Array, "b h2 w2 f"], gradient: Float[Array, "b H W c"]
     ) -> Float[Array, ""]:
         """Norm of the gradient at the kernel of the decoder's last layer, of one at what it makes of features."""
         last, features = jax.lax.stop_gradient((last, features))
