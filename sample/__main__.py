@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     from sample.conditions import Order, make_conditions
     from sample.embedding import ClipEmbedder
     from sample.files import prepare_out, write_files, write_picture
+    from sample.sheets.round_trip import draw_round_trip
     from sample.sheets.sweep import run_sweep
     from sample.sheets.trajectory import draw_trajectory  # imports jax, as those above
 
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str]) -> None:
     else:
         if options.trajectory is not None:
             drawn = draw_trajectory(trained, order, options.num or one or 4, options.trajectory)
+        elif options.round_trip is not None:
+            drawn = draw_round_trip(trained, order, options.num or 1, options.round_trip)
         elif "point" in trained.sampler.makes and not options.rerank:
             drawn = draw_figure(trained, order, options.num or 2000)
         else:
@@ -144,6 +147,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         const=8,
         help="of a diffusion: N (default 8) moments of each picture, x_t above and the network's estimate of x_0 below",
     )
+    parser.add_argument(
+        "--round_trip",
+        metavar="N",
+        type=int,
+        help="of a UniDiffuser: a --prompt to its picture, that to its caption, and on, N legs in a strip",
+    )
     parser.add_argument("--out", default="grid.png", help="the grid (default grid.png)")
     parser.add_argument("--files", default="", help="also write pictures, texts and samples.json to this folder")
     return parser.parse_args(arguments)
@@ -174,6 +183,8 @@ def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:
         raise UserError("--clip scores the cells of a --sweep; to choose among pictures, give --rerank=RUN")
     if options.rerank and (swept or options.trajectory is not None):
         raise UserError("--rerank chooses among the pictures of a plain grid; leave out --sweep and --trajectory")
+    if options.round_trip is not None and (swept or options.trajectory is not None or options.rerank):
+        raise UserError("--round_trip is a picture of its own; leave out --sweep, --trajectory and --rerank")
     if swept and options.trajectory is not None:
         raise UserError("--sweep and --trajectory are two different pictures; leave one of them out")
 

@@ -99,6 +99,31 @@ class Parrot:
         return {"text": jnp.concatenate([request["text"], said], axis=1)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Translator:
+    """Paints what is said, and says what is painted, one color further each time."""
+
+    reads = ("text", "image")
+    makes = ("image", "text")
+    settings = {}  # noqa: RUF012
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def request(self, text=None, image=None):
+        return {name: row for name, row in (("text", text), ("image", image)) if row is not None}
+
+    def __call__(self, params, variables, frozen, request, keys):
+        sayings = params["namer"]["sayings"][0]
+        if "text" in request:
+            named = jnp.argmax(jnp.all(request["text"][:, None] == sayings, axis=-1), axis=1)
+            color = 2 * jax.nn.one_hot((named + 1) % 3, 3)[:, None, None] - 1
+            return {"image": jnp.broadcast_to(color, (len(keys), 16, 16, 3))}
+        color = jnp.argmax(jnp.mean(jnp.asarray(request["image"], jnp.float32), axis=(1, 2)), axis=1)
+        return {"text": sayings[color]}
+
+
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
     """`make_run(Namer)`: a run folder of the sampler, which is in the registry while the test lasts."""
@@ -273,3 +298,20 @@ def test_text_is_graded_and_needs_a_tokenizer(make_run, pictures, scenes_dir, tm
     (folder / TOKENIZER).unlink()
     with pytest.raises(UserError, match="has no tokenizer.json, which would read it"):
         main([f"--run={folder}", f"--image={pictures[0]}", f"--out={tmp_path}/g.png"])
+
+
+def test_a_round_trip_reads_what_the_leg_before_made(make_run, pictures, tmp_path):
+    folder, files = make_run(Translator), tmp_path / "trip"
+    common = [f"--run={folder}", f"--out={tmp_path}/strip.png", f"--files={files}"]
+    main([*common, "--prompt=a red picture", "--round_trip=3", "--num=2"])
+    made = written(files)
+    assert [one["captions"] for one in made] == [["a green picture"]] * 2
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.width > 4 * 128  # what it began with, and three legs
+    main([f"--run={folder}", f"--out={tmp_path}/b.png", f"--files={tmp_path}/b", f"--image={pictures[1]}",
+          "--round_trip=3"])  # fmt: skip
+    assert [one["captions"] for one in written(tmp_path / "b")] == [["a blue picture", "a red picture"]]
+    with pytest.raises(UserError, match="begins with --prompt or --image, one of the two"):
+        main([*common[:2], "--prompt=a red picture", f"--image={pictures[0]}", "--round_trip=2"])
+    with pytest.raises(UserError, match="does not draw captions and describe pictures"):
+        main([f"--run={make_run(Painter)}", "--label=1", "--round_trip=2"])
