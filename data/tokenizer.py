@@ -289,6 +289,10 @@ class Tokenizer:
             padded[-1] = self.end_id
         return Encoded(padded, truncated)
 
+    def pieces(self, text: str) -> list[int]:
+        """The ids of a text, neither framed nor cut nor filled up."""
+        return list(self._encode(text))
+
     def count(self, text: str) -> int:
         """Returns how many ids a caption takes if nothing is cut, ends included."""
         return len(self._encode(text)) + (self.start_id is not None) + (self.end_id is not None)

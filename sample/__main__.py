@@ -70,7 +70,8 @@ def main(arguments: Sequence[str]) -> None:
     files = locate(options.files) if options.files else None
     trained.check_settings(settings, {axis.name: axis.values for axis in axes})
     conditions = make_conditions(prompts, options.label, options.image)
-    order = Order(conditions, seed, settings, options.negative_prompt, options.mask)
+    syntax = {"prompt_weights": options.prompt_weights, "long_prompts": options.long_prompts}
+    order = Order(conditions, seed, settings, options.negative_prompt, options.mask, **syntax)
     prepare_out(out)
     # Of one picture there is one reconstruction, or one text to look at first; but several ways to go on from its top.
     pictured = "image" in given or "image" in (axis.name for axis in axes)
@@ -114,6 +115,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="a class number; repeatable",
     )
     parser.add_argument("--negative_prompt", metavar="TEXT", help="what guidance leads away from (default: no caption)")
+    parser.add_argument(
+        "--prompt_weights",
+        action="store_true",
+        help="(words:1.3), (words) and [words] in prompts count more or less, where a frozen CLIP reads them",
+    )
+    parser.add_argument(
+        "--long_prompts", action="store_true", help="there, prompts beyond its context are read in chunks, and not cut"
+    )
     parser.add_argument("--image", action="append", default=[], help="a picture file; repeatable")
     parser.add_argument(
         "--mask", metavar="FILE", help="a picture file, white where a diffusion draws each --image anew (default: all)"

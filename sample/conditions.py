@@ -14,6 +14,7 @@ from cli.errors import UserError
 from cli.ranges import check_seed
 from data.preprocess import transform_pair
 from sample.files import read_fitted
+from sample.prompts import Weighted, encode_prompts, parse_weights
 from sample.samplers.contract import besides
 from sample.sheets.grid import to_uint8
 from sample.trained import Rows, TrainedSampler
@@ -80,6 +81,8 @@ class Order:
       settings: overrides of `config.sample`.
       negative_prompt: what guidance leads away from; None for the blank caption.
       mask: a picture file, white where pictures that are given are drawn anew; None for all of them.
+      prompt_weights: whether brackets in prompts weigh words, see `sample.prompts`.
+      long_prompts: whether prompts beyond the context are read in chunks, and not cut.
     """
 
     conditions: tuple[Condition, ...]
@@ -87,11 +90,14 @@ class Order:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     negative_prompt: str | None = None
     mask: str | None = None
+    prompt_weights: bool = False
+    long_prompts: bool = False
 
     def describe(self, trained: TrainedSampler) -> dict[str, Any]:
         """Run, step, seed and the settings of the sampler, those of the run's config included."""
         texts = {"negative_prompt": self.negative_prompt, "mask": self.mask}
-        told = {name: value for name, value in texts.items() if value is not None}
+        told: dict[str, Any] = {name: value for name, value in texts.items() if value is not None}
+        told |= {name: True for name in ("prompt_weights", "long_prompts") if getattr(self, name)}
         may_read = besides(trained.sampler)
         brought = {name: value for row in self.rows for name, value in may_read.get(row, {}).items()}
         return trained.describe(self.seed, {**brought, **self.settings, **told})
@@ -139,7 +145,9 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
     check_seed("seed", order.seed)
     rows: Rows = {}
     told = order.conditions[0].rows
-    if "text" in told:
+    if order.prompt_weights or order.long_prompts:
+        rows |= _weighted_rows(trained, order)
+    elif "text" in told:
         rows |= trained.encode([str(condition.prompt) for condition in order.conditions])
     if "label" in told:
         for condition in order.conditions:
@@ -152,7 +160,7 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
         files = {str(condition.image) for condition in order.conditions}
         pictures = {name: read_fitted(name, trained.picture_size, transform) for name in sorted(files)}
         rows["image"] = np.stack([pictures[str(condition.image)] for condition in order.conditions])
-    if order.negative_prompt is not None:
+    if order.negative_prompt is not None and "negative" not in rows:
         rows["negative"] = np.repeat(trained.encode([order.negative_prompt])["text"], len(order.conditions), axis=0)
     if order.mask is not None:
         transform = transform_pair(trained.config.data.transform).evaluation
@@ -160,6 +168,36 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
         rows["mask"] = np.repeat((mask.mean(axis=-1) >= 128)[None], len(order.conditions), axis=0)
     trained.sampler.request(**rows, **order.settings)
     return rows
+
+
+def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
+    """Prompts and the negative one with their weights, in as many chunks as the longest needs; prints the weights.
+
+    Raises:
+      UserError: if there are no prompts, brackets do not match, or the run reads captions otherwise.
+    """
+    context = getattr(trained.sampler, "text", None)
+    if not getattr(context, "frozen", False) or any(condition.prompt is None for condition in order.conditions):
+        raise UserError("--prompt_weights and --long_prompts are of prompts that a frozen CLIP reads; leave them out")
+    if order.long_prompts and hasattr(trained.sampler.model, "context_length"):
+        raise UserError("--long_prompts needs a denoiser that reads any number of tokens, such as a UNet; leave it out")
+    prompts = [str(condition.prompt) for condition in order.conditions]
+    prompts += [] if order.negative_prompt is None else [order.negative_prompt]
+    trained.encode(prompts) if not order.long_prompts else None  # says what is cut
+    parts = [parse_weights(prompt) if order.prompt_weights else (Weighted(prompt, 1.0),) for prompt in prompts]
+    for prompt, of_prompt in dict(zip(prompts, parts, strict=True)).items():
+        if order.prompt_weights:
+            print(f"weights of {prompt!r}: " + ", ".join(f"{part.text!r} {part.weight:.3g}" for part in of_prompt))
+    length = trained.config.data.text_length
+    assert trained.tokenizer is not None  # or the run would have no context
+    text, weights = encode_prompts(trained.tokenizer, parts, length)
+    if not order.long_prompts:
+        text, weights = text[:, :length], weights[:, :length]
+    count, rows = len(order.conditions), {"text": text, "text_weights": weights}
+    if order.negative_prompt is not None:
+        rows |= {f"negative{end}": np.repeat(rows[f"text{end}"][count:], count, axis=0) for end in ("", "_weights")}
+    rows |= {name: rows[name][:count] for name in ("text", "text_weights")}
+    return rows if order.prompt_weights else {name: row for name, row in rows.items() if "weights" not in name}
 
 
 def draw_outputs(trained: TrainedSampler, order: Order, rows: Rows, num: int, **more: Any) -> Rows:

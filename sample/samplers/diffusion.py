@@ -97,7 +97,9 @@ class TextContext:
     frozen: bool = False
 
     def __call__(self, params: Tree, frozen: Tree, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """Features of each token."""
+        """Features of each token; of captions that are several contexts long, one after another."""
+        if (length := len(self.blank)) < text.shape[1]:
+            return self(params, frozen, text.reshape(-1, length)).reshape(*text.shape, -1)
         if not self.frozen:
             return self.model.apply({"params": params["text"]}, text)
         tree = frozen[self.part]
@@ -304,6 +306,8 @@ class DiffusionSampler:
         negative: Int[np.ndarray, "b l"] | None = None,
         image: UInt8[np.ndarray, "b H W 3"] | None = None,
         mask: Bool[np.ndarray, "b H W"] | None = None,
+        text_weights: Float[np.ndarray, "b l"] | None = None,
+        negative_weights: Float[np.ndarray, "b l"] | None = None,
         **overrides: Any,
     ) -> Request:
         """A request for pictures, one for each key.
@@ -314,6 +318,8 @@ class DiffusionSampler:
           negative: ids of what to lead away from, in place of the blank caption.
           image: pictures to change.
           mask: where they are drawn anew; all other pixels stay. None changes all of them.
+          text_weights: how much the tokens of `text` count, see `weigh`; None for all alike.
+          negative_weights: the same of `negative`.
           **overrides: of the defaults, those of `Steps`; guidance, rescale, guidance_start, guidance_stop;
             strength, of pictures that are given, from 0, which returns them, to 1, which draws fresh ones where there
             is no mask; and trajectory=True for what the network saw and estimated on the way.
@@ -336,6 +342,9 @@ class DiffusionSampler:
         if wrong:
             raise UserError(f"there is no class {wrong[0]}; classes are {self.class_range}")
         strength = self._strength(image, mask, overrides)
+        for name, weights in (("text_weights", text_weights), ("negative_weights", negative_weights)):
+            if weights is not None:
+                rows[name] = np.asarray(weights, np.float32)
         if image is not None:
             rows["image"] = np.asarray(image)
         if mask is not None:
@@ -419,6 +428,8 @@ class DiffusionSampler:
         tokens = rows.get("text_features")
         if tokens is None and self.text is not None:
             tokens = self.text(params, frozen, rows["text"])
+        if tokens is not None and "weights" in rows:
+            tokens = weigh(tokens, rows["weights"])
         return Conditioning(tokens=tokens, label=rows["label"] if self.classes else None)
 
     def blank_features(self, params: Tree, frozen: Tree) -> Float[Array, "1 l d"]:
@@ -426,11 +437,12 @@ class DiffusionSampler:
         assert self.text is not None  # or nobody asks for them
         return self.text(params, frozen, self.blank({}, 1)["text"])
 
-    def blank(self, rows: Mapping[str, Array], count: int) -> dict[str, Array]:
-        """The rows with what they lack: blank captions, the class that stands for none."""
+    def blank(self, rows: Mapping[str, Array], count: int, chunks: int = 1) -> dict[str, Array]:
+        """The rows with what they lack: blank captions of so many contexts, the class that stands for none."""
         filled = dict(rows)
         if self.text is not None and "text" not in filled:
-            filled["text"] = jnp.broadcast_to(jnp.asarray(self.text.blank, jnp.int32), (count, len(self.text.blank)))
+            blank = self.text.blank * chunks
+            filled["text"] = jnp.broadcast_to(jnp.asarray(blank, jnp.int32), (count, len(blank)))
         if self.null_label is not None and "label" not in filled:
             filled["label"] = jnp.full(count, self.null_label, jnp.int32)
         return filled
@@ -504,6 +516,9 @@ def _draw(
         return sampler.show(frozen, {**{name: given for name in sampler.makes}, **shown})
     plan = sampler.plan(steps, strength)
     rows = {key: request[key] for key in ("text", "label") if key in request}
+    if "text_weights" in request:
+        rows["weights"] = request["text_weights"]
+    chunks = rows["text"].shape[1] // len(sampler.text.blank) if sampler.text is not None and "text" in rows else 1
     cond = sampler.conditioning(params, frozen, sampler.blank(rows, count))
     told, guide = cond, sampler.guide
     weak, weakly_told = frozen.get("guide"), None
@@ -511,9 +526,11 @@ def _draw(
         weakly_told = guide.conditioning(weak["params"], weak["frozen"], guide.blank(rows, count))
     elif guided:
         negative = {"text": request["negative"]} if "negative" in request else {}
+        if "negative_weights" in request:
+            negative["weights"] = request["negative_weights"]
         if sampler.null_label is None and "label" in rows:
             negative["label"] = rows["label"]
-        told = interleave(cond, sampler.conditioning(params, frozen, sampler.blank(negative, count)))
+        told = interleave(cond, sampler.conditioning(params, frozen, sampler.blank(negative, count, chunks)))
     guidance = Guidance(request["guidance"], request["rescale"], request["guidance_start"], request["guidance_stop"])
 
     def denoise(x_t: Array, t: Array) -> Any:
@@ -551,6 +568,13 @@ def _draw(
         if sampler.first_stage is not None:
             outputs["states"] = outputs["states"] / state_scales(plan)[:, None, None, None]
     return sampler.show(frozen, outputs)
+
+
+def weigh(tokens: Float[Array, "b l d"], weights: Float[Array, "b l"]) -> Float[Array, "b l d"]:
+    """Features times the weights of their tokens, scaled so that each caption's mean is what it was."""
+    weighed = tokens * weights[..., None]
+    before, after = (jnp.mean(each, axis=(1, 2), keepdims=True) for each in (tokens, weighed))
+    return (weighed * jnp.where(after == 0, 1, before / after)).astype(tokens.dtype)
 
 
 def state_scales(plan: Plan) -> Float[np.ndarray, " s"]:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
+from sample.__main__ import main as sample
+from sample.conditions import Condition, Order, order_rows
 from sample.samplers import create_sampler
 from sample.trained import CHUNK, TrainedSampler
 from scripts.convert import main as convert
@@ -206,3 +208,32 @@ def test_half_precision_leaves_the_first_stage_as_it_is(ours):
     assert features.dtype == jnp.bfloat16 and exact.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(features, np.float32), exact, atol=0.05)
     assert np.abs(np.asarray(features, np.float32) - exact).max() > 0
+
+
+def test_prompts_with_weights_and_beyond_the_context(ours, tmp_path, capsys):
+    """Chunks are read one by one, the negative prompt in as many, and the command says what counts how much."""
+    trained = TrainedSampler.open(ours, chunk=2)
+    long = "red cat red cat red cat (red:2) cat"  # 8 tokens, of which a chunk holds 6
+    order = Order((Condition(long),), 0, {}, "a cat", prompt_weights=True, long_prompts=True)
+    rows = order_rows(trained, order)
+    assert rows["text"].shape == rows["negative"].shape == rows["text_weights"].shape == (1, 2 * LENGTH)
+    assert rows["text_weights"][0, LENGTH + 1] == 2 and rows["text_weights"].sum() == 2 * LENGTH + 1
+
+    def features(text, **more):
+        told = {"text": jnp.asarray(text), **{name: jnp.asarray(row) for name, row in more.items()}}
+        return np.asarray(trained.sampler.conditioning(trained.weights.params, trained.frozen, told).tokens)
+
+    both = features(rows["text"])
+    apart = [features(rows["text"][:, place : place + LENGTH]) for place in (0, LENGTH)]
+    np.testing.assert_allclose(both, np.concatenate(apart, axis=1), atol=1e-6)
+    weighed = both * rows["text_weights"][..., None]
+    expected = weighed * both.mean() / weighed.mean()
+    np.testing.assert_allclose(features(rows["text"], weights=rows["text_weights"]), expected, atol=1e-4)
+
+    settings = ["--negative_prompt=a cat", "--num=1", "--steps=1", "--sampler=ddim"]
+    flags = ["--prompt_weights", "--long_prompts"]
+    sample([f"--run={ours}", f"--prompt={long}", *settings, *flags, f"--out={tmp_path}/grid.png"])
+    said = capsys.readouterr().out
+    assert "'red' 2, ' cat' 1" in said and '"prompt_weights": true' in said and (tmp_path / "grid.png").is_file()
+    cut = order_rows(trained, Order((Condition(long),), 0, {}, prompt_weights=True))
+    assert cut["text"].shape == (1, LENGTH) and "only the first 8 tokens count" in capsys.readouterr().out
