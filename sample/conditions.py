@@ -183,11 +183,12 @@ def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
         raise UserError("--long_prompts needs a denoiser that reads any number of tokens, such as a UNet; leave it out")
     prompts = [str(condition.prompt) for condition in order.conditions]
     prompts += [] if order.negative_prompt is None else [order.negative_prompt]
-    trained.encode(prompts) if not order.long_prompts else None  # says what is cut
     parts = [parse_weights(prompt) if order.prompt_weights else (Weighted(prompt, 1.0),) for prompt in prompts]
     for prompt, of_prompt in dict(zip(prompts, parts, strict=True)).items():
         if order.prompt_weights:
             print(f"weights of {prompt!r}: " + ", ".join(f"{part.text!r} {part.weight:.3g}" for part in of_prompt))
+    if not order.long_prompts:
+        trained.encode(["".join(part.text for part in of_prompt) for of_prompt in parts])  # says what is cut
     length = trained.config.data.text_length
     assert trained.tokenizer is not None  # or the run would have no context
     text, weights = encode_prompts(trained.tokenizer, parts, length)
