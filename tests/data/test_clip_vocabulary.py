@@ -61,6 +61,14 @@ def test_a_saved_tokenizer_is_a_vocabulary_too(clip_file, tmp_path):
     assert read_clip_vocabulary(tmp_path) == read_clip_vocabulary(clip_file)
 
 
+def test_id_0_fills_up_where_the_end_that_did_is_left_out(clip_file, tmp_path):
+    framed = Tokenizer.from_clip_vocabulary(clip_file).padded_with(END)
+    framed.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.from_clip_vocabulary(tmp_path).pad_id == framed.end_id
+    bare = Tokenizer.from_clip_vocabulary(tmp_path, ends=False)
+    assert bare.pad_id == 0 and bare.encode("cat", 3).ids.tolist() == [*framed.pieces("cat"), 0, 0]
+
+
 def test_what_is_no_vocabulary_is_named(clip_file, tmp_path):
     def refused(name: str, content: bytes, message: str) -> None:
         (tmp_path / name).write_bytes(content)
