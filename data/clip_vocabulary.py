@@ -85,7 +85,7 @@ def clip_model(vocabulary: ClipVocabulary, ends: bool = True) -> tokenizers.Toke
     )
     if ends:
         model.add_special_tokens([START, END])
-    if vocabulary.pad is not None:
+    if vocabulary.pad in ids:  # an end may be left out, and then id 0 fills up
         model.enable_padding(pad_id=ids[vocabulary.pad], pad_token=vocabulary.pad)  # stored with it
     return model
 
