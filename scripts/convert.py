@@ -121,7 +121,7 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     from models import create_model
     from weights.formats.contract import Network, write_files
     from weights.pretrained import filled_folder, free_folder
-    from weights.run import Run
+    from weights.run import Run, model_of
     from weights.sources import load_part, resolve_frozen, trained_model
 
     run, form = Run.open(options.run), formats[options.to]
@@ -154,8 +154,9 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     if set(wanted := form.beside.get(fields["name"], ())) <= set(run.config.frozen):
         resolve_frozen(run.config, near=run.folder)
         for name in wanted:
-            other = load_part(run.config.frozen[name])
-            beside[name] = Network(create_model(**other.model), other.params, other.variables)
+            entry = run.config.frozen[name]
+            other = load_part(entry)
+            beside[name] = Network(create_model(**model_of(entry)), other.params, other.variables)
     network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}), null_class, beside)
     files = form.write(network)
     with filled_folder(output) as new:
@@ -169,7 +170,7 @@ def _write_pipeline(run: Any, form: Any, options: argparse.Namespace) -> None:
     from models import create_model
     from weights.formats.contract import Network, Pipeline, write_files
     from weights.pretrained import filled_folder, free_folder
-    from weights.run import OWN, Run
+    from weights.run import OWN, Run, model_of
     from weights.sources import resolve_frozen, trained_model
 
     output = free_folder(options.output)
@@ -181,12 +182,9 @@ def _write_pipeline(run: Any, form: Any, options: argparse.Namespace) -> None:
         networks[part] = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}))
     for part, entry in run.config.frozen.items():
         source = run if entry.source in (OWN, str(run.folder)) else Run.open(entry.source)
-        fields, frozen = (
-            trained_model(source, entry.part),
-            source.load(entry.get("step", 0) or None, parts=(entry.part,), mapped=True),
-        )
+        frozen = source.load(entry.get("step", 0) or None, parts=(entry.part,), mapped=True)
         networks[part] = Network(
-            create_model(**fields), frozen.params[entry.part], frozen.variables.get(entry.part, {})
+            create_model(**model_of(entry)), frozen.params[entry.part], frozen.variables.get(entry.part, {})
         )
     files = form.write_pipeline(Pipeline(run.config, networks, run.tokenizer()))
     with filled_folder(output) as new:

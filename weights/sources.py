@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from cli.locations import Location, absolute, is_bucket, locate
-from models import create_model
+from models import MODELS, create_model
 from weights.run import OWN, Run, model_of
 
 Tree = Any
@@ -24,6 +24,8 @@ _FREE_FIELDS = {
     *("dtype", "param_dtype", "implementation", "scan", "remat", "logit_scale_init", "code_range"),
     *("name", "parent"),
 }
+# Fields of a first stage that its weights do not decide: a second stage may be published with other values.
+_SCALE_FIELDS = ("latent_shift", "latent_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +109,10 @@ def resolve_frozen(config: ConfigDict, near: Location | None = None) -> None:
 
     Afterwards the config alone says which networks there are, and `run` and `step` say with which weights: a source
     that is trained further does not change the runs that use it, nor does another run take its place. What the config
-    said before of a network that was trained elsewhere only serves to describe it without its run; how it computes
-    (dtype, attention's implementation) stays as the config has it where the source does not say.
+    said before of a network that was trained elsewhere only serves to describe it without its run. Two things stay: how
+    it computes (dtype, attention's implementation), as the config has it where the source does not say; and how latents
+    are scaled, `latent_shift` and `latent_scale`, as the config has them where it does, with a warning where the source
+    has others.
 
     Args:
       config: changed in place. An entry's `step` of 0 means the newest checkpoint.
@@ -123,6 +127,7 @@ def resolve_frozen(config: ConfigDict, near: Location | None = None) -> None:
         folder = find_source(entry.source, near)
         source = Run.open(folder)
         trained = trained_model(source, entry.part)
+        trained |= _said_scale(entry, trained, folder)
         with config.unlocked(), entry.ignore_type():
             for key in model_of(entry).keys() - trained.keys() - _FREE_FIELDS:
                 del entry[key]
@@ -131,6 +136,20 @@ def resolve_frozen(config: ConfigDict, near: Location | None = None) -> None:
             entry.source = folder
             entry.step = entry.get("step", 0) or source.latest_step()
             entry.run = source.identity()
+
+
+def _said_scale(entry: ConfigDict, trained: dict[str, Any], folder: str) -> dict[str, float]:
+    """Those of `_SCALE_FIELDS` that the network has and an entry sets."""
+    known = MODELS[trained["name"]].__dataclass_fields__
+    said = {key: entry[key] for key in _SCALE_FIELDS if key in known and entry.get(key) is not None}
+    theirs = create_model(**trained) if said and not entry.get("run", "") else None  # once, when a run begins
+    for key, value in said.items() if theirs is not None else ():
+        if (other := getattr(theirs, key)) != value:
+            logging.getLogger(__name__).warning(
+                "part %r: %s is %s as the config says, not %s as %s does",
+                *(entry.part, key, value, "what was measured" if other is None else other, folder),
+            )
+    return said
 
 
 def load_frozen(config: ConfigDict, seed: int = 0, abstract: Tree = None) -> dict[str, dict[str, Tree]]:
@@ -159,6 +178,7 @@ def load_part(entry: ConfigDict, seed: int = 0, abstract: Tree = None) -> Part:
       entry: names the part.
       seed: of a part whose source is "random".
       abstract: {"params", "variables"} by shape and sharding, onto which it is loaded; None for the first device.
+        Collections that it lacks are left out, such as what was measured of latents whose scale the config says.
 
     Raises:
       UserError: if the source is missing or has no such part.
@@ -175,7 +195,8 @@ def load_part(entry: ConfigDict, seed: int = 0, abstract: Tree = None) -> Part:
     part = Part(model, weights.params[entry.part], weights.variables.get(entry.part, {}))
     if abstract is None:
         return part
-    return Part(model, **jax.tree.map(place_whole, part.trees(), abstract))
+    wanted = {name: tree for name, tree in part.variables.items() if name in abstract["variables"]}
+    return Part(model, **jax.tree.map(place_whole, {**part.trees(), "variables": wanted}, abstract))
 
 
 def place_whole(value: Any, like: Any) -> jax.Array:

@@ -133,7 +133,7 @@ def get_frozen(argument: str, source: str, latent_scale: float) -> ConfigDict:
     Args:
       argument: of this file.
       source: the run folder or converted one that it comes from, whose sizes then replace these; "random" for `debug`.
-      latent_scale: what its latents are multiplied by.
+      latent_scale: what its latents are multiplied by, also where the source says something else.
     """
     stage = get_model(argument)
     stage.latent_scale = latent_scale

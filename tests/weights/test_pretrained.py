@@ -120,6 +120,33 @@ def test_how_a_frozen_part_computes_is_the_config_s_to_say(folder):
     assert config.frozen.clip.dtype == "bfloat16" and config.frozen.clip.implementation == "xla"
 
 
+STAGE = {"name": "autoencoder_kl", "image_size": 8, "width": 4, "multipliers": (1,), "blocks": 1, "groups": 2}
+
+
+@pytest.mark.parametrize("theirs", [{"latent_scale": 0.5, "latent_shift": 0.1}, {}])  # as published, or as measured
+def test_a_scale_of_latents_that_the_config_says_is_the_one_that_is_used(theirs, tmp_path, caplog):
+    params, variables = write(tmp_path / "stage", {**STAGE, **theirs}, part="autoencoder")
+    entry = {**STAGE, "source": str(tmp_path / "stage"), "part": "autoencoder", "step": 0}
+    entries = ({**entry, "latent_scale": scale} for scale in (0.25, None))
+    said, unsaid = (ConfigDict({"frozen": {"stage": each}}).lock() for each in entries)
+    for config in (said, unsaid):
+        resolve_frozen(config)
+    (warning,) = caplog.messages
+    assert "latent_scale is 0.25 as the config says, not " in warning
+    assert said.frozen.stage.latent_scale == 0.25
+    assert unsaid.frozen.stage.get("latent_scale") == theirs.get("latent_scale")
+    assert said.frozen.stage.get("latent_shift") == theirs.get("latent_shift")
+    again = from_json(to_json(said))  # as a run keeps it
+    resolve_frozen(again)
+    assert again.frozen.stage.latent_scale == 0.25 and len(caplog.messages) == 1
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for config, collections in ((said, {}), (unsaid, variables)):
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_frozen(config)
+        )
+        assert_same_trees(load_frozen(config, 0, placed)["stage"], {"params": params, "variables": collections})
+
+
 def test_a_frozen_part_is_placed_as_the_program_wants_it(folder):
     config = frozen_config(folder)
     resolve_frozen(config)
