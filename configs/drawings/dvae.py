@@ -6,7 +6,7 @@ Paper: Ramesh et al. 2021, section 2.1 (the discrete VAE) and listing 1 (augment
     python -m train --config=configs/drawings/dvae.py --workdir=runs/drawings_dvae
     python -m sample --run=runs/drawings_dvae --image=FILE --out=reconstruction.png
 
-Hardware and time: sized for 5 minutes on 2 CPU cores, at 16 updates a second.
+Hardware and time: 6 minutes on one CPU core.
 
 Arguments: `emoji64` (default; 64 pixels, seen at 32), `debug` (seconds; on scenes).
 """
