@@ -8,6 +8,7 @@ import gzip
 import html
 import json
 import re
+import zlib
 from typing import Any, NamedTuple
 
 import ftfy
@@ -63,7 +64,10 @@ def read_clip_vocabulary(path: str | Location) -> ClipVocabulary:
     try:
         vocabulary = _read_tokenizer_file(file) if file.suffix == ".json" else _read_merges_file(file)
         _check(vocabulary)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+        zlib.error,  # of a damaged .gz
+    ) as error:
         reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{file} is not a CLIP vocabulary ({reason}); give one of {', '.join(_FILES)}") from error
     return vocabulary

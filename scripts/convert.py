@@ -79,6 +79,7 @@ def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
 def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     """Writes a run folder."""
     from weights.files.origin import Leniency, open_origin
+    from weights.formats.contract import refuse_unread
     from weights.pretrained import free_folder, write_pretrained
     from weights.run import NONFINITE
 
@@ -86,8 +87,7 @@ def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     origin = open_origin(options.input, Leniency(frozenset(ignored), options.allow_nonfinite))
     output = free_folder(options.output)
     form = formats[options.source or _recognize(origin, formats)]
-    if wrong := [f"--{name}" for name in options.given if name not in form.options]:
-        raise UserError(f"{', '.join(wrong)} says nothing of {form.name}; leave it out")
+    refuse_unread(form.name, **{name: value for name, value in options.given.items() if name not in form.options})
     read = form.read(origin, **options.given)
     provenance = {"format": form.name, "input": origin.describe(), **options.given}
     provenance |= {"ignore_keys": ignored} if ignored else {}

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from configs.common import get_defaults, get_diffusion_sampling
 from data.tokenizer import Tokenizer
 from models import create_model
-from weights.formats import diffusers
+from weights.formats import clip_text, compvis, compvis_pipeline, diffusers
 from weights.formats.contract import Network, Pipeline, write_files
 
 from ..models.random_parameters import random_parameters
@@ -44,3 +46,21 @@ def write_pipeline(folder: Path) -> dict[str, Any]:
     assert write is not None
     write_files(folder, write(Pipeline(config, networks, words)))
     return {part: network.params for part, network in networks.items()}
+
+
+def single_file() -> dict[str, Any]:
+    """{name: tensor} of a tiny version 1 as its authors keep it."""
+    unet = {**STABLE_DIFFUSION_1, "width": 32, "groups": 32, "heads": 8}
+    unet = create_model(**{**unet, "time_width": 128})
+    stage = create_model(**{**FIRST_STAGE, "width": 32, "groups": 32})
+    text = create_model(**TEXT, text_vocab_size=518, text_end_id=517, text_pad_id=517)
+    layouts = {
+        "model.diffusion_model.": (compvis_pipeline.unet_layout(unet), unet),
+        "first_stage_model.": (compvis.autoencoder_layout(stage), stage),
+        "cond_stage_model.transformer.": (clip_text.LAYOUT, text),
+    }
+    return {
+        f"{prefix}{name}": np.asarray(tensor)
+        for prefix, (layout, model) in layouts.items()
+        for name, tensor in layout.write({"params": random_parameters(model)}).items()
+    }

@@ -8,6 +8,7 @@ network computes. Keys that begin with "_" are a library's notes to itself.
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ REQUIRED: Any = object()  # in place of a default
 
 _MOST = 2**31 - 1  # of a count
 _SHOWN = 60  # characters of a value in an error
+_SHORT = reprlib.Repr()  # reads few entries of few levels: files may repeat one list in itself without end
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 2 * _SHOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +105,15 @@ def group(fields: Mapping[str, Field], default: Any = REQUIRED) -> Field:
 def fixed(value: Any, *same: Any) -> Field:
     """The one value that ours computes, or others that mean the same; a list of it says the same of all levels."""
 
-    def fits(given: Any) -> bool:
+    def one(given: Any) -> bool:
         if value is None and given in (False, "", []):
             return True
-        if isinstance(given, list | tuple) and not isinstance(value, list | tuple):
-            return bool(given) and all(fits(entry) for entry in given)
-        return any(given == each and type(given) in _like(each) for each in (value, *same))
+        return any(type(given) in _like(each) and given == each for each in (value, *same))
+
+    def fits(given: Any) -> bool:
+        if isinstance(given, list | tuple) and given and not isinstance(value, list | tuple):
+            return all(one(entry) for entry in given)
+        return one(given)
 
     return Field(repr(value), fits, value)
 
@@ -134,7 +142,7 @@ def read_fields(what: str, document: Any, fields: Mapping[str, Field]) -> dict[s
       UserError: if a key is missing, unknown or has another value than it may; one line that names all such keys.
     """
     if not isinstance(document, Mapping):
-        raise UserError(f"{what} is described by {_show(document)}, which is not a JSON object; fetch it again")
+        raise UserError(f"{what} is described by {show(document)}, which is not a JSON object; fetch it again")
     problems: list[str] = []
     values = _read_group(document, fields, "", problems)
     if problems:
@@ -151,7 +159,7 @@ def _read_group(
         if value is REQUIRED:
             problems.append(f"there is no {prefix}{key}")
         elif key in document and not field.fits(value):
-            problems.append(f"{prefix}{key} is {_show(value)}; it must be {field.description}")
+            problems.append(f"{prefix}{key} is {show(value)}; it must be {field.description}")
         elif field.group is not None and value is not None:
             values[key] = _read_group(value, field.group, f"{prefix}{key}.", problems)
         else:
@@ -175,7 +183,7 @@ def _list_problems(
         return []
     for place, entry in enumerate(value):
         if not field.item.fits(entry):
-            return [f"{key}[{place}] is {_show(entry)}; it must be {field.item.description}"]
+            return [f"{key}[{place}] is {show(entry)}; it must be {field.item.description}"]
     length = field.length
     if isinstance(length, str):
         other = document.get(length, fields[length].default)
@@ -188,6 +196,10 @@ def _list_problems(
     return [] if value else [f"{key} is an empty list"]
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
+def show(value: Any) -> str:
+    """A value of a document as an error names it: some of it where it is long, and never all of a long one's text."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        text = "a huge number"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

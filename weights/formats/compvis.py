@@ -23,13 +23,15 @@ from models.gumbel_autoencoder import GumbelAutoencoder
 from weights.files.layout import CONVOLUTION, Layout, Rule, Tree, pointwise
 from weights.files.origin import Origin, WeightsFile, read_weights
 from weights.formats import compvis_pipeline
-from weights.formats.contract import Converted, Format
+from weights.formats.compvis_pipeline import UNET, under
+from weights.formats.contract import Converted, Format, refuse_unread
 from weights.formats.diffusers_pipeline import SAMPLING
 from weights.formats.lpips import lpips_fields, lpips_from_torch
 from weights.formats.runs import (
     AUTOENCODER_OPTIONS,
     STABLE_DIFFUSION_SCALE,
     autoencoder_run,
+    check_latents,
     denoiser_run,
     read_latent_scale,
 )
@@ -204,11 +206,6 @@ def quantized_from_compvis(tensors: Mapping[str, np.ndarray], grid: tuple[int, i
     return fields, autoencoder_from_compvis(create_model(**fields), stage)
 
 
-def _under(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those tensors whose names begin so, by the rest of their names."""
-    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-
-
 def _read(
     origin: Origin,
     latent_scale: str = "",
@@ -222,7 +219,13 @@ def _read(
         raise UserError(f"--only={only} is none of what a checkpoint has; give --only={FIRST_STAGE}, or leave it out")
     if not only and any(name.startswith(compvis_pipeline.TEXT) for name in tensors):
         return _read_pipeline(tensors, latent_scale, prediction, image_size, tokenizer)
-    stage = _under(_STAGE, tensors) or {
+    if not only and any(name.startswith(UNET) for name in tensors):
+        raise UserError(
+            f"{origin.describe()} has a UNet ({UNET}*) without a text encoder that is known, CLIP's of Stable "
+            f"Diffusion 1 or 2: it is not converted; give --only={FIRST_STAGE} for its first stage alone"
+        )
+    refuse_unread("a first stage", prediction=prediction, image_size=image_size, tokenizer=tokenizer)
+    stage = under(_STAGE, tensors) or {
         name: array for name, array in tensors.items() if not name.startswith((_TRAINED_BESIDE, "model_ema."))
     }
     stage = {name: array for name, array in stage.items() if not name.startswith(_TRAINED_BESIDE)}
@@ -231,12 +234,12 @@ def _read(
     fields["latent_scale"] = scale
     trees: dict[str, Tree] = {"autoencoder": autoencoder_from_compvis(create_model(**fields), stage)}
 
-    beside, others, variables, frozen = _under(_TRAINED_BESIDE, tensors), {}, {}, {}
-    if discriminator := _under(_DISCRIMINATOR, beside):
+    beside, others, variables, frozen = under(_TRAINED_BESIDE, tensors), {}, {}, {}
+    if discriminator := under(_DISCRIMINATOR, beside):
         others["discriminator"] = discriminator_fields(discriminator)
         model = create_model(**others["discriminator"])
         trees["discriminator"], variables["discriminator"] = discriminator_from_compvis(model, discriminator)
-    if perceptual := _under(_LPIPS, beside):
+    if perceptual := under(_LPIPS, beside):
         frozen["lpips"] = lpips_fields(perceptual)
         trees["lpips"] = lpips_from_torch(create_model(**frozen["lpips"]), perceptual)
     if log_variance := float(np.sum(beside.get(_LOG_VARIANCE, 0.0))):
@@ -249,7 +252,7 @@ def _read_pipeline(
 ) -> Converted:
     """Stable Diffusion, whole."""
     words = Tokenizer.from_clip_vocabulary(locate_from_home(tokenizer)) if tokenizer else None
-    stage = autoencoder_fields(_under(_STAGE, tensors))
+    stage = autoencoder_fields(under(_STAGE, tensors))
     text = compvis_pipeline.read_text(tensors, words)
     process = compvis_pipeline.read_process(tensors, prediction, second=text[0]["text_pad_id"] == 0)
     usual = 768 if process["prediction"] == "v" else 512
@@ -258,13 +261,14 @@ def _read_pipeline(
     if side < factor or side % factor:
         raise UserError(f"--image_size={image_size} is no multiple of {factor} pixels, such as {usual}")
     fields, params, notes = compvis_pipeline.read_unet(tensors, side // factor)
+    check_latents(fields["in_channels"], stage["latent_channels"])
     if text[0]["text_width"] != fields["context_width"]:
         raise UserError(
             f"its text encoder has width {text[0]['text_width']}, and its UNet reads {fields['context_width']}"
         )
     stage["latent_scale"], more = _find_scale(stage, tensors, latent_scale)
     model = create_model(**stage)
-    first_stage = stage, autoencoder_layout(model).read_deferred(model, _under(_STAGE, tensors))["params"]
+    first_stage = stage, autoencoder_layout(model).read_deferred(model, under(_STAGE, tensors))["params"]
     if words is None:
         notes += ("it has no tokenizer, which prompts take: give CLIP's vocabulary as --tokenizer",)
     return denoiser_run(fields, params, process, SAMPLING, first_stage, (*notes, *more), text)
@@ -316,6 +320,6 @@ FORMAT = Format(
         "prediction": "of Stable Diffusion 2: v or eps",
         "image_size": "of Stable Diffusion: the pictures that it draws, pixels (default 512, of v 768)",
         "tokenizer": "of Stable Diffusion: CLIP's vocabulary",
-        "only": "first_stage: of a checkpoint of Stable Diffusion that alone",
+        "only": "first_stage: of a checkpoint of Stable Diffusion, or of another second stage, that alone",
     },
 )

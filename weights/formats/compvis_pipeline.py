@@ -24,6 +24,7 @@ UNET = "model.diffusion_model."
 _AVERAGE = "model_ema."
 TEXT = _TEXT_1, _TEXT_2 = "cond_stage_model.transformer.", "cond_stage_model.model."
 _HEADS, _HEAD_WIDTH = 8, 64
+_MOST_ENTRIES = 65  # of a level: its way of resampling, and blocks
 _BETAS = {"start": 0.00085, "end": 0.012}
 # Of OpenCLIP's text tower: what is not used where its states are read.
 _NOT_STATES = r"(attn_mask|logit_scale|text_projection)"
@@ -86,11 +87,17 @@ def unet_fields(tensors: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         return sorted({int(match[1]) for name in tensors if (match := re.match(pattern, name))})
 
     width, time_width = shape("time_embed.0.weight", 2)[1], shape("time_embed.0.weight", 2)[0]
-    downs, last = found(r"input_blocks\.(\d+)\.0\.op\."), max(found(r"input_blocks\.(\d+)\."), default=0)
-    entries = downs[0] if downs else last + 1
-    levels = (last + 1) // entries
-    if downs != [entries * (level + 1) for level in range(levels - 1)] or last + 1 != levels * entries or entries < 2:
-        raise UserError(f"this UNet has blocks that resample at {downs} of {last}, ours after as many blocks each")
+    downs, blocks = found(r"input_blocks\.(\d{1,9})\.0\.op\."), found(r"input_blocks\.(\d{1,9})\.")
+    entries = downs[0] if downs else len(blocks)
+    if blocks != list(range(len(blocks))) or not 2 <= entries <= _MOST_ENTRIES:
+        raise UserError(
+            f"this UNet has {len(blocks)} input_blocks and resamples at {downs[:8]}, which no UNet of ours has"
+        )
+    levels = len(blocks) // entries
+    if downs != [entries * (level + 1) for level in range(levels - 1)] or len(blocks) != levels * entries:
+        raise UserError(
+            f"this UNet has {len(blocks)} input_blocks and resamples at {downs[:8]}, ours after as many blocks each"
+        )
     firsts = [1 + level * entries for level in range(levels)]
     widths = [shape(f"input_blocks.{first}.0.out_layers.3.weight", 4)[0] for first in firsts]
     attending = {n: "1.norm.weight" for n in found(r"input_blocks\.(\d+)\.1\.norm\.")}
@@ -123,7 +130,7 @@ def read_unet(tensors: Mapping[str, Any], image_size: int) -> tuple[dict[str, An
     Raises:
       UserError: if it is none, or tensors are missing, unexpected or of another shape.
     """
-    trained = _under(UNET, tensors)
+    trained = under(UNET, tensors)
     names = {name: f"{_AVERAGE}diffusion_model{name.replace('.', '')}" for name in trained}
     averaged = bool(names) and all(name in tensors for name in names.values())
     if averaged:
@@ -142,7 +149,7 @@ def read_text(tensors: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[
     Raises:
       UserError: if there is none that is known, or the tokenizer is another network's.
     """
-    first, second = clip_text.with_prefix(_under(_TEXT_1, tensors)), _under(_TEXT_2, tensors)
+    first, second = clip_text.with_prefix(under(_TEXT_1, tensors)), under(_TEXT_2, tensors)
     second = {name: array for name, array in second.items() if not re.fullmatch(_NOT_STATES, name)}
     if first:
         layout, kept, names = clip_text.LAYOUT, first, "text_model.encoder.layers"
@@ -210,5 +217,6 @@ def read_process(tensors: Mapping[str, Any], prediction: str, second: bool) -> d
     return {"schedule": schedule, "prediction": prediction or "eps", "variance": "small", "clip": False}
 
 
-def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Those tensors whose names begin so, by the rest of their names."""
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}

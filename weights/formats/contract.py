@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cli.errors import UserError
 from cli.locations import write_whole
 from data.tokenizer import Tokenizer
 from weights.files.origin import Origin
@@ -101,6 +102,20 @@ class Format:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     beside: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     write_pipeline: Callable[[Pipeline], Files] | None = None
+
+
+def refuse_unread(what: str, **options: str) -> None:
+    """Refuses options that say nothing of what is read.
+
+    Args:
+      what: is read.
+      options: that play no part in it, by their names, as given; "" for those that are not.
+
+    Raises:
+      UserError: if any is given.
+    """
+    if given := [f"--{name}" for name, value in options.items() if value]:
+        raise UserError(f"{', '.join(given)} says nothing of {what}; leave it out")
 
 
 def write_files(folder: Path, files: Files) -> None:

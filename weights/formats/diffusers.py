@@ -24,14 +24,14 @@ from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors, Tree
 from weights.files.origin import Origin, Subfolder, peek_json, read_weights
 from weights.formats import diffusers_dit, diffusers_text_decoder, diffusers_unidiffuser
 from weights.formats import diffusers_unidiffuser_pipeline as unidiffuser_pipeline
-from weights.formats.contract import Converted, Files, Format, Network, Pipeline
+from weights.formats.contract import Converted, Files, Format, Network, Pipeline, refuse_unread
 from weights.formats.diffusers_autoencoder import NAMES as AUTOENCODERS
 from weights.formats.diffusers_autoencoder import autoencoder_files, read_autoencoder
 from weights.formats.diffusers_blocks import attention_rules, residual_rules, transformer_rules, with_new_names
-from weights.formats.diffusers_pipeline import GUIDANCE, check_parts, is_whole, pipeline_files, read_text_part
+from weights.formats.diffusers_pipeline import GUIDANCE, STEPS, check_parts, is_whole, pipeline_files, read_text_part
 from weights.formats.diffusers_scheduler import read_scheduler
 from weights.formats.dit import dit_run
-from weights.formats.runs import AUTOENCODER_OPTIONS, denoiser_run
+from weights.formats.runs import AUTOENCODER_OPTIONS, check_latents, denoiser_run
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -410,6 +410,8 @@ def _read(origin: Origin, subfolder: str = "", latent_scale: str = "", tokenizer
     config = origin.find(f"{PIPELINE_FOLDER}/{CONFIG}", CONFIG)
     # Its class may be anything, a list too.
     kind = None if config is None else peek_json(config).get("_class_name")
+    if dit is None and kind in (diffusers_text_decoder.CLASS, diffusers_unidiffuser.CLASS):
+        refuse_unread(f"a {kind}", latent_scale=latent_scale, tokenizer=tokenizer)
     if dit is None and kind == diffusers_text_decoder.CLASS:
         fields = diffusers_text_decoder.text_decoder_fields(origin.json(CONFIG))
         tensors = read_weights(origin, WEIGHTS, diffusers_text_decoder.IGNORED)
@@ -424,16 +426,21 @@ def _read(origin: Origin, subfolder: str = "", latent_scale: str = "", tokenizer
         params = diffusers_unidiffuser.unidiffuser_from_diffusers(create_model(**fields), tensors)
         return Converted({"objective": "", "models": {"unidiffuser": fields}}, {"unidiffuser": params})
     if dit is None and kind in tuple(AUTOENCODERS):
+        refuse_unread("a first stage", tokenizer=tokenizer)
         return read_autoencoder(origin.json(CONFIG), read_weights(origin, WEIGHTS), latent_scale)
     process, sample = (None, {}) if origin.find(SCHEDULER) is None else read_scheduler(origin.json(SCHEDULER))
     if dit is not None:
         fields = diffusers_dit.dit_fields(dit.json(CONFIG))
+        refuse_unread("a DiT", tokenizer=tokenizer)
         params = diffusers_dit.dit_from_diffusers(create_model(**fields), read_weights(dit, WEIGHTS))
-        return dit_run(fields, params, process, sample, *_find_first_stage(origin, fields["in_channels"], latent_scale))
+        stage, notes = _find_first_stage(origin, fields["in_channels"], latent_scale)
+        return dit_run(fields, params, process, sample, stage, notes)
     fields, tensors = read_unet(origin)
     model = create_model(**fields)
     params = unet_layout(model).read_deferred(model, with_new_names(tensors))["params"]
     text = read_text_part(origin, tokenizer) if fields.get("context_width") else None
+    if text is None:
+        refuse_unread("a UNet without a text encoder", tokenizer=tokenizer)
     stage, notes = _find_first_stage(origin, fields["in_channels"], latent_scale, needed=text is not None)
     found = {"vae": stage is not None, "text_encoder": text is not None, "scheduler": process is not None}
     if text is not None or is_whole(origin):
@@ -441,7 +448,7 @@ def _read(origin: Origin, subfolder: str = "", latent_scale: str = "", tokenizer
     if text is not None:
         if (width := text[0]["text_width"]) != fields["context_width"]:
             raise UserError(f"its text encoder has width {width}, and its UNet reads {fields['context_width']}")
-        sample = {**sample, "guidance": GUIDANCE}
+        sample = {**sample, "steps": STEPS, "guidance": GUIDANCE}  # whatever the scheduler
     return denoiser_run(fields, params, process, sample, stage, notes, text)
 
 
@@ -450,7 +457,7 @@ def _find_first_stage(
 ) -> tuple[tuple[dict[str, Any], Tree] | None, tuple[str, ...]]:
     """({name, fields}, parameters) of a pipeline's first stage, if it makes latents of so many channels; and notes.
 
-    One that is `needed` is refused where it does not fit or cannot be read.
+    One that is `needed` is refused where it does not fit or cannot be read, and a scale where there is none.
     """
     for folder in FIRST_STAGE_FOLDERS:
         part = Subfolder(origin, folder)
@@ -459,17 +466,15 @@ def _find_first_stage(
         try:
             read = read_autoencoder(part.json(CONFIG), read_weights(part, WEIGHTS), latent_scale)
         except UserError as error:
-            if needed:
+            if needed or latent_scale:
                 raise
             return None, (f"its first stage is left out: {error}",)
         fields = read.config["models"]["autoencoder"]
         if fields["latent_channels"] == channels:
             return (fields, read.params["autoencoder"]), read.notes
         if needed:
-            raise UserError(
-                f"its UNet reads {channels} channels and its first stage makes {fields['latent_channels']}: pipelines "
-                "whose UNet sees more than latents are not converted"
-            )
+            check_latents(channels, fields["latent_channels"])
+    refuse_unread("a network without a first stage", latent_scale=latent_scale)
     return None, ()
 
 
@@ -503,9 +508,10 @@ FORMAT = Format(
     name="diffusers",
     networks=("unet", "dit", "unidiffuser", "captioner", *AUTOENCODERS.values()),
     inputs="a UNet, a DiT, a UniDiffuser, its captioner or a first stage; of a pipeline the first two with a first "
-    "stage and what its scheduler says; UniDiffuser's whole pipeline",
+    "stage and what its scheduler says; whole pipelines of Stable Diffusion and UniDiffuser",
     outputs="from_pretrained(DIR) of UNet2DModel, UNet2DConditionModel if it has transformers, DiTTransformer2DModel, "
-    "UniDiffuserModel (UniDiffuserPipeline, given its tokenizers), UniDiffuserTextDecoder, AutoencoderKL or VQModel",
+    "UniDiffuserModel (UniDiffuserPipeline, given its tokenizers), UniDiffuserTextDecoder, AutoencoderKL or VQModel; "
+    "StableDiffusionPipeline of a run whose captions a frozen clip_text reads",
     recognizes=_recognizes,
     read=_read,
     write=_write,

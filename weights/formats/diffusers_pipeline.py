@@ -10,12 +10,14 @@ from typing import Any
 
 from cli.errors import UserError
 from cli.locations import locate_from_home
+from configs.common import get_diffusion_sampling
 from data.clip_vocabulary import END, START
 from data.tokenizer import Tokenizer
 from models import create_model
 from models.autoencoder import KLAutoencoder
 from models.clip_text import ClipText
 from models.unet import UNet
+from weights.files.fields import show
 from weights.files.layout import Tree
 from weights.files.origin import Origin, Subfolder, peek_json
 from weights.formats import clip_text
@@ -26,13 +28,16 @@ from weights.formats.diffusers_scheduler import scheduler_config
 INDEX = "model_index.json"
 CLASS = "StableDiffusionPipeline"
 TEXT_FOLDER, TOKENIZER_FOLDER = "text_encoder", "tokenizer"
+_TOKENIZER_CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _VOCABULARIES = (("merges.txt", "vocab.json"), ("tokenizer.json",))
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
-GUIDANCE = 7.5  # what its pipelines take unless told otherwise
+STEPS, GUIDANCE = 50, 7.5  # what its pipelines take unless told otherwise
 # How the published code samples, `config.sample`.
-SAMPLING = {"sampler": "plms", "steps": 50, "guidance": GUIDANCE, "times": "published", "offset": 1, "end": "first"}
+SAMPLING = {"sampler": "plms", "steps": STEPS, "guidance": GUIDANCE, "times": "published", "offset": 1, "end": "first"}
 
+# Keys of `config.sample` that no file of a pipeline has.
+_TOLD = ("steps", "guidance", "eta", "rescale", "guidance_start", "guidance_stop", "guided_channels")
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # Parts of pipelines that are left out, each with what that means.
 _LEFT_OUT = {
@@ -63,10 +68,10 @@ def read_text_part(origin: Origin, tokenizer: str) -> tuple[dict[str, Any], Tree
 
 
 def read_tokenizer(origin: Origin, path: str = "") -> Tokenizer:
-    """The tokenizer of a pipeline's folder, or at `path`, which fills captions up as the folder's config says.
+    """The tokenizer of a pipeline's folder, or at `path`, which fills captions up as the folder's files say.
 
     Raises:
-      UserError: if there is none, or it is no CLIP's.
+      UserError: if there is none, or it is no CLIP's, or those files are damaged.
     """
     if path:
         words = Tokenizer.from_clip_vocabulary(locate_from_home(path))
@@ -81,11 +86,19 @@ def read_tokenizer(origin: Origin, path: str = "") -> Tokenizer:
                 f"{origin.describe()} has no {' and no '.join(names[0] for names in _VOCABULARIES)}; give CLIP's "
                 "vocabulary as --tokenizer"
             )
-    config = origin.find("tokenizer_config.json")
-    pad = peek_json(config).get("pad_token", END) if config is not None else END
+    file, pad = _TOKENIZER_CONFIG, END
+    config = origin.json(file) if origin.find(file) is not None else {}
+    pad = config.get("pad_token", pad)
+    # Older folders say it there too, and differently: the library believes the map where the config lists no tokens.
+    if "added_tokens_decoder" not in config and origin.find(_SPECIAL_TOKENS) is not None:
+        special = origin.json(_SPECIAL_TOKENS)
+        if "pad_token" in special:
+            file, pad = _SPECIAL_TOKENS, special["pad_token"]
     pad = pad.get("content") if isinstance(pad, Mapping) else pad
     if not isinstance(pad, str):
-        raise UserError(f"{config} says that captions are filled up with {pad!r}; it must be a token")
+        raise UserError(
+            f"{file} of {origin.describe()} says that captions are filled up with {show(pad)}; it must be a token"
+        )
     return words.padded_with(pad)
 
 
@@ -146,6 +159,9 @@ def pipeline_files(pipeline: Pipeline, unet_files: Files) -> Files:
             f"this run is no {CLASS}: {'; '.join(problems)}; give --part to write one of its networks alone"
         )
     scheduler = scheduler_config(config.process.to_dict(), config.sample.to_dict())
+    usual = get_diffusion_sampling("", STEPS, GUIDANCE)
+    if lost := [f"{key} {config.sample[key]}" for key in _TOLD if config.sample.get(key, usual[key]) != usual[key]]:
+        print(f"warning: the files of a pipeline do not say {', '.join(lost)}, which the run samples with")
     parts = {
         "unet": unet_files,
         "vae": autoencoder_files(stage, _CONFIG, _WEIGHTS),
@@ -176,12 +192,12 @@ def tokenizer_files(tokenizer: Tokenizer, length: int) -> Files:
     return {
         "vocab.json": dict(sorted(vocabulary.ids.items(), key=lambda item: item[1])),
         "merges.txt": f"#version: 0.2\n{merges}",
-        "tokenizer_config.json": {
+        _TOKENIZER_CONFIG: {
             "tokenizer_class": "CLIPTokenizer",
             "model_max_length": length,
             "do_lower_case": True,
             "add_prefix_space": False,
             **named,
         },
-        "special_tokens_map.json": named,
+        _SPECIAL_TOKENS: named,
     }

@@ -13,7 +13,7 @@ from typing import Any
 from cli.errors import UserError
 from weights.files.fields import IDLE, Field, fixed, flag, read_fields, real, whole, word
 
-# Class -> (our sampler, steps that its pipelines take unless told otherwise; 0 for all of the chain).
+# Class -> (our sampler, steps that are usual of it where no pipeline's own say; 0 for all of the chain).
 SAMPLERS = {
     "DDPMScheduler": ("ddpm", 0),
     "DDIMScheduler": ("ddim", 50),
@@ -30,6 +30,7 @@ _VARIANCES = {
     **{"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "fixed_large_log": "large"},
     "learned_range": "learned",
 }
+_WITH_VARIANCE = "DDPMScheduler"  # the one class whose steps have a variance that is named
 _SPACINGS = ("leading", "linspace", "trailing")
 _WITHOUT_ZERO = ("PNDMScheduler", "HeunDiscreteScheduler")  # classes that know no rescale_betas_zero_snr
 # Keys of which ours computes these values only.
@@ -136,11 +137,13 @@ def scheduler_config(process: Mapping[str, Any], sample: Mapping[str, Any]) -> d
         problems.append(f"its prediction is {prediction!r}")
     if process.get("time_shift", 0):
         problems.append(f"its time_shift is {process['time_shift']}, theirs is 0")
-    if problems:
-        raise UserError(f"this process cannot be written for diffusers: {'; '.join(problems)}")
     kinds = {ours: theirs for theirs, (ours, _) in SAMPLERS.items()}
     wanted, zero = sample.get("sampler", ""), schedule.get("zero_terminal_snr", False)
-    kind = kinds.get(wanted, "")
+    kind, variance = kinds.get(wanted, ""), process.get("variance", "small")
+    if variance == "learned" and kind != _WITH_VARIANCE:
+        problems.append(f"its variance is learned, which {_WITH_VARIANCE} alone reads, and its sampler is {wanted!r}")
+    if problems:
+        raise UserError(f"this process cannot be written for diffusers: {'; '.join(problems)}")
     if not kind or (zero and kind in _WITHOUT_ZERO):
         of = " of a chain that ends in noise alone" if kind else ""
         kind = "DDIMScheduler"
@@ -168,6 +171,8 @@ def scheduler_config(process: Mapping[str, Any], sample: Mapping[str, Any]) -> d
         config["set_alpha_to_one"] = sample.get("end", "clean") == "clean"
     if kind == "PNDMScheduler":
         config["skip_prk_steps"] = True
+    if kind == _WITH_VARIANCE:
+        config["variance_type"] = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}[variance]
     if kind in ("DDPMScheduler", "DDIMScheduler"):
         config["clip_sample"] = bool(process.get("clip", False))
     return config

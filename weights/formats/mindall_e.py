@@ -264,10 +264,19 @@ def _read_tokenizer(origin: Origin, ids: int) -> tuple[Tokenizer | None, tuple[s
     return tokenizer, ()
 
 
+class _WithoutAliases(yaml.SafeLoader):
+    """Plain values alone: references among them make a small file as large as it likes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it refers to parts of itself")
+        return super().compose_node(parent, index)
+
+
 def _read_yaml(origin: Origin, path: Path) -> Any:
     """Reads the config without the keys that a user lets pass; UserError if it is no YAML."""
     try:
-        return without_keys(yaml.safe_load(read_text(path, "config")), origin.leniency.keys)
+        return without_keys(yaml.load(read_text(path, "config"), _WithoutAliases), origin.leniency.keys)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}); fetch it again") from error
 

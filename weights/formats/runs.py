@@ -93,6 +93,19 @@ def denoiser_run(
     return Converted(config, trees, tokenizer=tokenizer, notes=notes)
 
 
+def check_latents(read: int, made: int) -> None:
+    """Compares the channels that a pipeline's UNet reads with those that its first stage makes.
+
+    Raises:
+      UserError: if they differ.
+    """
+    if read != made:
+        raise UserError(
+            f"its UNet reads {read} channels and its first stage makes {made}: pipelines whose UNet sees more than "
+            "latents are not converted"
+        )
+
+
 def read_latent_scale(given: str) -> float:
     """The number of `--latent_scale`.
 

@@ -166,9 +166,10 @@ def test_mindall_e_in_and_out_again(tmp_path, capsys):
     (theirs / "config.yaml").write_bytes(b"stage2: \xff")
     with pytest.raises(UserError, match="config.yaml is not UTF-8 text"):
         convert([f"--input={theirs}", f"--output={tmp_path}/none"])
-    (theirs / "config.yaml").write_text("stage2: [")
-    with pytest.raises(UserError, match="config.yaml is not valid YAML"):
-        convert([f"--input={theirs}", f"--output={tmp_path}/none"])
+    for content, message in (("stage2: [", ""), ("stage2: &all [1]\nstage1: *all", ".it refers to parts of itself")):
+        (theirs / "config.yaml").write_text(content)
+        with pytest.raises(UserError, match=f"config.yaml is not valid YAML {message}"):
+            convert([f"--input={theirs}", f"--output={tmp_path}/none"])
 
 
 def test_mindall_e_s_captions(tmp_path):

@@ -85,6 +85,10 @@ def test_diffusers_there_and_back(tmp_path):
         json.dumps({"_class_name": "DDIMScheduler", "clip_sample": False})
     )
     assert FORMATS["diffusers"].read(origin).config["process"]["variance"] == "learned"
+    with pytest.raises(UserError, match="--tokenizer says nothing of a DiT; leave it out"):
+        FORMATS["diffusers"].read(origin, tokenizer="merges.txt")
+    with pytest.raises(UserError, match="--latent_scale says nothing of a network without a first stage"):
+        FORMATS["diffusers"].read(origin, latent_scale="0.5")
 
 
 def test_a_network_without_a_class_for_none_is_written_as_such_or_refused():

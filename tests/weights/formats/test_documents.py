@@ -206,6 +206,24 @@ def test_a_field_says_what_fits(field, good, bad):
             read_fields("it", {"key": value}, {"key": field})
 
 
+@pytest.mark.parametrize("last", ["x", True])
+def test_a_list_that_is_in_itself_over_and_over_is_refused_at_once(last):
+    """A pickle or YAML of few bytes may hold more values than there is time to read."""
+    value = [last]
+    for _ in range(30):
+        value = [value] * 9
+    for document in (value, {"key": value}, {"key": {"inner": value}}):
+        for field in (fixed(True), whole(), several(whole())):
+            with pytest.raises(UserError, match=r"\[\[") as error:
+                read_fields("it", document, {"key": field})
+            assert len(str(error.value)) < 200
+
+
+def test_a_number_that_python_does_not_write_is_refused():
+    with pytest.raises(UserError, match="key is a huge number; it must be a whole number"):
+        read_fields("it", {"key": 1 << 20_000}, {"key": whole()})
+
+
 def test_lists_are_as_long_as_others_and_all_problems_stand_in_one_line():
     table = {
         "widths": several(whole(), (1, 2)),

@@ -1,6 +1,7 @@
 """Pipelines of Stable Diffusion in and out, and what is refused of them; tests/parity draws with them."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -14,10 +15,13 @@ from sample.conditions import Condition, Order, order_rows
 from sample.samplers import create_sampler
 from sample.trained import CHUNK, TrainedSampler
 from scripts.convert import main as convert
+from weights.files.origin import Folder
 from weights.files.tensors import read_tensors, write_tensors
+from weights.formats.diffusers_pipeline import read_tokenizer
+from weights.formats.diffusers_scheduler import SAMPLERS, read_scheduler, scheduler_config
 from weights.run import Run
 
-from ..stable_diffusion_samples import FIRST_STAGE, LENGTH, PROCESS, SAMPLE, TEXT, write_pipeline
+from ..stable_diffusion_samples import FIRST_STAGE, LENGTH, PROCESS, SAMPLE, TEXT, single_file, write_pipeline
 from ..unet_samples import STABLE_DIFFUSION_1
 
 WEIGHTS = {
@@ -92,8 +96,12 @@ def change_json(path, **changes):
             {"hidden_size": 8, "intermediate_size": 32},
             "text encoder has width 8|are not the",
         ),
-        ("tokenizer/tokenizer_config.json", {"pad_token": 1}, "filled up with 1; it must be a token"),
-        ("tokenizer/tokenizer_config.json", {"pad_token": "<pad>"}, "pad with '<pad>', which is none of its"),
+        ("tokenizer/special_tokens_map.json", {"pad_token": 1}, "filled up with 1; it must be a token"),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"pad_token": "<pad>", "added_tokens_decoder": {}},
+            "pad with '<pad>', which is none of its",
+        ),
         ("unet/config.json", {"in_channels": 9}, "are not the weights|more than latents"),
         ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "not converted: text_encoder_2"),
     ],
@@ -104,6 +112,61 @@ def test_what_would_be_computed_otherwise_is_refused(file, changes, message, the
     with pytest.raises(UserError, match=message):
         convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "special", "pad"),
+    [
+        ({"pad_token": ...}, {"pad_token": "!"}, "!"),
+        ({"pad_token": "<|endoftext|>"}, {"pad_token": {"content": "!"}}, "!"),
+        ({"pad_token": "<|endoftext|>", "added_tokens_decoder": {}}, {"pad_token": "!"}, "<|endoftext|>"),
+        ({"pad_token": "!"}, {"pad_token": ...}, "!"),
+        ({"pad_token": ...}, {"pad_token": ...}, "<|endoftext|>"),
+    ],
+)
+def test_captions_are_filled_up_as_either_layout_of_a_folder_says(config, special, pad, theirs, tmp_path):
+    """Old folders, such as the hub's version 2, say it in the map alone."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(theirs[0] / "tokenizer", folder)
+    change_json(folder / "tokenizer_config.json", **config)
+    change_json(folder / "special_tokens_map.json", **special)
+    assert read_tokenizer(Folder(folder)).clip_vocabulary().pad == pad
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer_config.json is not valid JSON"):
+        read_tokenizer(Folder(folder))
+
+
+def test_every_scheduler_draws_in_as_many_steps_as_the_pipeline(theirs, tmp_path):
+    shutil.copytree(theirs[0], tmp_path / "theirs")
+    change_json(
+        tmp_path / "theirs/scheduler/scheduler_config.json",
+        **{"_class_name": "UniPCMultistepScheduler", "set_alpha_to_one": ..., "skip_prk_steps": ...},
+    )
+    convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
+    sampling = Run.open(tmp_path / "ours").config.sample
+    assert (sampling.sampler, sampling.steps) == ("unipc", 50)
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+def test_the_variance_of_ancestral_steps_goes_out_and_comes_back(variance):
+    process = {**PROCESS, "variance": variance}
+    assert read_scheduler(scheduler_config(process, {**SAMPLE, "sampler": "ddpm"}))[0] == process
+    for sampler, _ in SAMPLERS.values():
+        if variance == "learned" and sampler != "ddpm":
+            with pytest.raises(UserError, match="learned, which DDPMScheduler alone reads, and its sampler is"):
+                scheduler_config(process, {**SAMPLE, "sampler": sampler})
+
+
+def test_what_no_file_of_a_pipeline_says_is_said(ours, tmp_path, capsys):
+    arguments = ["--to=diffusers", f"--run={tmp_path}/run"]
+    shutil.copytree(ours, tmp_path / "run")
+    convert([*arguments, f"--output={tmp_path}/one"])
+    assert "warning" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["sample"] |= {"steps": 20, "guidance_stop": 0.5, "eta": 1.0}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    convert([*arguments, f"--output={tmp_path}/two"])
+    assert "files of a pipeline do not say steps 20, eta 1.0, guidance_stop 0.5, which" in capsys.readouterr().out
 
 
 def test_parts_that_are_left_out_are_named(theirs, tmp_path, capsys):
@@ -193,6 +256,117 @@ def refuse(folder, theirs, seed):
 def test_faults_of_every_kind_end_in_a_line(seeds, theirs, tmp_path):
     refused = sum(refuse(tmp_path / str(seed), theirs[0], seed) for seed in seeds)
     assert refused > 0.85 * len(seeds)  # some keys may have the value that they are given
+
+
+@pytest.fixture(scope="module")
+def authors():
+    """{name: tensor} of one file as its authors have it."""
+    return single_file()
+
+
+@pytest.fixture
+def convert_file(authors, tmp_path):
+    """Converts the authors' file without the tensors of some names, and with others."""
+
+    def change_and_convert(*flags, without=(), **more):
+        kept = {name: tensor for name, tensor in authors.items() if not name.startswith(tuple(without))}
+        write_tensors(tmp_path / "sd-v1.safetensors", kept | more)
+        convert([f"--input={tmp_path}/sd-v1.safetensors", f"--output={tmp_path}/ours", *flags])
+        return Run.open(tmp_path / "ours")
+
+    return change_and_convert
+
+
+BLOCKS = "model.diffusion_model.input_blocks"
+NOTHING = np.zeros((1, 1, 1, 1), np.float32)
+
+
+def test_one_file_comes_in(convert_file):
+    run = convert_file("--image_size=16")
+    assert set(run.models()) == {"denoiser", "first_stage", "text"} and run.config.sample.steps == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{BLOCKS}.0.0.op.weight", "resamples at .0, 2., which no UNet of ours has"),
+        (f"{BLOCKS}.400000000.0.x", "has 5 input_blocks and"),
+        (f"{BLOCKS}.{'9' * 5000}.0.x", "unexpected|are not"),
+    ],
+    ids=["one that is the first", "very high", "too long a number"],
+)
+def test_blocks_that_no_unet_has_are_a_line(name, message, convert_file):
+    with pytest.raises(UserError, match=message):
+        convert_file(**{name: NOTHING})
+
+
+def test_a_file_of_which_the_first_stage_alone_is_known(convert_file):
+    """Such as SDXL's, or one of classes."""
+    changes = {"without": ["cond_stage_model."], "conditioner.embedders.0.x": NOTHING}
+    with pytest.raises(UserError, match="without a text encoder that is known, .*; give --only=first_stage for"):
+        convert_file(**changes)
+    assert set(convert_file("--only=first_stage", **changes).models()) == {"autoencoder"}
+
+
+def test_a_file_whose_unet_sees_more_than_latents_is_refused(convert_file, authors):
+    name = f"{BLOCKS}.0.0.weight"
+    with pytest.raises(UserError, match="UNet reads 9 channels and its first stage makes 4: pipelines"):
+        convert_file(**{name: np.zeros((authors[name].shape[0], 9, 3, 3), np.float32)})
+
+
+@pytest.mark.parametrize("option", ["prediction=v", "image_size=512", "tokenizer=merges.txt"])
+def test_options_that_a_first_stage_does_not_read_are_refused(option, convert_file):
+    with pytest.raises(UserError, match=f"--{option.partition('=')[0]} says nothing of a first stage; leave it out"):
+        convert_file("--only=first_stage", f"--{option}")
+
+
+@pytest.mark.parametrize(
+    ("subfolder", "without", "option", "what"),
+    [
+        ("vae", (), "tokenizer", "a first stage"),
+        ("", ("text_encoder",), "tokenizer", "a UNet without a text encoder"),
+        ("", ("text_encoder", "vae"), "latent_scale", "a network without a first stage"),
+    ],
+)
+def test_options_that_a_folder_does_not_read_are_refused(subfolder, without, option, what, theirs, tmp_path):
+    shutil.copytree(theirs[0], tmp_path / "theirs")
+    for folder in without:
+        shutil.rmtree(tmp_path / "theirs" / folder)
+    with pytest.raises(UserError, match=f"--{option} says nothing of {what}; leave it out"):
+        convert(
+            [f"--subfolder={subfolder}", f"--{option}=1", f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"]
+        )
+
+
+def refuse_file(folder, authors, seed):
+    """Whether one file with a fault of a seed is refused, in one line."""
+    rng = np.random.default_rng(seed)
+    tensors, name = dict(authors), sorted(authors)[rng.integers(len(authors))]
+    array = tensors.pop(name)
+    wild = str((7, 65, 10**8, 10**30)[rng.integers(4)])
+    tensors |= (
+        *({}, {f"{name}_": array}, {name: np.zeros((*array.shape, 1), np.float32)}, {name: array * np.nan}),
+        *({name: array[:0]}, {re.sub(r"\d+", wild, name, count=1) + ("" if re.search(r"\d", name) else "_"): array}),
+    )[rng.integers(6)]
+    path = folder / "sd-v1.safetensors"
+    write_tensors(path, tensors)
+    if rng.integers(6) == 0:
+        path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size - 1)])
+    try:
+        convert([f"--input={path}", f"--output={folder}/ours", "--image_size=16"])
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000, str(error)
+        assert not (folder / "ours").exists()
+        return True
+    return False
+
+
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 108), marks=pytest.mark.slow)], ids=["few", "many"])
+def test_faults_of_one_file_end_in_a_line(seeds, authors, tmp_path):
+    for seed in seeds:
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        assert refuse_file(folder, authors, seed), seed
 
 
 def test_half_precision_leaves_the_first_stage_as_it_is(ours):

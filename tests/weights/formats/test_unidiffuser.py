@@ -1,10 +1,13 @@
 """UniDiffuser's networks in their authors' layout, in and out, and how many tensors the published files have."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 import models
+from cli.errors import UserError
 from scripts.convert import main as convert
 from weights.files.tensors import read_tensors, write_tensors
 from weights.formats import FORMATS, diffusers_unidiffuser, unidiffuser
@@ -58,3 +61,10 @@ def test_published_files_have_their_number_of_tensors(kinds, theirs, diffusers):
     assert len(names) + 2 == diffusers  # with the patch embedding that nothing reads
     skip = unidiffuser.LAYOUT.write_deferred(shapes)["out_blocks.14.skip_linear.weight"]
     assert skip.shape == (1536, 3072)
+
+
+@pytest.mark.parametrize("kind", ["UniDiffuserModel", "UniDiffuserTextDecoder"])
+def test_options_that_they_do_not_read_are_refused(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(UserError, match=f"--latent_scale, --tokenizer says nothing of a {kind}; leave it out"):
+        convert([f"--input={tmp_path}", f"--output={tmp_path}/ours", "--latent_scale=1", "--tokenizer=merges.txt"])
