@@ -67,8 +67,7 @@ def draw_samples(
     description, shown = order.describe(trained), num
     if clip is not None and made.images is not None:
         shown = keep or num
-        prompts = [str(condition.prompt) for condition in order.conditions for _ in range(num)]
-        cosines = clip.cosines(made.images, prompts).reshape(count, num)
+        cosines = clip.cosines(made.images, order.captions(num)).reshape(count, num)
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :shown]  # of equals, the one drawn first
         kept = (best + num * np.arange(count)[:, None]).ravel().tolist()
         made = made.take(kept)

@@ -14,7 +14,7 @@ from cli.errors import UserError
 from cli.ranges import check_seed
 from data.preprocess import transform_pair
 from sample.files import read_fitted
-from sample.prompts import Weighted, encode_prompts, parse_weights
+from sample.prompts import Weighted, encode_prompts, parse_weights, plain
 from sample.samplers.contract import besides
 from sample.sheets.grid import to_uint8
 from sample.trained import Rows, TrainedSampler
@@ -108,6 +108,13 @@ class Order:
         more = {"negative": self.negative_prompt, "mask": self.mask}
         return (*self.conditions[0].rows, *(row for row, value in more.items() if value is not None))
 
+    def captions(self, num: int = 1) -> list[str]:
+        """The prompt of each of `num` samples of each condition as others read it, without weights; [] without any."""
+        prompts = [condition.prompt for condition in self.conditions if condition.prompt is not None]
+        if self.prompt_weights:
+            prompts = [plain(parse_weights(prompt)) for prompt in prompts]
+        return [prompt for prompt in prompts for _ in range(num)]
+
     def records(self, num: int) -> list[dict[str, Any]]:
         """Condition, seed and index of each of `num` samples of each condition."""
         return [
@@ -174,7 +181,7 @@ def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
     """Prompts and the negative one with their weights, in as many chunks as the longest needs; prints the weights.
 
     Raises:
-      UserError: if there are no prompts, brackets do not match, or the run reads captions otherwise.
+      UserError: if there are no prompts, one is empty, brackets do not match, or the run reads captions otherwise.
     """
     context = getattr(trained.sampler, "text", None)
     if not getattr(context, "frozen", False) or any(condition.prompt is None for condition in order.conditions):
@@ -187,13 +194,13 @@ def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
     for prompt, of_prompt in dict(zip(prompts, parts, strict=True)).items():
         if order.prompt_weights:
             print(f"weights of {prompt!r}: " + ", ".join(f"{part.text!r} {part.weight:.3g}" for part in of_prompt))
-    if not order.long_prompts:
-        trained.encode(["".join(part.text for part in of_prompt) for of_prompt in parts])  # says what is cut
-    length = trained.config.data.text_length
-    assert trained.tokenizer is not None  # or the run would have no context
-    text, weights = encode_prompts(trained.tokenizer, parts, length)
+    captions, length = [plain(of_prompt) for of_prompt in parts], trained.config.data.text_length
+    text, weights, chunks = encode_prompts(trained.tokenizer_for(captions), parts, length)
     if not order.long_prompts:
         text, weights = text[:, :length], weights[:, :length]
+        for caption, needed in zip(captions, chunks, strict=True):
+            if needed > 1:
+                trained.warn_of_cut(caption)
     count, rows = len(order.conditions), {"text": text, "text_weights": weights}
     if order.negative_prompt is not None:
         rows |= {f"negative{end}": np.repeat(rows[f"text{end}"][count:], count, axis=0) for end in ("", "_weights")}

@@ -18,8 +18,9 @@ from cli.errors import UserError
 from data.tokenizer import Tokenizer
 
 STEP = 1.1  # what a bracket without a number multiplies by
+MOST = 100.0  # what words count at most, brackets multiplied; at least, its inverse
 
-_TOKEN = re.compile(r"\\[()\[\]\\]|:\s*[+-]?\d*\.?\d+\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
+_TOKEN = re.compile(r"\\[()\[\]\\]|:\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
 _CLOSING = {"(": ")", "[": "]"}
 
 
@@ -34,7 +35,7 @@ def parse_weights(prompt: str) -> tuple[Weighted, ...]:
     """Takes the brackets of a prompt apart; neighbors of equal weight are one part.
 
     Raises:
-      UserError: if a bracket is not closed or not opened, or a weight is not above 0.
+      UserError: if a bracket is not closed or not opened, or words count more than `MOST` or less than its inverse.
     """
     parts: list[Weighted] = []
     opened: list[tuple[str, int]] = []  # brackets, and the part that each begins with
@@ -44,6 +45,10 @@ def parse_weights(prompt: str) -> tuple[Weighted, ...]:
             raise UserError(f"the prompt {prompt!r} closes a {kind} that nothing opens; write \\{kind} for the sign")
         _, start = opened.pop()
         parts[start:] = [Weighted(text, weight * factor) for text, weight in parts[start:]]
+        for text, weight in parts[start:]:
+            if not 1 / MOST <= weight <= MOST:
+                bounds = f"a weight must lie between {1 / MOST:g} and {MOST:g}"
+                raise UserError(f"the prompt {prompt!r} weighs {text!r} by {weight:g}; {bounds}")
 
     for token in _TOKEN.findall(prompt):
         if token in _CLOSING:
@@ -52,11 +57,8 @@ def parse_weights(prompt: str) -> tuple[Weighted, ...]:
             close(")", STEP)
         elif token == "]":
             close("]", 1 / STEP)
-        elif token.startswith(":") and token.endswith(")") and opened and opened[-1][0] == "(":
-            factor = float(token[1:-1])
-            if factor <= 0:
-                raise UserError(f"the prompt {prompt!r} weighs words by {factor:g}; a weight must be above 0")
-            close(")", factor)
+        elif token.startswith(":") and token.endswith(")"):
+            close(")", float(token[1:-1]))
         else:
             text = token[1:] if token.startswith("\\") and len(token) == 2 else token
             parts.append(Weighted(text, 1.0))
@@ -72,10 +74,15 @@ def parse_weights(prompt: str) -> tuple[Weighted, ...]:
     return tuple(merged)
 
 
+def plain(parts: Sequence[Weighted]) -> str:
+    """The words of a prompt, without brackets and weights."""
+    return "".join(part.text for part in parts)
+
+
 def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[Sequence[Weighted]], length: int
-) -> tuple[Int[np.ndarray, "n l"], Float[np.ndarray, "n l"]]:
-    """Prompts as ids and weights [n, k length], all of as many chunks k as the longest needs.
+) -> tuple[Int[np.ndarray, "n l"], Float[np.ndarray, "n l"], tuple[int, ...]]:
+    """Prompts as ids and weights [n, k length], all of as many chunks k as the longest needs; and how many each needs.
 
     Args:
       tokenizer: one that frames captions.
@@ -92,7 +99,8 @@ def encode_prompts(
     for parts in prompts:
         ids = [(one, part.weight) for part in parts for one in tokenizer.pieces(part.text)]
         rows.append([ids[start : start + room] for start in range(0, max(1, len(ids)), room)])
-    chunks = max(map(len, rows))
+    needed = tuple(map(len, rows))
+    chunks = max(needed)
     texts = np.full((len(rows), chunks, length), tokenizer.pad_id, np.int32)
     weights = np.ones((len(rows), chunks, length), np.float32)
     for row, text, weight in zip(rows, texts, weights, strict=True):
@@ -100,4 +108,4 @@ def encode_prompts(
             ids = row[place] if place < len(row) else []
             text[place, : len(ids) + 2] = [tokenizer.start_id, *(one for one, _ in ids), tokenizer.end_id]
             weight[place, 1 : len(ids) + 1] = [value for _, value in ids]
-    return texts.reshape(len(rows), -1), weights.reshape(len(rows), -1)
+    return texts.reshape(len(rows), -1), weights.reshape(len(rows), -1), needed

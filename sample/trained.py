@@ -231,8 +231,8 @@ class TrainedSampler:
                     "again"
                 )
 
-    def encode(self, captions: Sequence[str]) -> Rows:
-        """Tokenizes captions for a request: {"text": int32 [n l]}.
+    def tokenizer_for(self, captions: Sequence[str]) -> Tokenizer:
+        """The tokenizer that reads captions.
 
         Raises:
           UserError: if a caption is empty, or the run has no text.
@@ -242,11 +242,23 @@ class TrainedSampler:
             raise UserError(f"{self.run.folder} takes no captions; it has no tokenizer{hint}")
         if any(not caption.strip() for caption in captions):
             raise UserError("the prompt is empty; describe a picture, for example --prompt='a small red circle'")
-        length = self.config.data.text_length
-        encoded = [self.tokenizer.encode(caption, length) for caption in captions]
+        return self.tokenizer
+
+    def warn_of_cut(self, caption: str) -> None:
+        """Says that a caption is too long."""
+        print(f"warning: only the first {self.config.data.text_length} tokens count of {caption!r}", flush=True)
+
+    def encode(self, captions: Sequence[str]) -> Rows:
+        """Tokenizes captions for a request: {"text": int32 [n l]}.
+
+        Raises:
+          UserError: if a caption is empty, or the run has no text.
+        """
+        tokenizer = self.tokenizer_for(captions)
+        encoded = [tokenizer.encode(caption, self.config.data.text_length) for caption in captions]
         for caption, one in zip(captions, encoded, strict=True):
             if one.truncated:
-                print(f"warning: only the first {length} tokens count of {caption!r}", flush=True)
+                self.warn_of_cut(caption)
         return {"text": np.stack([one.ids for one in encoded])}
 
     def decode(self, ids: Int[np.ndarray, "n l"]) -> tuple[str, ...]:

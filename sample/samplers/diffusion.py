@@ -35,6 +35,7 @@ from models.clip import Clip
 from models.clip_text import ClipText
 from models.conditioning import Conditioning
 from sample.first_stage import FirstStage
+from sample.prompts import MOST
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
 
@@ -571,10 +572,15 @@ def _draw(
 
 
 def weigh(tokens: Float[Array, "b l d"], weights: Float[Array, "b l"]) -> Float[Array, "b l d"]:
-    """Features times the weights of their tokens, scaled so that each caption's mean is what it was."""
+    """Features times the weights of their tokens, scaled so that each caption's mean is what it was.
+
+    Where features of both signs cancel, so that the scale is none that weights from 1 / `MOST` to `MOST` lead to among
+    features of one sign, nothing is scaled: it would grow without bound, or turn all signs.
+    """
     weighed = tokens * weights[..., None]
     before, after = (jnp.mean(each, axis=(1, 2), keepdims=True) for each in (tokens, weighed))
-    return (weighed * jnp.where(after == 0, 1, before / after)).astype(tokens.dtype)
+    scale = before / after
+    return (weighed * jnp.where((scale >= 1 / MOST) & (scale <= MOST), scale, 1)).astype(tokens.dtype)
 
 
 def state_scales(plan: Plan) -> Float[np.ndarray, " s"]:

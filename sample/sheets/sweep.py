@@ -180,7 +180,7 @@ class Measure:
         self._clip = clip
         self._grader: SceneGrader | None = None
         self._unread: set[str] = set()
-        captions = {condition.prompt for cell in cells for condition in cell.order.conditions} - {None}
+        captions = {caption for cell in cells for caption in cell.order.captions()}
         if "image" not in trained.sampler.makes:
             captions = set()
         if clip is not None and not captions:
@@ -198,8 +198,7 @@ class Measure:
 
     def __call__(self, order: Order, made: Made, num: int, seconds: float) -> dict[str, Any]:
         """Measures the samples of a cell, those of a condition together."""
-        images, count = made.images, num * len(order.conditions)
-        captions = [condition.prompt for condition in order.conditions for _ in range(num)]
+        images, count, captions = made.images, num * len(order.conditions), order.captions(num)
         accuracy = score = None
         if images is not None and self._grader is not None and not self._unread & set(captions):
             accuracy = float(np.mean([grade["all"] for grade in self._grader.grade(captions, images)]))

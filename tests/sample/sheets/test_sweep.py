@@ -10,6 +10,7 @@ from PIL import Image
 
 import sample.samplers.diffusion
 from cli.errors import UserError
+from data.scenes.grader import SceneGrader
 from evaluation.caption_accuracy import captioned_pictures
 from sample.__main__ import main
 from sample.conditions import Made, Order, make_conditions
@@ -128,6 +129,16 @@ def test_accuracy_and_clip_score_are_those_of_the_pictures(diffusion_run, debug_
     assert right["clip_score"] == pytest.approx(100 * max(cosine, 0), abs=1e-4)
     blurred = np.concatenate([true.images[:3], np.zeros_like(true.images[3:])])
     assert measure(order, Made(blurred, None), 1, 2.0)["accuracy"] == 0.75
+
+
+def test_weighed_words_are_measured_without_brackets(diffusion_run, monkeypatch):
+    trained, read = TrainedSampler.open(diffusion_run("captions")), []
+    monkeypatch.setattr(ClipEmbedder, "cosines", lambda _, __, captions: read.append(captions) or np.ones(2))
+    monkeypatch.setattr(SceneGrader, "grade", lambda _, captions, __: read.append(captions) or [{"all": True}] * 2)
+    order = Order(make_conditions([f"({prompt}:1.3)" for prompt in PROMPTS]), prompt_weights=True)
+    measure = Measure(trained, [Cell({}, order, {})], ClipEmbedder(trained))
+    measure(order, Made(np.zeros((2, 32, 32, 3), np.uint8), None), 1, 2.0)
+    assert read == [list(PROMPTS)] * 2
 
 
 def test_a_caption_that_cannot_be_graded_leaves_accuracy_empty(diffusion_run, capsys):

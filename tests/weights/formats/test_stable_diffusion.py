@@ -1,5 +1,6 @@
 """Pipelines of Stable Diffusion in and out, and what is refused of them; tests/parity draws with them."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,9 @@ import pytest
 
 from cli.errors import UserError
 from sample.__main__ import main as sample
-from sample.conditions import Condition, Order, order_rows
+from sample.command import draw_samples
+from sample.conditions import Condition, Made, Order, make_conditions, order_rows
+from sample.embedding import ClipEmbedder
 from sample.samplers import create_sampler
 from sample.trained import CHUNK, TrainedSampler
 from scripts.convert import main as convert
@@ -411,3 +414,28 @@ def test_prompts_with_weights_and_beyond_the_context(ours, tmp_path, capsys):
     assert "'red' 2, ' cat' 1" in said and '"prompt_weights": true' in said and (tmp_path / "grid.png").is_file()
     cut = order_rows(trained, Order((Condition(long),), 0, {}, prompt_weights=True))
     assert cut["text"].shape == (1, LENGTH) and "only the first 8 tokens count" in capsys.readouterr().out
+    # In parts it has 8 tokens, and together, as "cat", 6.
+    parts = make_conditions(["red cat red cat red (c:2)at", "red (cat:2)"])
+    order_rows(trained, Order(parts, prompt_weights=True))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: only the first 8 tokens count of 'red cat red cat red cat'"]
+
+
+@pytest.mark.parametrize("asked", ["long_prompts", "prompt_weights"])
+def test_prompts_that_nothing_reads_get_a_line(ours, asked):
+    trained = TrainedSampler.open(ours)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        order_rows(trained, Order((Condition(" "),), **{asked: True}))
+    without = dataclasses.replace(trained, tokenizer=None)
+    with pytest.raises(UserError, match="has no tokenizer; convert it again, with --tokenizer"):
+        order_rows(without, Order((Condition("a cat"),), **{asked: True}))
+
+
+def test_pictures_are_compared_with_prompts_without_brackets(ours, monkeypatch):
+    trained, compared = TrainedSampler.open(ours), []
+    monkeypatch.setattr(ClipEmbedder, "cosines", lambda _, __, captions: compared.extend(captions) or np.zeros(4))
+    monkeypatch.setattr("sample.command.draw", lambda *_: Made(np.zeros((4, 16, 16, 3), np.uint8), None))
+    order = Order(make_conditions(["a (red:1.3) cat", r"[a] \(cat\)"]), prompt_weights=True)
+    drawn = draw_samples(trained, order, 2, ClipEmbedder(trained))
+    assert compared == ["a red cat", "a red cat", "a (cat)", "a (cat)"]
+    assert drawn.records[0]["prompt"] == "a (red:1.3) cat"
