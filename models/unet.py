@@ -7,7 +7,7 @@ Models", appendix E.
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -87,6 +87,9 @@ class UNet(nn.Module):
       param_dtype: of the parameters.
     """
 
+    # Training may go on with larger pictures; see `adapt`.
+    ADAPTABLE: ClassVar[tuple[str, ...]] = ("image_size",)
+
     image_size: int
     in_channels: int
     width: int
@@ -139,6 +142,11 @@ class UNet(nn.Module):
     def heads_of(self, width: int) -> int:
         """Number of heads of an attention over so many channels."""
         return self.heads or width // self.head_width
+
+    def adapt(self, params: Any, theirs: "UNet") -> Any:
+        """Parameters of a network that differs in `ADAPTABLE`, as they are: none depends on the size of a picture."""
+        del theirs
+        return params
 
     def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Conditioning]:
         """Shapes of the first arguments of `__call__`."""

@@ -6,11 +6,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
+from configs.common import get_defaults
 from sample.trained import TrainedSampler
 from train.loop import train
+from train.state import create_state
+from train.transfer import initialize_parts
 from weights.pretrained import write_pretrained
 from weights.run import Run
 from weights.sources import Part, random_part
@@ -80,6 +84,24 @@ def test_a_clip_goes_on_at_another_resolution_and_nothing_else_may_differ(scenes
     )
     with pytest.raises(UserError, match="activation: 'quick_gelu', not 'gelu'"):
         train(config(scenes_dir, "clip.py", *settings, "--config.models.clip.activation=gelu"), tmp_path / "other")
+
+
+def test_a_unet_goes_on_with_larger_pictures(tmp_path):
+    model = {"name": "unet", "image_size": 4, "in_channels": 2, "width": 4, "multipliers": (1,), "blocks": 1}
+    model |= {"attention_levels": (), "heads": 1, "groups": 2}
+    trained, new = (Part(model, **jax.jit(lambda seed=seed: random_part(model, seed).trees())()) for seed in (0, 1))
+    described = {"objective": "diffusion", "models": {"denoiser": model}}
+    write_pretrained(tmp_path / "small", described, {"denoiser": trained.params}, {}, provenance={})
+    run = get_defaults()
+    run.models.denoiser = ConfigDict({**model, "image_size": 8})
+    run.initialize.denoiser = ConfigDict({"source": str(tmp_path / "small"), "part": "denoiser"})
+    state = create_state({"denoiser": new.params}, {}, {}, averaged={})
+    assert_same_trees(initialize_parts(run, state, lambda params: {}).params["denoiser"], trained.params)
+    run.models.denoiser.norm_epsilon = 1e-6
+    with pytest.raises(
+        UserError, match="is another network than config.models.denoiser: norm_epsilon: 1e-05, not 1e-06"
+    ):
+        initialize_parts(run, state, lambda params: {})
 
 
 @pytest.mark.slow
