@@ -40,10 +40,9 @@ from data.tokenizer import Tokenizer
 from train.distributed.mesh import batch_sharding, make_mesh, place_batch
 from train.distributed.sharding import shardings
 from train.environment import describe_environment
-from train.precomputed import FIELDS, part_of
+from train.precomputed import FIELDS, part_of, weights_of
 from train.progress import ProgressBar
-from weights.fingerprint import fingerprint
-from weights.sources import abstract_frozen, load_frozen, load_part
+from weights.sources import abstract_frozen, load_frozen
 
 Tree = Any
 
@@ -163,7 +162,7 @@ def precompute(
     tokenizer = load_tokenizer(data) if captions and data.text_length else None
     made = made_of(name, data, tokenizer)
     builder = field.build(config, part)
-    weights = fingerprint(load_part(config.frozen[part], config.seed))
+    weights = weights_of(config, part)
     folder = field_folder(name, data, tokenizer, weights)
     abstract = {part: abstract_frozen(config)[part]}
     placed = jax.tree.map(
@@ -220,11 +219,18 @@ def _fill(
     rows: Any,
     check: Callable[[], None],
 ) -> None:
-    """Appends what is missing of a file, while `check` finds that nobody else does."""
+    """Appends what is missing of a file, while `check` finds that nobody else does.
+
+    Raises:
+      UserError: if there are rows, and no notes of which could not be read.
+    """
     notes = path.with_suffix(".json")
+    if not notes.is_file() and (writer.done or items.unit == "caption"):  # written before rows, and captions' starts
+        starts = f" and {starts_of(path).name}" if items.unit == "caption" else ""
+        raise UserError(f"{notes}, which says what could not be read, is missing; remove {path}*{starts} to begin anew")
     before = json.loads(notes.read_text(encoding="utf-8"))["damaged"] if notes.is_file() else []
     known: set[int] = set(before) if writer.done or items.unit == "caption" else set()
-    if writer.done < writer.total or not notes.is_file():
+    if writer.done < writer.total:
         _write_json(notes, {"damaged": sorted(known)})
     if writer.done == writer.total:
         print(f"{label}: all {writer.total} are there", flush=True)

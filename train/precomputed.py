@@ -26,6 +26,7 @@ from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network
 from train.distributed.processes import from_first
 from weights.fingerprint import fingerprint
+from weights.run import model_of
 from weights.sources import abstract_frozen, load_part
 
 Tree = Any
@@ -127,7 +128,7 @@ def locate_precomputed(config: ConfigDict, tokenizer: Tokenizer | None) -> Confi
 
 def _find(config: ConfigDict, tokenizer: Tokenizer | None, name: str) -> Location:
     part = part_of(config, name)
-    weights = fingerprint(load_part(config.frozen[part], config.seed))
+    weights = weights_of(config, part)
     own = field_folder(name, config.data, tokenizer, weights)
     folder = own if config.data[name] == AUTO else locate(config.data[name])
     made = read_provenance(folder)
@@ -142,6 +143,15 @@ def _find(config: ConfigDict, tokenizer: Tokenizer | None, name: str) -> Locatio
             f"config.frozen.{part}; {again}, or set config.data.{name}=auto"
         )
     return folder
+
+
+def weights_of(config: ConfigDict, part: str) -> str:
+    """The `fingerprint` of the frozen network that computes, which is the resolved config's.
+
+    Its source may leave open what the config says, such as the dtype.
+    """
+    entry = config.frozen[part]
+    return fingerprint(dataclasses.replace(load_part(entry, config.seed), model=model_of(entry)))
 
 
 def part_of(config: ConfigDict, name: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
@@ -27,9 +28,10 @@ from scripts.precompute import main
 from train import feature_pass
 from train.feature_pass import _VIEW_SEED, precompute
 from train.loop import train
-from train.precomputed import locate_precomputed
+from train.precomputed import locate_precomputed, weights_of
+from weights.pretrained import write_pretrained
 from weights.run import model_of, read_metrics
-from weights.sources import load_frozen
+from weights.sources import Part, load_frozen, random_part, resolve_frozen
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -265,6 +267,13 @@ def test_what_is_stale_is_refused_in_one_line(make_config, tmp_path):
         with pytest.raises(UserError, match=f"is of {key} {value}, not .*; remove it"):
             precompute(config, "image_tokens")
     (folder / "provenance.json").write_text(json.dumps(provenance))
+    notes = folder / "train-center_square.json"
+    kept = notes.read_bytes()
+    notes.unlink()
+    refused("train-center_square.npy is damaged")
+    with pytest.raises(UserError, match=r"train-center_square.json, .*, is missing; remove .*-center_square.npy\* to"):
+        precompute(config, "image_tokens")
+    notes.write_bytes(kept)
     rows = np.load(folder / "train-center_square.npy")
     np.save(folder / "train-center_square.npy", rows[:-1])
     refused("has 299 records, but the split has 300; remove it")
@@ -276,6 +285,22 @@ def test_what_is_stale_is_refused_in_one_line(make_config, tmp_path):
             precompute(config, "image_tokens")
     (folder / "train-center_square.npy").write_bytes(b"no array")
     refused("is damaged")
+
+
+def test_the_network_that_computes_names_what_is_stored(tmp_path):
+    """Its source may leave open what it computes in, and the config says that."""
+    fields = {"name": "dvae", "image_size": 8, "encoder_hidden": 4, "decoder_hidden": 4, "decoder_init": 4}
+    fields |= {"vocab_size": 4, "width_multipliers": (1,), "blocks_per_group": 1}
+    part = Part(fields, **jax.jit(lambda: random_part(fields, 0).trees())())
+    described = {"objective": "dvae", "models": {"dvae": fields}}
+    write_pretrained(tmp_path / "dvae", described, {"dvae": part.params}, {}, provenance={})
+    hashes = {}
+    for dtype in ("float32", "bfloat16"):
+        entry = {"name": "dvae", "dtype": dtype, "source": str(tmp_path / "dvae"), "part": "dvae", "step": 0}
+        config = ConfigDict({"seed": 0, "frozen": {"dvae": entry}})
+        resolve_frozen(config)
+        hashes[dtype] = weights_of(config, "dvae")
+    assert hashes["float32"] != hashes["bfloat16"]
 
 
 def test_a_picture_that_cannot_be_read_is_replaced_together_with_its_caption(make_config, monkeypatch):
