@@ -393,8 +393,8 @@ class VQAutoencoder(Autoencoder):
 class LatentStatistics(nn.Module):
     """What was measured of latents, over all channels: the collection `statistics`.
 
-    Training measures them anew, of the weights that are used, whenever it saves; see `measure_latents`. Zero `count`
-    means that nothing was measured yet.
+    Training measures them anew, of the weights that are used, whenever it saves, but where a signal ends it; see
+    `measure_latents`. Zero `count` means that nothing was measured yet.
     """
 
     @nn.compact

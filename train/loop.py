@@ -320,11 +320,13 @@ def _reader(config: ConfigDict, training: _Training, seen: int) -> BatchReader:
 def _measure(config: ConfigDict, training: _Training, state: TrainState, hurry: bool) -> TrainState:
     """Lets an objective find out what it has to of the weights that are kept; each example is seen once.
 
-    In a hurry it sees one batch: a run that is being stopped has seconds, and goes on later.
+    A run that is being stopped has seconds, and goes on later: in a hurry, what was found before stays, and where there
+    is nothing of more than a batch, one batch is seen.
     """
     program, size = training.program, config.batch_size
-    wanted = getattr(program.objective, "measured", 0)
-    if not wanted:
+    objective: Any = program.objective
+    wanted = getattr(objective, "measured", 0)
+    if not wanted or (hurry and objective.has_measured(state.variables)):
         return state
     wanted = min(wanted, size) if hurry else wanted
     with contextlib.closing(_reader(config, training, 0)) as reader:

@@ -137,7 +137,7 @@ def make_measure(config: ConfigDict, objective: Any) -> Callable[[TrainState, Tr
     """Returns `measure(state, frozen, batch, number) -> state`, of an objective that has a `measure`."""
 
     def measure(state: TrainState, frozen: Tree, batch: Batch, number: Array) -> TrainState:
-        rng = jax.random.key(config.seed)
+        rng = jax.random.fold_in(jax.random.key(config.seed), number)
         params = state.inference_params
         variables = objective.measure(params, state.variables, frozen, batch, rng, number)
         return dataclasses.replace(state, variables=variables)

@@ -1,16 +1,23 @@
 """One update: microbatches, and updates that are not finite."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from cli.config import load_config
 from cli.errors import UserError
+from train import loop
 from train.distributed.mesh import make_mesh, place_batch
 from train.program import create_program
-from train.state import count_examples
+from train.state import count_examples, create_state
+from train.step import make_measure
 from weights.sources import load_frozen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +61,42 @@ def test_microbatches_give_the_update_of_the_whole_batch(name):
     others = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(parts.opt_state) if "mu" in str(path)]
     for moment, other in zip(moments, others, strict=True):
         np.testing.assert_allclose(other, moment, atol=1e-5 * max(np.max(np.abs(moment)), 1e-12))
+
+
+class Draws:
+    """An objective that finds out what it draws."""
+
+    measured = 6
+
+    def measure(self, params, variables, frozen, batch, rng, number):
+        return {"drawn": variables["drawn"].at[number].set(jax.random.normal(rng)), "count": number + 1.0}
+
+    def has_measured(self, variables):
+        return float(variables["count"]) > 1
+
+
+def test_each_batch_that_is_measured_has_a_key_and_a_hurry_throws_nothing_away(monkeypatch):
+    measure = make_measure(ConfigDict({"seed": 0}), Draws())
+    program = SimpleNamespace(objective=Draws(), measure=measure, in_mesh=contextlib.nullcontext, rows=None)
+    training = Mock(loop._Training, program=program, rows=[], frozen={})
+    training.stream = SimpleNamespace(pass_batches=lambda size: 9)
+    reads = []
+
+    def read(*_):
+        reads.append("opened")
+        yield from ({} for _ in range(9))
+
+    monkeypatch.setattr(loop, "_reader", read)
+    monkeypatch.setattr(loop, "place_batch", lambda batch, *_: batch)
+    settings = ConfigDict({"batch_size": 2})
+    new = create_state({}, {"drawn": jnp.zeros(3), "count": jnp.zeros(())}, {}, averaged={})
+    one = loop._measure(settings, training, new, hurry=True)  # there was nothing before
+    assert float(one.variables["count"]) == 1
+    assert float(loop._measure(settings, training, one, hurry=True).variables["count"]) == 1
+    full = loop._measure(settings, training, one, hurry=False)
+    assert float(full.variables["count"]) == 3 and len(set(full.variables["drawn"].tolist())) == 3
+    assert full.variables["drawn"].all() and len(reads) == 3
+    assert loop._measure(settings, training, full, hurry=True) is full and len(reads) == 3
 
 
 def test_a_codebook_takes_microbatches_in_turn():

@@ -272,6 +272,10 @@ class AutoencoderObjective:
             z = draw_posterior(z, example_keys(rng, batch))
         return {**variables, "autoencoder": {**own, "statistics": {"latents": measure_latents(before, z)}}}
 
+    def has_measured(self, variables: Tree) -> bool:
+        """Whether there are statistics of more than a batch, which are better than those that one batch gives."""
+        return float(jax.device_get(variables["autoencoder"]["statistics"]["latents"]["count"])) > 1
+
     def preview(
         self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""]
     ) -> dict[str, Preview]:

@@ -52,7 +52,9 @@ class Objective(Protocol):
     An objective may have to find out something of the weights that are kept, such as the deviation of their latents:
     it then has a number of examples `measured`, and a method `measure(params, variables, frozen, batch, rng, number)
     -> variables`. Whenever the run saves, that is called with the weights of inference for the first so many examples
-    of the stream, in batches whose `number` counts from 0; for one batch where a signal ends the run.
+    of the stream, in batches whose `number` counts from 0, each with a key of its own. Where a signal ends the run,
+    what was found before stays, if the method `has_measured(variables)` says that there is some, of weights some
+    updates older; else one batch is seen.
     """
 
     def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:

@@ -228,6 +228,7 @@ def test_latents_are_measured_anew_over_all_batches(step):
         [found["mean"], found["square"], found["count"]], [z.mean(), (z**2).mean(), 2], rtol=1e-5
     )
     assert_trees_close(moved["discriminator"], stale["discriminator"], 0)
+    assert objective.has_measured(moved) and not objective.has_measured(variables)
 
 
 def test_lpips_stands_beside_every_pixel():
