@@ -1,6 +1,6 @@
 """Captioners on a frozen CLIP: next-token prediction behind a prefix of features (Mokady et al. 2021, equation 3).
 
-    loss = mean over the tokens of captions, their ends among them, of -ln p
+    loss = mean over captions of the mean over a caption's tokens, its end among them, of -ln p
 
 The prefix and the start token are read and not predicted, pads neither. With `config.trainable` GPT-2 may stay as it
 is, so that the mapper alone learns (section 3.2).
