@@ -173,6 +173,7 @@ def evaluate_run(
 
     if not checked:
         trained.check_settings(settings, besides=False)
+    settings = {**trained.inferred, **settings}
     for split in () if "point" in sampler.makes else splits:
         _check_records(trained, names, split, num)
     provenance, records, failed = _provenance(trained, num, seed, settings), [], []

@@ -24,8 +24,9 @@ from weights.sources import load_frozen, resolve_frozen
 
 Rows = dict[str, np.ndarray]
 
-# One size for every command, so that a picture comes out of the same program whichever command draws it. Diffusions of
-# large pictures draw as many as have the pixels of 64 of 64 x 64, which is one of 512 x 512.
+# One size for every command, so that a picture comes out of the same program whichever command draws it. Diffusions,
+# and whatever else reads or makes large pictures by a first stage, take as many as have the pixels of 64 of 64 x 64,
+# which is one of 512 x 512.
 CHUNK = 64
 _PIXELS = CHUNK * 64 * 64
 
@@ -91,7 +92,8 @@ class TrainedSampler:
         sampler = create_sampler(config)
         config.sample = ConfigDict({**sampler.settings, **config.sample})  # an older run may lack settings
         weights = run.load(step, ema)
-        most = max(1, _PIXELS // max(1, config.data.image_size) ** 2) if config.objective == "diffusion" else CHUNK
+        large = FIRST_STAGE in config.frozen or config.objective in ("diffusion", "autoencoder")
+        most = max(1, _PIXELS // max(1, config.data.image_size) ** 2) if large else CHUNK
         chunk = chunk or min(CHUNK, most)
         return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk, dtype=dtype)
 
@@ -150,6 +152,11 @@ class TrainedSampler:
         """What may be set: the keys of `config.sample`, and what comes with rows that the sampler may read besides."""
         return (*self.config.sample, *(name for brought in besides(self.sampler).values() for name in brought))
 
+    @property
+    def inferred(self) -> dict[str, Any]:
+        """What overrides `config.sample` so that what is made follows from the rows, where it has a mode of its own."""
+        return {"mode": ""} if self.config.sample.get("mode") else {}
+
     def check_settings(
         self, settings: Mapping[str, Any], swept: Mapping[str, Sequence[Any]] | None = None, besides: bool = True
     ) -> None:
@@ -195,7 +202,7 @@ class TrainedSampler:
         if "image" in self.sampler.reads:
             side = self.config.data.image_size
             rows["image"] = np.zeros((1, side, side, 3), np.uint8)
-        self.sampler.request(**rows, **settings)
+        self.sampler.request(**rows, **{**self.inferred, **settings})
 
     def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights these are, and all settings of their sampler, those of the run's config included."""

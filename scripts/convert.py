@@ -150,14 +150,17 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     output = free_folder(options.output)
     weights = run.load(options.step or None, parts=(part,), mapped=True)
     null_class = bool(run.config.loss.get("dropout", 0.0))
-    beside = {}
-    if set(wanted := form.beside.get(fields["name"], ())) <= set(run.config.frozen):
-        resolve_frozen(run.config, near=run.folder)
+    beside, config = {}, None
+    wanted = () if options.part else form.beside.get(fields["name"], ())
+    if wanted and set(wanted) <= set(run.config.frozen):
+        config = run.config
+        resolve_frozen(config, near=run.folder)
         for name in wanted:
             entry = run.config.frozen[name]
             other = load_part(entry)
             beside[name] = Network(create_model(**model_of(entry)), other.params, other.variables)
-    network = Network(create_model(**fields), weights.params[part], weights.variables.get(part, {}), null_class, beside)
+    variables = weights.variables.get(part, {})
+    network = Network(create_model(**fields), weights.params[part], variables, null_class, beside, config)
     files = form.write(network)
     with filled_folder(output) as new:
         write_files(new, files)

@@ -23,7 +23,7 @@ _NUMBERS = {
     **{"data.bpe_dropout": "[0, 1]", "ema.decay": "[0, 1)"},
 }
 
-# Objective -> parts whose sizes it compares itself, since they differ: pictures are resized for CLIP, captions padded.
+# Objective -> parts whose sizes of pictures and captions it compares itself: CLIP's are resized and padded.
 _COMPARED_ELSEWHERE = {"captioner": ("clip",), "unidiffuser": ("clip", "first_stage", "unidiffuser")}
 
 
@@ -82,11 +82,11 @@ def check_profile(updates: int, config: ConfigDict) -> None:
 
 def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
     """Raises UserError where the sizes of networks, data and tokenizer disagree."""
+    _check_one_vocabulary(config)
     for group in ("models", "frozen"):
         for part, model in config[group].items():
-            if part in _COMPARED_ELSEWHERE.get(config.objective, ()):
-                continue
-            for key in ("text_length", "image_size"):
+            elsewhere = part in _COMPARED_ELSEWHERE.get(config.objective, ())
+            for key in () if elsewhere else ("text_length", "image_size"):
                 if key not in model or model[key] == config.data[key]:
                     continue
                 if key == "image_size" and "first_stage" in config.frozen and part in ("denoiser", "first_stage"):
@@ -113,6 +113,21 @@ def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
                     f"config.{group}.{part} reads captions filled up with {model.text_pad_id}, and the tokenizer fills "
                     f"them up with {tokenizer.pad_id}; give its own as config.data.tokenizer"
                 )
+
+
+def _check_one_vocabulary(config: ConfigDict) -> None:
+    """Raises UserError if a captioner that was trained elsewhere writes with another vocabulary than its CLIP reads."""
+    if config.objective not in ("captioner", "unidiffuser") or "clip" not in config.frozen:
+        return
+    frozen = "captioner" in config.frozen
+    words = config.frozen.captioner if frozen else config.models.get("captioner", {})
+    started = [part for part, entry in config.initialize.items() if entry.source]
+    ids = [(entry.get("text_vocab_size"), entry.get("text_end_id")) for entry in (words, config.frozen.clip)]
+    if ids[0] != ids[1] and (frozen or started):
+        raise UserError(
+            f"training with a captioner that writes with another vocabulary ({ids[0][0]} ids with the end {ids[0][1]}) "
+            f"than CLIP reads ({ids[1][0]} with the end {ids[1][1]}) is not supported; converted ones are sampled alone"
+        )
 
 
 def check_classes(config: ConfigDict, stream: Stream) -> None:

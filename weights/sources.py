@@ -119,13 +119,15 @@ def resolve_frozen(config: ConfigDict, near: Location | None = None) -> None:
       near: see `find_source`.
 
     Raises:
-      UserError: if a source is missing or has no such part or checkpoint.
+      UserError: if a source is missing or has no such part or checkpoint, or was trained on another network than the
+        config has beside it.
     """
-    for entry in config.frozen.values():
+    sources = {}
+    for part, entry in config.frozen.items():
         if entry.source == RANDOM:
             continue
         folder = find_source(entry.source, near)
-        source = Run.open(folder)
+        source = sources[part] = Run.open(folder)
         trained = trained_model(source, entry.part)
         trained |= _said_scale(entry, trained, folder)
         with config.unlocked(), entry.ignore_type():
@@ -136,6 +138,25 @@ def resolve_frozen(config: ConfigDict, near: Location | None = None) -> None:
             entry.source = folder
             entry.step = entry.get("step", 0) or source.latest_step()
             entry.run = source.identity()
+    for part, source in sources.items():
+        _check_trained_on(config, part, source)
+
+
+def _check_trained_on(config: ConfigDict, part: str, source: Run) -> None:
+    """Raises UserError if a part's run had another network frozen under a name that the config has, too.
+
+    A captioner reads the features of the CLIP that it was trained on, and those of an equally large one mean others.
+    Parts that were converted together do not say which run they are of.
+    """
+    for name, theirs in source.config.frozen.items():
+        ours = config.frozen.get(name)
+        if ours is None or not (ours.get("run") and theirs.get("run")):
+            continue
+        if (ours.run, ours.step) != (theirs.run, theirs.step):
+            raise UserError(
+                f"config.frozen.{part} was trained on {name} of {theirs.source} at step {theirs.step}, and "
+                f"config.frozen.{name} is of {ours.source} at step {ours.step}; set its source and step to the former"
+            )
 
 
 def _said_scale(entry: ConfigDict, trained: dict[str, Any], folder: str) -> dict[str, float]:

@@ -43,6 +43,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.frozen.clip = ConfigDict(features.models.clip.to_dict())
     config.frozen.clip.source = "runs/clip"
     config.frozen.clip.part = "clip"
+    config.frozen.clip.step = 0  # its newest checkpoint when this run begins
 
     config.initialize.captioner = ConfigDict({"source": "", "part": "captioner"})  # a run to fine-tune from
     config.initialize.language = ConfigDict({"source": "", "part": "gpt2", "at": "captioner/language"})  # or its GPT-2

@@ -168,7 +168,8 @@ class UniDiffuserSampler:
     @property
     def writes_with(self) -> str:
         """The file of the tokenizer that reads what is written."""
-        return TOKENIZER if self.clip.text_vocab_size == self.captioner.text_vocab_size else WRITES_WITH
+        reads, writes = ((each.text_vocab_size, each.text_end_id) for each in (self.clip, self.captioner))
+        return TOKENIZER if reads == writes else WRITES_WITH
 
     @property
     def end_id(self) -> int:

@@ -1,5 +1,6 @@
 """A prompt to its picture, that to its caption, and on: what survives is what both directions agree on."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ def draw_round_trip(trained: TrainedSampler, order: Order, num: int, legs: int) 
         raise UserError("a round trip has 1 leg at least, and begins with --prompt or --image, one of the two")
     if order.settings.get("mode"):
         raise UserError("a round trip goes from one side to the other; leave --mode out")
+    order = dataclasses.replace(order, settings={**order.settings, **trained.inferred})
     rows = {name: np.repeat(value, num, axis=0) for name, value in order_rows(trained, order).items()}
     count, indices = len(order.conditions) * num, list(range(num)) * len(order.conditions)
     records = [{**record, "captions": []} for record in order.records(num)]

@@ -57,7 +57,8 @@ class CaptionerObjective:
             raise UserError(
                 f"captions are read by CLIP, of {clip.text_vocab_size} ids with the end {clip.text_end_id}, and "
                 f"written by a captioner of {model.text_vocab_size} with the end {sampler.end_id}; set "
-                "config.models.captioner.text_vocab_size and text_end_id to CLIP's"
+                "config.models.captioner.text_vocab_size and text_end_id to CLIP's; to start from weights of another "
+                "vocabulary is not supported"
             )
         return objective
 

@@ -30,6 +30,7 @@ class Network:
       variables: {collection: tree}; may be empty.
       null_class: whether the last class that it knows, if any, stands for none.
       beside: networks that it is used with, frozen parts by their names; {} where it is written alone.
+      config: of its run, which says how it is used with those; None where it is written alone.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class Network:
     variables: Tree
     null_class: bool = True
     beside: Mapping[str, "Network"] = dataclasses.field(default_factory=dict)
+    config: ConfigDict | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Format:
       read: (origin, **options) -> what it holds; raises UserError where that is none of it, or ours cannot compute it.
       write: one network -> files; raises UserError where the other project cannot compute it. None: nothing is written.
       options: {flag: help} of what reading may be told.
-      beside: network -> the frozen parts that are written with it where a run has them.
+      beside: network -> the frozen parts that are written with it where a run has them and no part is asked for.
       write_pipeline: a run with all that it draws with -> files; None where there is no such thing.
     """
 

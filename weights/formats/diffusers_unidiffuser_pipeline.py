@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from cli.errors import UserError
 from models import create_model
 from models.unidiffuser import UniDiffuser
 from weights.files.layout import Tensors
@@ -24,7 +26,7 @@ from weights.formats import diffusers_text_decoder as text_decoder
 from weights.formats import diffusers_unidiffuser as unidiffuser
 from weights.formats.contract import Converted, Files, Network
 from weights.formats.diffusers_autoencoder import autoencoder_files, read_autoencoder
-from weights.formats.diffusers_scheduler import read_scheduler
+from weights.formats.diffusers_scheduler import read_scheduler, scheduler_config
 from weights.formats.runs import unidiffuser_run
 from weights.formats.transformers import WEIGHTS as CLIP_WEIGHTS
 from weights.formats.transformers import clip_configs, clip_fields, clip_from_transformers, clip_to_transformers
@@ -32,7 +34,6 @@ from weights.formats.transformers import clip_configs, clip_fields, clip_from_tr
 TEXT_DECODER = "text_decoder/config.json"
 BESIDE = ("first_stage", "clip", "captioner")
 _POSITION_IDS = r"((text_model|vision_model)\.)?embeddings\.position_ids"
-_SCHEDULER_CLASS = "DPMSolverMultistepScheduler"
 _LIBRARIES = {
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
@@ -42,7 +43,7 @@ _LIBRARIES = {
     "text_decoder": ("diffusers", text_decoder.CLASS),
     "text_tokenizer": ("transformers", "GPT2Tokenizer"),
     "unet": ("diffusers", unidiffuser.CLASS),
-    "scheduler": ("diffusers", _SCHEDULER_CLASS),
+    "scheduler": ("diffusers", "DPMSolverMultistepScheduler"),
 }
 
 
@@ -80,13 +81,15 @@ def pipeline_files(network: Network, config: str, weights: str) -> Files:
     """What `UniDiffuserPipeline.from_pretrained` reads, given its two tokenizers.
 
     Args:
-      network: a UniDiffuser, with `BESIDE` beside it.
+      network: a UniDiffuser, with `BESIDE` beside it and its run's config.
       config: name of a config's file.
       weights: name of the file of a network's weights.
 
     Raises:
-      UserError: if the library has no such networks.
+      UserError: if the library has no such networks, process or scales of latents.
     """
+    assert network.config is not None
+    scheduler = _scheduler(network.config)
     stage, clip, words = (network.beside[name] for name in BESIDE)
     whole, preprocessor = clip_configs(clip.model)
     text, vision = whole["text_config"], whole["vision_config"]
@@ -105,12 +108,7 @@ def pipeline_files(network: Network, config: str, weights: str) -> Files:
         f"text_decoder/{config}": text_decoder.text_decoder_config(words.model),
         f"text_decoder/{weights}": text_decoder.text_decoder_to_diffusers(words.params),
         **{f"vae/{name}": file for name, file in autoencoder_files(stage, config, weights).items()},
-        "scheduler/scheduler_config.json": {
-            "_class_name": _SCHEDULER_CLASS,
-            **{"beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012, "num_train_timesteps": 1000},
-            **{"algorithm_type": "dpmsolver++", "solver_order": 3, "solver_type": "midpoint"},
-            **{"prediction_type": "epsilon", "timestep_spacing": "linspace"},
-        },
+        "scheduler/scheduler_config.json": scheduler,
     }
     for folder, (document, prefixes) in towers.items():
         files[f"{folder}/config.json"] = document
@@ -132,6 +130,24 @@ def network_files(network: Network, config: str, weights: str, folder: str = "")
         f"{folder}{config}": unidiffuser.unidiffuser_config(model),
         f"{folder}{weights}": unidiffuser.unidiffuser_to_diffusers(network.params),
     }
+
+
+def _scheduler(config: ConfigDict) -> dict[str, Any]:
+    """scheduler_config.json of a run's process, with the authors' solver.
+
+    Raises:
+      UserError: if the library has no such process, or latents are multiplied by something that it does not know.
+    """
+    scales = config.get("scales", ConfigDict()).to_dict()
+    if any(scale != 1 for scale in scales.values()):
+        raise UserError(
+            f"config.scales is {scales}, and diffusers' UniDiffuserPipeline multiplies no latents; give "
+            "--part=unidiffuser to write the network alone"
+        )
+    # The times that the network is fed are the pipeline's own: 1 to T, as here.
+    usual = {"sampler": "dpm_solver_multistep", "times": "published", "spacing": "linspace"}
+    document = scheduler_config({**config.process.to_dict(), "time_shift": 0}, usual)
+    return {**document, "algorithm_type": "dpmsolver++", "solver_order": 3, "solver_type": "midpoint"}
 
 
 def _read_clip(text: Origin, image: Origin, preprocessor: Origin) -> tuple[dict[str, Any], Any]:

@@ -172,7 +172,7 @@ def unidiffuser_run(
     if tokenizer is None:
         notes += ("it has no tokenizer, which captions take: put one into the folder as tokenizer.json",)
     caption_tokenizer = None
-    if words["text_vocab_size"] != clip["text_vocab_size"]:
+    if any(words[key] != clip[key] for key in ("text_vocab_size", "text_end_id")):
         vocabulary, merges = written.find("vocab.json"), written.find("merges.txt")
         if vocabulary is not None and merges is not None:
             caption_tokenizer = Tokenizer.from_gpt2_vocabulary(vocabulary, merges, words["text_vocab_size"])
