@@ -360,7 +360,8 @@ def test_a_checkpoint_of_compvis(tmp_path):
     tensors = taming_names(numpy_of(network))
     tensors["loss.logvar"] = np.zeros((), np.float32)
     write_tensors(tmp_path / "model.safetensors", tensors)
-    convert([f"--input={tmp_path}/model.safetensors", f"--output={tmp_path}/ours", "--latent_scale=0.18215"])
+    arguments = ["--source=compvis", f"--input={tmp_path}/model.safetensors", "--latent_scale=0.18215"]
+    convert([*arguments, f"--output={tmp_path}/ours"])
     run = Run.open(tmp_path / "ours")
     model = models.create_model(**run.config.models.autoencoder)
     compare(network, model, run.load().params["autoencoder"], pictures(2, 16, 16))
