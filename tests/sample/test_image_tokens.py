@@ -95,7 +95,7 @@ def test_codes_of_a_categorical_bottleneck_are_the_most_likely_ones():
         (
             {"name": "autoencoder_kl", **SIZES},
             {},
-            "'autoencoder_kl', which makes no tokens; one of .*_vq, dvae, vqvae",
+            "'autoencoder_kl', which makes no tokens; one of .*_vq, dvae, dvae_strided, vqvae",
         ),
         ({**VQ, "image_size": 9}, {}, "frozen.dvae: image_size=9 is not a multiple of 2, the pixels of one token"),
         (VQ, {"image_grid": (2, 2)}, r"image_grid is \(2, 2\), but config.frozen.dvae makes \(4, 4\) tokens"),

@@ -183,7 +183,7 @@ def test_an_update_that_is_not_finite_is_named_and_never_saved_or_else_skipped(
     [
         (["--config.steps=0"], "config.steps must be at least 1"),
         (["--config.log.every=0"], "config.log.every must be at least 1"),
-        (["--config.objective=gan"], "choose one of autoencoder, clip"),
+        (["--config.objective=gan"], "choose one of autoencoder, captioner"),
         (["--config.data.split=tests"], "has no split 'tests'"),
         (["--config.mesh.data=5"], "does not fit"),
         (["--config.steps=3000000000"], "2\\^31"),
