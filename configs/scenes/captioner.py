@@ -98,7 +98,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.log.every = 20
     if argument.startswith("debug"):
         make_debug(config, steps=4, batch_size=8)
-        model.width, model.depth, model.heads, model.mlp_hidden = 32, 2, 2, 48
+        model.width, model.depth, model.heads, model.mlp_hidden = 32, 1, 2, 48
         config.frozen.clip.source = "random"
     config.lock()
     return config

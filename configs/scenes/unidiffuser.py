@@ -110,6 +110,7 @@ def get_config(argument: str = "") -> ConfigDict:
         make_debug(config, steps=4, batch_size=8)
         for entry in config.frozen.values():
             entry.source = "random"
+        config.frozen.first_stage.multipliers, config.frozen.first_stage.patch_size = (1,), 4  # as many latents
         config.models.unidiffuser.width = 32
         config.models.unidiffuser.depth = 2
         config.models.unidiffuser.heads = 2
