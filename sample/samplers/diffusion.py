@@ -31,13 +31,11 @@ from diffusion.guidance import Guidance, interleave, pairs, separate
 from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
 from diffusion.solver_choice import make_plan
-from models.clip import Clip
-from models.clip_text import ClipText
 from models.conditioning import Conditioning
 from sample.first_stage import FirstStage
-from sample.prompts import MOST
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
+from sample.text_context import TextContext, create_text_context, weigh
 
 Tree = Any
 Request = dict[str, Any]
@@ -79,32 +77,6 @@ class Steps:
     times: str = "even"
     offset: int = 0
     end: str = "clean"
-
-
-@dataclasses.dataclass(frozen=True)
-class TextContext:
-    """Where the features of captions come from.
-
-    Attributes:
-      model: the network.
-      part: its name: "text", trained with the denoiser or frozen, or "clip", frozen.
-      blank: ids of the caption that says nothing.
-      frozen: whether it is not trained.
-    """
-
-    model: nn.Module
-    part: str
-    blank: tuple[int, ...]
-    frozen: bool = False
-
-    def __call__(self, params: Tree, frozen: Tree, text: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """Features of each token; of captions that are several contexts long, one after another."""
-        if (length := len(self.blank)) < text.shape[1]:
-            return self(params, frozen, text.reshape(-1, length)).reshape(*text.shape, -1)
-        if not self.frozen:
-            return self.model.apply({"params": params["text"]}, text)
-        tree = frozen[self.part]
-        return self.model.apply({"params": tree["params"], **tree["variables"]}, text, method="encode_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +126,7 @@ class DiffusionSampler:
         steps = Steps(**{key: given[key] for key in solver if key in given})
         numbers = {key: given[key] for key in _NUMBERS if key in given}
         null_class = bool(config.loss.get("dropout", 0.0))
-        text = _text_context(config, getattr(model, "context_width", None))
+        text = create_text_context(config, getattr(model, "context_width", None))
         if text is None and getattr(model, "reads_tokens", getattr(model, "context_width", 0) > 0):
             raise UserError("the denoiser reads a context; name what makes one in config.models.text or frozen.text")
         first_stage = FirstStage.from_config(config)
@@ -571,18 +543,6 @@ def _draw(
     return sampler.show(frozen, outputs)
 
 
-def weigh(tokens: Float[Array, "b l d"], weights: Float[Array, "b l"]) -> Float[Array, "b l d"]:
-    """Features times the weights of their tokens, scaled so that each caption's mean is what it was.
-
-    Where features of both signs cancel, so that the scale is none that weights from 1 / `MOST` to `MOST` lead to among
-    features of one sign, nothing is scaled: it would grow without bound, or turn all signs.
-    """
-    weighed = tokens * weights[..., None]
-    before, after = (jnp.mean(each, axis=(1, 2), keepdims=True) for each in (tokens, weighed))
-    scale = before / after
-    return (weighed * jnp.where((scale >= 1 / MOST) & (scale <= MOST), scale, 1)).astype(tokens.dtype)
-
-
 def state_scales(plan: Plan) -> Float[np.ndarray, " s"]:
     """By how much each state of a plan is divided to be seen: its standard deviation, where that exceeds 1."""
     return np.maximum(np.hypot(plan.alpha, plan.sigma), 1).astype(np.float32)
@@ -619,40 +579,6 @@ def _guide(guidance: Guidance, process: Process, channels: int, cond: Array, unc
     channels = channels or data
     guided = guidance(cond[..., :channels], uncond[..., :channels], progress)
     return jnp.concatenate([guided, cond[..., channels:]], axis=-1) if channels < cond.shape[-1] else guided
-
-
-def _text_context(config: ConfigDict, width: int | None) -> TextContext | None:
-    """The network that reads captions, if the config has one.
-
-    That is `config.models.text`, or `config.frozen.text`: a CLIP's text tower alone, or a whole CLIP, which may be
-    called `config.frozen.clip` too.
-
-    Args:
-      config: of the run.
-      width: of the tokens that the denoiser reads; None for any.
-    """
-    places = [("models", "text"), ("frozen", "text"), ("frozen", "clip")]
-    found = [f"{group}.{part}" for group, part in places if part in config[group]]
-    if len(found) > 1:
-        raise UserError(f"config.{' and config.'.join(found)} would both read captions; leave one out")
-    if not found:
-        return None
-    model, part = build_network(config, found[0]), found[0].partition(".")[2]
-    made = getattr(model, "width", None) or getattr(model, "text_width", None)
-    if None not in (made, width) and made != width:
-        raise UserError(
-            f"the denoiser reads tokens of width {width}, and config.{found[0]} makes ones of width {made}; they must "
-            "be equal"
-        )
-    if found[0] == "models.text":
-        return TextContext(model, part, (0,) * model.text_length)
-    if not isinstance(model, Clip | ClipText):
-        name = config.frozen[part].name
-        raise UserError(f"config.{found[0]} is a {name!r}; what reads captions frozen is a clip_text or a clip")
-    # The empty caption between its ends; the start token is the one before the end token.
-    ends = (model.text_end_id - 1, model.text_end_id)
-    pad = getattr(model, "text_pad_id", 0)
-    return TextContext(model, part, ends + (pad,) * (model.text_length - 2), frozen=True)
 
 
 def _check_numbers(numbers: Mapping[str, float]) -> None:

@@ -196,7 +196,8 @@ def sampling(pair: Pair, options: argparse.Namespace, compiled: bool) -> tuple[d
     from cost.flops import matrix_flops
     from diffusion.process import Process
     from diffusion.schedule import DiscreteSchedule
-    from sample.samplers.diffusion import DiffusionSampler, Steps, TextContext
+    from sample.samplers.diffusion import DiffusionSampler, Steps
+    from sample.text_context import TextContext
 
     count, shape = pair.batch_size, pair.model.example_inputs(1)[0].shape[1:]
     guided = pair.table is not None

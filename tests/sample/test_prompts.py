@@ -9,7 +9,7 @@ import pytest
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from sample.prompts import Weighted, encode_prompts, parse_weights
-from sample.samplers.diffusion import weigh
+from sample.text_context import weigh
 
 
 @pytest.mark.parametrize(
