@@ -22,6 +22,15 @@ def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
       function: traceable.
       *arguments: arrays or ShapeDtypeStructs.
     """
+    return sum(scoped_matrix_flops(function, *arguments).values())
+
+
+def scoped_matrix_flops(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:
+    """As `matrix_flops`, by the named scope that an operation stands in, in the order in which scopes are entered.
+
+    Flax puts each call of a module in a scope of its name within that of its parent, as `UViT/mid_block/mlp/up`, or of
+    the name and a method, as `mid_block._add_mlp`. Scopes without a product are there too, with 0.
+    """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
@@ -48,25 +57,32 @@ def plain_config(config: ConfigDict, recompute: bool = True) -> ConfigDict:
     return plain
 
 
-def _count(jaxpr: Jaxpr) -> int:
-    total = 0
+def _count(jaxpr: Jaxpr, within: str = "") -> dict[str, int]:
+    totals: dict[str, int] = {}
     for equation in jaxpr.eqns:
         name = equation.primitive.name
+        scope = f"{within}/{equation.source_info.name_stack}"
+        total, inner = 0, {}
         if name == "dot_general":
             (contracting, _), _ = equation.params["dimension_numbers"]
             left = _shape(equation.invars[0])
-            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracting)
+            total = 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracting)
         elif name == "conv_general_dilated":
             # Each output value sums over the kernel: its size without the output features.
             kernel = _shape(equation.invars[1])
             features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
+            total = 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
         elif name == "cond":
-            total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
+            branches = [_count(branch.jaxpr, scope) for branch in equation.params["branches"]]
+            inner = max(branches, key=lambda counted: sum(counted.values()))
         else:
-            inner = sum(_count(value) for value in _inner_programs(equation.params))
-            total += inner * (equation.params["length"] if name == "scan" else 1)
-    return total
+            times = equation.params["length"] if name == "scan" else 1
+            for program in _inner_programs(equation.params):
+                for inner_scope, count in _count(program, scope).items():
+                    inner[inner_scope] = inner.get(inner_scope, 0) + times * count
+        for key, count in ({scope: total} | inner).items():
+            totals[key] = totals.get(key, 0) + count
+    return totals
 
 
 def _shape(value: Any) -> tuple[int, ...]:

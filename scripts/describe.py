@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cli import entry_point
@@ -10,8 +10,14 @@ from cli.config import load_config
 from cli.errors import UserError
 
 _DESCRIPTION = """\
-Shows the module tree, parameters of each part, and matrix FLOPs of a training step. Nothing is allocated, so the
-largest config can be described on a laptop.
+Shows the networks of an experiment, what each is for, and their modules in the order in which data pass them: name,
+parameters, matrix FLOPs, role. Equal modules beside each other are one line, "64 x blocks_0 ... blocks_63", with the
+figures of each. Then matrix FLOPs of a training step. Nothing is allocated, so the largest config can be described on
+a laptop.
+
+FLOPs of a module are multiplications and additions of its matrix products and convolutions (a multiply-add is two) in
+one forward call of its network, for one example of the run's size: one step of a diffusion without guidance, encoder
+and decoder of a first stage both, a whole caption.
 
   --config=FILE[:ARGUMENT]   the config; --config.KEY=VALUE overrides a key
   --run=FOLDER               in its place: a run folder, also one of converted weights
@@ -73,7 +79,7 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
         return objective.loss(overlay(params, trained), variables, frozen, batch, rng, step, True)[0]
 
     inputs = (trained, params, variables, frozen, batch, rng)
-    parts = _parts(params, depth)
+    parts = _parts(config, config.models, params, depth)
     for part, entry in parts.items():
         entry["held"] = entry["parameters"] - count_parameters(trained.get(part, {}))
 
@@ -82,7 +88,7 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "trained": parts,
         "variables": int(np.sum([math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)])),
-        "frozen": _parts({part: trees["params"] for part, trees in frozen.items()}, depth),
+        "frozen": _parts(config, config.frozen, {part: trees["params"] for part, trees in frozen.items()}, depth),
         "matrix_flops_per_step": matrix_flops(jax.grad(loss), *inputs),
         "matrix_flops_forward": matrix_flops(loss, *inputs),
     }
@@ -111,7 +117,7 @@ def describe_run(folder: str, depth: int) -> dict[str, Any]:
     networks = {part: jax.eval_shape(lambda m=model: random_part(m, 0).trees()) for part, model in run.models().items()}
     return {
         "objective": run.config.objective,
-        "trained": _parts({part: trees["params"] for part, trees in networks.items()}, depth),
+        "trained": _parts(run.config, run.models(), {part: trees["params"] for part, trees in networks.items()}, depth),
         "frozen": {},
         "variables": sum(_size(trees["variables"]) for trees in networks.values()),
         "no_step": reason,
@@ -124,8 +130,10 @@ def format_description(description: dict[str, Any]) -> str:
     for kind in ("trained", "frozen"):
         for part, entry in description[kind].items():
             held = f", {entry['held']:,} of them held by config.trainable" if entry.get("held") else ""
-            lines.append(f"{part} ({kind}): {entry['parameters']:,} parameters{held}")
-            lines += [f"  {name:<40} {count:>18,}" for name, count in entry["modules"].items()]
+            work = f", {_short(entry['flops'])}FLOPs a call" if entry["flops"] else ""
+            lines.append(f"{part} ({kind}): {entry['parameters']:,} parameters{held}{work}")
+            lines.append(f"  {entry['network']}: {entry['role']}" if entry["role"] else f"  {entry['network']}")
+            lines += [_line(module) for module in entry["tree"]]
     lines.append(f"values updated without a gradient: {description['variables']:,}")
     if "no_step" in description:
         return "\n".join([*lines, f"a training step is not described: {description['no_step']}"])
@@ -138,26 +146,52 @@ def format_description(description: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parts(trees: dict[str, Any], depth: int) -> dict[str, Any]:
-    """Parameters of each network, and of its modules."""
-    return {part: {"parameters": _size(tree), "modules": _modules(tree, depth)} for part, tree in trees.items()}
+def _line(module: Mapping[str, Any]) -> str:
+    work = _short(module["flops"]) if module["flops"] else ""
+    name = "  " * module["level"] + module["title"]
+    return f"  {name:<42} {module['parameters']:>15,} {work:>8}  {module['role']}".rstrip()
+
+
+def _short(number: int) -> str:
+    """Such as "24.2 G"."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number} "
+
+
+def _parts(config: Any, models: Any, trees: dict[str, Any], depth: int) -> dict[str, Any]:
+    """Parameters, FLOPs and role of each network, and of its modules."""
+    from cost.architecture.modules import fold, read_network, read_tree
+    from cost.architecture.roles import role_of_part
+    from weights.run import model_of
+
+    parts = {}
+    for part, tree in trees.items():
+        # An objective may have parameters of its own, such as the variance of a reconstruction.
+        network = read_network(model_of(models[part]), config, tree) if part in models else read_tree(part, tree)
+        parts[part] = {
+            "network": network.name,
+            "role": role_of_part(config.objective, part, network.name),
+            "parameters": network.parameters,
+            "flops": network.flops,
+            "modules": {module.path: module.parameters for _, module in network.walk(depth)},
+            "tree": [
+                {
+                    "level": level,
+                    "title": module.title,
+                    **{field: getattr(module, field) for field in ("path", "count", "parameters", "flops", "role")},
+                }
+                for level, module in fold(network).walk(depth)
+            ],
+        }
+    return parts
 
 
 def _size(tree: Any) -> int:
     import jax
 
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _modules(tree: Any, depth: int, prefix: str = "") -> dict[str, int]:
-    """Parameters by module path, down to `depth` levels."""
-    sizes: dict[str, int] = {}
-    for name, child in tree.items():
-        path = f"{prefix}{name}"
-        sizes[path] = _size(child)
-        if depth > 1 and isinstance(child, dict):
-            sizes.update(_modules(child, depth - 1, f"{path}/"))
-    return sizes
 
 
 if __name__ == "__main__":
