@@ -28,7 +28,14 @@ from evaluation.features.metrics import (
 from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record, check_finite, keep_picture
-from evaluation.written_captions import AGREEMENT, WRITTEN, agreement_values, written_values
+from evaluation.written_captions import (
+    AGREEMENT,
+    ROUND_TRIP,
+    WRITTEN,
+    agreement_values,
+    round_trip_values,
+    written_values,
+)
 from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
@@ -98,7 +105,7 @@ def applicable_metrics(
         defaults = default_point_metrics(trained)
         return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
     if {"text", "image"} <= set(sampler.makes):  # either of the other, or both of nothing
-        return ("caption_accuracy", WRITTEN, AGREEMENT), ()
+        return ("caption_accuracy", WRITTEN, AGREEMENT, ROUND_TRIP), ()
     if "text" in sampler.makes and set(sampler.reads) == {"text", "image"}:
         return (ANSWERS,), ()
     if "text" in sampler.makes and hasattr(sampler, "captions"):
@@ -223,6 +230,8 @@ def _values_of(
         return written_values(trained, split, num, seed, settings)
     if name == AGREEMENT:
         return agreement_values(trained, num, seed, settings)
+    if name == ROUND_TRIP:
+        return round_trip_values(trained, split, num, seed, settings)
     if name == ANSWERS:
         return answer_values(trained, split, num, seed, settings)
     if name == CAPTION_LOSS:

@@ -1,7 +1,8 @@
 """Do captions that a run writes say what pictures show? Graded exactly on the embedded dataset.
 
 `written_captions` is of captions that are written for pictures of a split, or for its captions where the run reads
-these alone; `agreement` of pairs that a run draws of nothing.
+these alone; `agreement` of pairs that a run draws of nothing; `round_trip` of captions that are drawn, described and
+drawn again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,11 @@ from data.scenes.grader import SceneGrader, summarize
 from evaluation.caption_accuracy import captioned_pictures, world_of
 from evaluation.records import Record
 from sample.sheets.grid import to_uint8
+from sample.sheets.round_trip import take_legs
 from sample.trained import TrainedSampler
 
-WRITTEN, AGREEMENT = "written_captions", "agreement"
+WRITTEN, AGREEMENT, ROUND_TRIP = "written_captions", "agreement", "round_trip"
+_LEGS = 3  # a picture of the caption, a caption of that, a picture of that
 
 
 def written_values(trained: TrainedSampler, split: str, num: int, seed: int, settings: Mapping[str, Any]) -> Record:
@@ -47,6 +50,29 @@ def agreement_values(trained: TrainedSampler, num: int, seed: int, settings: Map
     """Grades captions of pairs that are drawn of nothing, by the picture of each pair; arguments as above."""
     outputs = trained({}, seed=seed, indices=range(num), **settings)
     return grade_captions(world_of(trained.config), trained.decode(outputs["text"]), to_uint8(outputs["image"]))
+
+
+def round_trip_values(trained: TrainedSampler, split: str, num: int, seed: int, settings: Mapping[str, Any]) -> Record:
+    """What is left of captions after three legs, each of which reads what the one before it made.
+
+    Arguments as of `written_values`, of a run that goes both ways.
+
+    Returns:
+      values: {"all": the share whose last picture shows all that the first caption says; "leg_1": whose first picture
+      does; "leg_2": whose written caption can be read and says nothing else than the dataset's picture of the first
+      shows}; counted.
+    """
+    pictures = captioned_pictures(trained.config, split, num)
+    rows = trained.encode(pictures.captions)
+    (first, _), (_, texts), (last, _) = take_legs(trained, rows, _LEGS, seed, range(num), settings)
+    world = world_of(trained.config)
+    drawn = [
+        sum(score["all"] for score in SceneGrader(world).grade(pictures.captions, images)) / num
+        for images in (first, last)
+    ]
+    written = grade_captions(world, texts, pictures.images)["values"]["all"]
+    values = {"all": drawn[1], "leg_1": drawn[0], "leg_2": written}
+    return {"values": values, "counted": dict.fromkeys(values, num)}
 
 
 def grade_captions(world: scenes.World, texts: Sequence[str], images: UInt8[np.ndarray, "n h w 3"]) -> Record:

@@ -1,15 +1,55 @@
 """A prompt to its picture, that to its caption, and on: what survives is what both directions agree on."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from cli.errors import UserError
 from sample.command import Drawn
 from sample.conditions import Order, order_rows
 from sample.sheets.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
+
+Leg = tuple[UInt8[np.ndarray, "n h w 3"], None] | tuple[None, list[str]]
+
+
+def take_legs(
+    trained: TrainedSampler,
+    rows: dict[str, np.ndarray],
+    legs: int,
+    seed: int,
+    indices: Sequence[int],
+    settings: Mapping[str, Any],
+) -> Iterator[Leg]:
+    """What each leg makes of what the one before it made.
+
+    Args:
+      trained: draws pictures of captions and writes captions of pictures.
+      rows: what begins, "text" [n l] or "image" [n h w 3].
+      legs: how often the side changes.
+      seed: of the first leg; each further one adds 1.
+      indices: of the n rows, for their keys.
+      settings: of sampling.
+
+    Yields:
+      (pictures, None) or (None, captions), in turn.
+    """
+    assert trained.tokenizer is not None  # of a run that reads captions
+    for leg in range(legs):
+        outputs = trained(rows, seed=seed + leg, indices=indices, **settings)
+        if "text" in rows:
+            images = to_uint8(outputs["image"])
+            rows = {"image": images}
+            yield images, None
+        else:
+            texts = trained.decode(outputs["text"])
+            # Also one that says nothing, which nobody would give as a prompt.
+            ids = [trained.tokenizer.encode(text, trained.config.data.text_length).ids for text in texts]
+            rows = {"text": np.stack(ids)}
+            yield None, texts
 
 
 def draw_round_trip(trained: TrainedSampler, order: Order, num: int, legs: int) -> Drawn:
@@ -43,18 +83,9 @@ def draw_round_trip(trained: TrainedSampler, order: Order, num: int, legs: int) 
     begins = [str(condition) for condition in order.conditions for _ in range(num)]
     columns: list[tuple[Any, list[str]]] = [(rows.get("image"), begins)]
     images, texts = None, None
-    for leg in range(legs):
-        outputs = trained(rows, seed=order.seed + leg, indices=indices, **order.settings)
-        if "text" in rows:
-            images, texts = to_uint8(outputs["image"]), None
-            rows = {"image": images}
-        else:
-            images, texts = None, trained.decode(outputs["text"])
-            # Also one that says nothing, which nobody would give as a prompt.
-            ids = [trained.tokenizer.encode(text, trained.config.data.text_length).ids for text in texts]
-            rows = {"text": np.stack(ids)}
-            for record, text in zip(records, texts, strict=True):
-                record["captions"].append(text)
+    for images, texts in take_legs(trained, rows, legs, order.seed, indices, order.settings):
+        for record, text in zip(records, texts or (), strict=texts is not None):
+            record["captions"].append(text)
         columns.append((images, list(texts or [""] * count)))
     cells = [
         (None if pictures is None else pictures[row], words[row]) for row in range(count) for pictures, words in columns
