@@ -22,16 +22,16 @@ def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
       function: traceable.
       *arguments: arrays or ShapeDtypeStructs.
     """
-    return sum(scoped_matrix_flops(function, *arguments).values())
+    return sum(scoped_matrix_flops(jax.make_jaxpr(function)(*arguments).jaxpr).values())
 
 
-def scoped_matrix_flops(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:
-    """As `matrix_flops`, by the named scope that an operation stands in, in the order in which scopes are entered.
+def scoped_matrix_flops(program: Jaxpr) -> dict[str, int]:
+    """As `matrix_flops` of a traced program, by the named scope of operations, in the order in which they are entered.
 
     Flax puts each call of a module in a scope of its name within that of its parent, as `UViT/mid_block/mlp/up`, or of
     the name and a method, as `mid_block._add_mlp`. Scopes without a product are there too, with 0.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count(program)
 
 
 def plain_config(config: ConfigDict, recompute: bool = True) -> ConfigDict:

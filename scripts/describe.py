@@ -8,6 +8,7 @@ from typing import Any
 from cli import entry_point
 from cli.config import load_config
 from cli.errors import UserError
+from cli.locations import explain, locate, make_folder, write_whole
 
 _DESCRIPTION = """\
 Shows the networks of an experiment, what each is for, and their modules in the order in which data pass them: name,
@@ -18,6 +19,9 @@ a laptop.
 FLOPs of a module are multiplications and additions of its matrix products and convolutions (a multiply-add is two) in
 one forward call of its network, for one example of the run's size: one step of a diffusion without guidance, encoder
 and decoder of a first stage both, a whole caption.
+
+--figure=FILE.svg draws the same as a map: a box for each part of a network (levels of a UNet with their resolutions,
+layers of a stack), arrows where one reads what another makes, as found in the traced program.
 
   --config=FILE[:ARGUMENT]   the config; --config.KEY=VALUE overrides a key
   --run=FOLDER               in its place: a run folder, also one of converted weights
@@ -30,13 +34,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--run", default="", help="a run folder, whose config is described")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--depth", type=int, default=2, help="levels of the module tree (default 2)")
+    parser.add_argument("--figure", default="", metavar="FILE", help="also draw the map of the networks, an SVG file")
     options, rest = parser.parse_known_args(arguments)
+    figure = locate(options.figure) if options.figure else None
+    if figure is not None and figure.suffix.lower() != ".svg":
+        raise UserError(f"--figure={options.figure} is an SVG file; end its name in .svg")
     if options.run and rest:
         raise UserError(f"{rest[0]} cannot be given with --run, whose config is described; leave one of them out")
-    if options.run:
-        description = describe_run(options.run, options.depth)
-    else:
-        description = describe(load_config(rest), options.depth)
+    config = resolved_config(options.run) if options.run else load_config(rest)
+    if figure is not None:
+        title = options.run or next(one.removeprefix("--config=") for one in rest if one.startswith("--config="))
+        try:
+            make_folder(figure.parent)
+            write_whole(figure, draw_figure(config, title))
+        except OSError as error:
+            raise explain(error) or UserError(f"cannot write {figure}: {error}") from error
+    description = describe_run(options.run, options.depth) if options.run else describe(config, options.depth)
     print(json.dumps(description, indent=2) if options.json else format_description(description))
 
 
@@ -124,13 +137,44 @@ def describe_run(folder: str, depth: int) -> dict[str, Any]:
     }
 
 
+def resolved_config(folder: str) -> Any:
+    """The config of a run folder, with what its frozen parts are."""
+    from weights.run import Run
+    from weights.sources import resolve_frozen
+
+    run = Run.open(folder)
+    resolve_frozen(run.config, near=run.folder)
+    return run.config
+
+
+def draw_figure(config: Any, title: str) -> str:
+    """The map of an experiment's networks, as the text of an SVG file; see `cost.architecture.figure`."""
+    from cost.architecture.figure import Panel, draw_map
+    from cost.architecture.flow import read_flow
+    from cost.architecture.modules import read_network
+    from cost.architecture.roles import role_of_part
+    from cost.architecture.traced import trace_network
+    from weights.run import model_of
+
+    panels = []
+    for group in ("models", "frozen"):
+        for part, entry in config[group].items():
+            traced = trace_network(model_of(entry), config)
+            tree = read_network(traced)
+            role = role_of_part(config.objective, part, entry.name)
+            panels.append(Panel(part, role, group == "frozen", tree, read_flow(traced, tree)))
+    return draw_map(config.objective, panels, title)
+
+
 def format_description(description: dict[str, Any]) -> str:
     """Lays a description out for a terminal."""
+    from cost.architecture.figure import rounded
+
     lines = []
     for kind in ("trained", "frozen"):
         for part, entry in description[kind].items():
             held = f", {entry['held']:,} of them held by config.trainable" if entry.get("held") else ""
-            work = f", {_short(entry['flops'])}FLOPs a call" if entry["flops"] else ""
+            work = f", {rounded(entry['flops'])}FLOPs a call" if entry["flops"] else ""
             lines.append(f"{part} ({kind}): {entry['parameters']:,} parameters{held}{work}")
             lines.append(f"  {entry['network']}: {entry['role']}" if entry["role"] else f"  {entry['network']}")
             lines += [_line(module) for module in entry["tree"]]
@@ -147,29 +191,28 @@ def format_description(description: dict[str, Any]) -> str:
 
 
 def _line(module: Mapping[str, Any]) -> str:
-    work = _short(module["flops"]) if module["flops"] else ""
+    from cost.architecture.figure import rounded
+
+    work = rounded(module["flops"]) if module["flops"] else ""
     name = "  " * module["level"] + module["title"]
     return f"  {name:<42} {module['parameters']:>15,} {work:>8}  {module['role']}".rstrip()
-
-
-def _short(number: int) -> str:
-    """Such as "24.2 G"."""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} "
 
 
 def _parts(config: Any, models: Any, trees: dict[str, Any], depth: int) -> dict[str, Any]:
     """Parameters, FLOPs and role of each network, and of its modules."""
     from cost.architecture.modules import fold, read_network, read_tree
     from cost.architecture.roles import role_of_part
+    from cost.architecture.traced import trace_network
     from weights.run import model_of
 
     parts = {}
     for part, tree in trees.items():
         # An objective may have parameters of its own, such as the variance of a reconstruction.
-        network = read_network(model_of(models[part]), config, tree) if part in models else read_tree(part, tree)
+        network = (
+            read_network(trace_network(model_of(models[part]), config), tree)
+            if part in models
+            else read_tree(part, tree)
+        )
         parts[part] = {
             "network": network.name,
             "role": role_of_part(config.objective, part, network.name),

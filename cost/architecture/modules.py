@@ -3,25 +3,14 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from cost.architecture.roles import role_of
+from cost.architecture.traced import TracedNetwork, path_of
 from cost.flops import scoped_matrix_flops
-from models import create_model
-
-# Networks of any number of pixels, whose fields say no more of it than an example: they are described at the run's.
-_ANY_SIZE = ("autoencoder_gumbel", "autoencoder_kl", "autoencoder_vq", "discriminator", "lpips")
-# Networks of any number of tokens, which are their first input.
-_ANY_LENGTH = ("captioner", "gpt2", "llama", "vision_adapter")
-# Fields that say how a network computes, in the values that leave all modules in sight.
-_PLAIN = {"scan": False, "remat": "none"}
-_MARK, _JOIN = "module:", "|"  # of scopes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,70 +59,29 @@ class Module:
                 yield level + 1, module
 
 
-def read_network(model: Mapping[str, Any], config: ConfigDict, params: Any = None) -> Module:
-    """The tree of a network; nothing is allocated.
+def read_network(traced: TracedNetwork, params: Any = None) -> Module:
+    """The tree of a network.
 
-    FLOPs are those of one call for one example: encoder and decoder of a first stage both; guidance and other calls of
-    the same step not.
+    FLOPs are those of the call that was traced: of one example, encoder and decoder of a first stage both; guidance and
+    other calls of the same step not.
 
     Args:
-      model: {name, fields}, arguments of `models.create_model`.
-      config: of the run that it is part of, which says how large pictures and how long texts are.
+      traced: the network.
       params: its parameters, or their shapes; None for what it starts with.
     """
-    plain = {**model, **{key: value for key, value in _PLAIN.items() if key in model}}
-    size = config.data.get("image_size", 0)
-    if model["name"] in _ANY_SIZE and size:
-        plain["image_size"] = size
-    network = create_model(**plain)
-    if "implementation" in network.__dataclass_fields__:
-        network = network.clone(implementation="xla")  # a kernel hides its products
-    inputs = _example(network, model["name"], config)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(network.init, key, *network.example_inputs(1))
-
-    def call(variables: Any, *inputs: Any) -> Any:
-        with nn.intercept_methods(_mark):
-            return network.apply(variables, *inputs)
-
-    scopes = scoped_matrix_flops(call, variables, *inputs)
-    tree = variables["params"] if params is None else params
     counts: dict[str, int] = {}
-    for scope, count in scopes.items():
-        found = re.findall(rf"{_MARK}([^/()]*)", scope)
-        path = tuple(found[-1].split(_JOIN)) if found and found[-1] else ()
+    for scope, count in scoped_matrix_flops(traced.program).items():
+        path = path_of(scope)
         for end in range(len(path) + 1):
             own = "/".join(path[:end])
             counts[own] = counts.get(own, 0) + count
-    order = {path: place for place, path in enumerate(counts)}
-    return _module(model["name"], tree, (), counts, order)
-
-
-def _example(network: Any, name: str, config: ConfigDict) -> tuple[Any, ...]:
-    """Shapes of an example's inputs, captions as long as the run's."""
-    inputs, length = network.example_inputs(1), config.data.get("text_length", 0)
-    if not length:
-        return inputs
-    if name in _ANY_LENGTH:
-        return (jax.ShapeDtypeStruct((1, length), jnp.int32), *inputs[1:])
-    if name in ("unet", "dit") and inputs[2].tokens is not None:
-        tokens = jax.ShapeDtypeStruct((1, length, network.context_width), jnp.float32)
-        return (*inputs[:2], inputs[2].replace(tokens=tokens))
-    return inputs
+    tree = traced.params if params is None else params
+    return _module(traced.name, tree, (), counts, {path: place for place, path in enumerate(counts)})
 
 
 def read_tree(name: str, params: Any) -> Module:
     """The tree of parameters that are of no network."""
     return _module(name, params, (), {}, {})
-
-
-def _mark(method: Callable[..., Any], arguments: Any, named: Any, context: nn.module.InterceptorContext) -> Any:
-    """Calls a method in a scope with its module's whole path.
-
-    Flax's own scopes are of names alone, also where a module calls one that is deeper within another.
-    """
-    with jax.named_scope(_MARK + _JOIN.join(context.module.path)):
-        return method(*arguments, **named)
 
 
 def _module(

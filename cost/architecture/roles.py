@@ -73,7 +73,7 @@ _NETWORKS = {
 _EMBED_TIME = "time embedding: a perceptron of the sines and cosines of t, added in every residual block"
 _CROSS = "cross-attention: pixels ask (Q), the caption's tokens answer (K, V)"
 _ENCODER_LEVELS = (
-    (r"input", "3x3 convolution of the pixels"),
+    (r"input", "first 3x3 convolution"),
     (r"(?:down|up)_(\d+)_residual_\d+", r"residual block of level \1"),
     (r"mid_residual_\d+", "residual block of the coarsest level"),
     (r"mid_attention", "self-attention at the coarsest level"),

@@ -11,6 +11,7 @@ from cli.config import load_config
 from cost.architecture import roles
 from cost.architecture.modules import Module, fold, natural, read_network, read_tree
 from cost.architecture.roles import role_of_part
+from cost.architecture.traced import trace_network
 from cost.flops import matrix_flops
 from models import MODELS, create_model
 from scripts.describe import describe, format_description
@@ -31,7 +32,7 @@ def config_of(name):
 
 def network(name, part, kind="models"):
     config = config_of(name)
-    return read_network(model_of(config[kind][part]), config)
+    return read_network(trace_network(model_of(config[kind][part]), config))
 
 
 def assert_adds_up(module: Module):
@@ -56,7 +57,7 @@ def described():
             assert role_of_part(config.objective, part, model["name"])
             kind = model["name"], *(str(model.get(key)) for key in CHOICES), bool(model.get("context_width"))
             if kind not in networks:
-                networks[kind] = (name, model["name"], read_network(model, config))
+                networks[kind] = (name, model["name"], read_network(trace_network(model, config)))
     return list(networks.values())
 
 
@@ -112,7 +113,7 @@ def published():
 def test_equal_layers_are_one_line_and_numbers_count_as_numbers():
     config = config_of("scenes/dalle.py:debug")
     model = {**model_of(config.models.dalle), "depth": 12}
-    tree = read_network(model, config)
+    tree = read_network(trace_network(model, config))
     names = [child.name for child in tree.children if child.name.startswith("blocks")]
     assert names == [f"blocks_{n}" for n in range(12)]
     folded = {child.title: child for child in fold(tree).children}
@@ -123,7 +124,7 @@ def test_equal_layers_are_one_line_and_numbers_count_as_numbers():
 
 def test_layers_of_other_shapes_or_costs_are_not_folded():
     config = config_of("scenes/ddpm_unet.py")
-    folded = fold(read_network(model_of(config.models.denoiser), config))
+    folded = fold(read_network(trace_network(model_of(config.models.denoiser), config)))
     titles = [child.title for child in folded.children]
     # The second half of a U: joined with what the way down left, each of other widths.
     assert not any("up_" in title and "down_" in title for title in titles)
@@ -140,7 +141,7 @@ def test_modules_come_in_the_order_in_which_data_pass_them(described):
 def test_a_branch_that_is_called_through_its_parent_keeps_its_cost():
     """The adapter's layers stand between those of the language model, which it calls one by one."""
     config = config_of("scenes/vision_adapter.py:debug")
-    tree = read_network(model_of(config.models.vision_adapter), config)
+    tree = read_network(trace_network(model_of(config.models.vision_adapter), config))
     costs = {one.path: one.flops for _, one in tree.walk(2)}
     assert costs["language"] > costs["language/blocks_0"] > 0 and costs["cross_blocks_0"] > 0
 
