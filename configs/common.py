@@ -42,6 +42,11 @@ def get_defaults() -> ConfigDict:
     config.initialize = ConfigDict()  # {part: {source, part}}: where fine-tuning starts
     config.trainable = (".*",)  # patterns of the paths that are trained; all other parameters stay as they start
 
+    config.lora = ConfigDict()  # pairs of small matrices are trained beside kernels that stay as they are
+    config.lora.rank = 0  # of each pair; 0 for none
+    config.lora.alpha = 0.0  # their products count alpha / rank times; 0 for the rank, and so once
+    config.lora.paths = (r"attention/(query|key_value|query_key_value|out)/kernel$",)  # of kernels that have one
+
     config.loss = ConfigDict()
     config.sample = ConfigDict()
 

@@ -18,7 +18,7 @@ from cost.flops import matrix_flops, plain_config
 from cost.hlo import Collectives, read_collectives
 from train.distributed.mesh import make_mesh
 from train.program import Program, create_program
-from train.trainable import count_parameters, trained_params
+from train.trainable import count_parameters, trained_params, trained_patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def fit(config: ConfigDict, topology: str) -> Fit:
             hbm_bytes=compilation.argument_bytes + compilation.output_bytes,
             sent_bytes=compilation.collectives.sent_bytes,
         )
-    trained = count_parameters(trained_params(program.abstract_state.params, config.trainable))
+    trained = count_parameters(trained_params(program.abstract_state.params, trained_patterns(config)))
     return Fit(
         topology=topology,
         chip=chip,

@@ -42,7 +42,7 @@ class TextContext:
         if (length := len(self.blank)) < text.shape[1]:
             return self(params, frozen, text.reshape(-1, length)).reshape(*text.shape, -1)
         if not self.frozen:
-            return self.model.apply({"params": params["text"]}, text)
+            return self.model.apply({"params": params[self.part]}, text)
         tree = frozen[self.part]
         return self.model.apply({"params": tree["params"], **tree["variables"]}, text, method="encode_text")
 
@@ -50,8 +50,8 @@ class TextContext:
 def create_text_context(config: ConfigDict, width: int | None) -> TextContext | None:
     """The network that reads captions, if the config has one.
 
-    That is `config.models.text`, or `config.frozen.text`: a CLIP's text tower alone, or a whole CLIP, which may be
-    called `config.frozen.clip` too.
+    That is `config.models.text`, a text encoder or a CLIP's text tower alone, or `config.frozen.text`: such a tower, or
+    a whole CLIP, which may be called `config.frozen.clip` too.
 
     Args:
       config: of the run.
@@ -70,7 +70,8 @@ def create_text_context(config: ConfigDict, width: int | None) -> TextContext | 
             f"the denoiser reads tokens of width {width}, and config.{found[0]} makes ones of width {made}; they must "
             "be equal"
         )
-    if found[0] == "models.text":
+    trained = found[0] == "models.text"
+    if trained and not isinstance(model, ClipText):
         return TextContext(model, part, (0,) * model.text_length)
     if not isinstance(model, Clip | ClipText):
         name = config.frozen[part].name
@@ -78,7 +79,7 @@ def create_text_context(config: ConfigDict, width: int | None) -> TextContext | 
     # The empty caption between its ends; the start token is the one before the end token.
     ends = (model.text_end_id - 1, model.text_end_id)
     pad = getattr(model, "text_pad_id", 0)
-    return TextContext(model, part, ends + (pad,) * (model.text_length - 2), frozen=True)
+    return TextContext(model, part, ends + (pad,) * (model.text_length - 2), frozen=not trained)
 
 
 def weigh(tokens: Float[Array, "b l d"], weights: Float[Array, "b l"]) -> Float[Array, "b l d"]:

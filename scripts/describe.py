@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
 def describe(config: Any, depth: int) -> dict[str, Any]:
     """Returns parameters of each trained and frozen part by module, and FLOPs of a step.
 
-    A trained part's "held" are those of its parameters that `config.trainable` leaves out.
+    A trained part's "held" are those of its parameters that are not trained.
 
     Args:
       config: an experiment; a frozen stage whose run is missing is described from the config itself.
@@ -69,7 +69,7 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     from cost.flops import matrix_flops
     from train.objectives import create_objective
     from train.precomputed import example_spec
-    from train.trainable import count_parameters, trained_params
+    from train.trainable import count_parameters, trained_params, trained_patterns
     from weights.run import overlay
     from weights.sources import abstract_frozen
 
@@ -85,7 +85,7 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     params, variables = jax.eval_shape(objective.init, rng, batch)
     frozen = abstract_frozen(config)
 
-    trained = trained_params(params, config.trainable)
+    trained = trained_params(params, trained_patterns(config))
 
     def loss(trained: Any, params: Any, variables: Any, frozen: Any, batch: Any, rng: Any) -> Any:
         step = jnp.zeros((), jnp.int32)
@@ -169,11 +169,13 @@ def draw_figure(config: Any, title: str) -> str:
 def format_description(description: dict[str, Any]) -> str:
     """Lays a description out for a terminal."""
     from cost.architecture.figure import rounded
+    from weights.lora import LORA
 
     lines = []
     for kind in ("trained", "frozen"):
         for part, entry in description[kind].items():
-            held = f", {entry['held']:,} of them held by config.trainable" if entry.get("held") else ""
+            key = "config.lora" if LORA in description["trained"] else "config.trainable"
+            held = f", {entry['held']:,} of them held by {key}" if entry.get("held") else ""
             work = f", {rounded(entry['flops'])}FLOPs a call" if entry["flops"] else ""
             lines.append(f"{part} ({kind}): {entry['parameters']:,} parameters{held}{work}")
             lines.append(f"  {entry['network']}: {entry['role']}" if entry["role"] else f"  {entry['network']}")

@@ -20,7 +20,7 @@ _NUMBERS = {
     **dict.fromkeys(("log.every", "evaluate.every", "checkpoint.every", "ema.every"), "[1, inf)"),
     **{"evaluate.batches": "[1, inf)", "evaluate.previews": "[1, inf)", "checkpoint.keep": "[0, inf)"},
     **dict.fromkeys(("data.image_size", "data.text_length", "data.workers", "data.read_ahead"), "[0, inf)"),
-    **{"data.bpe_dropout": "[0, 1]", "ema.decay": "[0, 1)"},
+    **{"data.bpe_dropout": "[0, 1]", "ema.decay": "[0, 1)", "lora.rank": "[0, inf)", "lora.alpha": "[0, inf)"},
 }
 
 # Objective -> parts whose sizes of pictures and captions it compares itself: CLIP's are resized and padded.
@@ -40,6 +40,10 @@ def check_config(config: ConfigDict) -> None:
         except (UserError, TypeError) as error:
             raise UserError(f"config.ema.lengths={tuple(config.ema.lengths)}: {error}") from None
     check_pattern("config.ema.paths", config.ema.paths)
+    for pattern in config.lora.paths:
+        check_pattern("config.lora.paths", pattern)
+    if config.lora.rank and not config.lora.paths:
+        raise UserError("config.lora.paths is empty: no kernel would have a pair; set config.lora.rank to 0 for none")
     check_rules(config.mesh.rules)
     _check_buckets(config.data)
     if max(config.steps, config.batch_size * 2) >= 2**31:

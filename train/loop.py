@@ -33,10 +33,10 @@ from train.precomputed import locate_precomputed
 from train.program import Program, create_program
 from train.state import TrainState, count_examples
 from train.step_profile import StepProfile
-from train.trainable import describe_held, trained_params
-from train.transfer import initialize_parts
+from train.trainable import describe_held, trained_params, trained_patterns
+from train.transfer import initialize_parts, with_bases, without_bases
 from train.unread import unread_keys
-from train.workdir import copy_tokenizer, open_workdir, pin_frozen, storage_errors, wandb_id
+from train.workdir import copy_tokenizer, open_workdir, pin_sources, storage_errors, wandb_id
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
 from weights.power_averages import AVERAGES
 from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, PROFILE, TOKENIZER
@@ -93,7 +93,7 @@ def _open(config: ConfigDict, workdir: Location, store: CheckpointStore) -> tupl
             steps = store.steps()
             for name in store.unfinished():
                 print(f"warning: {store.folder / name} was not finished when the run ended; it is not used", flush=True)
-            pin_frozen(config, workdir, resuming=bool(steps))
+            pin_sources(config, workdir, resuming=bool(steps))
             open_workdir(workdir, config, resuming=bool(steps))
             copy_tokenizer(config, workdir, resuming=bool(steps))
             return to_json(config), steps
@@ -160,7 +160,8 @@ def _restore(
 ) -> tuple[TrainState, int]:
     """Reads the newest checkpoint that every process can read, or makes a new state."""
     program = training.program
-    abstract = program.abstract_state.as_trees()
+    whole = program.abstract_state.as_trees()
+    abstract = without_bases(config, whole)
     damaged: list[int] = []
     for step in steps:
         problem, trees = "another process cannot read it", None
@@ -183,7 +184,7 @@ def _restore(
         if trees is not None:
             for number in damaged if is_first() else ():
                 store.set_aside(number)
-            return TrainState.from_trees(trees), step
+            return TrainState.from_trees(with_bases(config, trees, whole)), step
         damaged.append(step)
         if step == steps[-1]:
             raise UnreadableCheckpoint(f"{problem}; no older one is left")
@@ -227,7 +228,7 @@ def _run(
         # Closed in reverse order, also when a step fails: a checkpoint that is being written is finished first.
         log = RunLog(config, workdir, start, wandb_id(workdir)) if is_first() else SilentLog()
         resources.callback(log.close)
-        health = HealthCheck(config.nonfinite, trained_params(state.params, config.trainable), log.say)
+        health = HealthCheck(config.nonfinite, trained_params(state.params, trained_patterns(config)), log.say)
         reader = _reader(config, training, seen)
         resources.callback(reader.close)
         trace = StepProfile(workdir / PROFILE, profile if is_first() else 0, start, config.steps, log.say)
@@ -269,7 +270,7 @@ def _run(
                     state = _measure(config, training, state, hurry=stopping and not last)
                     health.check_state(step, state.params, state.variables)
                     log.sync()
-                    store.save(step, state.as_trees())
+                    store.save(step, without_bases(config, state.as_trees()))
                     if state.averages:
                         snapshots.save(step, {AVERAGES: state.averages})
             if evaluation_due or save_due:

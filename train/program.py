@@ -21,11 +21,12 @@ from train.distributed.mesh import batch_sharding, check_batch_size, replicated
 from train.distributed.sharding import shardings
 from train.objectives import create_objective
 from train.objectives.contract import Batch, Objective
+from train.objectives.lora import PAIR_RULES
 from train.optimizer import create_optimizer
 from train.precomputed import example_spec
 from train.state import TrainState, create_state
 from train.step import make_eval_step, make_measure, make_train_step
-from train.trainable import trained_params
+from train.trainable import trained_params, trained_patterns
 from weights import power_averages
 from weights.sources import abstract_frozen
 
@@ -96,15 +97,15 @@ def create_program(
         abstract_params, _ = jax.eval_shape(objective.init, init_rng, abstract_batch)
     except (KeyError, ValueError) as error:  # a field of a network has a value that it does not know
         raise UserError(f"config.models cannot be built: {str(error).splitlines()[0]}") from error
-    trained = trained_params(abstract_params, config.trainable)
+    trained = trained_params(abstract_params, trained_patterns(config))
     optimizer, schedule = create_optimizer(config.optimizer, trained, config.steps, whole=abstract_params)
 
     def init_optimizer(params: Tree) -> Tree:
-        return optimizer.init(trained_params(params, config.trainable))
+        return optimizer.init(trained_params(params, trained_patterns(config)))
 
     def init(batch: Batch) -> TrainState:
         params, variables = objective.init(init_rng, batch)
-        trained = trained_params(params, config.trainable)
+        trained = trained_params(params, trained_patterns(config))
         averaged = trained if config.ema.decay > 0 else {}
         averages = power_averages.start(trained, config.ema.lengths, config.ema.paths)
         return create_state(params, variables, init_optimizer(params), averaged, averages)
@@ -113,7 +114,7 @@ def create_program(
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             tree,
-            shardings(tree, config.mesh.rules, mesh),
+            shardings(tree, (*PAIR_RULES, *config.mesh.rules), mesh),
         )
 
     abstract_state = place(jax.eval_shape(init, abstract_batch))

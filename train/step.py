@@ -16,7 +16,7 @@ from models.layers.partitioning import split_rows
 from train.objectives.contract import Batch, Metrics, Objective
 from train.optimizer import Schedule, apply_bounds, update_ema
 from train.state import TrainState, add_examples
-from train.trainable import trained_params
+from train.trainable import trained_params, trained_patterns
 from weights import power_averages
 from weights.run import overlay
 
@@ -30,7 +30,7 @@ class Health:
     Attributes:
       loss: float32 [], of the batch.
       leaf_norms: float32 [n], norm of the gradient of each trained parameter, in the order of
-        `jax.tree.leaves(trained_params(params, config.trainable))`.
+        `jax.tree.leaves(trained_params(params, trained_patterns(config)))`.
       applied: bool [], False if the update was not finite and was left out (`config.nonfinite` = "skip").
     """
 
@@ -74,7 +74,7 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics, Health]:
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        trained = trained_params(state.params, config.trainable)
+        trained = trained_params(state.params, trained_patterns(config))
 
         def loss_of(trained: Tree, variables: Tree, batch: Batch) -> tuple[Array, Any]:
             params = overlay(state.params, trained)

@@ -1,27 +1,20 @@
-"""Fine-tuning: parts of a new state that start from trained weights."""
+"""Fine-tuning: parts of a new state that start from trained weights, and checkpoints that leave these out."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from models import create_model
 from train.distributed.sharding import path_name
 from train.state import TrainState, start_average
-from train.trainable import trained_params
+from train.trainable import trained_params, trained_patterns
 from weights import power_averages
-from weights.run import Run, model_of
-from weights.sources import (
-    RANDOM,
-    differing_fields,
-    find_source,
-    load_part,
-    place_whole,
-    trained_model,
-)
+from weights.sources import place_whole
+from weights.starts import is_based, load_bases, starts_of
 
 Tree = Any
 
@@ -38,30 +31,26 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
       UserError: if there is no such part, or its network computes something else (all differing fields listed), or
         its shapes differ.
     """
-    entries = {name: entry for name, entry in config.initialize.items() if entry.source not in ("", RANDOM)}
-    if not entries:
+    starts = starts_of(config)
+    if not starts:
         return state
     params, variables = dict(state.params), dict(state.variables)
-    for name, entry in entries.items():
-        at, *inner = str(entry.get("at", name)).split("/")
+    for start in starts:
+        name, entry = start.name, start.entry
+        at, *inner = start.at.split("/")
         if at not in params:
             raise UserError(f"config.initialize.{name}: this objective trains {', '.join(params)}")
-        wanted = _wanted(config, name)
-        _check_fields(config, name, wanted)
-        part = load_part(entry, config.seed)
+        part = start.load(config)
         if inner:
             whole = dict(params[at])
             params[at] = whole
             (place,) = inner
             whole[place] = _placed(name, entry, part.params, whole[place])
             continue
-        ours, theirs = create_model(**wanted), create_model(**part.model)
-        if any(getattr(ours, field) != getattr(theirs, field) for field in _adaptable(ours)):
-            part = dataclasses.replace(part, params=ours.adapt(part.params, theirs))
         params[name] = _placed(name, entry, part.params, params[name])
         if name in variables and part.variables:
             variables[name] = jax.tree.map(place_whole, part.variables, variables[name])
-    trained = trained_params(params, config.trainable)
+    trained = trained_params(params, trained_patterns(config))
     averaged = trained if jax.tree.leaves(state.ema_params) else {}
     averages = power_averages.start(trained, config.ema.lengths, config.ema.paths)
     as_before = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
@@ -85,35 +74,32 @@ def _placed(name: str, entry: ConfigDict, given: Tree, params: Tree) -> Tree:
     return jax.tree.map(place_whole, given, params)
 
 
-def _wanted(config: ConfigDict, name: str) -> dict[str, Any]:
-    """The arguments of `create_model` of the network that an entry is for.
+def without_bases(config: ConfigDict, trees: dict[str, Tree]) -> dict[str, Tree]:
+    """The trees of a state without those parameters that a run of low-rank pairs leaves to their sources.
+
+    Args:
+      config: of the run.
+      trees: `TrainState.as_trees`, or their shapes.
+    """
+    flat = flatten_dict(trees["params"], sep="/")
+    trained = flatten_dict(trained_params(trees["params"], trained_patterns(config)), sep="/")
+    kept = {path: leaf for path, leaf in flat.items() if path in trained or not is_based(config, path)}
+    return {**trees, "params": unflatten_dict(kept, sep="/")}
+
+
+def with_bases(config: ConfigDict, trees: dict[str, Tree], abstract: dict[str, Tree]) -> dict[str, Tree]:
+    """The inverse of `without_bases`: reads what was left out from its sources.
+
+    Args:
+      config: of the run.
+      trees: without it.
+      abstract: all of them, by shape and sharding.
 
     Raises:
-      UserError: if there is none.
+      UserError: if a source is missing, or not the one that the run began with.
     """
-    part, _, inner = str(config.initialize[name].get("at", name)).partition("/")
-    fields = model_of(config.models[part])
-    if not inner:
-        return fields
-    model = create_model(**fields)
-    try:
-        return model.network_at(inner)
-    except (AttributeError, KeyError) as error:
-        said = error.args[0] if isinstance(error, KeyError) else f"{fields['name']} has no network within it"
-        raise UserError(f"config.initialize.{name}.at={config.initialize[name].at!r}: {said}") from error
-
-
-def _check_fields(config: ConfigDict, name: str, wanted: dict[str, Any]) -> None:
-    """Raises UserError where the weights are of a network that computes something else."""
-    entry = config.initialize[name]
-    trained = trained_model(Run.open(find_source(entry.source)), entry.part)
-    if differing := differing_fields(trained, wanted, _adaptable(create_model(**wanted))):
-        raise UserError(
-            f"config.initialize.{name}: {entry.source} is another network than config.models.{name}: "
-            f"{'; '.join(differing)}; set the same fields"
-        )
-
-
-def _adaptable(model: Any) -> tuple[str, ...]:
-    """The fields in which a network may differ from the one whose parameters it starts from."""
-    return getattr(model, "ADAPTABLE", ())
+    flat, wanted = (flatten_dict(each["params"], sep="/") for each in (trees, abstract))
+    for path, leaf in flatten_dict(load_bases(config), sep="/").items():
+        if path not in flat:
+            flat[path] = place_whole(leaf, wanted[path])
+    return {**trees, "params": unflatten_dict(flat, sep="/")}

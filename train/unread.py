@@ -22,7 +22,7 @@ _ENDLESS_BETAS = ("cosine", "sohl_dickstein")  # chains that have no `start` and
 def unread_keys(config: ConfigDict) -> list[str]:
     """A line for each key whose value is not the default and has no effect; it names the key and the reason."""
     found = [*_of_optimizer(config.optimizer), *_of_average(config.ema), *_of_data(config), *_of_process(config)]
-    found += _of_dalle(config)
+    found += [*_of_lora(config.lora), *_of_dalle(config)]
     found += [
         (f"config.sample.{key}", config.sample[key], why) for key, why in idle_settings({}, config.sample.to_dict())
     ]
@@ -70,6 +70,13 @@ def _of_average(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
         read = config.decay or (key == "paths" and config.lengths)
         if config[key] != defaults[key] and not read:
             yield f"config.ema.{key}", config[key], "there is no moving average while config.ema.decay is 0"
+
+
+def _of_lora(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
+    defaults = get_defaults().lora
+    for key in ("alpha", "paths"):
+        if not config.rank and config[key] != defaults[key]:
+            yield f"config.lora.{key}", config[key], "there are no low-rank pairs while config.lora.rank is 0"
 
 
 def _of_data(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:

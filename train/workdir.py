@@ -16,6 +16,7 @@ from data.pipeline import load_tokenizer
 from train.objectives import create_objective
 from weights.run import CONFIG, IDENTITY, TOKENIZER, Run, read_config
 from weights.sources import resolve_frozen
+from weights.starts import bases_of, pin_bases
 
 # What may change between the starts of one run: its length and batch size, what no update depends on but for rounding
 # (mesh, kernel of attention), where things are (a run may move; identity and step of a frozen stage are pinned), and
@@ -26,15 +27,25 @@ CHANGEABLE = re.compile(
 )
 
 
-def pin_frozen(config: ConfigDict, workdir: Location, resuming: bool) -> None:
-    """Finds the frozen stages; a run that goes on keeps the checkpoints of them that it began with."""
+def pin_sources(config: ConfigDict, workdir: Location, resuming: bool) -> None:
+    """Finds the frozen stages, and the networks that low-rank pairs are added to.
+
+    A run that goes on keeps the checkpoints of them that it began with.
+    """
     if resuming and (workdir / CONFIG).is_file():
-        begun = Run.open(workdir).config.frozen
+        begun = Run.open(workdir).config
         for part, entry in config.frozen.items():
-            if part in begun and "step" in begun[part] and not entry.get("step", 0):
+            if part in begun.frozen and "step" in begun.frozen[part] and not entry.get("step", 0):
                 with config.unlocked():
-                    entry.step = begun[part].step
-    resolve_frozen(config, near=workdir if resuming else None)
+                    entry.step = begun.frozen[part].step
+        for base in bases_of(config):
+            with config.unlocked():
+                base.entry.update(
+                    {k: v for k, v in begun.initialize.get(base.name, {}).items() if k in ("step", "run")}
+                )
+    near = workdir if resuming else None
+    resolve_frozen(config, near)
+    pin_bases(config, near)
 
 
 def open_workdir(workdir: Location, config: ConfigDict, resuming: bool) -> None:
@@ -50,7 +61,7 @@ def open_workdir(workdir: Location, config: ConfigDict, resuming: bool) -> None:
         changed = {
             key
             for key in before.keys() | now.keys()
-            if not CHANGEABLE.fullmatch(key) and (key not in before or key not in now or before[key] != now[key])
+            if not _may_change(config, key) and (key not in before or key not in now or before[key] != now[key])
         }
         changed -= {key for key in changed - before.keys() if _has_default(config, key)}
         if changed:
@@ -63,6 +74,12 @@ def open_workdir(workdir: Location, config: ConfigDict, resuming: bool) -> None:
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror}; choose another --workdir") from error
     write_whole(path, to_json(config))
+
+
+def _may_change(config: ConfigDict, key: str) -> bool:
+    """Whether a run may go on with another value of a key."""
+    moved = config.lora.rank and re.fullmatch(r"initialize\.\w+\.source", key)  # whose identity is pinned
+    return bool(CHANGEABLE.fullmatch(key) or moved)
 
 
 def _has_default(config: ConfigDict, key: str) -> bool:

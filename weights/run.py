@@ -34,6 +34,7 @@ from weights.checkpoint import CheckpointStore
 from weights.files.layout import check_tensors, model_shapes
 from weights.files.origin import read_json
 from weights.files.tensors import check_finite, read_tensors
+from weights.lora import LORA, kernels_of, merge, scale_of
 from weights.power_averages import check_length, synthesize
 
 Tree = Any
@@ -198,7 +199,7 @@ class Run:
                 raise UserError(f"{self.folder} was trained elsewhere and has no averages to make others of")
             self.check_step(step)
             params, variables = self._read_weights(parts, mapped)
-            return RunWeights(params, variables, step=0, ema=False)
+            return RunWeights(self._merged(params, parts), variables, step=0, ema=False)
         store = CheckpointStore(self.folder / CHECKPOINTS)
         latest = self.latest_step()
         self.check_step(step)
@@ -211,10 +212,38 @@ class Run:
             names.append("params")  # there is no average of what the run does not train
         trees = store.load(step, names)
         whole = overlay(overlay(trees.get("params", {}), trees.get("ema_params", {})), averaged)
-        params, variables = (
-            {part: tree for part, tree in of_parts.items() if part in parts} for of_parts in (whole, trees["variables"])
-        )
-        return RunWeights(params, variables, step, ema if length is None else length, error)
+        variables = {part: tree for part, tree in trees["variables"].items() if part in parts}
+        return RunWeights(self._merged(whole, parts), variables, step, ema if length is None else length, error)
+
+    def load_pairs(self, step: int | None = None) -> tuple[Tree, int]:
+        """Reads the low-rank pairs alone, {part: tree}, and the step they are of; averages where the run keeps them.
+
+        Raises:
+          UserError: if the run has none, or as `load`.
+        """
+        if not self.config.lora.rank:
+            raise UserError(f"{self.folder} has no low-rank pairs; it was trained without config.lora")
+        if self.converted:
+            self.check_step(step)
+            return self._read_weights((LORA,), mapped=False)[0][LORA], 0
+        store = CheckpointStore(self.folder / CHECKPOINTS)
+        latest = self.latest_step()
+        self.check_step(step)
+        step = latest if step is None else step
+        names = ("params", "ema_params")
+        trees = store.load(step, names)
+        return overlay(trees["params"], trees["ema_params"])[LORA], step
+
+    def _merged(self, params: Tree, parts: Collection[str]) -> Tree:
+        """Those parts of a run, with what it left to its sources and its low-rank pairs, if it has any, added."""
+        if not self.config.lora.rank:
+            return {part: tree for part, tree in params.items() if part in parts}
+        from weights.starts import load_bases  # which opens runs
+
+        bases = load_bases(self.config, self.folder, parts)
+        pairs = {part: tree for part, tree in params.get(LORA, {}).items() if part in parts}
+        own = {part: tree for part, tree in params.items() if part in parts}
+        return merge({**overlay(bases, own), LORA: pairs}, scale_of(self.config))
 
     def _read_weights(self, parts: Collection[str], mapped: bool) -> tuple[dict[str, Tree], dict[str, Tree]]:
         """Reads (params, variables) of some parts from `WEIGHTS`, after comparing all of it with the config."""
@@ -225,6 +254,8 @@ class Run:
             for path, leaf in model_shapes(create_model(**fields)).items():
                 collection, _, rest = path.partition("/")
                 wanted[tensor_name(part, collection, rest)] = leaf
+        if self.config.lora.rank:
+            wanted = self._with_pairs(wanted, tensors)
         shapes = {name: leaf.shape for name, leaf in wanted.items()}
         check_tensors(f"{self.folder / CONFIG}", shapes, {name: array.shape for name, array in tensors.items()})
         check_finite(str(file), tensors, allowed=read_json(self.folder / PROVENANCE).get(NONFINITE) is True)
@@ -233,10 +264,26 @@ class Run:
                 # A copy, where the arrays are not wanted as they lie in the file.
                 tuple(name.split("/")): array if mapped else jnp.array(array, wanted[name].dtype)
                 for name, array in tensors.items()
-                if name.split("/")[1] in parts
+                if name.split("/")[1] in (*parts, LORA)
             }
         )
         return trees.get("params", {}), trees.get("variables", {})
+
+    def _with_pairs(self, wanted: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
+        """What `WEIGHTS` of a run with low-rank pairs holds: these, and what is at no source of `config.initialize`."""
+        from weights.starts import is_based
+
+        prefix = tensor_name(LORA, "params", "")
+        given = {name.removeprefix(prefix).rpartition("/")[0] for name in tensors if name.startswith(prefix)}
+        if not given:
+            raise UserError(f"{self.folder / WEIGHTS} has no low-rank pairs, and its config names some; convert again")
+        kept = {name: leaf for name, leaf in wanted.items() if not is_based(self.config, name.removeprefix("params/"))}
+        for part, entry in self.config.models.items():
+            for path, kernel in kernels_of(create_model(**model_of(entry))).items():
+                if (module := f"{part}/{path.removesuffix('/kernel')}") in given:
+                    for side, shape in kernel.pair_shapes(self.config.lora.rank).items():
+                        kept[f"{prefix}{module}/{side}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return kept
 
 
 def overlay(params: Tree, leaves: Tree) -> Tree:

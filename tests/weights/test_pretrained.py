@@ -170,7 +170,8 @@ def test_a_folder_has_no_steps_and_only_its_parts(folder):
 
 def initialize(folder, fields, part: str = "clip", trainable: tuple[str, ...] = (".*",)):
     """A new state of part `tower` that starts from `folder`."""
-    config = ConfigDict({"seed": 0, "models": {"tower": fields}, "trainable": trainable, "ema": get_defaults().ema})
+    defaults = {key: get_defaults()[key] for key in ("ema", "lora")}
+    config = ConfigDict({"seed": 0, "models": {"tower": fields}, "trainable": trainable, **defaults})
     config.initialize = ConfigDict({"tower": {"source": str(folder), "part": part}})
     _, params, variables = tiny(fields, seed=5)
     state = create_state({"tower": params}, {"tower": variables} if variables else {}, {}, averaged={"tower": params})

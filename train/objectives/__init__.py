@@ -13,6 +13,7 @@ from train.objectives.dalle import DalleObjective
 from train.objectives.diffusion import DiffusionObjective
 from train.objectives.dvae import DiscreteVAEObjective
 from train.objectives.llama import LlamaObjective
+from train.objectives.lora import with_pairs
 from train.objectives.unidiffuser import UniDiffuserObjective
 from train.objectives.vision_adapter import VisionAdapterObjective
 from train.objectives.vqvae import VectorQuantizedVAEObjective
@@ -32,7 +33,7 @@ OBJECTIVES: dict[str, Any] = {
 
 
 def create_objective(config: ConfigDict) -> Objective:
-    """Builds the objective that `config.objective` names.
+    """Builds the objective that `config.objective` names, of low-rank pairs where `config.lora` has a rank.
 
     Raises:
       UserError: if there is no such objective; lists the choices.
@@ -40,7 +41,7 @@ def create_objective(config: ConfigDict) -> Objective:
     if config.objective not in OBJECTIVES:
         raise UserError(f"config.objective={config.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
     try:
-        return OBJECTIVES[config.objective].from_config(config)
+        return with_pairs(OBJECTIVES[config.objective].from_config(config), config)
     except (
         KeyError,
         TypeError,

@@ -42,6 +42,7 @@ CONFIGS = {
         *("--config.models.clip.image_layers=3", "--config.models.clip.text_layers=3"),
     ),
     "clip, text tower": ("--config=configs/scenes/clip.py:debug", "--config.trainable=('^clip/text/', 'logit_scale')"),
+    "clip, low-rank pairs": ("--config=configs/scenes/clip.py:debug", "--config.lora.rank=4"),
     "clip, resnet": ("--config=configs/scenes/clip.py:pair32", "--config.batch_size=8"),
     "clip, sigmoid": (
         *("--config=configs/scenes/clip.py:debug", "--config.loss.kind=sigmoid"),

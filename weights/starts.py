@@ -1,0 +1,150 @@
+"""Where the parameters of a run start, `config.initialize`; and what a run of low-rank pairs leaves to its sources.
+
+A run that trains pairs (`weights.lora`) beside a network does not change it, so its checkpoints leave out what came
+from a source, and whoever opens them adds it again. The source's checkpoint and identity are pinned when the run
+begins: another run in its place is refused.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from cli.locations import Location
+from models import create_model
+from weights.lora import LORA
+from weights.run import Run, model_of
+from weights.sources import RANDOM, Part, differing_fields, find_source, load_part, trained_model
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Trained weights that a network of a run starts from.
+
+    Attributes:
+      entry: `config.initialize.<name>`: {source, part}, perhaps "at", "step" and "run".
+      name: of the entry.
+      at: the path that its parameters have in the run: a part, or a network within one.
+    """
+
+    entry: ConfigDict
+    name: str
+    at: str
+
+    @property
+    def part(self) -> str:
+        """Of the run."""
+        return self.at.partition("/")[0]
+
+    def source(self, near: Location | None = None) -> Run:
+        """The folder, looked for beside `near` too where it is gone.
+
+        Raises:
+          UserError: if it is missing, or not the one that the run began with.
+        """
+        source = Run.open(find_source(self.entry.source, near))
+        if (begun := self.entry.get("run", "")) and source.identity() != begun:
+            raise UserError(
+                f"config.initialize.{self.name}: {source.folder} is another run, or has other weights, than the one "
+                "that this run began with and adds to; put that one back"
+            )
+        return source
+
+    def load(self, config: ConfigDict, near: Location | None = None) -> Part:
+        """Its weights, for the network that the run has in that place.
+
+        Raises:
+          UserError: if there are none, or they are of a network that computes something else (all differing fields
+            listed).
+        """
+        wanted, source = self._wanted(config), self.source(near)
+        ours = create_model(**wanted)
+        adaptable = getattr(ours, "ADAPTABLE", ())  # fields in which the network of the weights may differ
+        if differing := differing_fields(trained_model(source, self.entry.part), wanted, adaptable):
+            raise UserError(
+                f"config.initialize.{self.name}: {self.entry.source} is another network than "
+                f"config.models.{self.name}: {'; '.join(differing)}; set the same fields"
+            )
+        found = ConfigDict({**self.entry, "source": str(source.folder)})
+        part = load_part(found, config.seed)
+        theirs = create_model(**part.model)
+        if any(getattr(ours, field) != getattr(theirs, field) for field in adaptable):
+            part = dataclasses.replace(part, params=ours.adapt(part.params, theirs))
+        return part
+
+    def _wanted(self, config: ConfigDict) -> dict[str, Any]:
+        """The arguments of `create_model` of the network that it is for; raises UserError if there is none."""
+        part, _, inner = self.at.partition("/")
+        fields = model_of(config.models[part])
+        if not inner:
+            return fields
+        model = create_model(**fields)
+        try:
+            return model.network_at(inner)
+        except (AttributeError, KeyError) as error:
+            said = error.args[0] if isinstance(error, KeyError) else f"{fields['name']} has no network within it"
+            raise UserError(f"config.initialize.{self.name}.at={self.entry.at!r}: {said}") from error
+
+
+def starts_of(config: ConfigDict) -> list[Start]:
+    """Those of a config, without random ones; a network within another comes after it."""
+    found = [
+        Start(entry, name, str(entry.get("at", name)))
+        for name, entry in config.initialize.items()
+        if entry.source not in ("", RANDOM)
+    ]
+    return sorted(found, key=lambda start: start.at.count("/"))
+
+
+def bases_of(config: ConfigDict) -> list[Start]:
+    """Those whose parameters a run of pairs leaves to their sources; none of another run."""
+    return starts_of(config) if config.lora.rank else []
+
+
+def pin_bases(config: ConfigDict, near: Location | None = None) -> None:
+    """Writes folder, checkpoint and identity of what pairs are added to into `config.initialize.<name>`.
+
+    Args:
+      config: changed in place. An entry's `step` of 0 means the newest checkpoint.
+      near: see `find_source`.
+
+    Raises:
+      UserError: see `Start.source`; or if it has no such part.
+    """
+    for start in bases_of(config):
+        source = start.source(near)
+        trained_model(source, start.entry.part)
+        with config.unlocked():
+            start.entry.source = str(source.folder)
+            start.entry.step = start.entry.get("step", 0) or source.latest_step()
+            start.entry.run = source.identity()
+
+
+def is_based(config: ConfigDict, path: str) -> bool:
+    """Whether a parameter, by its path with the part, is of what `bases_of` gives."""
+    return not path.startswith(f"{LORA}/") and any(path.startswith(f"{base.at}/") for base in bases_of(config))
+
+
+def load_bases(config: ConfigDict, near: Location | None = None, parts: Collection[str] | None = None) -> Tree:
+    """The parameters of `bases_of`, {part: tree}.
+
+    Args:
+      config: of the run.
+      near: see `find_source`.
+      parts: of the run, which are wanted; None for all.
+
+    Raises:
+      UserError: see `Start.load`.
+    """
+    flat: dict[str, Any] = {}
+    for base in bases_of(config):
+        if parts is not None and base.part not in parts:
+            continue
+        leaves: dict[str, Any] = flatten_dict(base.load(config, near).params, sep="/")
+        flat |= {f"{base.at}/{path}": leaf for path, leaf in leaves.items()}
+    return unflatten_dict(flat, sep="/")
