@@ -7,6 +7,7 @@ gate and with an output that starts at 0, as in PixArt-alpha (Chen et al. 2024, 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +25,7 @@ from models.layers.embeddings import grid_embedding, sinusoidal_embedding
 from models.layers.mlp import MLP
 from models.layers.normalization import layer_norm
 from models.layers.partitioning import shard_rows
-from models.layers.spatial_transformer import ContextAttention, ContextMask
+from models.layers.spatial_transformer import ContextAttention, ContextMask, caption_attention
 from models.layers.transformer import apply_blocks, check_remat
 
 EPSILON = 1e-6  # of norms
@@ -238,6 +239,12 @@ class DiT(nn.Module):
         pixels = self.pixel_head(self.final_norm(x) * (1 + scale) + shift)
         side = {"h": height, "p": self.patch_size, "q": self.patch_size}
         return shard_rows(rearrange(pixels, "b (h w) (p q c) -> b (h p) (w q) c", **side))
+
+    def caption_attention(
+        self, kept: Mapping[str, Any], height: int, width: int
+    ) -> tuple[Float[Array, "b _h _w m"], ...]:
+        """What pixels read of the tokens in each cross-attention; see `models.layers.spatial_transformer`."""
+        return caption_attention(kept, height, width)
 
     def _check_fields(self) -> None:
         """Raises ValueError for fields that make no network."""

@@ -6,7 +6,7 @@ Models", appendix E.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -30,7 +30,7 @@ from models.layers.group_norm_resnet import (
     group_norm,
 )
 from models.layers.partitioning import shard_rows
-from models.layers.spatial_transformer import ContextMask, SpatialTransformer
+from models.layers.spatial_transformer import ContextMask, SpatialTransformer, caption_attention
 from models.layers.transformer import REMAT, check_remat
 
 ATTENTIONS = ("plain", "transformer")
@@ -291,6 +291,12 @@ class UNet(nn.Module):
 
     def _rematerialized(self, block: type[nn.Module]) -> Any:
         return block if self.remat == "none" else nn.remat(block, policy=REMAT[self.remat])
+
+    def caption_attention(
+        self, kept: Mapping[str, Any], height: int, width: int
+    ) -> tuple[Float[Array, "b _h _w m"], ...]:
+        """What pixels read of the tokens in each cross-attention; see `models.layers.spatial_transformer`."""
+        return caption_attention(kept, height, width)
 
     @property
     def _types(self) -> dict[str, Any]:

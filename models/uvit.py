@@ -7,6 +7,7 @@ Time, condition and patches of the noisy picture are all tokens of one sequence,
 of which a network has the label, the context, both or neither. Section 3.1 compares what is a field here.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -220,6 +221,23 @@ class UViT(nn.Module):
         side = {"h": grid[0], "p": self.patch_size, "q": self.patch_size}
         image = rearrange(self.pixel_head(x), "b (h w) (p q c) -> b (h p) (w q) c", **side)
         return shard_rows(self.image_conv(image) if self.convolution == "image" else image)
+
+    def caption_attention(
+        self, kept: Mapping[str, Any], height: int, width: int
+    ) -> tuple[Float[Array, "b _h _w m"], ...]:
+        """What patches read of the context in each layer: rows of patches over columns of context, made to sum to 1.
+
+        What a patch reads of time, label and patches is left out, itself included.
+
+        Args:
+          kept: the collection "intermediates" of a call without `KeyLengths`.
+          height: of x_t.
+          width: of x_t.
+        """
+        first, grid = self.extra_tokens, (height // self.patch_size, width // self.patch_size)
+        read = [weights[:, first:, first - self.context_length : first] for weights in jax.tree.leaves(kept)]
+        shares = [weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30) for weights in read]
+        return tuple(share.reshape(len(share), *grid, -1) for share in shares)
 
     @property
     def _learned_positions(self) -> int:

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     from sample.conditions import Order, make_conditions
     from sample.embedding import ClipEmbedder
     from sample.files import prepare_out, write_files, write_picture
+    from sample.sheets.attention import draw_attention
     from sample.sheets.round_trip import draw_round_trip
     from sample.sheets.sweep import run_sweep
     from sample.sheets.trajectory import draw_trajectory  # imports jax, as those above
@@ -68,11 +69,14 @@ def main(arguments: Sequence[str]) -> None:
     check_shown(trained)
     seed, settings, out = options.seed or 0, sampling_settings(options), locate(options.out)
     files = locate(options.files) if options.files else None
+    maps = locate(options.attention_maps) if options.attention_maps else None
     trained.check_settings(settings, {axis.name: axis.values for axis in axes})
     conditions = make_conditions(prompts, options.label, options.image)
     syntax = {"prompt_weights": options.prompt_weights, "long_prompts": options.long_prompts}
     order = Order(conditions, seed, settings, options.negative_prompt, options.mask, **syntax)
     prepare_out(out)
+    if maps is not None:
+        prepare_out(maps)
     # Of one picture there is one reconstruction, or one text to look at first; but several ways to go on from its top.
     pictured = "image" in given or "image" in (axis.name for axis in axes)
     one = 1 if pictured and "image" in trained.sampler.reads else None
@@ -83,7 +87,11 @@ def main(arguments: Sequence[str]) -> None:
         drawn = run_sweep(trained, order, axes, options.num or one or 4, out, clip)
         written = ", ".join(str(path) for path in (*drawn.pages, drawn.table))
     else:
-        if options.trajectory is not None:
+        if maps is not None:
+            drawn, picture = draw_attention(trained, order, options.num or one or 4)
+            write_picture(maps, picture)
+            print(f"{maps}: attention to each token")
+        elif options.trajectory is not None:
             drawn = draw_trajectory(trained, order, options.num or one or 4, options.trajectory)
         elif options.round_trip is not None:
             drawn = draw_round_trip(trained, order, options.num or 1, options.round_trip)
@@ -137,8 +145,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--num",
         type=int,
-        help="samples of each condition (default 8; in a cell or trajectory 4; of a run that reads pictures 1), or "
-        "points (2000)",
+        help="samples of each condition (default 8; in a cell, trajectory or with attention maps 4; of a run that "
+        "reads pictures 1), or points (2000)",
     )
     parser.add_argument(
         "--rerank", metavar="RUN", help="a CLIP, trained or converted, which sorts the pictures of each prompt"
@@ -155,6 +163,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=int,
         const=8,
         help="of a diffusion: N (default 8) moments of each picture, x_t above and the network's estimate of x_0 below",
+    )
+    parser.add_argument(
+        "--attention_maps",
+        metavar="FILE",
+        help="of a diffusion that reads captions: also a picture of which pixels read which token, averaged over "
+        "heads, layers and steps, and of how much of their attention each token has",
     )
     parser.add_argument(
         "--round_trip",
@@ -194,6 +208,11 @@ def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:
         raise UserError("--rerank chooses among the pictures of a plain grid; leave out --sweep and --trajectory")
     if options.round_trip is not None and (swept or options.trajectory is not None or options.rerank):
         raise UserError("--round_trip is a picture of its own; leave out --sweep, --trajectory and --rerank")
+    if options.attention_maps and (swept or options.rerank or options.trajectory is not None or options.round_trip):
+        raise UserError(
+            "--attention_maps is of the pictures of a plain grid; leave out --sweep, --rerank, --trajectory and "
+            "--round_trip"
+        )
     if swept and options.trajectory is not None:
         raise UserError("--sweep and --trajectory are two different pictures; leave one of them out")
 

@@ -78,7 +78,7 @@ def draw_samples(
             "rerank_step": clip.trained.weights.step,
             "candidates": num,
         }
-    grid = _draw_grid(order, made, labels, shown, rows.get("image"))
+    grid = draw_made(order, made, labels, shown, rows.get("image"))
     return Drawn(made.images, made.texts, records, description, grid)
 
 
@@ -93,7 +93,7 @@ def draw_figure(trained: TrainedSampler, order: Order, num: int) -> Drawn:
     return Drawn(np.asarray(figure)[None], None, [{"points": num}], order.describe(trained), figure)
 
 
-def _draw_grid(
+def draw_made(
     order: Order, made: Made, labels: Sequence[str], num: int, told: UInt8[np.ndarray, "c h w 3"] | None
 ) -> Image.Image:
     """The grid of `num` samples of each condition.

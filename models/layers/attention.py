@@ -107,6 +107,26 @@ def attend(
         return _attend_splash(q, k, v, mask, implementation == "splash_interpreted")
 
 
+def mean_weights(
+    q: Float[Array, "b l n k"], k: Float[Array, "b m n k"], mask: Mask | None = None
+) -> Float[Array, "b l m"]:
+    """What `attend` weighs values by, averaged over heads: each row sums to 1. Float32; `mask` as there."""
+    scores = jnp.einsum("blnk,bmnk->bnlm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores += jnp.where(_array(mask, k.shape[1]), 0.0, _HIDDEN)
+    return jax.nn.softmax(scores, axis=-1).mean(axis=1)
+
+
+def keep_weights(module: nn.Module, q: Array, k: Array, mask: Mask | None) -> None:
+    """Keeps `mean_weights` as "weights" in the collection "intermediates", if a call of the network asks for that.
+
+    `network.apply(..., mutable=["intermediates"])` does. Any other call computes nothing of it; and one that asks has
+    the outputs of any other, since they come from `attend` as ever.
+    """
+    if module.is_mutable_collection("intermediates") and not module.is_initializing():
+        module.sow("intermediates", "weights", mean_weights(q, k, mask))
+
+
 def mask_kind(mask: Mask | None, queries: int, keys: int) -> str:
     """Which of `models.layers.attention_choice.MASK_KINDS` a mask of so many queries and keys is."""
     if isinstance(mask, KeyLengths):
@@ -381,6 +401,8 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "b l d"]:
         """Attends within x. `mask` as in `attend`; `positions` if it is rotary, None for 0, 1, 2, ..."""
         q, k, v = self._project(x, positions)
+        if self.kv_heads is None:
+            keep_weights(self, q, k, mask)
         # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
         implementation = "xla" if self.is_initializing() else self.implementation
         return self.out(attend(q, k, v, mask, implementation))

@@ -3,13 +3,17 @@
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3 and appendix E.2.1.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from models.layers.attention import KeyLengths, attend
+from models.layers.attention import KeyLengths, attend, keep_weights
 from models.layers.convolution import Conv
 from models.layers.dense import Dense, DenseGeneral
 from models.layers.group_norm_resnet import KERNEL_INITS, group_norm
@@ -65,11 +69,31 @@ class ContextAttention(nn.Module):
         implementation = "xla" if self.is_initializing() else self.implementation
         lengths = isinstance(mask, KeyLengths)
         seen = mask if mask is None or lengths else mask[:, None, None]
+        keep_weights(self, query, key_value[..., 0, :, :], seen)
         y = attend(query, key_value[..., 0, :, :], key_value[..., 1, :, :], seen, implementation)
         if mask is not None:
             sees = mask.lengths > 0 if lengths else mask.any(axis=1)
             y = jnp.where(sees[:, None, None, None], y, jnp.zeros((), y.dtype))
         return DenseGeneral(width, axis=(-2, -1), kernel_init=self.out_init or init, name="out", **types)(y)
+
+
+def caption_attention(kept: Mapping[str, Any], height: int, width: int) -> tuple[Float[Array, "b _h _w m"], ...]:
+    """What the pixels of feature maps read of a context, in the order of the layers' names: one for each layer.
+
+    Args:
+      kept: the collection "intermediates" of a network that reads its context in modules `context_attention`.
+      height: of what the network is given, in pixels of it; feature maps are smaller by a factor a side.
+      width: of the same.
+
+    Returns:
+      Weights over the context, which sum to 1.
+    """
+    maps = []
+    for path, weights in jax.tree_util.tree_leaves_with_path(kept):
+        if jax.tree_util.DictKey("context_attention") in path:
+            factor = math.isqrt(height * width // weights.shape[1])
+            maps.append(weights.reshape(len(weights), height // factor, width // factor, -1))
+    return tuple(maps)
 
 
 class ContextBlock(nn.Module):

@@ -32,6 +32,7 @@ from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
 from diffusion.solver_choice import make_plan
 from models.conditioning import Conditioning
+from sample.attention_maps import caption_maps, has_caption_attention
 from sample.first_stage import FirstStage
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
@@ -42,6 +43,7 @@ Request = dict[str, Any]
 
 STRENGTH = 0.8  # of a picture that is given without a mask
 _CHURN = ("churn", "churn_min", "churn_max", "churn_noise")
+_SHOWN = ("attention", "trajectory")  # what a request may ask for beside the samples, one of them
 _NUMBERS = ("guidance", "rescale", "guidance_start", "guidance_stop")
 
 
@@ -295,7 +297,8 @@ class DiffusionSampler:
           negative_weights: the same of `negative`.
           **overrides: of the defaults, those of `Steps`; guidance, rescale, guidance_start, guidance_stop;
             strength, of pictures that are given, from 0, which returns them, to 1, which draws fresh ones where there
-            is no mask; and trajectory=True for what the network saw and estimated on the way.
+            is no mask; trajectory=True for what the network saw and estimated on the way; and attention=True for what
+            pixels read of their captions.
 
         Returns:
           What `__call__` takes. Prompts, classes and the numbers of guidance lead to no new compilation.
@@ -315,6 +318,9 @@ class DiffusionSampler:
         if wrong:
             raise UserError(f"there is no class {wrong[0]}; classes are {self.class_range}")
         strength = self._strength(image, mask, overrides)
+        attention = bool(overrides.get("attention", False))
+        if attention:
+            self._check_attention("text" in rows, strength)
         for name, weights in (("text_weights", text_weights), ("negative_weights", negative_weights)):
             if weights is not None:
                 rows[name] = np.asarray(weights, np.float32)
@@ -335,6 +341,7 @@ class DiffusionSampler:
             "steps": steps,
             "strength": strength,
             "trajectory": bool(overrides.get("trajectory", False)),
+            **({"attention": True} if attention else {}),
         }
 
     def __call__(
@@ -352,13 +359,14 @@ class DiffusionSampler:
 
         Returns:
           {"image" (or "point"): float [b ...]}; with a trajectory also "states" and "estimates", [b s ...], of a
-          diffusion in latents decoded: its states after division by what `state_scales` says.
+          diffusion in latents decoded: its states after division by what `state_scales` says. With attention also
+          "attention" [b h w l], see `sample.attention_maps.caption_maps`.
         """
         del variables
         guided = (self.conditional or self.guide is not None) and float(request["guidance"]) != 1.0
-        steps, strength, trajectory = (request[key] for key in ("steps", "strength", "trajectory"))
-        arrays = {key: value for key, value in request.items() if key not in ("steps", "strength", "trajectory")}
-        return _draw(self, steps, strength, guided, trajectory, params, frozen, arrays, keys)
+        shown = next((key for key in _SHOWN if request.get(key)), "")
+        arrays = {key: value for key, value in request.items() if key not in ("steps", "strength", *_SHOWN)}
+        return _draw(self, request["steps"], request["strength"], guided, shown, params, frozen, arrays, keys)
 
     def plan(self, steps: Steps, strength: float = 1.0) -> Plan:
         """The plan of a solver on this process; of its last steps, see `make_plan`.
@@ -438,9 +446,18 @@ class DiffusionSampler:
             raise UserError(f"pictures are {image.shape[1]} x {image.shape[2]}, this run's are {height} x {width}")
         return strength
 
+    def _check_attention(self, told: bool, strength: float) -> None:
+        """Raises UserError unless there is attention to a caption to be shown."""
+        if self.text is None or not has_caption_attention(self.model):
+            raise UserError("attention maps are of a denoiser that reads captions; leave out --attention_maps")
+        if not told:
+            raise UserError("attention maps are of a caption; give one, --prompt=TEXT")
+        if strength == 0:
+            raise UserError("strength 0 runs no step that could show its attention; choose more")
+
     def _settings(self, overrides: Mapping[str, Any], strength: float = 1.0) -> tuple[Steps, dict[str, float]]:
         """The solver and the numbers of guidance, defaults filled in; raises UserError unless they are possible."""
-        unknown = sorted(set(overrides) - {*self.settings, "trajectory"})
+        unknown = sorted(set(overrides) - {*self.settings, *_SHOWN})
         if unknown:
             raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {', '.join(self.settings)}")
         solver = {field.name for field in dataclasses.fields(Steps)} & overrides.keys()
@@ -475,18 +492,18 @@ def _draw(
     steps: Steps,
     strength: float,
     guided: bool,
-    trajectory: bool,
+    shown: str,
     params: Tree,
     frozen: Tree,
     request: Request,
     keys: Array,
 ) -> dict[str, Array]:
-    """The compiled program of `DiffusionSampler.__call__`."""
+    """The compiled program of `DiffusionSampler.__call__`; `shown` is one of `_SHOWN`, or ""."""
     process, count = sampler.process, len(keys)
     given, known = sampler.given(frozen, request)
     if given is not None and strength == 0:
-        shown = {key: given[:, None] for key in ("states", "estimates")} if trajectory else {}
-        return sampler.show(frozen, {**{name: given for name in sampler.makes}, **shown})
+        still = {key: given[:, None] for key in ("states", "estimates")} if shown == "trajectory" else {}
+        return sampler.show(frozen, {**{name: given for name in sampler.makes}, **still})
     plan = sampler.plan(steps, strength)
     rows = {key: request[key] for key in ("text", "label") if key in request}
     if "text_weights" in request:
@@ -533,14 +550,18 @@ def _draw(
         noised = float(plan.alpha[0]) * given + plan.first_sigma * first
         # All of it, or at full strength what is known of it: the rest is as fresh as without a picture.
         x = noised if strength < 1 else x if known is None else jnp.where(known, noised, x)
-    solution = solve(plan, denoise, x, per_example_noise(noise_keys, x), trajectory=trajectory)
+    solution = solve(plan, denoise, x, per_example_noise(noise_keys, x), trajectory=bool(shown))
     drawn = solution.x if known is None else jnp.where(known, given, solution.x)
     outputs = {name: drawn for name in sampler.makes}
-    if trajectory:
+    if shown == "trajectory":
         outputs |= {key: jnp.moveaxis(getattr(solution, key), 0, 1) for key in ("states", "estimates")}
         if sampler.first_stage is not None:
             outputs["states"] = outputs["states"] / state_scales(plan)[:, None, None, None]
-    return sampler.show(frozen, outputs)
+    outputs = sampler.show(frozen, outputs)
+    if shown == "attention":
+        maps = caption_maps(sampler.model, process, params["denoiser"], cond, plan, solution.states)
+        outputs["attention"] = maps
+    return outputs
 
 
 def state_scales(plan: Plan) -> Float[np.ndarray, " s"]:
