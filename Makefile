@@ -9,13 +9,13 @@ RUN := $(VENV)/bin/python -m
 PYTEST := $(RUN) pytest --durations=10
 PIP := $(RUN) pip --disable-pip-version-check --quiet
 
-# OpenAI's published dVAE and dalle_pytorch, for the parity tests and the benchmark beside it. Installed without their dependencies, which would bring
+# OpenAI's published dVAE and dalle_pytorch, for the parity tests and benchmarks. Installed without their dependencies, which would bring
 # torchvision, blobfile, taming-transformers and others for functions that no test calls; so their versions stand here, not
 # in requirements.lock.
 DALL_E := DALL-E==0.1 dalle-pytorch==1.6.6 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check parity benchmark-dalle lock clean
+.PHONY: help demo test test-slow check parity benchmark lock clean
 .NOTPARALLEL:
 .SUFFIXES:
 
@@ -39,8 +39,8 @@ check: $(VENV)/.dev  ## lint, formatting, types
 parity: $(VENV)/.parity  ## compare with other projects' code (installs torch)
 	@$(PYTEST) tests/parity
 
-benchmark-dalle: $(VENV)/.parity  ## time DALL-E beside dalle-pytorch (ARGS="--size=medium --cpu_time")
-	@PYTHONPATH=. $(VENV)/bin/python tests/parity/benchmark_dalle.py $(ARGS)
+benchmark: $(VENV)/.parity  ## time this project beside others, and write the table (ARGS="--rows=dalle --clock=processor")
+	@$(RUN) scripts.benchmark --suite=cpu $(ARGS)
 
 # requirements.lock constrains versions, so that a stamp installs no more than it is for. A stamp is touched last.
 # INCOMPLETE exists while an environment is being made or added to. If it is found, the last attempt was cut short, and

@@ -23,7 +23,7 @@ from cost.chips import Peak
 from cost.flops import matrix_flops, plain_config
 from cost.hlo import read_attention
 from cost.peak_flops import peak_flops
-from cost.timing import Spread, time_windows
+from cost.timing import Spread, time_in_turn, time_windows
 from data.batch_reader import BatchReader
 from data.pipeline import load_tokenizer, open_stream
 from models import create_model
@@ -195,19 +195,11 @@ def compare_steps(
     """
     with _memory_errors("both steps together", _STEP_ADVICE):
         prepared = [prepare_step(without_sources(each), clock) for each in (config, other)]
-        for step in prepared:
-            step.run(warmup)
-        measured: dict[str, list[tuple[float, ...]]] = {"": [], "processor_": []}
-        for _ in range(windows):
-            times = []
-            for step in prepared:
-                start = (clock(), time.process_time())
-                step.run(steps)
-                times.append(((clock() - start[0]) / steps, (time.process_time() - start[1]) / steps))
-            for name, pair in zip(measured, zip(*times, strict=True), strict=True):
-                measured[name].append(pair)
+        runs = {str(place): step.run for place, step in enumerate(prepared)}
+        taken = time_in_turn(runs, windows=windows, steps=steps, warmup=warmup, clock=clock)
     report: dict[str, Any] = {}
-    for name, pairs in measured.items():
+    for place, name in enumerate(("", "processor_")):
+        pairs = [(first[place], second[place]) for first, second in zip(*taken.values(), strict=True)]
         report[f"{name}seconds"] = dataclasses.asdict(Spread.of([second for _, second in pairs]))
         report[f"{name}ratio"] = dataclasses.asdict(Spread.of([first / second for first, second in pairs]))
     report["program_peak_bytes"] = [program_bytes(step.compiled.memory_analysis()) for step in prepared]

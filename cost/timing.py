@@ -3,7 +3,9 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+Run = Callable[[int], None]  # does so many steps, and returns when the last is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Spread:
 
 
 def time_windows(
-    run: Callable[[int], None],
+    run: Run,
     *,
     windows: int,
     steps: int,
@@ -59,3 +61,30 @@ def time_windows(
         run(steps)
         seconds.append((clock() - start) / steps)
     return Spread.of(seconds)
+
+
+def time_in_turn(
+    runs: Mapping[str, Run], *, windows: int, steps: int, warmup: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds that a step of each takes, windows in turn: what else the machine does slows all down alike.
+
+    Args:
+      runs: by label.
+      windows: how many times to measure each.
+      steps: in a window.
+      warmup: steps of each before the first window.
+      clock: seconds.
+
+    Returns:
+      For each window (seconds by the clock, processor seconds of this process, of all its threads).
+    """
+    if warmup:
+        for run in runs.values():
+            run(warmup)
+    seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in runs}
+    for _ in range(windows):
+        for label, run in runs.items():
+            start, used = clock(), time.process_time()
+            run(steps)
+            seconds[label].append(((clock() - start) / steps, (time.process_time() - used) / steps))
+    return seconds

@@ -1,14 +1,16 @@
-"""`python -m scripts.benchmark --config=FILE`: what a config costs on the devices at hand."""
+"""`python -m scripts.benchmark`: what a config costs on the devices at hand, or a table beside other projects."""
 
 import json
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.config import load_config
 from cli.errors import UserError
+from cost.suite import run_suite
 
 _DESCRIPTION = """\
 Measures a training step (time, examples, tokens and matrix FLOPs a second, share of the device's peak, memory,
@@ -17,12 +19,17 @@ greatest, of several windows after a warm-up. Steps run on made-up batches with 
 needs a prepared dataset; none needs a run.
 
   --config=FILE[:ARGUMENT]   the config; --config.KEY=VALUE overrides a key
+
+Or, with --suite, measures a table of rows beside torch, diffusers, transformers and others (`make parity` installs
+them), both sides warmed up, with as many threads, windows in turn; and writes the table in docs/performance.md. Each
+row is saved when it is measured: started again, the suite goes on with the rows that this commit, machine and versions
+lack.
 """
 _PARTS = ("step", "data", "sample", "decode")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Parses the command line and measures."""
+def main(arguments: Sequence[str]) -> int | None:
+    """Parses the command line and measures; returns the exit code of a suite."""
     parser = entry_point.parser("scripts.benchmark", _DESCRIPTION)
     parser.add_argument(
         "--measure", default="step,data", metavar="PARTS", help=f"some of {','.join(_PARTS)} (default step,data)"
@@ -41,7 +48,29 @@ def main(arguments: Sequence[str]) -> None:
         "--against='--config.data.latent_moments=auto'",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    suites = parser.add_argument_group("with --suite")
+    suites.add_argument("--suite", choices=("cpu", "gpu"), help="which table")
+    suites.add_argument("--rows", default="", metavar="PATTERN", help="those whose names have this in them")
+    suites.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall", help="processor: beside other work, on one core"
+    )
+    suites.add_argument("--again", action="store_true", help="measure rows that are there, too")
+    suites.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+    suites.add_argument("--toy", action="store_true", help="toy sizes, a rehearsal; writes where --results says")
+    suites.add_argument("--results", metavar="FOLDER", help="of the records (default docs/benchmarks)")
     options, rest = parser.parse_known_args(arguments)
+    if options.suite:
+        if rest:
+            raise UserError(f"--suite has its own sizes; leave out {' '.join(rest)}")
+        return run_suite(
+            options.suite,
+            pattern=options.rows,
+            toy=options.toy,
+            clock=options.clock,
+            compiled=not options.no_compile,
+            again=options.again,
+            results=Path(options.results) if options.results else None,
+        )
     config = load_config(rest)
     other = load_config([*rest, *shlex.split(options.against)]) if options.against else None
     parts = tuple(part for part in options.measure.split(",") if part)
@@ -61,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     report = benchmark(config, parts, windows=options.windows, steps=options.steps, warmup=options.warmup, other=other)
     if jax.process_index() == 0:
         print(json.dumps(report, indent=2) if options.json else format_report(report))
+    return None
 
 
 def benchmark(

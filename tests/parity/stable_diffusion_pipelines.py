@@ -41,13 +41,21 @@ def randomized(network: torch.nn.Module, seed: int) -> Any:
     return network.eval()
 
 
-def make_pipeline(folder: Path, version: int) -> StableDiffusionPipeline:
-    """Stable Diffusion 1, or 2 (linear projections, heads of one width, v-prediction), tiny; writes a tokenizer."""
+def make_pipeline(
+    folder: Path, version: int, widths: tuple[int, int] = (32, 64), side: int = 8
+) -> StableDiffusionPipeline:
+    """Stable Diffusion 1, or 2 (linear projections, heads of one width, v-prediction), tiny; writes a tokenizer.
+
+    Args:
+      folder: of the tokenizer.
+      version: 1 or 2.
+      widths: channels of the UNet's levels; the first stage has half as many.
+      side: of the latents; pictures have twice as many pixels.
+    """
     second = version == 2
     words = write_tokenizer(folder, "!" if second else END)
-    widths = (32, 64)
     unet = UNet2DConditionModel(
-        **{"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 8},
+        **{"sample_size": side, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 8},
         block_out_channels=widths,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -56,7 +64,8 @@ def make_pipeline(folder: Path, version: int) -> StableDiffusionPipeline:
         use_linear_projection=second,
     )
     vae = AutoencoderKL(
-        **{"block_out_channels": (16, 32), "norm_num_groups": 8, "latent_channels": 4, "sample_size": 16},
+        **{"block_out_channels": tuple(width // 2 for width in widths), "norm_num_groups": 8, "latent_channels": 4},
+        sample_size=2 * side,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         scaling_factor=0.18215,

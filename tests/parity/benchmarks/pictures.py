@@ -1,4 +1,4 @@
-"""Times reading pictures beside torch's DataLoader: `PYTHONPATH=. python tests/parity/benchmark_pictures.py`.
+"""Times reading pictures beside torch's DataLoader: `PYTHONPATH=. python tests/parity/benchmarks/pictures.py`.
 
 The same JPEG files, in the same number of workers, to square pictures of 256 x 256 as uint8 batches. Here they are
 records of a dataset, read in processes and in threads, with `config.data.draft` and without; there files, read
@@ -13,9 +13,10 @@ medians over windows, and their ratios.
 import argparse
 import importlib
 import io
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from data.pipeline import ExampleStream
 READY = 4  # batches that each keeps ready
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=640, help="of the stored pictures; the height is 3/4 of it")
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--windows", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="batches in a window")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Path(folder) / "files", options.num, options.width)
         prepare(Path(folder) / "dataset", files)
@@ -147,7 +148,8 @@ def read_here(data: ConfigDict, batch_size: int, *, processes: bool, draft: bool
 
 def read_with_torch(files: list[Path], filter: str, size: int, batch_size: int, workers: int) -> Iterator:
     """The same with torch: PIL's files, torchvision's transforms, uint8 tensors."""
-    importlib.import_module("conftest")  # lies beside this file; makes torchvision importable
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    importlib.import_module("conftest")  # of the parity tests; makes torchvision importable
     import torch
     from torchvision import transforms
 

@@ -1,0 +1,122 @@
+"""Rows of a benchmark: kept in a file as each is measured, and shown as a table between two marks of a page."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cli.errors import UserError
+
+Record = Mapping[str, Any]
+
+# What makes a row another measurement: none of it may differ where a suite goes on.
+_SAME = ("row", "toy", "clock", "commit", "machine", "versions")
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """The newest record of each row, by the row's name, in the order of the file; {} without a file.
+
+    A line that was cut short, as when the machine went away, is passed over: its row is measured again.
+    """
+    records: dict[str, Record] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        records[record["row"]] = record
+    return records
+
+
+def save_record(path: Path, record: Record, order: Sequence[str]) -> None:
+    """Adds a record to the file, or replaces that of the same row; rows are in this order, others behind.
+
+    The file is whole at any time: a suite that is cut short keeps what it has.
+    """
+    records = {**read_records(path), record["row"]: record}
+    places = {name: place for place, name in enumerate(order)}
+    rows = sorted(records.values(), key=lambda each: places.get(each["row"], len(places)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def is_same(kept: Record, wanted: Record) -> bool:
+    """Whether a kept record is of the same row, commit, machine, versions and clock: a suite that goes on keeps it."""
+    return all(kept.get(key) == wanted.get(key) for key in _SAME) and not kept["noise"]
+
+
+def write_table(page: Path, suite: str, records: Sequence[Record]) -> None:
+    """Replaces what stands between `<!-- benchmark:SUITE -->` and `<!-- end of benchmark:SUITE -->`.
+
+    Raises:
+      UserError: if the page has no such marks.
+    """
+    text = page.read_text(encoding="utf-8")
+    start, end = f"<!-- benchmark:{suite} -->", f"<!-- end of benchmark:{suite} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise UserError(f"{page} has no place for the table: a line {start} and behind it {end}, each once")
+    pattern = re.compile(f"{re.escape(start)}.*{re.escape(end)}", re.DOTALL)
+    table = f"{start}\n{format_table(records)}\n{end}"
+    page.write_text(pattern.sub(lambda _: table, text), encoding="utf-8")
+
+
+def format_table(records: Sequence[Record]) -> str:
+    """A table in Markdown, one line for each row and peer, and below it what the rows ran on."""
+    memory, mfu = (_any_side(records, key) for key in ("memory_bytes", "mfu"))
+    head = ["row", "this project, ms", "peer", "peer, ms", "ratio", "GFLOP/s"]
+    head += (["MFU"] if mfu else []) + (["peak memory, GiB"] if memory else []) + ["load", "on"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    places: list[str] = []
+    for record in records:
+        where = describe_machine(record)
+        places += [where] if where not in places else []
+        (_, own), *peers = record["sides"].items()
+        for number, (label, peer) in enumerate(peers or [("", {})]):
+            cells = [record["what"] if not number else "", _milliseconds(own) if not number else ""]
+            cells += [label, _milliseconds(peer), _ratio(record, label)]
+            cells.append(_both(own, peer, "flops_per_second", 1e-9, ".0f"))
+            cells += [_both(own, peer, "mfu", 1, ".1%")] if mfu else []
+            cells += [_both(own, peer, "memory_bytes", 2**-30, ".2f")] if memory else []
+            load = " to ".join(f"{each:.1f}" for each in record["load_average"])
+            lines.append(f"| {' | '.join([*cells, load, _letter(places.index(where))])} |")
+    noted = [f"{_letter(place)}: {where}." for place, where in enumerate(places)]
+    return "\n".join([*lines, "", *noted])
+
+
+def describe_machine(record: Record) -> str:
+    """Hardware, versions, commit, clock and day of a record."""
+    machine, versions = record["machine"], ", ".join(f"{name} {each}" for name, each in record["versions"].items())
+    commit = f"commit {(record['commit'] or 'unknown')[:9]}" + (" with changes" if record["dirty"] else "")
+    clock = {"wall": "by the clock", "processor": "processor seconds"}[record["clock"]]
+    toy = "toy sizes; " if record["toy"] else ""
+    return f"{toy}{machine['device']}, {machine['cores']} cores; {clock}; {versions}; {commit}; {record['date']}"
+
+
+def _letter(place: int) -> str:
+    return chr(ord("a") + place) if place < 26 else str(place)
+
+
+def _any_side(records: Sequence[Record], key: str) -> bool:
+    return any(key in side for record in records for side in record["sides"].values())
+
+
+def _milliseconds(side: Mapping[str, Any]) -> str:
+    if not side:
+        return ""
+    median, low, high = (f"{1e3 * side['seconds'][key]:,.3g}" for key in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
+def _ratio(record: Record, label: str) -> str:
+    if label not in record["ratios"]:
+        return ""
+    median, low, high = (f"{record['ratios'][label][key]:.2f}" for key in ("median", "low", "high"))
+    return f"{median} ({low} to {high})" + (", noise" if record["noise"] else "")
+
+
+def _both(own: Mapping[str, Any], peer: Mapping[str, Any], key: str, unit: float, form: str) -> str:
+    """The figure of both sides, or of the one that has it."""
+    return ", ".join(format(side[key] * unit, form) for side in (own, peer) if key in side)

@@ -1,0 +1,118 @@
+"""A program of this project beside another that does the same work: windows in turn, and noise called by its name."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cost.timing import Run, Spread, time_in_turn
+
+NOISY = 1.3  # greatest window of a peer over its least: beyond, something else ran, and the row is measured again
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the programs.
+
+    Attributes:
+      run: does so many steps, and returns when the last is done.
+      flops: counts the matrix FLOPs of a step, behind the windows; None where nobody does.
+      compile_seconds: that it took before the first step; None where the first step compiles.
+      memory: bytes that it occupies at its peak, asked after the windows; None where that is not known.
+    """
+
+    run: Run
+    flops: Callable[[], int] | None = None
+    compile_seconds: float | None = None
+    memory: Callable[[], int | None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+      windows: of each side, in turn.
+      steps: in a window.
+      warmup: steps of each before the first window; what compiles late is in them.
+      attempts: how often at most all windows are measured, until no peer's are noise.
+    """
+
+    windows: int = 7
+    steps: int = 2
+    warmup: int = 2
+    attempts: int = 3
+
+
+def measure_side_by_side(
+    sides: Mapping[str, Side],
+    effort: Effort,
+    *,
+    units: int = 1,
+    peak: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Times all sides.
+
+    Args:
+      sides: by label; the first is this project's.
+      effort: how much is measured.
+      units: of what is counted, in one step: pictures in a call of a sampler, tokens of an answer.
+      peak: FLOPs a second that the device can do, for MFU; None for none.
+      clock: seconds.
+
+    Returns:
+      sides: {label: seconds of a unit {"median", "low", "high"}, and where known flops_per_second, mfu, memory_bytes,
+        compile_seconds}.
+      ratios: {label: a peer's seconds over this project's of the window before, median, low and high}: above 1 this
+        project is faster.
+      spread: the greatest of the peers' greatest window over least; of this project's where it has no peer.
+      noise: whether that is more than `NOISY` in the attempt with the least of it, which the figures are of.
+      attempts: that were made.
+      load_average: of the machine, a minute's, before and after; [] where the system does not tell.
+    """
+    before, tried = _load(), []
+    ours, *peers = sides
+    runs = {label: side.run for label, side in sides.items()}
+    for attempt in range(effort.attempts):
+        taken = time_in_turn(
+            runs, windows=effort.windows, steps=effort.steps, warmup=0 if attempt else effort.warmup, clock=clock
+        )
+        seconds = {label: [window for window, _ in windows] for label, windows in taken.items()}
+        spread = max(max(seconds[label]) / max(min(seconds[label]), 1e-12) for label in peers or [ours])
+        tried.append((spread, seconds))
+        if spread <= NOISY:
+            break
+    spread, seconds = min(tried, key=lambda each: each[0])
+    pairs = {label: zip(seconds[label], seconds[ours], strict=True) for label in peers}
+    return {
+        "sides": {label: _figures(side, Spread.of(seconds[label]), units, peak) for label, side in sides.items()},
+        "ratios": {
+            label: dataclasses.asdict(Spread.of([theirs / own for theirs, own in each]))
+            for label, each in pairs.items()
+        },
+        "spread": spread,
+        "noise": spread > NOISY,
+        "attempts": len(tried),
+        "load_average": [*before, *_load()],
+    }
+
+
+def _figures(side: Side, seconds: Spread, units: int, peak: float | None) -> dict[str, Any]:
+    """What is reported of one side."""
+    memory = side.memory() if side.memory is not None else None
+    rate = side.flops() / seconds.median if side.flops is not None else None
+    figures = {
+        "seconds": dataclasses.asdict(seconds.over(units)),
+        "flops_per_second": rate,
+        "mfu": rate / peak if rate is not None and peak else None,
+        "memory_bytes": memory,
+        "compile_seconds": side.compile_seconds,
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _load() -> list[float]:
+    return [os.getloadavg()[0]] if hasattr(os, "getloadavg") else []
