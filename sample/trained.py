@@ -1,6 +1,7 @@
 """A run folder made ready to sample: weights, frozen stages, tokenizer, and a compiled sampler."""
 
 import dataclasses
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from cli.errors import UserError
 from cli.locations import Location
@@ -280,6 +282,17 @@ class TrainedSampler:
             raise UserError(f"{self.run.folder} makes text and has no {file}, which would read it; copy it there")
         return tuple(tokenizer.decode(one) for one in ids)
 
+    def _bar(self, count: int, settings: Mapping[str, Any]) -> tqdm:
+        """A bar over what is drawn, on the standard error of a terminal alone.
+
+        All steps of a chunk are one compiled program, which nothing interrupts: finished chunks move the bar.
+        """
+        steps = settings.get("steps", self.config.sample.get("steps"))
+        each = f" of {steps} steps" if steps else ""
+        return tqdm(
+            total=count, desc=f"drawing {count}{each}", disable=None, leave=False, mininterval=0, file=sys.stderr
+        )
+
     def __call__(self, rows: Rows, *, seed: int, indices: Sequence[int], **settings: Any) -> Rows:
         """Samples one output for each row.
 
@@ -299,12 +312,14 @@ class TrainedSampler:
         check_seed("seed", seed)
         count, numbers = len(indices), np.asarray(indices, np.int32)
         chunks = []
-        for start in range(0, count, self.chunk):
-            places = np.minimum(np.arange(start, start + self.chunk), count - 1)
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers[places])
-            part = {name: value[places] for name, value in rows.items()}
-            request = self.sampler.request(**part, **settings)
-            outputs = self.sampler(self.weights.params, self.weights.variables, self.frozen, request, keys)
-            chunks.append(jax.device_get(outputs))
-            self._check_finite(chunks[-1])
+        with self._bar(count, settings) as bar:
+            for start in range(0, count, self.chunk):
+                places = np.minimum(np.arange(start, start + self.chunk), count - 1)
+                keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers[places])
+                part = {name: value[places] for name, value in rows.items()}
+                request = self.sampler.request(**part, **settings)
+                outputs = self.sampler(self.weights.params, self.weights.variables, self.frozen, request, keys)
+                chunks.append(jax.device_get(outputs))
+                self._check_finite(chunks[-1])
+                bar.update(min(self.chunk, count - start))
         return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}

@@ -1,5 +1,6 @@
 """Sampling from a run folder, and what `python -m sample` writes."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -155,3 +156,21 @@ def test_a_run_that_reads_framed_text_is_asked_with_an_end():
     trained.tokenizer = Tokenizer.train(["a red circle"], 260).with_ends()
     trained.check_request({"temperature": 1.0})
     assert asked["text"].tolist() == [[0, 0, 0, trained.tokenizer.end_id]] and asked["temperature"] == 1.0
+
+
+def test_a_terminal_shows_how_much_is_drawn_and_a_file_does_not(folder, monkeypatch):
+    """Of three chunks: as each is done. What is drawn is the same."""
+    trained = TrainedSampler.open(folder, chunk=1)
+    rows = trained.encode(["a red circle"] * 3)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    drawn = []
+    for stream in (io.StringIO(), Terminal()):
+        monkeypatch.setattr("sys.stderr", stream)
+        drawn.append((trained(rows, seed=0, indices=range(3)), stream.getvalue()))
+    (plain, silent), (shown, bar) = drawn
+    assert silent == "" and "drawing 3" in bar and "3/3" in bar
+    np.testing.assert_array_equal(shown["image"], plain["image"])

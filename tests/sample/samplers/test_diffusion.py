@@ -122,7 +122,7 @@ def test_a_guided_step_is_one_call_on_both_halves(drawer, monkeypatch):
         }
     )
     draw = sample.samplers.diffusion._draw.__wrapped__
-    jax.eval_shape(functools.partial(draw, sampler, request["steps"], 1.0, True, False), trees, {}, arrays, keys())
+    jax.eval_shape(functools.partial(draw, sampler, request["steps"], 1.0, True, ""), trees, {}, arrays, keys())
     assert sizes == [8]
 
 
