@@ -34,7 +34,7 @@ def get_config(argument: str = "") -> ConfigDict:
     stage = autoencoder.get_config("debug" if debug else "kl").models.autoencoder
     config = get_defaults()
     config.objective = "unidiffuser"
-    config.steps = 6000
+    config.steps = 9000
     config.batch_size = 32
 
     for key in ("dataset", "image_size", "text_length", "text_ends", "cache"):
@@ -71,7 +71,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.process.schedule = ConfigDict(
         {"name": "discrete", "kind": "scaled_linear", "steps": 1000, "start": 8.5e-4, "end": 0.012}
     )
-    config.process.prediction = "eps"
+    config.process.prediction = "x0"  # the paper's is eps, of uniform weights
+    config.process.weighting = "clipped_snr"
+    config.process.gamma = 5.0
     config.process.time_shift = 1
 
     config.scales = ConfigDict({"clip": 1.0, "text": 1.0})  # what these latents are multiplied by

@@ -38,7 +38,8 @@ def asked_once():
     batch = {"image": jnp.asarray(image), "text": jnp.asarray(text), "index": jnp.arange(16)}
     losses = {}
     for reduction in ("elements", "parts"):
-        sampler = dataclasses.replace(objective.sampler, model=network)
+        process = dataclasses.replace(objective.sampler.process, prediction="eps", weighting="uniform")
+        sampler = dataclasses.replace(objective.sampler, model=network, process=process)
         tried = dataclasses.replace(objective, sampler=sampler, reduction=reduction, clip_weight=3.0)
 
         def loss(frozen, batch, tried=tried):
