@@ -61,7 +61,7 @@ CONFIGS = {
         "--config.models.denoiser.dtype=float32",
     ),
     "diffusion, latents": ("--config=configs/scenes/latent_unet.py:debug", "--config.models.denoiser.head_width=8"),
-    "autoencoder": ("--config=configs/scenes/autoencoder.py:debug",),
+    "autoencoder": ("--config=configs/scenes/autoencoder.py:debug", "--config.loss.discriminator_start=0"),
     "captioner": ("--config=configs/scenes/captioner.py:debug",),
     "unidiffuser": ("--config=configs/scenes/unidiffuser.py:debug",),
     "diffusion, ddpm": ("--config=configs/paper/ddpm.py:debug", "--config.models.denoiser.heads=2"),
