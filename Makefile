@@ -37,7 +37,7 @@ check: $(VENV)/.dev  ## lint, formatting, types
 	@$(RUN) basedpyright
 
 parity: $(VENV)/.parity  ## compare with other projects' code (installs torch)
-	@$(PYTEST) tests/parity
+	@$(PYTEST) tests/parity -n 2 --dist=worksteal
 
 benchmark: $(VENV)/.parity  ## time this project beside others, and write the table (ARGS="--rows=dalle --clock=processor")
 	@$(RUN) scripts.benchmark --suite=cpu $(ARGS)
