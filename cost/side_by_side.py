@@ -71,15 +71,16 @@ def measure_side_by_side(
       spread: the greatest of the peers' greatest window over least; of this project's where it has no peer.
       noise: whether that is more than `NOISY` in the attempt with the least of it, which the figures are of.
       attempts: that were made.
+      failed: {label: what it said} of peers that did not run; the others were measured without them.
       load_average: of the machine, a minute's, before and after; [] where the system does not tell.
     """
     before, tried = _load(), []
+    failed = _warm_up(sides, effort.warmup)
+    sides = {label: side for label, side in sides.items() if label not in failed}
     ours, *peers = sides
     runs = {label: side.run for label, side in sides.items()}
-    for attempt in range(effort.attempts):
-        taken = time_in_turn(
-            runs, windows=effort.windows, steps=effort.steps, warmup=0 if attempt else effort.warmup, clock=clock
-        )
+    for _ in range(effort.attempts):
+        taken = time_in_turn(runs, windows=effort.windows, steps=effort.steps, warmup=0, clock=clock)
         seconds = {label: [window for window, _ in windows] for label, windows in taken.items()}
         spread = max(max(seconds[label]) / max(min(seconds[label]), 1e-12) for label in peers or [ours])
         tried.append((spread, seconds))
@@ -96,8 +97,22 @@ def measure_side_by_side(
         "spread": spread,
         "noise": spread > NOISY,
         "attempts": len(tried),
+        "failed": failed,
         "load_average": [*before, *_load()],
     }
+
+
+def _warm_up(sides: Mapping[str, Side], steps: int) -> dict[str, str]:
+    """Runs each; returns what peers said that failed, as a compiler of other people's that does not take a network."""
+    ours, failed = next(iter(sides)), {}
+    for label, side in sides.items():
+        try:
+            side.run(steps)
+        except Exception as error:  # whatever other people's programs raise
+            if label == ours:
+                raise
+            failed[label] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return failed
 
 
 def _figures(side: Side, seconds: Spread, units: int, peak: float | None) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def describe(record: Mapping[str, Any]) -> str:
     ours, *_ = record["sides"].values()
     ratios = ", ".join(f"{each['median']:.2f} of {label}" for label, each in record["ratios"].items())
     noise = f", noise (windows differ by {record['spread']:.1f} times)" if record["noise"] else ""
-    return f"{1e3 * ours['seconds']['median']:.3g} ms; {ratios or 'no peer'}{noise}"
+    failed = "".join(f"; {label} failed: {why}" for label, why in record["failed"].items())
+    return f"{1e3 * ours['seconds']['median']:.3g} ms; {ratios or 'no peer'}{noise}{failed}"
 
 
 def _start(arguments: Sequence[str]) -> Mapping[str, Any]:

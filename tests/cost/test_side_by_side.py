@@ -40,3 +40,15 @@ def test_a_peer_with_noise_is_measured_again_and_the_quietest_attempt_is_kept():
     assert report["noise"] is False and report["spread"] == 1.25
     report, _ = measure([1.0, 1.0, *noisy, *[2 * each for each in noisy]])
     assert report["noise"] is True and report["sides"]["torch"]["seconds"]["high"] == 3.0
+
+
+def test_a_peer_that_does_not_run_is_left_out_and_said():
+    def fail(_):
+        raise RuntimeError("no kernel\nfor it")
+
+    sides = {"jax": Side(lambda count: None), "compiled": Side(fail), "torch": Side(lambda count: None)}
+    report = measure_side_by_side(sides, Effort(attempts=1))
+    assert report["failed"] == {"compiled": "RuntimeError: no kernel for it"}
+    assert list(report["sides"]) == ["jax", "torch"] and list(report["ratios"]) == ["torch"]
+    with pytest.raises(RuntimeError):
+        measure_side_by_side({"jax": Side(fail)}, Effort())

@@ -19,6 +19,7 @@ def record(name, ratio=1.5, noise=False):
         **ON,
         **{"row": name, "what": f"the {name}", "date": "2026-01-02", "spread": 1.1, "noise": noise, "attempts": 1},
         "sides": {"jax": {"seconds": seconds, "flops_per_second": 2e9}, "torch": {"seconds": seconds}},
+        "failed": {},
         "ratios": {"torch": {"median": ratio, "low": 1.0, "high": 2.0}},
         "load_average": [0.5, 0.75],
     }

@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rates = (
             f"{median:.0f} pictures/s ({low:.0f} to {high:.0f}), {1e3 * cpu[label].median / options.batch_size:.2f} ms"
         )
-        faster, less = (times["torch"].median / times[label].median for times in (wall, cpu))
+        # The system counts processor time in hundredths of a second: a window can be too short for one.
+        faster, less = (times["torch"].median / (times[label].median or float("nan")) for times in (wall, cpu))
         print(f"{label}: {rates} of CPU a picture; {faster:.2f} times torch's rate, {less:.2f} by CPU", flush=True)
 
 

@@ -52,8 +52,21 @@ class Peers:
         return "bfloat16" if self.gpu else "float32"
 
     def sides(self, label: str, make: Callable[[bool], Side]) -> dict[str, Side]:
-        """{label: make(False)}, and with torch.compile make(True)."""
-        return {label: make(False), **({f"{label}, torch.compile": make(True)} if self.compiled else {})}
+        """{label: make(False)}, and with torch.compile make(True); what cannot be made fails when it is to run."""
+        wanted = {label: False, **({f"{label}, torch.compile": True} if self.compiled else {})}
+        return {name: _made(make, compiled) for name, compiled in wanted.items()}
+
+
+def _made(make: Callable[[bool], Side], compiled: bool) -> Side:
+    try:
+        return make(compiled)
+    except Exception as error:  # such as a library that is missing, or a lack of memory
+        reason = error
+
+    def run(_: int) -> None:
+        raise reason
+
+    return Side(run)
 
 
 def our_updates(
