@@ -83,16 +83,18 @@ def training(
     return Case({"jax": our_updates(loss, {"autoencoder": params}, {"image": image}), **sides}, dtype=peers.dtype)
 
 
-def moments(peers: Peers, config: str, batch_size: int) -> Case:
+def moments(peers: Peers, config: str, batch_size: int, stage: Sequence[str] = ()) -> Case:
     """Updates of a second stage from stored moments, beside the same with the first stage in the step.
 
     Args:
       peers: none is measured.
       config: of a diffusion in latents.
       batch_size: of a step.
+      stage: fields of the first stage, such as "width=128".
     """
     from cli.config import load_config
 
     flags = [f"--config={config}", f"--config.batch_size={batch_size}"]
+    flags += [f"--config.frozen.first_stage.{field}" for field in stage]
     stored, live = (load_config([*flags, *more]) for more in (["--config.data.latent_moments=auto"], []))
     return Case({"stored moments": config_step(stored), "encoded in the step": config_step(live)}, dtype=peers.dtype)

@@ -162,6 +162,11 @@ CPU = (
         "first_stage_rows:moments", {"config": "configs/scenes/latent_unet.py", "batch_size": 32},
         {"config": "configs/scenes/latent_unet.py:debug", "batch_size": 2},
     ),
+    Row(
+        "latent_moments_wide", "... a first stage of four times the width", "first_stage_rows:moments",
+        {"config": "configs/scenes/latent_unet.py", "batch_size": 32, "stage": ("width=128",)},
+        {"config": "configs/scenes/latent_unet.py:debug", "batch_size": 2, "stage": ("width=16",)}, ONCE,
+    ),
 )  # fmt: skip
 
 _GPU = Effort(windows=5, steps=5, warmup=3, attempts=2)
