@@ -9,6 +9,9 @@ Paper: Bao et al. 2023, "All are Worth Words: A ViT Backbone for Diffusion Model
 First stage, captions, process and optimizer are those of `configs/scenes/latent_unet.py`; an update takes 0.88 times
 the multiplications of that UNet's.
 
+Hardware and time: one CPU core, 18 minutes, after which 98 % of the captions are right, held-out ones too
+(docs/results.md).
+
 Arguments: `single32` (default), `pair64` (see there), `debug` (seconds; a random first stage).
 """
 
