@@ -1,5 +1,8 @@
 """What would otherwise fail late, found before anything is built: each check raises UserError with one line."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from cli.config import flatten
@@ -89,6 +92,8 @@ def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
     _check_one_vocabulary(config)
     for group in ("models", "frozen"):
         for part, model in config[group].items():
+            if part == "captioner" and group == "frozen" and writes_otherwise(config):
+                continue  # its own tokenizer is that of its folder
             elsewhere = part in _COMPARED_ELSEWHERE.get(config.objective, ())
             for key in () if elsewhere else ("text_length", "image_size"):
                 if key not in model or model[key] == config.data[key]:
@@ -120,18 +125,27 @@ def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
 
 
 def _check_one_vocabulary(config: ConfigDict) -> None:
-    """Raises UserError if a captioner that was trained elsewhere writes with another vocabulary than its CLIP reads."""
-    if config.objective not in ("captioner", "unidiffuser") or "clip" not in config.frozen:
+    """Raises UserError if a captioner is trained that writes with another vocabulary than its CLIP reads."""
+    if config.objective != "captioner" or "clip" not in config.frozen:
         return
-    frozen = "captioner" in config.frozen
-    words = config.frozen.captioner if frozen else config.models.get("captioner", {})
     started = [part for part, entry in config.initialize.items() if entry.source]
-    ids = [(entry.get("text_vocab_size"), entry.get("text_end_id")) for entry in (words, config.frozen.clip)]
-    if ids[0] != ids[1] and (frozen or started):
+    ids = [_vocabulary(entry) for entry in (config.models.get("captioner", {}), config.frozen.clip)]
+    if ids[0] != ids[1] and started:
         raise UserError(
-            f"training with a captioner that writes with another vocabulary ({ids[0][0]} ids with the end {ids[0][1]}) "
+            f"training a captioner that writes with another vocabulary ({ids[0][0]} ids with the end {ids[0][1]}) "
             f"than CLIP reads ({ids[1][0]} with the end {ids[1][1]}) is not supported; converted ones are sampled alone"
         )
+
+
+def writes_otherwise(config: ConfigDict) -> bool:
+    """Whether a frozen captioner writes with another vocabulary than the frozen CLIP reads."""
+    frozen = config.frozen
+    return {"captioner", "clip"} <= set(frozen) and _vocabulary(frozen.captioner) != _vocabulary(frozen.clip)
+
+
+def _vocabulary(entry: Mapping[str, Any] | ConfigDict) -> tuple[int | None, int | None]:
+    """Number of ids and the end of a network's texts."""
+    return entry.get("text_vocab_size"), entry.get("text_end_id")
 
 
 def check_classes(config: ConfigDict, stream: Stream) -> None:

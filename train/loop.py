@@ -36,10 +36,10 @@ from train.step_profile import StepProfile
 from train.trainable import describe_held, trained_params, trained_patterns
 from train.transfer import initialize_parts, with_bases, without_bases
 from train.unread import unread_keys
-from train.workdir import copy_tokenizer, open_workdir, pin_sources, storage_errors, wandb_id
+from train.workdir import copy_tokenizers, open_workdir, pin_sources, storage_errors, wandb_id
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
 from weights.power_averages import AVERAGES
-from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, PROFILE, TOKENIZER
+from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, PROFILE, TOKENIZER, WRITES_WITH
 from weights.sources import load_frozen
 
 Tree = Any
@@ -68,9 +68,10 @@ def train(config: ConfigDict, workdir: str | Location, profile: int = 0) -> int:
         store = CheckpointStore(workdir / CHECKPOINTS, keep=config.checkpoint.keep)
         config, steps = _open(config, workdir, store)
         tokenizer = Tokenizer.load(workdir / TOKENIZER) if config.data.text_length else None
+        writer = Tokenizer.load(workdir / WRITES_WITH) if (workdir / WRITES_WITH).is_file() else None
         for line in unread_keys(config) if is_first() else ():
             print(f"warning: {line}", flush=True)
-        training = _prepare(config, tokenizer)
+        training = _prepare(config, tokenizer, writer)
         state, start = _restore(config, training, store, steps)
         _complete_snapshots(workdir, state, start)
         check_whole_batches(config, count_examples(state.examples_seen))
@@ -95,7 +96,7 @@ def _open(config: ConfigDict, workdir: Location, store: CheckpointStore) -> tupl
                 print(f"warning: {store.folder / name} was not finished when the run ended; it is not used", flush=True)
             pin_sources(config, workdir, resuming=bool(steps))
             open_workdir(workdir, config, resuming=bool(steps))
-            copy_tokenizer(config, workdir, resuming=bool(steps))
+            copy_tokenizers(config, workdir, resuming=bool(steps))
             return to_json(config), steps
 
     text, steps = from_first(prepare)
@@ -111,13 +112,14 @@ class _Training:
     program: Program
     stream: Stream
     tokenizer: Tokenizer | None
+    writer: Tokenizer | None  # of what is written, where that has another vocabulary
     rows: list[int]
     frozen: Tree
     validation: Callable[[], Iterator[Batch]]
     preview_batch: Batch
 
 
-def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
+def _prepare(config: ConfigDict, tokenizer: Tokenizer | None, writer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
     check_parts(config, tokenizer)
     config = locate_precomputed(config, tokenizer)
@@ -148,6 +150,7 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None) -> _Training:
         program=program,
         stream=stream,
         tokenizer=tokenizer,
+        writer=writer,
         rows=rows,
         frozen=load_frozen(config, config.seed, program.abstract_frozen),
         validation=validation,
@@ -376,12 +379,13 @@ def _previews(config: ConfigDict, training: _Training, state: TrainState) -> dic
     )
     if not is_first():
         return {}
-    return {name: _draw(preview, training.tokenizer) for name, preview in previews.items()}
+    return {name: _draw(preview, training) for name, preview in previews.items()}
 
 
-def _draw(preview: Preview, tokenizer: Tokenizer | None) -> Any:
+def _draw(preview: Preview, training: _Training) -> Any:
     labels = preview.labels
     if labels is not None and not isinstance(labels, tuple):
+        tokenizer = training.writer if preview.written else training.tokenizer
         labels = tuple(tokenizer.decode(ids) for ids in labels) if tokenizer is not None else None
     return draw_grid(preview.images, columns=preview.columns, labels=labels)
 

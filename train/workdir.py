@@ -13,9 +13,10 @@ from cli.config import flatten, to_json
 from cli.errors import UserError
 from cli.locations import Location, make_folder, write_whole
 from data.pipeline import load_tokenizer
+from train.checks import writes_otherwise
 from train.objectives import create_objective
-from weights.run import CONFIG, IDENTITY, TOKENIZER, Run, read_config
-from weights.sources import resolve_frozen
+from weights.run import CONFIG, IDENTITY, TOKENIZER, WRITES_WITH, Run, read_config
+from weights.sources import RANDOM, resolve_frozen
 from weights.starts import bases_of, pin_bases
 
 # What may change between the starts of one run: its length and batch size, what no update depends on but for rounding
@@ -97,11 +98,17 @@ def _has_default(config: ConfigDict, key: str) -> bool:
         return False
 
 
-def copy_tokenizer(config: ConfigDict, workdir: Location, resuming: bool) -> None:
-    """Copies the config's tokenizer into the run, for configs with text."""
-    own = workdir / TOKENIZER
+def copy_tokenizers(config: ConfigDict, workdir: Location, resuming: bool) -> None:
+    """Copies the config's tokenizer into the run, for configs with text, and that of a captioner with another one."""
+    own, caption = workdir / TOKENIZER, workdir / WRITES_WITH
     if config.data.text_length and not (resuming and own.is_file()):
         load_tokenizer(config.data).save(own)
+    if writes_otherwise(config) and not caption.is_file() and config.frozen.captioner.source != RANDOM:
+        source = Run.open(config.frozen.captioner.source)
+        if (tokenizer := source.tokenizer(WRITES_WITH)) is not None:
+            tokenizer.save(caption)
+        else:
+            print(f"warning: {source.folder} has no {WRITES_WITH}, which reads what its captioner writes", flush=True)
 
 
 @contextlib.contextmanager

@@ -33,11 +33,13 @@ class Preview:
       images: pictures in reading order.
       columns: pictures in a row.
       labels: one line of text per picture, or token ids that the run's tokenizer turns into one; None for no text.
+      written: the ids are of the tokenizer of what the run writes, where that is another one.
     """
 
     images: UInt8[np.ndarray, "n h w 3"]
     columns: int = struct.field(pytree_node=False)
     labels: tuple[str, ...] | Int[np.ndarray, "n l"] | None = None
+    written: bool = struct.field(pytree_node=False, default=False)
 
 
 @runtime_checkable

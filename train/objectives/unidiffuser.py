@@ -22,6 +22,7 @@ from sample.samplers.unidiffuser import UniDiffuserSampler
 from sample.samplers.unidiffuser_modes import PICTURE, TEXT, normal_latents
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.preview import gather, to_host
+from weights.run import TOKENIZER
 
 REDUCTIONS = ("elements", "parts")
 _PREVIEWED = ("text_to_image", "image_to_text")
@@ -122,5 +123,6 @@ class UniDiffuserObjective:
         outputs = self.sampler(params, variables, frozen, request, example_keys(rng, batch))
         columns = min(len(batch["image"]), 8)
         drawn = Preview(images=to_host(outputs["image"]), columns=columns, labels=gather(batch["text"]))
-        read = Preview(images=gather(batch["image"]), columns=columns, labels=gather(outputs["text"]))
+        written = self.sampler.writes_with != TOKENIZER
+        read = Preview(gather(batch["image"]), columns=columns, labels=gather(outputs["text"]), written=written)
         return dict(zip(_PREVIEWED, (drawn, read), strict=True))
