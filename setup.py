@@ -71,6 +71,7 @@ setup(
             "diffusers>=0.39",
             "lpips>=0.1.4",
             "open-clip-torch>=3.2",
+            "peft>=0.18",
             "pytorch-fid>=0.3",
             "requests>=2.32",
             "torch==2.13.0",

@@ -14,7 +14,7 @@ from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from cli.locations import locate
+from cli.locations import locate, locate_from_home
 from data import points
 from data.buckets import BucketOrder, choose_buckets, shapes_of
 from data.dialogues import check_dialogues, encode_dialogue, make_dialogue
@@ -63,13 +63,16 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
     """Returns the tokenizer that a config asks for.
 
     Args:
-      config: `config.data`: `tokenizer` is the path of a CLIP vocabulary, or "" for the tokenizer that was trained on
-        the dataset's captions and is stored with it; `text_ends` frames captions, as CLIP's vocabulary always does.
+      config: `config.data`: `tokenizer` is the path of a CLIP vocabulary, or of a run's tokenizer.json, or "" for the
+        tokenizer that was trained on the dataset's captions and is stored with it; `text_ends` frames captions, as
+        CLIP's vocabulary always does.
 
     Raises:
       UserError: if there is none.
     """
-    if config.tokenizer:
+    if config.tokenizer.endswith(".json"):
+        tokenizer = Tokenizer.load(locate_from_home(config.tokenizer))
+    elif config.tokenizer:
         tokenizer = Tokenizer.from_clip_vocabulary(config.tokenizer)
     else:
         tokenizer = Tokenizer.load(dataset_folder(config.dataset, config.data_dir) / "tokenizer.json")

@@ -18,10 +18,16 @@ Converts weights between this project and others.
             --config.frozen.<part>.source=DIR. INPUT and DIR may also be gs://BUCKET/NAME
   outward   --to=FORMAT --run=DIR --output=DIR
             DIR is any run folder. The result is what the other project loads.
+  within    --to=pretrained --run=DIR --output=DIR
+            The result is a folder of converted weights that needs no other: low-rank pairs are added to what they were
+            trained beside, and frozen parts are in it.
 
 formats:
 {formats}
 """
+
+
+_PRETRAINED = "pretrained"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,7 +46,7 @@ def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
     """Reads the command line; raises UserError for flags that are missing or that belong to something else."""
     lines = [
         f"  {form.name:<14}{', '.join(form.networks)}. In: {form.inputs}"
-        + (f".\n{'':16}Out: {form.outputs}" if form.write else "")
+        + (f".\n{'':16}Out: {form.outputs}" if form.write or form.write_pairs else "")
         for form in formats.values()
     ]
     helps: dict[str, list[str]] = {}
@@ -58,8 +64,8 @@ def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
     parser.add_argument(
         "--allow_nonfinite", action="store_true", help="go on, with a warning, where weights are NaN or infinite"
     )
-    written = [name for name, form in formats.items() if form.write is not None]
-    parser.add_argument("--to", choices=written, help="the format to write")
+    written = [name for name, form in formats.items() if form.write is not None or form.write_pairs is not None]
+    parser.add_argument("--to", choices=[*written, _PRETRAINED], help="the format to write")
     parser.add_argument("--run", default="", help="with --to: a run folder")
     parser.add_argument("--part", default="", help="with --to: which of its networks (default: the one that fits)")
     parser.add_argument("--step", type=int, default=0, help="with --to: the checkpoint (default the newest)")
@@ -80,6 +86,7 @@ def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     """Writes a run folder."""
     from weights.files.origin import Leniency, open_origin
     from weights.formats.contract import refuse_unread
+    from weights.lora import LORA
     from weights.pretrained import free_folder, write_pretrained
     from weights.run import NONFINITE
 
@@ -99,6 +106,9 @@ def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     for note in read.notes:
         print(note)
     (part, *_) = read.params
+    if LORA in read.params:
+        print(f"use it as --run={output}; to train on from it, or to do without the other folder, --to={_PRETRAINED}")
+        return
     source = f"{part}.source={output}"
     print(f"use it as --run={output}, or in configs: --config.initialize.{source}, --config.frozen.{source}")
 
@@ -124,12 +134,20 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
     from weights.run import Run, model_of
     from weights.sources import load_part, resolve_frozen, trained_model
 
-    run, form = Run.open(options.run), formats[options.to]
+    run = Run.open(options.run)
+    if options.to == _PRETRAINED:
+        _write_pretrained(run, options)
+        return
+    form = formats[options.to]
+    if form.write_pairs is not None:
+        _write_pairs(run, form, options)
+        return
+    reader = "text" in run.config.frozen or run.config.models.get("text", {}).get("name") == "clip_text"
     if (
         form.write_pipeline is not None
         and not options.part
-        and {"denoiser"} == set(run.config.models)
-        and "text" in run.config.frozen
+        and {"denoiser"} == set(run.config.models) - {"text"}
+        and reader
     ):
         _write_pipeline(run, form, options)
         return
@@ -170,13 +188,84 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
 
 def _write_pipeline(run: Any, form: Any, options: argparse.Namespace) -> None:
     """Writes a run with all that it draws with; frozen parts come from where they are."""
-    from models import create_model
-    from weights.formats.contract import Network, Pipeline, write_files
+    from weights.formats.contract import Pipeline, write_files
     from weights.pretrained import filled_folder, free_folder
+
+    output = free_folder(options.output)
+    networks, weights = _networks(run, options)
+    files = form.write_pipeline(Pipeline(run.config, networks, run.tokenizer()))
+    with filled_folder(output) as new:
+        write_files(new, files)
+    _say_written(output, networks, weights, form.name)
+
+
+def _write_pairs(run: Any, form: Any, options: argparse.Namespace) -> None:
+    """Writes the low-rank pairs of a run."""
+    from models import create_model
+    from weights.formats.contract import Adaptation, write_files
+    from weights.lora import scale_of
+    from weights.pretrained import filled_folder, free_folder
+    from weights.sources import trained_model
+
+    output = free_folder(options.output)
+    pairs, step = run.load_pairs(options.step or None)
+    if options.part:
+        trained_model(run, options.part)
+        if options.part not in pairs:
+            raise UserError(
+                f"part {options.part!r} of {run.folder} has no low-rank pairs; {', '.join(pairs)} have some"
+            )
+        pairs = {options.part: pairs[options.part]}
+    fields = {part: trained_model(run, part) for part in pairs}
+    if strange := [f"{part} ({each['name']})" for part, each in fields.items() if each["name"] not in form.networks]:
+        holds = ", ".join(form.networks)
+        raise UserError(f"{run.folder} has pairs of {', '.join(strange)}; {form.name} holds those of {holds}")
+    models = {part: create_model(**each) for part, each in fields.items()}
+    files = form.write_pairs(Adaptation(models, pairs, run.config.lora.rank, scale_of(run.config)))
+    with filled_folder(output) as new:
+        write_files(new, files)
+    print(f"{output}: {_count(pairs):,} parameters of pairs of {', '.join(pairs)} (step {step}) for {form.name}")
+
+
+def _write_pretrained(run: Any, options: argparse.Namespace) -> None:
+    """Writes a run as a folder of weights that needs no other."""
+    import json
+
+    from cli.config import to_json
+    from configs.common import get_defaults
+    from weights.pretrained import free_folder, write_pretrained
+    from weights.run import OWN, WRITES_WITH
+
+    if options.part:
+        raise UserError(f"--part cannot be given with --to={_PRETRAINED}, which writes all of a run; leave it out")
+    output = free_folder(options.output)
+    networks, weights = _networks(run, options)
+    config = json.loads(to_json(run.config))
+    for part, entry in config["frozen"].items():
+        entry |= {"source": OWN, "part": part, "step": 0, "run": ""}
+    for entry in config["initialize"].values():
+        entry |= {"source": "", "step": 0, "run": ""}
+    defaults = json.loads(to_json(get_defaults()))
+    config |= {key: defaults[key] for key in ("lora", "trainable")}
+    write_pretrained(
+        output,
+        config,
+        {part: network.params for part, network in networks.items()},
+        {part: network.variables for part, network in networks.items() if network.variables},
+        provenance={"format": "run", "input": str(run.folder), **weights.record},
+        tokenizer=run.tokenizer(),
+        caption_tokenizer=run.tokenizer(WRITES_WITH),
+    )
+    _say_written(output, networks, weights, "any use as a run or a source")
+
+
+def _networks(run: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """The networks of a run, frozen ones from where they are, which are resolved; and the trained weights."""
+    from models import create_model
+    from weights.formats.contract import Network
     from weights.run import OWN, Run, model_of
     from weights.sources import resolve_frozen, trained_model
 
-    output = free_folder(options.output)
     resolve_frozen(run.config, near=run.folder)
     weights = run.load(options.step or None, mapped=True)
     networks = {}
@@ -189,12 +278,13 @@ def _write_pipeline(run: Any, form: Any, options: argparse.Namespace) -> None:
         networks[part] = Network(
             create_model(**model_of(entry)), frozen.params[entry.part], frozen.variables.get(entry.part, {})
         )
-    files = form.write_pipeline(Pipeline(run.config, networks, run.tokenizer()))
-    with filled_folder(output) as new:
-        write_files(new, files)
+    return networks, weights
+
+
+def _say_written(output: Any, networks: dict[str, Any], weights: Any, use: str) -> None:
     counts = "; ".join(f"{part} {_count(network.params):,} parameters" for part, network in networks.items())
     kind = "moving average" if weights.ema else "parameters"
-    print(f"{output}: {counts} ({kind} of step {weights.step}) for {form.name}")
+    print(f"{output}: {counts} ({kind} of step {weights.step}) for {use}")
 
 
 def _count(params: Any) -> int:

@@ -124,6 +124,17 @@ def _single32() -> World:
     )
 
 
+def _heart32() -> World:
+    """The pictures of single32 with a shape that it never shows, in the training split alone: for fine-tuning."""
+    single = _single32()
+    return dataclasses.replace(
+        single,
+        name="heart32",
+        shapes=(*single.shapes, "heart"),
+        held_out=frozenset((shape, color) for shape in single.shapes for color in single.colors),
+    )
+
+
 def _pair32() -> World:
     """One or two objects of 8 shapes x 8 colors x 2 sizes on 4 backgrounds, in 4 relations: the benchmark."""
     shapes = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
@@ -165,7 +176,9 @@ def _pair64() -> World:
     )
 
 
-WORLDS: Mapping[str, World] = MappingProxyType({world.name: world for world in (_single32(), _pair32(), _pair64())})
+WORLDS: Mapping[str, World] = MappingProxyType(
+    {world.name: world for world in (_single32(), _pair32(), _pair64(), _heart32())}
+)
 
 
 def find_world(dataset: str) -> World | None:

@@ -1,4 +1,4 @@
-"""The TFDS builder of the embedded dataset: `scenes/single32`, `pair32` and `pair64`. Needs no TensorFlow.
+"""The TFDS builder of the embedded dataset: `scenes/single32`, `pair32`, `pair64`, `heart32`. Needs no TensorFlow.
 
 Nothing is downloaded: an example is a function of (world, version, split, index) alone. Store it as ArrayRecord
 (`file_format="array_record"`), the format that is read at random and without TensorFlow.
@@ -61,6 +61,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             description="One to three objects of 8 shapes, 8 colors and 2 sizes on 4 backgrounds, 64 x 64 pixels.",
             world=WORLDS["pair64"],
             sizes={"train": 100_000, "validation": 2_000, "held_out": 2_000},
+        ),
+        ScenesConfig(
+            name="heart32",
+            description="The shape that single32 lacks, 20 pictures of it to train on; held out are its other shapes.",
+            world=WORLDS["heart32"],
+            sizes={"train": 20, "validation": 500, "held_out": 1_000},
         ),
     ]
 

@@ -42,6 +42,9 @@ def test_training_never_shows_a_held_out_pair_and_held_out_always_does(world):
     assert all(world.is_held_out(scene) for scene in shown)
     pairs = [{(item.shape, item.color) for item in scene.objects} for scene in shown]
     assert set.union(*pairs) >= world.held_out
+    if world.name == "heart32":  # whose training shows one shape
+        assert {shape for shape, _ in seen} == {"heart"}
+        return
     # Nothing is held out so often that training lacks a shape or a color.
     for k, names in enumerate((world.shapes, world.colors)):
         assert all(sum(pair[k] == name for pair in world.held_out) <= 1 for name in names)

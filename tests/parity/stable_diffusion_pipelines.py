@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -100,3 +101,10 @@ def make_pipeline(
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def first_noise(sampler: Any, count: int, seed: int = 0) -> torch.Tensor:
+    """What our sampler's first so many samples of a seed begin with, channels first."""
+    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(count)]
+    noise = [jax.random.normal(jax.random.fold_in(key, 0), sampler.sample_shape) for key in keys]
+    return torch.from_numpy(np.stack(noise)).permute(0, 3, 1, 2)

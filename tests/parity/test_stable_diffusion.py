@@ -43,7 +43,7 @@ from weights.formats.diffusers_autoencoder import autoencoder_fields, autoencode
 from weights.run import Run
 
 from ..models.random_parameters import random_parameters
-from .stable_diffusion_pipelines import LENGTH, make_pipeline, write_tokenizer
+from .stable_diffusion_pipelines import LENGTH, first_noise, make_pipeline, write_tokenizer
 
 SCHEDULER = "scheduler/scheduler_config.json"
 # None has "!", which the library takes for the padding of version 2, and not for a sign as the authors do.
@@ -134,12 +134,6 @@ def step_by_step(monkeypatch):
 
 def rows_of(trained):
     return {"text": trained.encode(PROMPTS)["text"], "negative": trained.encode(NEGATIVE)["text"]}
-
-
-def first_noise(sampler, count, seed=0):
-    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(count)]
-    noise = [jax.random.normal(jax.random.fold_in(key, 0), sampler.sample_shape) for key in keys]
-    return torch.from_numpy(np.stack(noise)).permute(0, 3, 1, 2)
 
 
 def draw_theirs(pipeline, noise, **settings):

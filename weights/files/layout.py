@@ -180,6 +180,14 @@ class Layout:
                 tensors[name] = Deferred(shape, value.dtype, functools.partial(make, value, place, index))
         return tensors
 
+    def names(self, path: str) -> tuple[str, ...]:
+        """What the parameter at a path, "block_0/attention/out/kernel", is called: several where it lies apart.
+
+        Raises:
+          UserError: if this layout has no place for it.
+        """
+        return tuple(name for name, _ in self._find(f"params/{path}").parts)
+
     def _find(self, path: str) -> "_Place":
         """Where the leaf at "collection/module/.../leaf" is."""
         leaf = path.rpartition("/")[2]

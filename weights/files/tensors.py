@@ -102,6 +102,22 @@ def read_tensors(path: str | Location) -> Tensors:
     return read_with(lambda path: readers[path.suffix](local_copy(path)), path)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors, {key: text}; {} of any other file.
+
+    Raises:
+      UserError: if it is missing or damaged.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+
+    def read(path: Any) -> dict[str, str]:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+
+    return read_with(read, path)
+
+
 def read_with(reader: Callable[[Location], Result], path: Location) -> Result:
     """Returns what a reader makes of a file.
 

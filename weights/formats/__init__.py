@@ -6,11 +6,13 @@ from weights.formats import (
     dalle_mini,
     dalle_pytorch,
     diffusers,
+    diffusers_lora,
     dit,
     lpips,
     meta_llama,
     mindall_e,
     open_clip,
+    peft,
     transformers,
     unidiffuser,
     uvit,
@@ -24,5 +26,6 @@ FORMATS: dict[str, Format] = {
         *(compvis.FORMAT, lpips.FORMAT),
         *(dall_e.FORMAT, dalle_pytorch.FORMAT, mindall_e.FORMAT, dalle_mini.FORMAT),
         *(meta_llama.FORMAT, unidiffuser.FORMAT),
+        *(diffusers_lora.FORMAT, peft.FORMAT),
     )
 }

@@ -57,6 +57,23 @@ class Pipeline:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """The low-rank pairs of a run, see `weights.lora`.
+
+    Attributes:
+      models: {part: network} of those that have pairs.
+      pairs: {part: tree}.
+      rank: of the pairs.
+      scale: alpha / rank.
+    """
+
+    models: Mapping[str, Any]
+    pairs: Mapping[str, Tree]
+    rank: int
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Converted:
     """What was read, as a run folder has it; see `weights.run`.
 
@@ -92,6 +109,7 @@ class Format:
       options: {flag: help} of what reading may be told.
       beside: network -> the frozen parts that are written with it where a run has them and no part is asked for.
       write_pipeline: a run with all that it draws with -> files; None where there is no such thing.
+      write_pairs: low-rank pairs -> files, of a format that holds these alone; None of others.
     """
 
     name: str
@@ -104,6 +122,7 @@ class Format:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     beside: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     write_pipeline: Callable[[Pipeline], Files] | None = None
+    write_pairs: Callable[[Adaptation], Files] | None = None
 
 
 def refuse_unread(what: str, **options: str) -> None:

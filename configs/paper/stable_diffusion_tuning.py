@@ -1,0 +1,75 @@
+"""Fine-tuning of a published Stable Diffusion on captioned pictures: low-rank pairs beside it, or all of its UNet.
+
+Paper: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", of the projections of attention, as the
+example scripts of the diffusers library have it for Stable Diffusion; Rombach et al. 2022 for what is tuned.
+
+    python -m scripts.convert --source=diffusers --input=FOLDER --output=pretrained/sd15
+    python -m scripts.prepare --dataset=folder --source=PICTURES --name=pictures --size=512
+    python -m train --config=configs/paper/stable_diffusion_tuning.py --workdir=runs/sd15_lora
+    python -m sample --run=runs/sd15_lora --prompt="..." --num=4 --out=grid.png
+
+Arguments: `v1` (default; pairs of rank 4 beside the UNet of pretrained/sd15), `v1_text` (and beside the text tower),
+`v1_full` (the whole UNet, with a moving average), `v2` (as `v1`, of pretrained/sd21, which predicts v), `debug`
+(seconds; random networks).
+
+Of rank 4 the pairs have 797,184 parameters beside the UNet of version 1, and 294,912 beside its text tower. Rates are
+those of the scripts: 1e-4 for pairs and 1e-5 for all. Captions are left out of one example in ten;
+`--config.process.weighting=min_snr` weighs steps as Hang et al. 2023. Hardware, time and quality: not measured here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import check_argument
+from configs.paper import stable_diffusion
+
+ARGUMENTS = ("v1", "v1_text", "v1_full", "v2", "debug")
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """Returns the experiment."""
+    argument = check_argument(argument, ARGUMENTS)
+    debug = argument == "debug"
+    config = stable_diffusion.get_config("debug" if debug else "v2_512" if argument == "v2" else "v1_512")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        _tune(config, argument)
+    config.lock()
+    return config
+
+
+def _tune(config: ConfigDict, argument: str) -> None:
+    config.process.weighting = "uniform"
+    config.process.gamma = 5.0  # of the weighting min_snr
+    config.loss.dropout = 0.1
+    config.sample.update({"times": "published", "offset": 1, "end": "first"})  # as the published pipelines
+    config.optimizer.schedule.peak = 1e-5 if argument == "v1_full" else 1e-4
+    config.ema.decay = 0.9999 if argument == "v1_full" else 0.0
+    config.lora.rank = 0 if argument == "v1_full" else 4
+    if argument == "debug":
+        return
+    config.data.dataset = "folder/pictures"
+    config.data.workers = 2
+    config.batch_size = 4
+    config.steps = 2000
+    config.optimizer.schedule.warmup_steps = 100
+    config.mesh.fsdp = config.mesh.microbatches = 1
+    config.mesh.topology = ""
+    config.checkpoint.every = config.evaluate.every = 500
+    config.evaluate.batches = 1
+    config.evaluate.previews = 4
+    config.log.every = 10
+    source = "pretrained/sd15"
+    if argument == "v2":
+        source = "pretrained/sd21"
+        config.process.prediction = "v"
+        config.data.image_size = 768
+        config.models.denoiser.image_size = 96
+    config.data.tokenizer = f"{source}/tokenizer.json"
+    config.frozen.first_stage.source = config.frozen.text.source = config.initialize.denoiser.source = source
+    config.frozen.first_stage.part = "first_stage"
+    if argument == "v1_text":
+        config.models.text = ConfigDict(
+            {k: v for k, v in config.frozen.text.items() if k not in ("source", "part", "step")}
+        )
+        del config.frozen.text
+        config.initialize.text = ConfigDict({"source": source, "part": "text"})

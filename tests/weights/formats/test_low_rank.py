@@ -1,0 +1,95 @@
+"""Low-rank pairs in the files of diffusers and peft: what is written is what is read; what damage makes of it."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from cli.errors import UserError
+from models import create_model
+from scripts.convert import main as convert
+from weights.files.tensors import read_tensors, write_tensors
+from weights.lora import init_pairs, kernels_of, scale_of
+from weights.pretrained import write_pretrained
+from weights.run import Run
+
+from ...models.random_parameters import random_parameters
+
+UNET = {
+    **{"name": "unet", "image_size": 4, "in_channels": 2, "out_channels": 2, "width": 8, "multipliers": (1,)},
+    **{"attention_levels": (0,), "blocks": 1, "attention": "transformer", "context_width": 6, "heads": 2, "groups": 2},
+}
+CONFIG = {"objective": "diffusion", "models": {"denoiser": UNET}, "data": {"image_size": 4}}
+NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """base/, a UNet; ours/, pairs of rank 3 with random values beside it, which count 0.5 times."""
+    home = tmp_path_factory.mktemp("pairs")
+    model = create_model(**UNET)
+    kinds = r"attention/(query|key_value|out)/kernel|mlp/.*kernel|conv_1/kernel|attention_0/input/kernel"
+    write_pretrained(home / "base", CONFIG, {"denoiser": random_parameters(model)}, {}, provenance={})
+    kernels = {path: kernel for path, kernel in kernels_of(model).items() if re.search(kinds, path)}
+    pairs = init_pairs(jax.random.key(0), kernels, 3)
+    rng = np.random.default_rng(0)
+    pairs = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), pairs)
+    run = Run.open(home / "base")
+    config = {
+        **CONFIG,
+        "initialize": {"denoiser": {"source": str(run.folder), "part": "denoiser", "step": 0, "run": run.identity()}},
+        "lora": {"rank": 3, "alpha": 1.5, "paths": [kinds]},
+    }
+    write_pretrained(home / "ours", config, {"lora": {"denoiser": pairs}}, {}, provenance={})
+    return home
+
+
+@pytest.mark.parametrize("form", ["diffusers_lora", "peft"])
+def test_pairs_go_out_and_come_back(form, folders, tmp_path):
+    convert([f"--to={form}", f"--run={folders}/ours", f"--output={tmp_path}/theirs"])
+    convert([f"--input={tmp_path}/theirs", f"--base={folders}/base", f"--output={tmp_path}/back"])
+    back, ours = (Run.open(folder) for folder in (tmp_path / "back", folders / "ours"))
+    assert back.models() == ours.models() and back.config.lora.rank == 3
+    pairs = [flatten_dict(run.load_pairs()[0], sep="/") for run in (back, ours)]
+    assert pairs[0].keys() == pairs[1].keys()
+    for path, leaf in pairs[1].items():  # diffusers' files have the factor in them
+        factor = 0.5 if path.endswith("/up") and form == "diffusers_lora" else 1.0
+        np.testing.assert_allclose(pairs[0][path], factor * leaf, atol=1e-7)
+    assert scale_of(back.config) == (1.0 if form == "diffusers_lora" else 0.5)
+
+
+def test_pairs_are_added_in_a_folder_that_needs_no_other(folders, tmp_path):
+    convert(["--to=pretrained", f"--run={folders}/ours", f"--output={tmp_path}/merged"])
+    merged, ours = Run.open(tmp_path / "merged"), Run.open(folders / "ours")
+    jax.tree.map(np.testing.assert_array_equal, merged.load().params, ours.load().params)
+    assert merged.config.lora.rank == 0 and merged.config.initialize.denoiser.source == ""
+
+
+def test_only_plain_pairs_of_this_network_are_read(folders, tmp_path):
+    convert(["--to=peft", f"--run={folders}/ours", f"--output={tmp_path}/theirs"])
+    file, settings = tmp_path / "theirs" / NAMES[1], tmp_path / "theirs" / "adapter_config.json"
+    tensors, config = dict(read_tensors(file)), json.loads(settings.read_text())
+    tensors = {name: np.array(tensor) for name, tensor in tensors.items()}
+    first = next(iter(tensors))
+
+    def refused(message, tensors, **changed):
+        write_tensors(file, tensors)
+        settings.write_text(json.dumps({**config, **changed}))
+        with pytest.raises(UserError, match=message) as error:
+            convert([f"--input={tmp_path}/theirs", f"--base={folders}/base", f"--output={tmp_path}/out"])
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+    refused("one half of a pair", {name: tensor for name, tensor in tensors.items() if name != first})
+    refused("no low-rank pair: extra.weight", {**tensors, "extra.weight": np.ones(2, np.float32)})
+    refused("and its network takes", {**tensors, first: np.ones((3, 1), np.float32)})
+    refused("without that module", {f"other.{name}": tensor for name, tensor in tensors.items()})
+    refused("use_dora=True", tensors, use_dora=True)
+    refused("alpha of .* must be a number", tensors, lora_alpha=None)
+    settings.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="give its folder as --base"):
+        convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/out"])
+    with pytest.raises(UserError, match="has no low-rank pairs"):
+        convert(["--to=peft", f"--run={folders}/base", f"--output={tmp_path}/out"])
