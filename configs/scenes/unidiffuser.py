@@ -76,7 +76,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.process.gamma = 5.0
     config.process.time_shift = 1
 
-    config.scales = ConfigDict({"clip": 1.0, "text": 1.0})  # what these latents are multiplied by
+    config.scales = ConfigDict({"clip": 0.044, "text": 2.25})  # of runs of the configs above
 
     config.loss.reduction = "elements"  # or "parts", the mean of each part by itself
     config.loss.image_weight = 1.0
