@@ -57,6 +57,11 @@ class Guidance:
         rescale = jnp.where(inside, self.rescale, 0.0)
         return guided * (rescale * spread + (1 - rescale))
 
+    def of_first(self, channels: int, cond: Array, uncond: Array, progress: Float[Array, ""]) -> Array:
+        """The same of the first channels; others, as learned variances (Nichol et al. 2021), are those of `cond`."""
+        guided = self(cond[..., :channels], uncond[..., :channels], progress)
+        return jnp.concatenate([guided, cond[..., channels:]], axis=-1) if channels < cond.shape[-1] else guided
+
 
 def pairs(x: Any) -> Any:
     """Each row twice, beside itself, so that a batch split over devices keeps a pair on one: a pytree of [B ...]."""

@@ -76,6 +76,11 @@ class Plan:
                     )
 
     @property
+    def state_scales(self) -> Float[np.ndarray, " s"]:
+        """By how much each state is divided to be seen: its standard deviation, where that exceeds 1."""
+        return np.maximum(np.hypot(self.alpha, self.sigma), 1).astype(np.float32)
+
+    @property
     def evaluations(self) -> int:
         """How often the network is asked."""
         return len(self.t)

@@ -7,12 +7,14 @@ are divided by their standard deviation, as published or as measured of the trai
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from diffusion.process import Process
 from models.autoencoder import KLAutoencoder, VQAutoencoder, draw_posterior, posterior
 from sample.samplers.from_config import build_network
 
@@ -109,3 +111,25 @@ class FirstStage:
 
 def _variables(frozen: Tree) -> Tree:
     return {"params": frozen[PART]["params"], **frozen[PART]["variables"]}
+
+
+def check_denoiser(config: ConfigDict, model: nn.Module, process: Process, first_stage: FirstStage | None) -> None:
+    """Raises UserError unless the denoiser is of what the first stage makes, or of pixels without one."""
+    channels = getattr(model, "in_channels", 3)
+    if first_stage is None:
+        if channels != 3:
+            raise UserError(
+                f"the denoiser is of latents of {channels} channels; name what decodes them as "
+                "config.frozen.first_stage, {'name', 'source', 'part'}"
+            )
+        return
+    if process.clip:
+        raise UserError("config.process.clip cuts estimates off at -1 and 1, where latents do not end; set it to False")
+    side, _, needed = first_stage.latent_shape(config.data.image_size)
+    size = getattr(model, "image_size", side)
+    if (size, channels) != (side, needed):
+        raise UserError(
+            f"the denoiser is of {size} x {size} x {channels}, and config.frozen.first_stage makes {side} x {side} x "
+            f"{needed} of pictures of {config.data.image_size} pixels; set config.models.denoiser.image_size and "
+            "in_channels to that"
+        )

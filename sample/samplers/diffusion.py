@@ -14,7 +14,7 @@ their own posterior, so that at each step the network sees what it would see of 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -33,7 +33,8 @@ from diffusion.process import Process
 from diffusion.solver_choice import make_plan
 from models.conditioning import Conditioning
 from sample.attention_maps import caption_maps, has_caption_attention
-from sample.first_stage import FirstStage
+from sample.first_stage import FirstStage, check_denoiser
+from sample.samplers.diffusion_settings import CHURN, NUMBERS, Steps, check_numbers
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
 from sample.text_context import TextContext, create_text_context, weigh
@@ -42,43 +43,7 @@ Tree = Any
 Request = dict[str, Any]
 
 STRENGTH = 0.8  # of a picture that is given without a mask
-_CHURN = ("churn", "churn_min", "churn_max", "churn_noise")
 _SHOWN = ("attention", "trajectory")  # what a request may ask for beside the samples, one of them
-_NUMBERS = ("guidance", "rescale", "guidance_start", "guidance_stop")
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """What a sampler is compiled for, beside the batch.
-
-    Attributes:
-      sampler: see `diffusion.solver_choice.SOLVERS`.
-      steps: S.
-      spacing: of the times; "" for the sampler's own.
-      eta: of DDIM.
-      churn: of Heun's method, as the three that follow; see `diffusion.solver_choice.make_plan`.
-      churn_min: the noise level above which noise is added.
-      churn_max: the one below which; 0 for any.
-      churn_noise: standard deviation of what is added.
-      guided_channels: how many of the data's channels, the first ones, are guided; 0 for all. The others follow the
-        condition alone: 3 of 4 in the published code of DiT.
-      times: of a chain, as the two that follow; see `diffusion.solver_choice.make_plan`. "even" or "published".
-      offset: added to times of spacing "leading".
-      end: "clean" or "first".
-    """
-
-    sampler: str = "dpm_solver_multistep"
-    steps: int = 25
-    spacing: str = ""
-    eta: float = 0.0
-    churn: float = 0.0
-    churn_min: float = 0.0
-    churn_max: float = 0.0
-    churn_noise: float = 1.0
-    guided_channels: int = 0
-    times: str = "even"
-    offset: int = 0
-    end: str = "clean"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +91,13 @@ class DiffusionSampler:
         process = build_process(config)
         solver = (field.name for field in dataclasses.fields(Steps))
         steps = Steps(**{key: given[key] for key in solver if key in given})
-        numbers = {key: given[key] for key in _NUMBERS if key in given}
+        numbers = {key: given[key] for key in NUMBERS if key in given}
         null_class = bool(config.loss.get("dropout", 0.0))
         text = create_text_context(config, getattr(model, "context_width", None))
         if text is None and getattr(model, "reads_tokens", getattr(model, "context_width", 0) > 0):
             raise UserError("the denoiser reads a context; name what makes one in config.models.text or frozen.text")
         first_stage = FirstStage.from_config(config)
-        _check_data(config, model, process, first_stage)
+        check_denoiser(config, model, process, first_stage)
         sampler = cls(model, process, text, steps, first_stage, null_class, **numbers)
         sampler._settings({})  # finds what is impossible in the defaults
         return sampler
@@ -272,7 +237,7 @@ class DiffusionSampler:
     @property
     def settings(self) -> dict[str, Any]:
         """The keys of `config.sample`, with their values."""
-        return {**dataclasses.asdict(self.defaults), **{key: getattr(self, key) for key in _NUMBERS}}
+        return {**dataclasses.asdict(self.defaults), **{key: getattr(self, key) for key in NUMBERS}}
 
     def request(
         self,
@@ -359,7 +324,7 @@ class DiffusionSampler:
 
         Returns:
           {"image" (or "point"): float [b ...]}; with a trajectory also "states" and "estimates", [b s ...], of a
-          diffusion in latents decoded: its states after division by what `state_scales` says. With attention also
+          diffusion in latents decoded: its states after division by `Plan.state_scales`. With attention also
           "attention" [b h w l], see `sample.attention_maps.caption_maps`.
         """
         del variables
@@ -374,7 +339,7 @@ class DiffusionSampler:
         Raises:
           ValueError: if there is no such sampler or spacing, or the steps are impossible.
         """
-        more = {name: getattr(steps, name) for name in ("spacing", "eta", *_CHURN, "times", "offset", "end")}
+        more = {name: getattr(steps, name) for name in ("spacing", "eta", *CHURN, "times", "offset", "end")}
         more |= {"variance": self.process.variance, "strength": strength}
         return make_plan(self.process.schedule, steps.sampler, steps.steps, **more)
 
@@ -463,8 +428,8 @@ class DiffusionSampler:
         solver = {field.name for field in dataclasses.fields(Steps)} & overrides.keys()
         steps = dataclasses.replace(self.defaults, **{key: overrides[key] for key in solver})
         self._check_steps(steps, strength)
-        numbers = {key: float(overrides.get(key, getattr(self, key))) for key in _NUMBERS}
-        _check_numbers(numbers)
+        numbers = {key: float(overrides.get(key, getattr(self, key))) for key in NUMBERS}
+        check_numbers(numbers)
         if self.guide is not None:
             return steps, numbers
         if numbers["guidance"] != 1 and not self.conditional:
@@ -534,7 +499,8 @@ def _draw(
                 both = separate(sampler.model.apply({"params": params["denoiser"]}, pairs(x), pairs(time), told))
             for output in both:
                 sampler.check_output(output, x)
-            return _guide(guidance, process, steps.guided_channels, *both, 1 - process.progress(t))
+            guided_channels = steps.guided_channels or x.shape[-1]  # learned variances are behind them
+            return guidance.of_first(guided_channels, *both, 1 - process.progress(t))
 
         estimate = process.denoiser(network)(x_t, t)
         if known is not None:
@@ -556,60 +522,9 @@ def _draw(
     if shown == "trajectory":
         outputs |= {key: jnp.moveaxis(getattr(solution, key), 0, 1) for key in ("states", "estimates")}
         if sampler.first_stage is not None:
-            outputs["states"] = outputs["states"] / state_scales(plan)[:, None, None, None]
+            outputs["states"] = outputs["states"] / plan.state_scales[:, None, None, None]
     outputs = sampler.show(frozen, outputs)
     if shown == "attention":
         maps = caption_maps(sampler.model, process, params["denoiser"], cond, plan, solution.states)
         outputs["attention"] = maps
     return outputs
-
-
-def state_scales(plan: Plan) -> Float[np.ndarray, " s"]:
-    """By how much each state of a plan is divided to be seen: its standard deviation, where that exceeds 1."""
-    return np.maximum(np.hypot(plan.alpha, plan.sigma), 1).astype(np.float32)
-
-
-def _check_data(config: ConfigDict, model: nn.Module, process: Process, first_stage: FirstStage | None) -> None:
-    """Raises UserError unless the denoiser is of what the first stage makes, or of pixels without one."""
-    channels = getattr(model, "in_channels", 3)
-    if first_stage is None:
-        if channels != 3:
-            raise UserError(
-                f"the denoiser is of latents of {channels} channels; name what decodes them as "
-                "config.frozen.first_stage, {'name', 'source', 'part'}"
-            )
-        return
-    if process.clip:
-        raise UserError("config.process.clip cuts estimates off at -1 and 1, where latents do not end; set it to False")
-    side, _, needed = first_stage.latent_shape(config.data.image_size)
-    size = getattr(model, "image_size", side)
-    if (size, channels) != (side, needed):
-        raise UserError(
-            f"the denoiser is of {size} x {size} x {channels}, and config.frozen.first_stage makes {side} x {side} x "
-            f"{needed} of pictures of {config.data.image_size} pixels; set config.models.denoiser.image_size and "
-            "in_channels to that"
-        )
-
-
-def _guide(guidance: Guidance, process: Process, channels: int, cond: Array, uncond: Array, progress: Array) -> Array:
-    """The guided output; learned variances, and channels behind the first `channels`, are the conditional ones.
-
-    Variances are so in Nichol et al. 2021, GLIDE.
-    """
-    data = cond.shape[-1] // 2 if process.variance == "learned" else cond.shape[-1]
-    channels = channels or data
-    guided = guidance(cond[..., :channels], uncond[..., :channels], progress)
-    return jnp.concatenate([guided, cond[..., channels:]], axis=-1) if channels < cond.shape[-1] else guided
-
-
-def _check_numbers(numbers: Mapping[str, float]) -> None:
-    """Raises UserError unless guidance is possible."""
-    checks: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-        ("guidance", lambda w: 0 <= w < float("inf"), "1 means none, more follows the prompt more, 0 ignores it"),
-        ("rescale", lambda phi: 0 <= phi <= 1, "use 0 for none to 1 for all of it"),
-        ("guidance_start", lambda share: 0 <= share <= 1, "use a share of the process, 0 to 1"),
-        ("guidance_stop", lambda share: 0 <= share <= 1, "use a share of the process, 0 to 1"),
-    )
-    for name, possible, advice in checks:
-        if not possible(numbers[name]):
-            raise UserError(f"{name}={numbers[name]} is impossible; {advice}")

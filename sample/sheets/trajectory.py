@@ -8,7 +8,7 @@ from PIL import Image
 from cli.errors import UserError
 from sample.command import Drawn
 from sample.conditions import Order, draw_outputs, order_rows
-from sample.samplers.diffusion import DiffusionSampler, state_scales
+from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_mosaic, draw_table, to_uint8
 from sample.trained import TrainedSampler
 
@@ -44,7 +44,7 @@ def draw_trajectory(trained: TrainedSampler, order: Order, num: int, moments: in
     plan = sampler.plan(sampler.request(**order.settings)["steps"])
     states = outputs["states"]
     if sampler.first_stage is None:  # of latents they are divided before they are decoded
-        states = states / state_scales(plan)[:, None, None, None]
+        states = states / plan.state_scales[:, None, None, None]
     states = to_uint8(states)
     estimates, images = to_uint8(outputs["estimates"]), to_uint8(outputs["image"])
     places = np.unique(np.rint(np.linspace(0, plan.evaluations, moments)).astype(int))[:-1]

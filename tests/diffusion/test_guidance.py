@@ -69,3 +69,13 @@ def test_guidance_of_a_mixture(weight, mixture):
     if weight == 1.0:
         spread = np.square(end - means[near]).sum(1).mean()
         assert spread == pytest.approx(2 * mixture.std**2, rel=0.1)
+
+
+def test_channels_that_are_not_guided_follow_the_condition_alone():
+    """As DiT's code guides 3 of 4 channels; learned variances are the conditional ones too."""
+    cond, uncond = (jax.random.normal(jax.random.key(i), (2, 4, 4, 8)) for i in range(2))
+    for channels in (3, 4):
+        guided = Guidance(4.0).of_first(channels, cond, uncond, jnp.float32(0.5))
+        expected = (uncond + 4.0 * (cond - uncond))[..., :channels]
+        np.testing.assert_allclose(guided[..., :channels], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(guided[..., channels:], cond[..., channels:])

@@ -96,7 +96,8 @@ def sampling(peers: Peers, network: str, batch_size: int, steps: int, length: in
     from cost.flops import matrix_flops
     from diffusion.process import Process
     from diffusion.schedule import DiscreteSchedule
-    from sample.samplers.diffusion import DiffusionSampler, Steps
+    from sample.samplers.diffusion import DiffusionSampler
+    from sample.samplers.diffusion_settings import Steps
     from sample.text_context import TextContext
 
     pair = _pair(peers, network, batch_size, length)

@@ -13,11 +13,9 @@ from cli.errors import UserError
 from configs.paper import uvit
 from configs.scenes import clip, ddpm_uvit
 from configs.toy import swiss_roll
-from diffusion.guidance import Guidance
 from diffusion.process import Process
 from diffusion.schedule import DiscreteSchedule
 from sample.samplers import create_sampler
-from sample.samplers.diffusion import _guide
 from sample.sheets.grid import to_uint8
 
 TEXT = np.random.default_rng(0).integers(1, 20, (4, 12)).astype(np.int32)
@@ -257,18 +255,6 @@ def init_of(sampler):
         return {"denoiser": sampler.model.init(key, *inputs)["params"], "text": text}
 
     return init
-
-
-def test_channels_that_are_not_guided_follow_the_condition_alone():
-    """As DiT's code guides 3 of 4 channels; learned variances are the conditional ones too."""
-    cond, uncond = (jax.random.normal(jax.random.key(i), (2, 4, 4, 8)) for i in range(2))
-    process = Process(DiscreteSchedule(), variance="learned")
-    guided = _guide(Guidance(4.0), process, 3, cond, uncond, jnp.float32(0.5))
-    np.testing.assert_allclose(guided[..., :3], (uncond + 4.0 * (cond - uncond))[..., :3], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(guided[..., 3:], cond[..., 3:])
-    everything = _guide(Guidance(4.0), process, 0, cond, uncond, jnp.float32(0.5))
-    np.testing.assert_allclose(everything[..., 3], (uncond + 4.0 * (cond - uncond))[..., 3], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(everything[..., 4:], cond[..., 4:])
 
 
 def test_a_run_without_conditions_refuses_them():
