@@ -12,7 +12,7 @@ from weights.formats import (
     meta_llama,
     mindall_e,
     open_clip,
-    peft,
+    peft_lora,
     transformers,
     unidiffuser,
     uvit,
@@ -26,6 +26,6 @@ FORMATS: dict[str, Format] = {
         *(compvis.FORMAT, lpips.FORMAT),
         *(dall_e.FORMAT, dalle_pytorch.FORMAT, mindall_e.FORMAT, dalle_mini.FORMAT),
         *(meta_llama.FORMAT, unidiffuser.FORMAT),
-        *(diffusers_lora.FORMAT, peft.FORMAT),
+        *(diffusers_lora.FORMAT, peft_lora.FORMAT),
     )
 }
