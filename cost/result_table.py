@@ -67,7 +67,7 @@ def format_table(records: Sequence[Record]) -> str:
     """A table in Markdown, one line for each row and peer, and below it what the rows ran on."""
     memory, mfu = (_any_side(records, key) for key in ("memory_bytes", "mfu"))
     head = ["row", "this project, ms", "peer", "peer, ms", "ratio", "GFLOP/s"]
-    head += (["MFU"] if mfu else []) + (["peak memory, GiB"] if memory else []) + ["load", "on"]
+    head += (["MFU"] if mfu else []) + (["peak memory, MiB"] if memory else []) + ["load", "on"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     places: list[str] = []
     for record in records:
@@ -79,7 +79,7 @@ def format_table(records: Sequence[Record]) -> str:
             cells += [label, _milliseconds(peer), _ratio(record, label)]
             cells.append(_both(own, peer, "flops_per_second", 1e-9, ".0f"))
             cells += [_both(own, peer, "mfu", 1, ".1%")] if mfu else []
-            cells += [_both(own, peer, "memory_bytes", 2**-30, ".2f")] if memory else []
+            cells += [_both(own, peer, "memory_bytes", 2**-20, ",.0f")] if memory else []
             load = " to ".join(f"{each:.1f}" for each in record["load_average"])
             lines.append(f"| {' | '.join([*cells, load, _letter(places.index(where))])} |")
     noted = [f"{_letter(place)}: {where}." for place, where in enumerate(places)]
@@ -92,7 +92,8 @@ def describe_machine(record: Record) -> str:
     commit = f"commit {(record['commit'] or 'unknown')[:9]}" + (" with changes" if record["dirty"] else "")
     clock = {"wall": "by the clock", "processor": "processor seconds"}[record["clock"]]
     toy = "toy sizes; " if record["toy"] else ""
-    return f"{toy}{machine['device']}, {machine['cores']} cores; {clock}; {versions}; {commit}; {record['date']}"
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+    return f"{toy}{machine['device']}, {cores}; {clock}; {versions}; {commit}; {record['date']}"
 
 
 def _letter(place: int) -> str:
