@@ -8,10 +8,11 @@ Paper: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models".
 
 The run that is tuned is runs/latent_uvit, of `configs/scenes/latent_uvit.py`; the split `validation` shows hearts, and
 `held_out` what that run was trained on, so that the evaluation says what was learned and what was forgotten. Captions
-are read with the run's own tokenizer, to which a heart is five pieces, so that two wordings of five are cut by a piece.
+are read with the run's own tokenizer, to which a heart is five pieces: three wordings of the five that name all are
+longer than its 12, and one of them then lacks the background.
 
 Arguments: `lora` (default; pairs of rank 4 beside attention and feed-forward layers of the denoiser and of the text
-encoder), `full` (all of both), `debug` (seconds; random networks). docs/results.md has the figures, and the time.
+encoder), `full` (all of both), `debug` (seconds; random networks).
 """
 
 from ml_collections import ConfigDict

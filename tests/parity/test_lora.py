@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -169,8 +170,31 @@ def test_a_few_updates_on_eight_pictures(home, trained, theirs, tmp_path):
     np.testing.assert_allclose(draw_theirs(pipeline, noise), before, atol=1e-4)
     pipeline.load_lora_weights(tmp_path / "file")
     np.testing.assert_allclose(draw_theirs(pipeline, noise), after, atol=1e-4)
+    convert(["--to=diffusers", f"--run={trained}", f"--output={tmp_path}/pipeline"])
+    whole = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert max(outputs_of(whole.unet, whole.text_encoder, trained)) < 1e-4
     size = (tmp_path / "file" / NAME).stat().st_size
     assert size < 0.1 * (tmp_path / "merged" / "weights.safetensors").stat().st_size
+
+
+def test_a_part_of_the_network_is_tuned_in_whole_and_goes_out(home, tmp_path):
+    """By path, with captions left out, weighed steps and a moving average; the rest stays as it was."""
+    settings = (
+        "trainable=('attention/',)",
+        "process.weighting=min_snr",
+        "ema.decay=0.9",
+        "steps=2",
+        "evaluate.every=2",
+    )
+    assert train(config_of(home, "v1_full", *settings), tmp_path / "run") == EXIT_OK
+    tuned, before = (
+        flatten_dict(Run.open(folder).load().params, sep="/") for folder in (tmp_path / "run", home / "ours")
+    )
+    changed = {path for path, leaf in tuned.items() if not np.array_equal(leaf, before[path])}
+    assert changed == {path for path in tuned if "attention/" in path}
+    convert(["--to=diffusers", f"--run={tmp_path}/run", f"--output={tmp_path}/pipeline"])
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "pipeline" / "unet")
+    assert max(outputs_of(unet, their_networks(home)[1], tmp_path / "run")) < 1e-4
 
 
 def random_pairs(network, seed, **settings):
