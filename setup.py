@@ -56,8 +56,11 @@ setup(
         "dev": [
             "basedpyright>=1.31",
             "gcsfs>=2026.10",
+            # The notebooks' tests run them from top to bottom.
+            "ipykernel>=7.0",
             # The TPU compiler, which runs without a TPU: scripts.fit and its tests.
             "libtpu>=0.0.42.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "nbclient>=0.10",
             "pre-commit>=4.0",
             "pytest>=8.4",
             "pytest-xdist>=3.8",
