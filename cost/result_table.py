@@ -11,7 +11,7 @@ from cli.errors import UserError
 Record = Mapping[str, Any]
 
 # What makes a row another measurement: none of it may differ where a suite goes on.
-_SAME = ("row", "toy", "clock", "commit", "machine", "versions")
+_SAME = ("row", "toy", "clock", "compiled", "commit", "dirty", "machine", "versions")
 
 
 def read_records(path: Path) -> dict[str, Record]:
@@ -44,8 +44,20 @@ def save_record(path: Path, record: Record, order: Sequence[str]) -> None:
 
 
 def is_same(kept: Record, wanted: Record) -> bool:
-    """Whether a kept record is of the same row, commit, machine, versions and clock: a suite that goes on keeps it."""
-    return all(kept.get(key) == wanted.get(key) for key in _SAME) and not kept["noise"]
+    """Whether a suite that goes on keeps a record: same row, commit, machine, versions, clock and peers, and sound.
+
+    Noise, code with changes, which nobody knows again, and peers that failed are measured again.
+    """
+    sound = not kept["noise"] and not kept["dirty"] and not kept["failed"]
+    return sound and all(kept.get(key) == wanted.get(key) for key in _SAME)
+
+
+def check_page(page: Path, suite: str) -> None:
+    """Raises UserError if the page has no place for the table of a suite."""
+    text = page.read_text(encoding="utf-8")
+    start, end = _marks(suite)
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise UserError(f"{page} has no place for the table: a line {start} and behind it {end}, each once")
 
 
 def write_table(page: Path, suite: str, records: Sequence[Record]) -> None:
@@ -54,10 +66,9 @@ def write_table(page: Path, suite: str, records: Sequence[Record]) -> None:
     Raises:
       UserError: if the page has no such marks.
     """
+    check_page(page, suite)
     text = page.read_text(encoding="utf-8")
-    start, end = f"<!-- benchmark:{suite} -->", f"<!-- end of benchmark:{suite} -->"
-    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise UserError(f"{page} has no place for the table: a line {start} and behind it {end}, each once")
+    start, end = _marks(suite)
     pattern = re.compile(f"{re.escape(start)}.*{re.escape(end)}", re.DOTALL)
     table = f"{start}\n{format_table(records)}\n{end}"
     page.write_text(pattern.sub(lambda _: table, text), encoding="utf-8")
@@ -74,9 +85,10 @@ def format_table(records: Sequence[Record]) -> str:
         where = describe_machine(record)
         places += [where] if where not in places else []
         (_, own), *peers = record["sides"].items()
+        peers += [(label, {}) for label in record["failed"]]
         for number, (label, peer) in enumerate(peers or [("", {})]):
             cells = [record["what"] if not number else "", _milliseconds(own) if not number else ""]
-            cells += [label, _milliseconds(peer), _ratio(record, label)]
+            cells += [label, _failure(record, label) or _milliseconds(peer), _ratio(record, label)]
             cells.append(_both(own, peer, "flops_per_second", 1e-9, ".0f"))
             cells += [_both(own, peer, "mfu", 1, ".1%")] if mfu else []
             cells += [_both(own, peer, "memory_bytes", 2**-20, ",.0f")] if memory else []
@@ -94,6 +106,15 @@ def describe_machine(record: Record) -> str:
     toy = "toy sizes; " if record["toy"] else ""
     cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     return f"{toy}{machine['device']}, {cores}; {clock}; {versions}; {commit}; {record['date']}"
+
+
+def _marks(suite: str) -> tuple[str, str]:
+    return f"<!-- benchmark:{suite} -->", f"<!-- end of benchmark:{suite} -->"
+
+
+def _failure(record: Record, label: str) -> str:
+    """Why a peer did not run, as a cell may say it."""
+    return f"failed: {record['failed'][label]}".replace("|", "\\|") if label in record["failed"] else ""
 
 
 def _letter(place: int) -> str:

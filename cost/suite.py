@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
-from cost.result_table import is_same, read_records, save_record, write_table
+from cost.result_table import check_page, is_same, read_records, save_record, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tests" / "parity" / "benchmarks" / "one_row.py"
@@ -40,8 +40,9 @@ def run_suite(
 ) -> int:
     """Measures the rows of a suite that are not there yet, and shows all of them on the page.
 
-    A row is there if the file of results has it of this commit, machine, versions and clock, and without noise. So a
-    suite that was cut short goes on where it was when it is started again.
+    A row is there if the file of results has it of this commit without changes, machine, versions, clock and peers,
+    without noise and with no peer that failed. So a suite that was cut short goes on where it was when it is started
+    again.
 
     Args:
       suite: one of `SUITES`.
@@ -51,7 +52,7 @@ def run_suite(
       compiled: whether torch.compile is a peer.
       again: measures rows that are there, too.
       results: folder of the files of results; None for docs/benchmarks, and for no file at toy size.
-      page: with the table; None for docs/performance.md, and for none at toy size.
+      page: with the table; None for docs/performance.md, and for none at toy size and with results elsewhere.
       say: takes lines.
       start: runs `one_row.py` with these arguments and returns what it wrote; None for a process.
 
@@ -59,9 +60,14 @@ def run_suite(
       0, or 1 if a row failed; it is said which.
 
     Raises:
-      UserError: if no row matches, or the rows cannot be listed.
+      UserError: if no row matches, the rows cannot be listed, or the page has no place for the table.
     """
-    start, told = start or _start, [f"--suite={suite}", f"--clock={clock}", *(["--toy"] if toy else [])]
+    start, told = start or _start, [f"--suite={suite}", f"--clock={clock}"]
+    told += ["--toy"] if toy else ["--compiled"] if compiled else []
+    results = results or (None if toy else RESULTS)
+    page = page or (PAGE if not toy and results is not None and results.resolve() == RESULTS else None)
+    if page is not None:
+        check_page(page, suite)
     listed = start([*told, "--list"])
     try:
         chosen = [name for name in listed["rows"] if re.search(pattern, name)]
@@ -69,8 +75,6 @@ def run_suite(
         raise UserError(f"--rows={pattern} is no regular expression: {error}") from error
     if not chosen:
         raise UserError(f"--rows={pattern} matches none of {', '.join(listed['rows'])}")
-    results = results or (None if toy else RESULTS)
-    page = page or (None if toy else PAGE)
     file = results / f"{suite}.jsonl" if results is not None else None
     records = read_records(file) if file is not None else {}
     failed = []
@@ -80,7 +84,7 @@ def run_suite(
             say(f"{head}: there already")
             continue
         try:
-            record = start([*told, f"--row={name}", *(["--compiled"] if compiled and not toy else [])])
+            record = start([*told, f"--row={name}"])
         except UserError as error:
             failed.append(name)
             say(f"{head}: failed: {error}")

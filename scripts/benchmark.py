@@ -1,5 +1,6 @@
 """`python -m scripts.benchmark`: what a config costs on the devices at hand, or a table beside other projects."""
 
+import argparse
 import json
 import shlex
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ row is saved when it is measured: started again, the suite goes on with the rows
 lack.
 """
 _PARTS = ("step", "data", "sample", "decode")
+_OF_A_CONFIG = ("measure", "windows", "steps", "warmup", "distributed", "against", "json")
+_OF_A_SUITE = ("rows", "clock", "again", "no_compile", "toy", "results")
 
 
 def main(arguments: Sequence[str]) -> int | None:
@@ -59,6 +62,13 @@ def main(arguments: Sequence[str]) -> int | None:
     suites.add_argument("--toy", action="store_true", help="toy sizes, a rehearsal; writes where --results says")
     suites.add_argument("--results", metavar="FOLDER", help="of the records (default docs/benchmarks)")
     options, rest = parser.parse_known_args(arguments)
+    unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # what is not None afterwards was given
+    given, _ = parser.parse_known_args(arguments, unset)
+    for name in _OF_A_CONFIG if options.suite else _OF_A_SUITE:
+        if getattr(given, name) is not None:
+            raise UserError(f"--{name} does nothing {'with' if options.suite else 'without'} --suite; leave it out")
+    if options.suite == "gpu" and options.clock == "processor":
+        raise UserError("--clock=processor does not see what a GPU does; leave it out with --suite=gpu")
     if options.suite:
         if rest:
             raise UserError(f"--suite has its own sizes; leave out {' '.join(rest)}")

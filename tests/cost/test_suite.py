@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from cli.errors import UserError
+from cost import suite as suites
 from cost.suite import run_suite
 
-ON = {"suite": "cpu", "toy": False, "clock": "wall", "commit": "abc", "dirty": False}
+ON = {"suite": "cpu", "toy": False, "clock": "wall", "compiled": True, "commit": "abc", "dirty": False}
 ON |= {"machine": {"device": "a chip", "cores": 2}, "versions": {"jax": "1.2"}}
 MARKS = ("<!-- benchmark:cpu -->", "<!-- end of benchmark:cpu -->")
 
@@ -41,7 +42,7 @@ def suite(tmp_path):
 
         def start(self, arguments):
             if "--list" in arguments:
-                return {"rows": list(self.answers), "on": ON}
+                return {"rows": list(self.answers), "on": {**ON, "compiled": "--compiled" in arguments}}
             name = next(each for each in arguments if each.startswith("--row=")).removeprefix("--row=")
             self.asked.append(name)
             if isinstance(self.answers[name], Exception):
@@ -85,9 +86,37 @@ def test_another_machine_is_another_measurement_and_a_line_cut_short_is_none(sui
     assert suite.asked == ["one", "three"]
 
 
+@pytest.mark.parametrize("change", [{"dirty": True}, {"failed": {"torch, torch.compile": "no|compiler"}}])
+def test_code_with_changes_and_failed_peers_are_measured_again(suite, change):
+    suite.answers = {"one": {**record("one"), **change}}
+    suite.run()
+    suite.run()
+    assert suite.asked == ["one"]
+    if "failed" in change:
+        row = "|  |  | torch, torch.compile | failed: no\\|compiler |  | 2 | 0.5 to 0.8 | a |"
+        assert row in suite.page.read_text().splitlines()
+
+
+def test_rows_without_torch_compile_are_other_rows(suite):
+    suite.file.write_text(json.dumps({**record("one"), "compiled": False}) + "\n")
+    suite.run(compiled=False, pattern="one")
+    assert suite.asked == []
+    suite.run(pattern="one")
+    assert suite.asked == ["one"]
+
+
+def test_results_elsewhere_leave_the_page_alone(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "PAGE", suite.page)
+    monkeypatch.setattr(suites, "RESULTS", tmp_path)
+    for results, written in ((tmp_path / "elsewhere", False), (tmp_path, True)):
+        run_suite("cpu", results=results, say=suite.said.append, start=suite.start)
+        assert (results / "cpu.jsonl").is_file() and ("| row |" in suite.page.read_text()) == written
+
+
 def test_what_cannot_be_is_said(suite):
     with pytest.raises(UserError, match="--rows=four matches none of one, two, three"):
         suite.run(pattern="four")
     suite.page.write_text("no marks")
     with pytest.raises(UserError, match="has no place for the table"):
         suite.run()
+    assert suite.asked == []

@@ -107,6 +107,11 @@ def test_tokens_are_shown_where_there_are_some():
         ("--windows=0", "must be at least 1"),
         ("--steps=0", "must be at least 1"),
         ("--warmup=-1", "--warmup at least 0"),
+        ("--toy", "--toy does nothing without --suite"),
+        ("--clock=wall", "--clock does nothing without --suite"),
+        ("--suite=cpu --steps=10", "--steps does nothing with --suite"),
+        ("--suite=cpu --json", "--json does nothing with --suite"),
+        ("--suite=gpu --clock=processor", "--clock=processor does not see what a GPU does"),
         ("--measure=data --against=--config.seed=1", "--against is of the step, which --measure leaves out"),
     ],
 )

@@ -37,11 +37,15 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch has the same GPU
+    import jax
     from rows import SUITES
 
+    if options.suite == "gpu" and not options.toy and jax.default_backend() != "gpu":
+        sys.exit("JAX sees no GPU, which --suite=gpu is of; --toy rehearses its rows at toy size without one")
     rows = SUITES[options.suite]
     if options.list:
-        found: Any = {"rows": [row.name for row in rows], "on": describe(options.suite, options.toy, options.clock)}
+        on = describe(options.suite, options.toy, options.clock, options.compiled)
+        found: Any = {"rows": [row.name for row in rows], "on": on}
     else:
         if importlib.util.find_spec("torch") is None:
             sys.exit("the peers of this suite need torch and friends: `make parity` installs them")
@@ -74,10 +78,10 @@ def measure(row: Any, suite: str, toy: bool, clock: str, compiled: bool) -> dict
     sides = {label: dataclasses.replace(side, flops=None) if toy else side for label, side in case.sides.items()}
     report = measure_side_by_side(sides, effort, units=case.units, peak=peak, clock=CLOCKS[clock])
     now = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"row": row.name, "what": row.what, **describe(suite, toy, clock), "date": now, **report}
+    return {"row": row.name, "what": row.what, **describe(suite, toy, clock, compiled), "date": now, **report}
 
 
-def describe(suite: str, toy: bool, clock: str) -> dict[str, Any]:
+def describe(suite: str, toy: bool, clock: str, compiled: bool) -> dict[str, Any]:
     """What figures depend on."""
     import jax
 
@@ -85,7 +89,7 @@ def describe(suite: str, toy: bool, clock: str) -> dict[str, Any]:
     device = jax.devices()[0]
     name = _processor() if device.platform == "cpu" else device.device_kind
     return {
-        **{"suite": suite, "toy": toy, "clock": clock},
+        **{"suite": suite, "toy": toy, "clock": clock, "compiled": compiled},
         "machine": {"device": name, "cores": cores},
         "versions": {name: metadata.version(name) for name in _LIBRARIES if _installed(name)},
         "commit": _git("rev-parse", "HEAD"),
