@@ -38,6 +38,11 @@ def load_config(arguments: Sequence[str]) -> ConfigDict:
     return config
 
 
+def config_file(arguments: Sequence[str]) -> str:
+    """What `load_config` reads of its arguments, FILE[:ARGUMENT]."""
+    return next(value for name, value in _split(arguments) if name == "--config")
+
+
 def from_json(text: str) -> ConfigDict:
     """Reads a config that `to_json` wrote."""
     return ConfigDict(_tuples(json.loads(text)))

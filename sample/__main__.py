@@ -206,13 +206,16 @@ def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:
         raise UserError("--clip scores the cells of a --sweep; to choose among pictures, give --rerank=RUN")
     if options.rerank and (swept or options.trajectory is not None):
         raise UserError("--rerank chooses among the pictures of a plain grid; leave out --sweep and --trajectory")
-    if options.round_trip is not None and (swept or options.trajectory is not None or options.rerank):
+    tripped = options.round_trip is not None
+    if tripped and (swept or options.trajectory is not None or options.rerank):
         raise UserError("--round_trip is a picture of its own; leave out --sweep, --trajectory and --rerank")
-    if options.attention_maps and (swept or options.rerank or options.trajectory is not None or options.round_trip):
+    if options.attention_maps and (swept or options.rerank or options.trajectory is not None or tripped):
         raise UserError(
             "--attention_maps is of the pictures of a plain grid; leave out --sweep, --rerank, --trajectory and "
             "--round_trip"
         )
+    if options.attention_maps and locate(options.attention_maps) == locate(options.out):
+        raise UserError(f"--attention_maps and --out are both {options.out}; give each a file of its own")
     if swept and options.trajectory is not None:
         raise UserError("--sweep and --trajectory are two different pictures; leave one of them out")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cli import entry_point
-from cli.config import load_config
+from cli.config import config_file, load_config
 from cli.errors import UserError
 from cli.locations import explain, locate, make_folder, write_whole
 
@@ -42,14 +42,13 @@ def main(arguments: Sequence[str]) -> None:
     if options.run and rest:
         raise UserError(f"{rest[0]} cannot be given with --run, whose config is described; leave one of them out")
     config = resolved_config(options.run) if options.run else load_config(rest)
+    description = describe_run(options.run, options.depth) if options.run else describe(config, options.depth)
     if figure is not None:
-        title = options.run or next(one.removeprefix("--config=") for one in rest if one.startswith("--config="))
         try:
             make_folder(figure.parent)
-            write_whole(figure, draw_figure(config, title))
+            write_whole(figure, draw_figure(config, options.run or config_file(rest)))
         except OSError as error:
             raise explain(error) or UserError(f"cannot write {figure}: {error}") from error
-    description = describe_run(options.run, options.depth) if options.run else describe(config, options.depth)
     print(json.dumps(description, indent=2) if options.json else format_description(description))
 
 

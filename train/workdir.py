@@ -103,7 +103,10 @@ def copy_tokenizers(config: ConfigDict, workdir: Location, resuming: bool) -> No
     own, caption = workdir / TOKENIZER, workdir / WRITES_WITH
     if config.data.text_length and not (resuming and own.is_file()):
         load_tokenizer(config.data).save(own)
-    if writes_otherwise(config) and not caption.is_file() and config.frozen.captioner.source != RANDOM:
+    if resuming and caption.is_file():
+        return
+    caption.unlink(missing_ok=True)  # of a start that failed
+    if writes_otherwise(config) and config.frozen.captioner.source != RANDOM:
         source = Run.open(config.frozen.captioner.source)
         if (tokenizer := source.tokenizer(WRITES_WITH)) is not None:
             tokenizer.save(caption)

@@ -86,7 +86,7 @@ def draw_map(objective: str, panels: Sequence[Panel], title: str) -> str:
 def rounded(number: int) -> str:
     """Such as "24.2 G"."""
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= 0.9995 * size:  # which three digits round to it
             return f"{number / size:.3g} {unit}"
     return f"{number} "
 

@@ -96,6 +96,8 @@ def _example(network: Any, name: str, config: ConfigDict) -> tuple[Any, ...]:
     inputs, length = network.example_inputs(1), config.data.get("text_length", 0)
     if not length:
         return inputs
+    if name == "captioner":
+        length = min(length, network.length - network.prefix_length)  # its loss reads two tokens fewer
     if name in _ANY_LENGTH:
         return (jax.ShapeDtypeStruct((1, length), jnp.int32), *inputs[1:])
     if name in ("unet", "dit") and inputs[2].tokens is not None:

@@ -14,7 +14,7 @@ from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_table, to_uint8
 from sample.trained import TrainedSampler
 
-_CHUNK = 8  # pictures drawn at once: the weights of all pixels over all tokens are kept
+_CHUNK = 8  # pictures drawn at once, at most: the weights of all pixels over all tokens are kept
 _SIDE = 128  # pixels of a cell, about
 _COLUMNS = 12  # of a table, at most
 _BAR = 7  # pixels of a token's color under its map
@@ -92,7 +92,9 @@ def draw_attention(trained: TrainedSampler, order: Order, num: int) -> tuple[Dra
         )
     rows = order_rows(trained, order)
     trained.sampler.request(**rows, **order.settings, attention=True)  # says what is missing before anything is drawn
-    outputs = draw_outputs(dataclasses.replace(trained, chunk=_CHUNK), order, rows, num, attention=True)
+    outputs = draw_outputs(
+        dataclasses.replace(trained, chunk=min(trained.chunk, _CHUNK)), order, rows, num, attention=True
+    )
     images, weights = to_uint8(outputs["image"]), outputs["attention"]
     sheets = []
     for place, condition in enumerate(order.conditions):

@@ -1,5 +1,7 @@
 """Which pixels read which token: the weights are those that attention uses, and asking for them changes nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,8 @@ from models.layers.attention import KeyLengths, SelfAttention
 from models.layers.spatial_transformer import ContextAttention
 from sample.__main__ import main
 from sample.attention_maps import caption_maps
-from sample.sheets.attention import read_tokens
+from sample.conditions import Order, make_conditions
+from sample.sheets.attention import draw_attention, read_tokens
 from sample.sheets.grid import to_uint8
 from sample.trained import TrainedSampler
 
@@ -128,7 +131,7 @@ def test_tokens_are_called_what_they_say():
     assert not any(token.text == "padding" for token in read_tokens(tokenizer, ids[:3], 3))
 
 
-def test_pictures_are_drawn_with_their_maps(diffusion_run, tmp_path, capsys):
+def test_pictures_are_drawn_with_their_maps(diffusion_run, tmp_path, capsys, monkeypatch):
     folder = diffusion_run("captions")
     told = [f"--run={folder}", "--steps=2", "--num=1", f"--out={tmp_path}/grid.png"]
     maps = f"--attention_maps={tmp_path}/maps.png"
@@ -144,11 +147,26 @@ def test_pictures_are_drawn_with_their_maps(diffusion_run, tmp_path, capsys):
         with Image.open(file) as picture:
             np.testing.assert_array_equal(np.asarray(picture), plain[number])
 
+    # No more of them at once than the run's memory is for.
+    chunks = []
+
+    def draw_nothing(self, *_, **__):
+        chunks.append(self.chunk)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(TrainedSampler, "__call__", draw_nothing)
+    with pytest.raises(UserError, match="seen enough"):
+        draw_attention(dataclasses.replace(trained, chunk=1), Order(make_conditions(["a star"])), num=1)
+    assert chunks == [1]
+    monkeypatch.undo()
+
     for arguments, message in (
         ([*told, maps], "takes captions; give --prompt"),
         ([f"--run={diffusion_run('nothing')}", f"--out={tmp_path}/grid.png", maps], "denoiser that reads"),
         ([*told, "--prompt=a star", maps, "--sweep=seed=1,2"], "leave out --sweep, --rerank"),
         ([*told, "--prompt=a star", "--attention_maps=maps.txt"], "no kind of picture"),
+        ([*told, "--prompt=a star", maps, "--round_trip=0"], "leave out --sweep, --rerank"),
+        ([*told, "--prompt=a star", f"--attention_maps={tmp_path}/grid.png"], "give each a file of its own"),
     ):
         with pytest.raises(UserError, match=message):
             main(arguments)

@@ -49,9 +49,11 @@ def test_a_run_keeps_the_tokenizer_that_its_captioner_writes_with(scenes_dir, tm
     words = Tokenizer.train(["a b c d e"], vocab_size=270)
     config.frozen.captioner.update({"source": str(source), "text_vocab_size": 270, "text_end_id": 269})
     for name in ("lacking", "run"):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(exist_ok=True)
         copy_tokenizers(config, tmp_path / name, resuming=False)
         words.save(source / WRITES_WITH)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        Tokenizer.train(["f g h i j"], vocab_size=262).save(tmp_path / "run" / WRITES_WITH)  # of a start that failed
     assert f"warning: {source} has no {WRITES_WITH}" in capsys.readouterr().out
     assert not (tmp_path / "lacking" / WRITES_WITH).exists()
     assert Run(tmp_path / "run", config).tokenizer(WRITES_WITH).vocab_size == words.vocab_size

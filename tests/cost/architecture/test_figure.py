@@ -9,6 +9,7 @@ import pytest
 from cli.config import load_config
 from cli.errors import UserError
 from cost.architecture.drawing import Rectangle, Text, width_of, write_svg
+from cost.architecture.figure import rounded
 from cost.architecture.flow import OUTPUT, read_flow
 from cost.architecture.modules import read_network
 from cost.architecture.traced import trace_network
@@ -97,7 +98,7 @@ def test_a_map_has_every_part_with_its_counts(drawn):
 
 def test_the_command_writes_a_map(tmp_path, capsys):
     config = f"--config={ROOT}/configs/toy/swiss_roll.py:debug"
-    main([config, f"--figure={tmp_path}/maps/map.svg", "--depth=1"])
+    main(["--config", config.removeprefix("--config="), f"--figure={tmp_path}/maps/map.svg", "--depth=1"])
     assert ElementTree.fromstring((tmp_path / "maps" / "map.svg").read_text()).tag == f"{SVG}svg"
     assert re.search(r"denoiser \(trained\): [\d,]+ parameters", capsys.readouterr().out)
     with pytest.raises(UserError, match=r"end its name in \.svg"):
@@ -105,6 +106,10 @@ def test_the_command_writes_a_map(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         main([config, f"--figure={tmp_path}/file/map.svg"])
+
+
+def test_numbers_have_the_unit_that_they_round_to():
+    assert [rounded(n) for n in (999, 999_499, 999_500, 1_234_567)] == ["999 ", "999 k", "1 M", "1.23 M"]
 
 
 def test_words_are_escaped():
