@@ -67,7 +67,7 @@ STANDARD_LIBRARY_OF_CONFIGS = {"math"}
 # A file of weights/formats/ has the name of the project whose format it reads; inside a package it hides nothing. The
 # distance LPIPS has no other name.
 NAMED_AFTER_LIBRARIES = {
-    *(Path(f"weights/formats/{name}.py") for name in ("diffusers", "lpips", "open_clip", "peft", "transformers")),
+    *(Path(f"weights/formats/{name}.py") for name in ("diffusers", "lpips", "open_clip", "transformers")),
     Path("models/lpips.py"),
 }
 FORBIDDEN_NAMES = {"base", "helper", "helpers", "misc", "util", "utils"}
