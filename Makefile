@@ -28,7 +28,7 @@ demo: $(VENV)/.base  ## train the small systems on the embedded data and draw th
 test: $(VENV)/.dev  ## the fast tests
 	@$(PYTEST) -m "not slow and not parity" -n 2 --dist=worksteal
 
-test-slow: $(VENV)/.dev  ## the slow tests: killed runs, many devices and processes, the TPU compiler, the whole demo at debug size
+test-slow: $(VENV)/.dev  ## the slow tests: killed runs, many devices and processes, the TPU compiler, the demo and the notebook at debug size
 	@$(PYTEST) -m slow -n 2 --dist=worksteal
 
 check: $(VENV)/.dev  ## lint, formatting, types
