@@ -13,6 +13,8 @@ from jaxtyping import UInt8
 from cli.errors import UserError
 from cli.ranges import check_seed
 from data.preprocess import transform_pair
+from models.clip import Clip
+from models.clip_text import ClipText
 from sample.files import read_fitted
 from sample.prompts import Weighted, encode_prompts, parse_weights, plain
 from sample.samplers.contract import besides
@@ -184,8 +186,9 @@ def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
       UserError: if there are no prompts, one is empty, brackets do not match, or the run reads captions otherwise.
     """
     context = getattr(trained.sampler, "text", None)
-    if not getattr(context, "frozen", False) or any(condition.prompt is None for condition in order.conditions):
-        raise UserError("--prompt_weights and --long_prompts are of prompts that a frozen CLIP reads; leave them out")
+    reader = getattr(context, "model", None)  # frozen or tuned
+    if not isinstance(reader, Clip | ClipText) or any(condition.prompt is None for condition in order.conditions):
+        raise UserError("--prompt_weights and --long_prompts are of prompts that a CLIP reads; leave them out")
     if order.long_prompts and hasattr(trained.sampler.model, "context_length"):
         raise UserError("--long_prompts needs a denoiser that reads any number of tokens, such as a UNet; leave it out")
     prompts = [str(condition.prompt) for condition in order.conditions]

@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cli import entry_point
@@ -216,6 +217,11 @@ def _write_pairs(run: Any, form: Any, options: argparse.Namespace) -> None:
                 f"part {options.part!r} of {run.folder} has no low-rank pairs; {', '.join(pairs)} have some"
             )
         pairs = {options.part: pairs[options.part]}
+    if beside := _beside_pairs(run, (options.part,) if options.part else run.config.models):
+        raise UserError(
+            f"{run.folder} has more than pairs and what they add to, {beside[0]} for one, which {form.name} cannot "
+            f"hold; write it with --to={_PRETRAINED}"
+        )
     fields = {part: trained_model(run, part) for part in pairs}
     if strange := [f"{part} ({each['name']})" for part, each in fields.items() if each["name"] not in form.networks]:
         holds = ", ".join(form.networks)
@@ -225,6 +231,28 @@ def _write_pairs(run: Any, form: Any, options: argparse.Namespace) -> None:
     with filled_folder(output) as new:
         write_files(new, files)
     print(f"{output}: {_count(pairs):,} parameters of pairs of {', '.join(pairs)} (step {step}) for {form.name}")
+
+
+def _beside_pairs(run: Any, parts: Iterable[str]) -> list[str]:
+    """The parameters of these networks that neither a source has nor a pair changes: trained in whole, or random."""
+    from models import create_model
+    from train.trainable import trained_patterns
+    from weights.files.layout import model_shapes
+    from weights.sources import trained_model
+    from weights.starts import is_based
+
+    patterns = trained_patterns(run.config)
+    paths = [
+        f"{part}/{path.removeprefix('params/')}"
+        for part in parts
+        for path in model_shapes(create_model(**trained_model(run, part)))
+        if path.startswith("params/")
+    ]
+    return [
+        path
+        for path in paths
+        if not is_based(run.config, path) or any(re.search(pattern, path) for pattern in patterns)
+    ]
 
 
 def _write_pretrained(run: Any, options: argparse.Namespace) -> None:
@@ -262,6 +290,7 @@ def _write_pretrained(run: Any, options: argparse.Namespace) -> None:
 def _networks(run: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """The networks of a run, frozen ones from where they are, which are resolved; and the trained weights."""
     from models import create_model
+    from weights.files.layout import model_shapes
     from weights.formats.contract import Network
     from weights.run import OWN, Run, model_of
     from weights.sources import resolve_frozen, trained_model
@@ -275,9 +304,10 @@ def _networks(run: Any, options: argparse.Namespace) -> tuple[dict[str, Any], An
     for part, entry in run.config.frozen.items():
         source = run if entry.source in (OWN, str(run.folder)) else Run.open(entry.source)
         frozen = source.load(entry.get("step", 0) or None, parts=(entry.part,), mapped=True)
-        networks[part] = Network(
-            create_model(**model_of(entry)), frozen.params[entry.part], frozen.variables.get(entry.part, {})
-        )
+        model, variables = create_model(**model_of(entry)), frozen.variables.get(entry.part, {})
+        # Without what was measured of latents whose scale the config says; see `load_part`.
+        kept = {path.partition("/")[0] for path in model_shapes(model)} & variables.keys()
+        networks[part] = Network(model, frozen.params[entry.part], {name: variables[name] for name in kept})
     return networks, weights
 
 

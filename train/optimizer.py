@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from cli.ranges import check_range, check_ranges
 from train.distributed.sharding import check_pattern, path_name
+from weights.lora import path_matches
 
 Tree = Any
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
@@ -118,7 +119,7 @@ def create_optimizer(
     Args:
       config: `config.optimizer`: defaults {transform, b1, b2, eps, weight_decay, no_decay, clip_norm, schedule} and
         `rules`, an ordered tuple of {pattern, ...overrides}; a parameter belongs to the first rule whose pattern is
-        found in its path.
+        found in its path; of a low-rank pair see `weights.lora.path_matches`, also for all other patterns here.
       params: the trained parameters or their shapes.
       steps: length of the run.
       whole: these and the parameters that are not trained, of which a rule may speak too; None if all are trained.
@@ -161,7 +162,7 @@ def apply_bounds(config: ConfigDict, params: Tree) -> Tree:
 
     def project(path: tuple[Any, ...], value: Array) -> Array:
         for pattern, low, high in config.bounds:
-            if re.search(pattern, path_name(path)):
+            if path_matches(pattern, path_name(path)):
                 value = jnp.clip(value, low, high)
         return value
 
@@ -190,7 +191,7 @@ def update_ema(config: ConfigDict, ema_params: Tree, params: Tree, step: Int[Arr
     decay = jnp.where(step % config.every == 0, decay, 1.0)
 
     def move(path: tuple[Any, ...], average: Array, value: Array) -> Array:
-        if not re.search(config.paths, path_name(path)):
+        if not path_matches(config.paths, path_name(path)):
             return value.astype(average.dtype)
         return (decay * average + (1 - decay) * value).astype(average.dtype)
 
@@ -218,7 +219,7 @@ def _complete(config: ConfigDict, rule: Any, name: str) -> dict[str, Any]:
 
 
 def _first_match(name: str, rules: list[dict[str, Any]]) -> int | None:
-    return next((index for index, rule in enumerate(rules) if re.search(rule["pattern"], name)), None)
+    return next((index for index, rule in enumerate(rules) if path_matches(rule["pattern"], name)), None)
 
 
 def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransformation:
@@ -231,7 +232,7 @@ def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransf
 
     def decayed(params: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: re.search(rule["no_decay"], path_name(path)) is None, params
+            lambda path, _: not path_matches(rule["no_decay"], path_name(path)), params
         )
 
     return optax.chain(

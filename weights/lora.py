@@ -4,9 +4,9 @@
 
 A run that trains such pairs has them as a part of their own, `params["lora"][<part>][<path of the module>]`, beside the
 networks, whose kernels they are added to before these are applied: networks know nothing of them. A kernel of several
-axes has its inputs in `down` and its outputs in `up`. A joint projection, such as of queries, keys and values, has a
-pair for each of what it joins, stacked on a first axis, as projections that lie apart would; a convolution has its
-window in `down`.
+axes has its inputs in `down` and its outputs in `up`. A joint projection of queries, keys and values has a pair for
+each of what it joins, stacked on a first axis, as projections that lie apart would; that of a gated feed-forward layer,
+or of a transformer's modulation, has one pair, whose `down` is shared. A convolution has its window in `down`.
 
 The kernels are those of dense layers of any number of axes and of convolutions that are not grouped.
 """
@@ -14,6 +14,7 @@ The kernels are those of dense layers of any number of axes and of convolutions 
 import dataclasses
 import functools
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +38,7 @@ class Kernel:
     Attributes:
       shape: of it: inputs first, then what is joined if it is joint, then outputs.
       inputs: how many of its axes are inputs; of a convolution the window's too.
-      joint: whether the axis behind the inputs counts projections that are independent.
+      joint: whether the axis behind the inputs counts projections, such as queries, that have a pair each.
       window: whether it is a convolution's.
     """
 
@@ -106,6 +107,14 @@ def init_pairs(rng: Key[Array, ""], kernels: Mapping[str, Kernel], rank: int) ->
         pairs[f"{module}/down"] = jax.random.uniform(key, shapes["down"], jnp.float32, -bound, bound)
         pairs[f"{module}/up"] = jnp.zeros(shapes["up"], jnp.float32)
     return unflatten_dict(pairs, sep="/")
+
+
+def path_matches(pattern: str, path: str) -> bool:
+    """Whether a pattern of parameters is found in a path, "<part>/<path>".
+
+    What is said of a network's part holds for its pairs too: theirs is also looked at without `LORA` before the part.
+    """
+    return any(re.search(pattern, each) for each in (path, path.removeprefix(f"{LORA}/")))
 
 
 def scale_of(config: ConfigDict) -> float:

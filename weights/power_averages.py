@@ -8,7 +8,6 @@ with few of them, or one length, some lengths are out of reach, and refused.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from jaxtyping import Float
 from cli.errors import UserError
 from cli.locations import Location
 from weights.checkpoint import CheckpointStore
+from weights.lora import path_matches
 
 Tree = Any
 
@@ -76,7 +76,7 @@ def start(params: Tree, lengths: Sequence[float], paths: str = ".*") -> Tree:
       paths: a regex of the paths that are averaged; averages lack the others.
     """
     flat = flatten_dict(params, sep="/")
-    averaged = unflatten_dict({path: leaf for path, leaf in flat.items() if re.search(paths, path)}, sep="/")
+    averaged = unflatten_dict({path: leaf for path, leaf in flat.items() if path_matches(paths, path)}, sep="/")
     if not averaged:
         return {}
 

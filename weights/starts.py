@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from cli.locations import Location
 from models import create_model
+from weights.files.layout import model_shapes
 from weights.lora import LORA
 from weights.run import Run, model_of
 from weights.sources import RANDOM, Part, differing_fields, find_source, load_part, trained_model
@@ -62,7 +63,7 @@ class Start:
           UserError: if there are none, or they are of a network that computes something else (all differing fields
             listed).
         """
-        wanted, source = self._wanted(config), self.source(near)
+        wanted, source = self.model(config), self.source(near)
         ours = create_model(**wanted)
         adaptable = getattr(ours, "ADAPTABLE", ())  # fields in which the network of the weights may differ
         if differing := differing_fields(trained_model(source, self.entry.part), wanted, adaptable):
@@ -77,7 +78,7 @@ class Start:
             part = dataclasses.replace(part, params=ours.adapt(part.params, theirs))
         return part
 
-    def _wanted(self, config: ConfigDict) -> dict[str, Any]:
+    def model(self, config: ConfigDict) -> dict[str, Any]:
         """The arguments of `create_model` of the network that it is for; raises UserError if there is none."""
         part, _, inner = self.at.partition("/")
         fields = model_of(config.models[part])
@@ -131,7 +132,7 @@ def is_based(config: ConfigDict, path: str) -> bool:
 
 
 def load_bases(config: ConfigDict, near: Location | None = None, parts: Collection[str] | None = None) -> Tree:
-    """The parameters of `bases_of`, {part: tree}.
+    """The parameters of `bases_of`, {part: tree}, in the dtypes of the run's networks: a source may have stored less.
 
     Args:
       config: of the run.
@@ -146,5 +147,6 @@ def load_bases(config: ConfigDict, near: Location | None = None, parts: Collecti
         if parts is not None and base.part not in parts:
             continue
         leaves: dict[str, Any] = flatten_dict(base.load(config, near).params, sep="/")
-        flat |= {f"{base.at}/{path}": leaf for path, leaf in leaves.items()}
+        shapes = model_shapes(create_model(**base.model(config)))
+        flat |= {f"{base.at}/{path}": leaf.astype(shapes[f"params/{path}"].dtype) for path, leaf in leaves.items()}
     return unflatten_dict(flat, sep="/")

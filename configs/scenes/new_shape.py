@@ -7,9 +7,10 @@ Paper: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models".
     python -m evaluation --run=runs/heart_lora --metrics=caption_accuracy
 
 The run that is tuned is runs/latent_uvit, of `configs/scenes/latent_uvit.py`; the split `validation` shows hearts, and
-`held_out` what that run was trained on, so that the evaluation says what was learned and what was forgotten. Captions
-are read with the run's own tokenizer, to which a heart is five pieces: three wordings of the five that name all are
-longer than its 12, and one of them then lacks the background.
+`held_out` the shapes and colors of `single32`, so that the evaluation says what was learned and what was forgotten: 25
+pairs that the run was trained on, and the 5 that `single32` holds out. Captions are read with the run's own tokenizer,
+to which a heart is five pieces: three wordings of the five that name all are longer than its 12, and one of them then
+lacks the background.
 
 Arguments: `lora` (default; pairs of rank 4 beside attention and feed-forward layers of the denoiser and of the text
 encoder), `full` (all of both), `debug` (seconds; random networks).

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from weights.files.tensors import read_tensors, write_tensors
 from weights.formats import diffusers, open_clip, uvit
 from weights.formats.contract import Format, write_files
 from weights.formats.runs import denoiser_run
+from weights.pretrained import write_pretrained
 from weights.run import Run
 from weights.sources import load_frozen, resolve_frozen
 
@@ -173,3 +175,18 @@ def test_a_new_format_is_its_declaration(plain, tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="looks like plain and greedy; say which it is with --source=plain|greedy"):
         convert([*arguments, f"--output={tmp_path}/none"])
     assert json.loads((tmp_path / "ours" / "provenance.json").read_text())["format"] == "plain"
+
+
+def test_a_folder_that_needs_no_other_has_no_measures_of_latents_whose_scale_the_run_says(unet, tmp_path):
+    fields = {"name": "autoencoder_kl", "image_size": 8, "width": 4, "multipliers": (1,), "blocks": 1, "groups": 2}
+    _, params, variables = tiny(fields)
+    assert variables.keys() == {"statistics"}
+    stage = {"objective": "autoencoder", "models": {"autoencoder": fields}}
+    write_pretrained(tmp_path / "stage", stage, {"autoencoder": params}, {"autoencoder": variables}, provenance={})
+    run = shutil.copytree(unet[0], tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    entry = {**fields, "source": str(tmp_path / "stage"), "part": "autoencoder", "step": 0, "latent_scale": 0.25}
+    (run / "config.json").write_text(json.dumps({**config, "frozen": {"first_stage": entry}}))
+    convert(["--to=pretrained", f"--run={run}", f"--output={tmp_path}/whole"])
+    whole = Run.open(tmp_path / "whole").load(parts=("denoiser", "first_stage"))
+    assert_same_trees(whole.params, {"denoiser": unet[1], "first_stage": params})

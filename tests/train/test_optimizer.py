@@ -11,6 +11,7 @@ from cli.errors import UserError
 from configs.common import get_defaults
 from train.optimizer import apply_bounds, complete_rules, create_optimizer, create_schedule, update_ema
 from train.state import start_average
+from weights import power_averages
 
 PARAMS = {
     "image": {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}},
@@ -264,3 +265,26 @@ def test_ema_copies_what_its_paths_leave_out():
     moved = update_ema(ema_config(paths="^a"), ema, params, jnp.int32(1))
     np.testing.assert_allclose(moved["a"], 0.1, rtol=1e-5)
     assert (moved["b"] == 1).all()
+
+
+def test_what_is_said_of_a_part_holds_for_its_low_rank_pairs():
+    """And a rule may be of pairs alone."""
+    params = {"part": {"kernel": jnp.ones(2)}, "lora": {"part": {"down": jnp.ones(2)}, "other": {"down": jnp.ones(2)}}}
+    config = optimizer_config(
+        rules=({"pattern": "^part/", "transform": "sgd"}, {"pattern": "^lora/", "transform": "sgd", "clip_norm": 1e-9}),
+        bounds=(("^part/", 0.0, 0.5),),
+    )
+    pairs = update(config, params, params)["lora"]
+    assert (pairs["part"]["down"] < -0.05).all() and (pairs["other"]["down"] > -1e-6).all()
+    bounded = apply_bounds(config, params)["lora"]
+    assert (bounded["part"]["down"] == 0.5).all() and (bounded["other"]["down"] == 1).all()
+    decay = {"transform": "sgd", "weight_decay": 1.0, "no_decay": "^part/"}
+    decayed = update(
+        optimizer_config(rules=({"pattern": ".*", **decay},)), jax.tree.map(jnp.zeros_like, params), params
+    )
+    assert (decayed["lora"]["part"]["down"] == 0).all() and (decayed["lora"]["other"]["down"] < 0).all()
+    averaged = update_ema(ema_config(paths="^part/"), jax.tree.map(jnp.zeros_like, params), params, jnp.int32(1))
+    np.testing.assert_allclose(averaged["lora"]["part"]["down"], 0.1, rtol=1e-5)
+    assert (averaged["lora"]["other"]["down"] == 1).all()
+    (kept,) = power_averages.start(params, (0.1,), "^part/").values()
+    assert kept["lora"].keys() == {"part"}

@@ -6,6 +6,7 @@ tensor beside, or in the file's metadata, or else the rank. What is written has 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,25 @@ _METADATA = "lora_adapter_metadata"
 
 
 def module_scale(config: Mapping[str, Any], name: str, rank: int, what: str) -> float:
-    """What a module's product counts by a config of peft, whose patterns name modules by the ends of their names.
+    """What a module's product counts by a config of peft: alpha, of which `alpha_pattern` may say another, over rank.
+
+    Its keys are regular expressions of the ends of modules' names, from a dot on; the first that fits counts.
 
     Raises:
-      UserError: if it is not a number.
+      UserError: if it is not a number, or a key is no regular expression.
     """
-
-    def of(key: str, default: Any) -> Any:
-        patterns = config.get(f"{key}_pattern") or {}
-        if not isinstance(patterns, Mapping):
-            raise UserError(f"{what} has a {key}_pattern that is no object; fetch it again")
-        given = next((each for end, each in patterns.items() if name == end or name.endswith(f".{end}")), default)
-        return given
-
-    alpha = of("alpha", config.get("lora_alpha", rank))
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise UserError(f"{what} has an alpha_pattern that is no object; fetch it again")
+    alpha = config.get("lora_alpha", rank)
+    for pattern, given in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", name)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"{what}: {pattern!r} of alpha_pattern is not a pattern of names ({error})") from error
+        if found:
+            alpha = given
+            break
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not np.isfinite(alpha):
         raise UserError(f"{what} says that alpha of {name} is {alpha!r}; it must be a number")
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)

@@ -271,7 +271,7 @@ def _config(base: Run, paths: Mapping[str, set[str]], rank: int, scale: float) -
         config["models"][part] = model_of(ConfigDict(entry))
         start[part] = {key: entry[key] for key in ("source", "part", "step", "run") if key in entry}
     kernels = {
-        f"{part}/{path}": path
+        f"{part}/{path}"
         for part, entry in config["models"].items()
         for path in kernels_of(create_model(**model_of(ConfigDict(entry))))
     }
@@ -285,7 +285,7 @@ def _config(base: Run, paths: Mapping[str, set[str]], rank: int, scale: float) -
         **config,
         "initialize": start,
         "trainable": list(get_defaults().trainable),
-        "lora": {"rank": rank, "alpha": float(scale * rank), "paths": list(_patterns(chosen, set(kernels)))},
+        "lora": {"rank": rank, "alpha": float(scale * rank), "paths": list(_patterns(chosen, kernels))},
     }
 
 

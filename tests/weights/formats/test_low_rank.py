@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -12,6 +14,7 @@ from cli.errors import UserError
 from models import create_model
 from scripts.convert import main as convert
 from weights.files.tensors import read_tensors, write_tensors
+from weights.formats.diffusers_lora import module_scale
 from weights.lora import init_pairs, kernels_of, scale_of
 from weights.pretrained import write_pretrained
 from weights.run import Run
@@ -93,3 +96,54 @@ def test_only_plain_pairs_of_this_network_are_read(folders, tmp_path):
         convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/out"])
     with pytest.raises(UserError, match="has no low-rank pairs"):
         convert(["--to=peft", f"--run={folders}/base", f"--output={tmp_path}/out"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "alpha"),
+    [
+        ("attn1.to_q", 8),
+        ("to_q", 8),
+        (r"down\.\d+\.attn1\.to_[qk]", 8),
+        ("to_(q|k)", 8),
+        ("down.*", 8),
+        ("o_q", 4),  # not from a dot on
+        ("attn1", 4),
+    ],
+)
+def test_patterns_of_alpha_are_expressions_as_in_peft(pattern, alpha):
+    config = {"lora_alpha": 4, "alpha_pattern": {"to_v": 16, pattern: 8, ".*to_q": 4}}
+    assert module_scale(config, "down.0.attn1.to_q", 2, "adapter_config.json") == alpha / 2
+
+
+def test_a_pattern_of_alpha_that_is_none_is_one_line():
+    with pytest.raises(UserError, match=r"adapter_config.json: 'to_\(q' of alpha_pattern is not a pattern") as error:
+        module_scale({"alpha_pattern": {"to_(q": 8}}, "to_q", 2, "adapter_config.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["diffusers_lora", "peft"])
+def test_pairs_go_out_alone_only_where_they_are_all_that_was_trained(form, folders, tmp_path):
+    """Not beside what was trained in whole, nor beside a network that is random and nowhere else."""
+    whole = shutil.copytree(folders / "ours", tmp_path / "whole")
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps({**config, "trainable": ["^denoiser/output/"]}))
+    own = {"lora": Run.open(folders / "ours").load_pairs()[0], "denoiser": random_parameters(create_model(**UNET))}
+    write_pretrained(tmp_path / "random", {**config, "initialize": {}}, own, {}, provenance={})
+    for run, path in ((whole, "denoiser/output/"), (tmp_path / "random", "denoiser/")):
+        with pytest.raises(UserError, match=f"has more than pairs .*, {path}.*--to=pretrained"):
+            convert([f"--to={form}", f"--run={run}", f"--output={tmp_path}/theirs"])
+        assert not (tmp_path / "theirs").exists()
+
+
+def test_a_base_that_is_stored_in_less_is_opened_in_the_dtype_that_the_pairs_were_trained_beside(folders, tmp_path):
+    base, ours = (shutil.copytree(folders / name, tmp_path / name) for name in ("base", "ours"))
+    for folder, change in ((base, {"models": {"denoiser": {**UNET, "param_dtype": "bfloat16"}}}), (ours, {})):
+        config = {**json.loads((folder / "config.json").read_text()), **change}
+        config.get("initialize", {}).get("denoiser", {})["source"] = str(base)
+        (folder / "config.json").write_text(json.dumps(config))
+    params = Run.open(ours).load().params["denoiser"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    change = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), params, Run.open(folders / "ours").load().params["denoiser"]
+    )
+    assert max(jax.tree.leaves(change)) < 0.02

@@ -421,6 +421,21 @@ def test_prompts_with_weights_and_beyond_the_context(ours, tmp_path, capsys):
     assert warnings == ["warning: only the first 8 tokens count of 'red cat red cat red cat'"]
 
 
+def test_a_text_tower_that_is_tuned_reads_weights_and_long_prompts_too(ours, tmp_path):
+    tuned = shutil.copytree(ours, tmp_path / "tuned")
+    config = json.loads((tuned / "config.json").read_text())
+    text = config["frozen"].pop("text")
+    config["models"]["text"] = {name: text[name] for name in text if name not in ("source", "part", "step", "run")}
+    change_json(tuned / "config.json", **config)
+    order, features = Order((Condition("red cat red cat red (cat:2) cat"),), prompt_weights=True, long_prompts=True), []
+    for folder in (ours, tuned):
+        trained = TrainedSampler.open(folder)
+        rows = {name.replace("text_", ""): jnp.asarray(row) for name, row in order_rows(trained, order).items()}
+        features.append(trained.sampler.conditioning(trained.weights.params, trained.frozen, rows).tokens)
+    assert features[0].shape[1] == 2 * LENGTH
+    np.testing.assert_array_equal(*features)
+
+
 @pytest.mark.parametrize("asked", ["long_prompts", "prompt_weights"])
 def test_prompts_that_nothing_reads_get_a_line(ours, asked):
     trained = TrainedSampler.open(ours)
