@@ -126,7 +126,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--prompt_weights",
         action="store_true",
-        help="(words:1.3), (words) and [words] in prompts count more or less, where a frozen CLIP reads them",
+        help="(words:1.3), (words) and [words] in prompts count more or less, where a CLIP reads them",
     )
     parser.add_argument(
         "--long_prompts", action="store_true", help="there, prompts beyond its context are read in chunks, and not cut"
