@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from updates import Case, Peers, our_program, synchronize, torch_memory, use_all_cores
+from updates import Case, Peers, our_program, synchronize, torch_bytes, torch_memory, use_all_cores
 
 from cost.side_by_side import Side
 
@@ -75,6 +75,7 @@ def open_clip_step(config: Any, peers: Peers, compiled: bool) -> Side:
     from weights.formats.open_clip import clip_config
 
     use_all_cores()
+    before = torch_bytes(peers.device)
     network = create_model(**config.models.clip)
     model = open_clip.CLIP(**clip_config(network)["model_cfg"]).to(peers.device)
     model.train()
@@ -99,4 +100,4 @@ def open_clip_step(config: Any, peers: Peers, compiled: bool) -> Side:
                 model.logit_scale.clamp_(0, 4.6052)
         synchronize(peers.device)
 
-    return Side(run, memory=torch_memory(peers.device))
+    return Side(run, memory=torch_memory(run, peers.device, before))

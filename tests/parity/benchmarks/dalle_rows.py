@@ -17,7 +17,7 @@ from unittest import mock
 
 from clip_rows import config_step
 from dalle_pytorch_imports import stand_ins
-from updates import Case, Peers, our_calls, synchronize, their_calls, torch_memory
+from updates import Case, Peers, our_calls, synchronize, their_calls, torch_bytes, torch_memory, use_all_cores
 
 from cost.side_by_side import Side
 
@@ -139,6 +139,8 @@ def torch_step(size: Size, batch_size: int, peers: Peers, compiled: bool) -> Sid
     """Updates of dalle-pytorch, as its training script makes them."""
     import torch
 
+    use_all_cores()
+    before = torch_bytes(peers.device)
     model = torch_model(size).to(peers.device)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -157,7 +159,7 @@ def torch_step(size: Size, batch_size: int, peers: Peers, compiled: bool) -> Sid
             optimizer.zero_grad()
         synchronize(peers.device)
 
-    return Side(run, memory=torch_memory(peers.device))
+    return Side(run, memory=torch_memory(run, peers.device, before))
 
 
 def torch_decoding(size: Size, batch_size: int, peers: Peers) -> Side:

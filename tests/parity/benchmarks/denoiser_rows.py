@@ -4,7 +4,7 @@ The same architecture, weights, inputs, batch, threads and precision. U-ViT, whi
 `torch_uvit.py`. Outputs, and the pictures that sampling ends in, are compared before they are timed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from network_pair import Pair
@@ -62,9 +62,12 @@ def training(peers: Peers, network: str, batch_size: int, length: int = 0) -> Ca
     x_t, t, told = pair.inputs()
     eps = np.random.default_rng(3).normal(size=(*x_t.shape[:-1], _channels(pair.model))).astype(np.float32)
 
-    def loss(params: Any, batch: Any, _: Any) -> Any:
-        outputs = pair.apply(params["denoiser"], batch["x_t"], batch["t"], batch.get("told"), True)
-        return jnp.mean(jnp.square(outputs.astype(jnp.float32) - batch["eps"]))
+    def loss_of(pair: Pair) -> Callable[[Any, Any, Any], Any]:
+        def loss(params: Any, batch: Any, _: Any) -> Any:
+            outputs = pair.apply(params["denoiser"], batch["x_t"], batch["t"], batch.get("told"), True)
+            return jnp.mean(jnp.square(outputs.astype(jnp.float32) - batch["eps"]))
+
+        return loss
 
     batch = {"x_t": x_t, "t": t, "eps": eps, **({} if told is None else {"told": told})}
     arguments, target = [to_torch(value, pair.device) for value in (x_t, t, told)], to_torch(eps, pair.device)
@@ -77,7 +80,7 @@ def training(peers: Peers, network: str, batch_size: int, length: int = 0) -> Ca
         train = not getattr(pair.model, "num_classes", 0)
         return their_updates(pair.network, their_loss, compiled=compiled, device=pair.device, train=train)
 
-    ours = our_updates(loss, {"denoiser": pair.params}, batch)
+    ours = our_updates(loss_of(pair), {"denoiser": pair.params}, batch, plain=loss_of(pair.plain()))
     return Case({"jax": ours, **peers.sides(_library(pair), their_side)}, dtype=peers.dtype)
 
 
@@ -106,17 +109,20 @@ def sampling(peers: Peers, network: str, batch_size: int, steps: int, length: in
     if pair.table is not None:
         text = TextContext(nn.Embed(*pair.table.shape), "text", (0,) * pair.length)
         trees["text"] = {"embedding": jnp.asarray(pair.table)}
-    sampler = DiffusionSampler(
-        pair.model,
-        Process(DiscreteSchedule("linear"), prediction="eps"),
-        text,
-        Steps("dpm_solver_multistep", steps),
-        guidance=2.0 if guided else 1.0,
+    sampler, plain = (
+        DiffusionSampler(
+            model,
+            Process(DiscreteSchedule("linear"), prediction="eps"),
+            text,
+            Steps("dpm_solver_multistep", steps),
+            guidance=2.0 if guided else 1.0,
+        )
+        for model in (pair.model, pair.plain().model)
     )
     request = sampler.request(text=pair.captions() if guided else None)
     keys = jax.random.split(jax.random.key(0), batch_size)
 
-    def draw(params: Any) -> Any:
+    def draw(params: Any, sampler: Any = sampler) -> Any:
         return sampler(params, {}, {}, request, keys)["image"]
 
     first = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
@@ -148,7 +154,7 @@ def sampling(peers: Peers, network: str, batch_size: int, steps: int, length: in
         called = torch.compile(their_network) if compiled else their_network
         return their_calls(lambda: torch_draw(called), pair.device)
 
-    ours = our_calls(draw, trees, flops=lambda: matrix_flops(draw, trees))
+    ours = our_calls(draw, trees, flops=lambda: matrix_flops(lambda trees: draw(trees, plain), trees))
     return Case({"jax": ours, **peers.sides(_library(pair), their_side)}, units=batch_size, dtype=peers.dtype)
 
 

@@ -128,11 +128,10 @@ def decoding(peers: Peers, size: str, batch_size: int, prompt: int, answer: int,
         "jax": our_calls(sampler, params, {}, {}, request, keys),
         "transformers": their_calls(their_answers, peers.device),
     }
-    if peers.compiled:  # as transformers does it: the step of a cache of fixed size
-        more = {} if sees else {"cache_implementation": "static"}
-        sides["transformers, torch.compile"] = their_calls(lambda: their_answers(**more), peers.device)
-        if not more:
-            del sides["transformers, torch.compile"]
+    if peers.compiled and not sees:  # as transformers does it: the step of a cache of fixed size
+        sides["transformers, torch.compile"] = their_calls(
+            lambda: their_answers(cache_implementation="static"), peers.device
+        )
     return Case(sides, units=batch_size * answer, dtype=peers.dtype)
 
 

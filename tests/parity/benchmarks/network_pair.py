@@ -63,6 +63,10 @@ class Pair:
         assert_agree(ours, pair.theirs(pair.network, x_t, t, told), "outputs", 0.1 if gpu else 1e-4)
         return pair
 
+    def plain(self) -> "Pair":
+        """The same with plain attention in ours, whose products `cost.flops.matrix_flops` sees."""
+        return dataclasses.replace(self, model=self.model.clone(implementation="xla"))
+
     def inputs(self) -> tuple[Any, Any, Any]:
         """x_t [B H W C], t [B] and tokens [B L D], classes [B], or None, as numpy arrays."""
         import numpy as np

@@ -1,5 +1,6 @@
 """Rows of UniDiffuser: a training step, and text to picture, beside diffusers' network of the same weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 from random_parameters import random_parameters
@@ -24,6 +25,7 @@ SIZES = {
     # Version 1 as published.
     "v1": {"image_size": 64, "patch_size": 2, "width": 1536, "depth": 30, "heads": 24, "text_length": 77},
 }
+_SIDES = ("image", "clip", "text")
 _LAST = 1000.0  # the time at which a side is noise
 
 
@@ -45,13 +47,13 @@ def training(peers: Peers, size: str, batch_size: int) -> Case:
     x, times = _inputs(model, batch_size)
     noise, _ = _inputs(model, batch_size, seed=1)
 
-    def loss(params: Any, batch: Any, _: Any) -> Any:
-        given = PictureAndText(*(batch[name] for name in ("image", "clip", "text")))
-        outputs = model.apply({"params": params["unidiffuser"]}, given, batch["t_image"], batch["t_text"])
-        errors = (
-            jnp.mean(jnp.square(getattr(outputs, name) - batch[f"noise_{name}"])) for name in ("image", "clip", "text")
-        )
-        return sum(errors)
+    def loss_of(model: Any) -> Callable[[Any, Any, Any], Any]:
+        def loss(params: Any, batch: Any, _: Any) -> Any:
+            given = PictureAndText(*(batch[name] for name in _SIDES))
+            outputs = model.apply({"params": params["unidiffuser"]}, given, batch["t_image"], batch["t_text"])
+            return sum(jnp.mean(jnp.square(getattr(outputs, name) - batch[f"noise_{name}"])) for name in _SIDES)
+
+        return loss
 
     batch = {**x, **{f"noise_{name}": value for name, value in noise.items()}}
     batch |= {"t_image": times[0], "t_text": times[1]}
@@ -62,7 +64,8 @@ def training(peers: Peers, size: str, batch_size: int) -> Case:
         pairs = zip(outputs, targets, strict=True)
         return sum(torch.nn.functional.mse_loss(output.float(), target) for output, target in pairs)
 
-    ours = our_updates(loss, {"unidiffuser": params}, {name: np.asarray(value) for name, value in batch.items()})
+    batch = {name: np.asarray(value) for name, value in batch.items()}
+    ours = our_updates(loss_of(model), {"unidiffuser": params}, batch, plain=loss_of(_plain(model)))
     sides = peers.sides(
         "diffusers", lambda compiled: their_updates(network, their_loss, compiled=compiled, device=peers.device)
     )
@@ -99,11 +102,14 @@ def sampling(peers: Peers, size: str, batch_size: int, steps: int, guidance: flo
     process = Process(DiscreteSchedule("scaled_linear", start=0.00085, end=0.012))
     plan = make_plan(process.schedule, "dpm_solver_multistep", steps)
 
-    def draw(params: Any, first: Any, text: Any, keys: Any) -> Any:
-        def ask(x: PictureAndText, t_image: Any, t_text: Any) -> PictureAndText:
-            return model.apply({"params": params}, x, t_image, t_text)
+    def draw_of(model: Any) -> Callable[..., Any]:
+        def draw(params: Any, first: Any, text: Any, keys: Any) -> Any:
+            def ask(x: PictureAndText, t_image: Any, t_text: Any) -> PictureAndText:
+                return model.apply({"params": params}, x, t_image, t_text)
 
-        return draw_latents(ask, process, plan, "text_to_image", first, {"text": text}, keys, guidance)
+            return draw_latents(ask, process, plan, "text_to_image", first, {"text": text}, keys, guidance)
+
+        return draw
 
     first = {name: jnp.asarray(x[name]) for name in ("image", "clip")}
     given = (params, first, jnp.asarray(x["text"]), jax.random.split(jax.random.key(0), batch_size))
@@ -132,7 +138,7 @@ def sampling(peers: Peers, size: str, batch_size: int, steps: int, guidance: flo
         called = torch.compile(network) if compiled else network
         return their_calls(lambda: their_draw(called), peers.device)
 
-    ours = our_calls(jax.jit(draw), *given, flops=lambda: matrix_flops(draw, *given))
+    ours = our_calls(jax.jit(draw_of(model)), *given, flops=lambda: matrix_flops(draw_of(_plain(model)), *given))
     return Case({"jax": ours, **peers.sides("diffusers", their_side)}, units=batch_size, dtype=peers.dtype)
 
 
@@ -160,10 +166,15 @@ def _pair(peers: Peers, size: str, batch_size: int) -> tuple[Any, Any, Any]:
     x, times = _inputs(model, batch_size)
     with torch.inference_mode():
         theirs = _call(peers, network, *_torch(peers, x, times))[0].float().permute(0, 2, 3, 1).cpu().numpy()
-    given = PictureAndText(*(jnp.asarray(x[name]) for name in ("image", "clip", "text")))
+    given = PictureAndText(*(jnp.asarray(x[name]) for name in _SIDES))
     ours = jax.jit(model.apply)({"params": params}, given, *map(jnp.asarray, times)).image
     assert_agree(np.asarray(ours, np.float32), theirs, "outputs", 0.1 if peers.gpu else 1e-4)
     return model, params, network
+
+
+def _plain(model: Any) -> Any:
+    """The network with plain attention, whose products `matrix_flops` sees."""
+    return model.clone(implementation="xla")
 
 
 def _inputs(model: Any, batch_size: int, seed: int = 0) -> tuple[dict[str, Any], tuple[Any, Any]]:
@@ -172,7 +183,7 @@ def _inputs(model: Any, batch_size: int, seed: int = 0) -> tuple[dict[str, Any],
 
     rng = np.random.default_rng(seed)
     x = model.example_inputs(batch_size)[0]
-    states = {name: rng.normal(size=getattr(x, name).shape).astype(np.float32) for name in ("image", "clip", "text")}
+    states = {name: rng.normal(size=getattr(x, name).shape).astype(np.float32) for name in _SIDES}
     image, text = rng.uniform(0, 1000, (2, batch_size)).astype(np.float32)
     return states, (image, text)
 

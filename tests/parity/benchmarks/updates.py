@@ -61,16 +61,20 @@ def _made(make: Callable[[bool], Side], compiled: bool) -> Side:
     try:
         return make(compiled)
     except Exception as error:  # such as a library that is missing, or a lack of memory
-        reason = error
+        reason = f"{type(error).__name__}: {error}"  # and not what it holds: its frames keep what was made until then
 
     def run(_: int) -> None:
-        raise reason
+        raise RuntimeError(reason)
 
     return Side(run)
 
 
 def our_updates(
-    loss: Callable[[Any, Any, Any], Any], params: Any, batch: Mapping[str, Any], trainable: Sequence[str] = (".*",)
+    loss: Callable[[Any, Any, Any], Any],
+    params: Any,
+    batch: Mapping[str, Any],
+    trainable: Sequence[str] = (".*",),
+    plain: Callable[[Any, Any, Any], Any] | None = None,
 ) -> Side:
     """Updates by the project's own step, which donates its state.
 
@@ -79,6 +83,8 @@ def our_updates(
       params: {part: tree}.
       batch: arrays.
       trainable: `config.trainable`.
+      plain: the same loss with plain attention, of which FLOPs are counted, since `matrix_flops` does not see into
+        fused kernels; None for `loss`.
     """
     import jax
     import jax.numpy as jnp
@@ -95,6 +101,9 @@ def our_updates(
     class GivenLoss:
         """The objective."""
 
+        def __init__(self, of: Callable[[Any, Any, Any], Any]) -> None:
+            self.of = of
+
         def init(self, *_: Any) -> tuple[Any, Any]:
             return params, {}
 
@@ -102,7 +111,7 @@ def our_updates(
             return {}
 
         def loss(self, params: Any, variables: Any, frozen: Any, batch: Any, rng: Any, *_: Any) -> tuple[Any, Aux]:
-            return loss(params, batch, rng), Aux(metrics={}, variables=variables)
+            return self.of(params, batch, rng), Aux(metrics={}, variables=variables)
 
     config = get_defaults()
     config.steps = 10**6
@@ -112,12 +121,12 @@ def our_updates(
     params = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), params)  # copies, which the step may take
     trained = trained_params(params, config.trainable)
     optimizer, schedule = create_optimizer(config.optimizer, trained, config.steps)
-    step = make_train_step(config, GivenLoss(), optimizer, schedule)
+    step, counted = (make_train_step(config, GivenLoss(each), optimizer, schedule) for each in (loss, plain or loss))
     rows = jax.device_put({name: jnp.asarray(value) for name, value in batch.items()})
     rows["index"] = jnp.arange(len(next(iter(rows.values()))))
     state = create_state(params, {}, jax.jit(optimizer.init)(trained), averaged={})
     shapes = jax.eval_shape(lambda: state)
-    return our_program(step, state, {}, rows, flops=lambda: matrix_flops(step, shapes, {}, rows))
+    return our_program(step, state, {}, rows, flops=lambda: matrix_flops(counted, shapes, {}, rows))
 
 
 def our_program(step: Callable[..., Any], state: Any, *others: Any, flops: Callable[[], int] | None = None) -> Side:
@@ -168,6 +177,7 @@ def their_updates(
     import torch
 
     use_all_cores()
+    before = torch_bytes(device)
     model = copy.deepcopy(network).train(train)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
@@ -180,11 +190,11 @@ def their_updates(
             optimizer.step()
         synchronize(device)
 
-    return Side(run, memory=torch_memory(device))
+    return Side(run, memory=torch_memory(run, device, before))
 
 
 def their_calls(function: Callable[[], Any], device: str = "cpu") -> Side:
-    """Calls of a function of torch, without gradients."""
+    """Calls of a function of torch, without gradients, and of a network that all such sides of a row share."""
     import torch
 
     use_all_cores()
@@ -195,17 +205,31 @@ def their_calls(function: Callable[[], Any], device: str = "cpu") -> Side:
                 function()
         synchronize(device)
 
-    return Side(run, memory=torch_memory(device))
+    return Side(run, memory=torch_memory(run, device))
 
 
-def torch_memory(device: str) -> Callable[[], int | None] | None:
-    """What a GPU held at most for torch since the last side was made."""
+def torch_memory(run: Callable[[int], None], device: str, before: int = 0) -> Callable[[], int] | None:
+    """What a GPU holds at most for torch in a step, less what it held before this side was made; None of a CPU.
+
+    Measured at once, while no side that is made later holds anything, and in the second step: the first one makes the
+    moments of the optimizer.
+    """
     import torch
 
     if device != "cuda":
         return None
+    run(1)
     torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated
+    run(1)
+    peak = torch.cuda.max_memory_allocated() - before
+    return lambda: peak
+
+
+def torch_bytes(device: str) -> int:
+    """What torch holds of a GPU now; 0 on a CPU."""
+    import torch
+
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
 def synchronize(device: str) -> None:
