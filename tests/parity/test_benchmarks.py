@@ -1,6 +1,6 @@
 """Every kind of row runs at toy size, so that benchmarks do not rot; what the figures are, nobody looks at here.
 
-Both sides of a row are compared by it before they are timed.
+Both sides of a row are compared by it before they are timed, if they have the same weights.
 """
 
 import gc
