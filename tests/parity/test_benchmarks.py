@@ -8,6 +8,7 @@ import importlib
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,14 +42,20 @@ def suites(one_row):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_row(name, one_row, suites):
+def test_a_row(name, one_row, suites, monkeypatch):
     row = next(row for row in suites["cpu"] if row.name == name)
-    record = one_row.measure(row, "cpu", True, "processor", False)
+    case = row.case(importlib.import_module("updates").Peers(), True)
+    built = SimpleNamespace(name=row.name, what=row.what, effort=row.effort, case=lambda *_: case)
+    record = one_row.measure(built, "cpu", True, "processor", False)
     assert record["toy"] and record["row"] == name and len(record["commit"]) == 40
     assert {"jax", "torch"} <= record["versions"].keys()
     (ours, figures), (peer, _) = record["sides"].items()
     assert ours == "jax" and record["ratios"].keys() == {peer}
     assert 0 < figures["seconds"]["low"] <= figures["seconds"]["high"]
+    flops = case.sides["jax"].flops
+    if flops is not None and row.make in {row.make for row in suites["gpu"]}:
+        monkeypatch.setattr(attention, "choose_attention", lambda *_: pytest.fail("inside a kernel nobody can count"))
+        assert flops() > 0
 
 
 def test_every_row_of_both_suites_has_a_network_and_a_function(suites):
@@ -76,15 +83,6 @@ def test_stored_moments_are_beside_the_same_step_with_the_first_stage_in_it(one_
         assert config.frozen.first_stage.width == 128 and config.batch_size == row.sizes["batch_size"]
 
 
-def test_products_inside_fused_attention_are_counted(one_row, suites, monkeypatch):
-    peers = importlib.import_module("updates").Peers()
-    for name in ("uvit_s_step", "ddpm_uvit_sampling", "unidiffuser_step", "unidiffuser_sampling"):
-        ours = next(row for row in suites["cpu"] if row.name == name).case(peers, True).sides["jax"]
-        with monkeypatch.context() as patch:
-            patch.setattr(attention, "choose_attention", lambda *_: pytest.fail("a kernel may have been chosen"))
-            assert ours.flops() > 0
-
-
 def test_a_side_that_cannot_be_made_keeps_its_message_and_no_memory(one_row):
     kept = []
 
@@ -98,6 +96,25 @@ def test_a_side_that_cannot_be_made_keeps_its_message_and_no_memory(one_row):
     assert kept[0]() is None
     with pytest.raises(RuntimeError, match="MemoryError: too large"):
         side.run(1)
+
+
+def test_memory_of_a_torch_side_is_its_own(one_row, monkeypatch):
+    cuda, updates = importlib.import_module("torch").cuda, importlib.import_module("updates")
+    held = {"now": 100, "peak": 100}
+    monkeypatch.setattr(cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda: held["peak"])
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
+    before = updates.torch_bytes("cuda")
+    held["now"] += 10  # its parameters
+    optimizer = [20]
+
+    def run(_):
+        held["now"] += optimizer.pop() if optimizer else 0
+        held["peak"] = max(held["peak"], held["now"] + 5)
+
+    memory = updates.torch_memory(run, "cuda", before)
+    held.update(now=1000, peak=9999)  # another side
+    assert memory() == 35 and updates.torch_memory(run, "cpu") is None
 
 
 def test_a_gpu_suite_needs_a_gpu(one_row, tmp_path, monkeypatch):
