@@ -14,7 +14,8 @@ Paper: Bao et al. 2023, "One Transformer Fits All Distributions in Multi-Modal D
 First stage, CLIP and captioner are frozen. `config.scales` should bring `power_clip` and `power_text`, which training
 logs, near 1: where published they were as CLIP and captioner have them.
 
-Hardware and time: 2 CPU cores, not measured.
+Hardware and time: one CPU core, 34 minutes, after which every picture is described right and 77 % of captions are drawn
+right (docs/results.md).
 
 Arguments: `single32` (default), `debug` (seconds; needs no other run).
 """
@@ -34,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
     stage = autoencoder.get_config("debug" if debug else "kl").models.autoencoder
     config = get_defaults()
     config.objective = "unidiffuser"
-    config.steps = 9000
+    config.steps = 8000
     config.batch_size = 32
 
     for key in ("dataset", "image_size", "text_length", "text_ends", "cache"):
