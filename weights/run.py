@@ -14,7 +14,7 @@ Frozen parts may lie in it too: their source is ".". All other files are as in a
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, get_type_hints
 
 import jax
@@ -301,7 +301,7 @@ def tensor_name(part: str, collection: str, path: str) -> str:
     return f"params/{part}/{path}" if collection == "params" else f"variables/{part}/{collection}/{path}"
 
 
-def model_of(part_config: ConfigDict) -> dict[str, Any]:
+def model_of(part_config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Returns the arguments of `create_model` in `config.frozen.<part>` or `config.models.<part>`."""
     return {key: value for key, value in part_config.items() if key not in _NOT_FIELDS}
 

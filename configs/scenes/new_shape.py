@@ -35,6 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.optimizer.rules = ({"pattern": ".*"},)
         config.optimizer.weight_decay = 0.0
         config.optimizer.schedule.name = "constant"
+        config.optimizer.schedule.decay_steps = 0
         config.optimizer.schedule.peak = 3e-4 if argument == "full" else 2e-3
         config.ema.decay = 0.0
         config.ema.warm_up = True
