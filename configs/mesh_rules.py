@@ -22,6 +22,7 @@ TRANSFORMER = (
 
 # The language model and the vision adapter. Heads of keys and values are few: `tensor` must divide them too.
 LLAMA = (
+    (r"tile_position/(embedding|grid)", (None, None, None, "fsdp")),
     *TRANSFORMER,
     (r"attention/query/kernel", ("fsdp", "tensor")),
     (r"attention/key_value/kernel", ("fsdp", None, "tensor")),

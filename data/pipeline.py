@@ -17,7 +17,7 @@ from cli.errors import UserError
 from cli.locations import locate, locate_from_home
 from data import points
 from data.buckets import BucketOrder, choose_buckets, shapes_of
-from data.dialogues import check_dialogues, encode_dialogue, make_dialogue
+from data.dialogues import SCENES, check_dialogues, encode_dialogue, make_dialogue
 from data.picture_sizes import picture_sizes
 from data.pictures import open_picture, read_picture
 from data.precomputed import MADE_OF, StoredField
@@ -49,6 +49,8 @@ def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]
     }
     if length:
         spec["text"] = ((length,), np.dtype(np.int32))
+        if config.get("dialogues", ""):
+            spec["text_mask"] = ((length,), np.dtype(bool))
     if config.label_field:
         spec["label"] = ((), np.dtype(np.int32))
     return spec
@@ -94,8 +96,9 @@ class ExampleStream:
     """The endless, index-determined stream of training examples, or one pass over an evaluation split.
 
     `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] (i modulo 2^31), with a tokenizer `text` int32
-    [L], and with a `label_field` `label` int32 []. What is precomputed of pictures stands in their place, what is of
-    captions beside `text`. With `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
+    [L] (and of questions with answers `text_mask` bool [L], the answers' tokens), and with a `label_field` `label`
+    int32 []. What is precomputed of pictures stands in their place, what is of captions beside `text`. With
+    `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
     """
 
     def __init__(
@@ -228,9 +231,10 @@ class ExampleStream:
         chosen = 0
         if self._tokenizer is not None:
             if self._dialogues:
-                # Evaluation asks of all kinds too, each record always the same.
-                caption = make_dialogue(self._dataset, record[CAPTIONS], rng or np.random.default_rng((0, place)))
-                ids, truncated = encode_dialogue(self._tokenizer, caption, self._length)
+                if rng is None and self._dialogues == SCENES:  # evaluation asks of all kinds too
+                    rng = np.random.default_rng((0, place))
+                caption = make_dialogue(self._dialogues, self._dataset, record[CAPTIONS], rng)
+                ids, example["text_mask"], truncated = encode_dialogue(self._tokenizer, caption, self._length)
             else:
                 chosen = choose_caption(record[CAPTIONS], rng)
                 caption = record[CAPTIONS][chosen]

@@ -4,6 +4,8 @@ A causal transformer with RMSNorm before each block (Zhang and Sennrich 2019), g
 2023), rotary positions (Su et al. 2021) and a gated feed-forward block (SwiGLU, Shazeer 2020), without any bias.
 """
 
+from typing import Any, ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -42,12 +44,17 @@ class Llama(nn.Module):
       rope_original_length: see there.
       tied: whether the head is the table of embeddings, as in the small ones of 3.2.
       text_end_id: the tokenizer's end of a text, at which answers stop; None where it is not known.
+      text_stop_ids: other ids at which answers stop.
+      text_pad_id: what the tokenizer fills texts up with.
       implementation: see `models.layers.attention.attend`.
       scan: see `models.layers.transformer.apply_blocks`.
       remat: see there.
       dtype: of the computation; statistics, angles, scores, softmax and logits are float32 in any case.
       param_dtype: of the parameters.
     """
+
+    # A text's ends are the tokenizer's, and no weight depends on them: a run may go on with another way to talk.
+    ADAPTABLE: ClassVar[tuple[str, ...]] = ("text_end_id", "text_stop_ids", "text_pad_id")
 
     text_vocab_size: int
     width: int
@@ -63,11 +70,18 @@ class Llama(nn.Module):
     rope_original_length: int = 8192
     tied: bool = False
     text_end_id: int | None = None
+    text_stop_ids: tuple[int, ...] = ()
+    text_pad_id: int = 0
     implementation: str = "auto"
     scan: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+
+    def adapt(self, params: Any, theirs: "Llama") -> Any:
+        """Parameters of a network that differs in `ADAPTABLE`, as they are."""
+        del theirs
+        return params
 
     def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`; texts of another length do as well."""

@@ -7,7 +7,8 @@ each picture on its own in the text, the last one; of several in a row all, from
 before the first picture sees none, and is what the language model alone makes of it.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -49,7 +50,7 @@ class VisionAdapter(nn.Module):
     others are the adapter's and the encoder's.
 
     Attributes:
-      text_vocab_size: of the language model, as the fields down to `tied`, and text_end_id; see `models.llama.Llama`.
+      text_vocab_size: of the language model, as the fields down to `tied` and the next three; see `models.llama.Llama`.
       width: see there.
       depth: see there; without the cross-attention layers.
       heads: see there, as the next eight.
@@ -63,6 +64,8 @@ class VisionAdapter(nn.Module):
       rope_original_length: see there.
       tied: see there.
       text_end_id: see there.
+      text_stop_ids: see there.
+      text_pad_id: see there.
       cross_layers: the language model's layers before which a cross-attention layer stands, rising; published every
         fourth, 3, 7, 11, ...
       image_token: the id that stands for a picture.
@@ -88,6 +91,8 @@ class VisionAdapter(nn.Module):
       param_dtype: of the parameters.
     """
 
+    ADAPTABLE: ClassVar[tuple[str, ...]] = Llama.ADAPTABLE
+
     text_vocab_size: int
     width: int
     depth: int
@@ -110,6 +115,8 @@ class VisionAdapter(nn.Module):
     rope_original_length: int = 8192
     tied: bool = False
     text_end_id: int | None = None
+    text_stop_ids: tuple[int, ...] = ()
+    text_pad_id: int = 0
     extra_tokens: int = 8
     image_mlp_ratio: int | float = 4
     max_tiles: int = 4
@@ -123,6 +130,11 @@ class VisionAdapter(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+
+    def adapt(self, params: Any, theirs: "VisionAdapter") -> Any:
+        """Parameters of a network that differs in `ADAPTABLE`, as they are."""
+        del theirs
+        return params
 
     def example_inputs(
         self, batch_size: int
@@ -143,7 +155,8 @@ class VisionAdapter(nn.Module):
         """
         if path != "language":
             raise KeyError(f"vision_adapter has no network {path!r} within it; it has language")
-        fields = {name: getattr(self, name) for name in Llama.__dataclass_fields__ if name not in ("parent", "name")}
+        names = {field.name for field in dataclasses.fields(Llama)} - {"parent", "name"}
+        fields = {name: getattr(self, name) for name in sorted(names)}
         return {"name": "llama", **fields}
 
     def setup(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -83,7 +83,7 @@ class LlamaSampler:
     Attributes:
       model: the network; its parameters are `params["llama"]`.
       answers: how answers are made.
-      end_id: of the tokenizer: behind a question, and behind an answer.
+      end_id: of the tokenizer: behind an answer.
     """
 
     model: Llama
@@ -119,14 +119,14 @@ class LlamaSampler:
         """A request for one answer a question.
 
         Args:
-          text: ids of questions, framed, 0 behind.
+          text: ids of questions, framed, pads behind.
           **overrides: of `settings`.
 
         Raises:
-          UserError: on an unknown override, an impossible value, or a question without an end.
+          UserError: on an unknown override, an impossible value, or what is no question.
         """
         settings = self.answers.changed(overrides)
-        text = check_questions(text, self.model.text_vocab_size, self.end_id)
+        text = check_prompts(text, self.model.text_vocab_size)
         return {"text": text, "answer_length": int(settings.answer_length), **settings.numbers}
 
     def __call__(
@@ -135,23 +135,23 @@ class LlamaSampler:
         """Answers each question; answer i depends on its question and key alone.
 
         Returns:
-          {"text": int32 [b answer_length]}, 0 behind the end.
+          {"text": int32 [b answer_length]}, pads behind the end.
         """
         del variables, frozen
         told = {name: value for name, value in request.items() if name != "answer_length"}
-        return _answer(self.model, self.end_id, request["answer_length"], params["llama"], told, keys)
+        return _answer(self.model, request["answer_length"], params["llama"], told, keys)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _answer(model: Llama, end_id: int, length: int, params: Tree, request: Request, keys: Array) -> dict[str, Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _answer(model: Llama, length: int, params: Tree, request: Request, keys: Array) -> dict[str, Array]:
     text = request["text"]
-    lengths = prompt_lengths(text, end_id)
+    lengths = prompt_lengths(text, model.text_pad_id)
     logits, cache = model.apply({"params": params}, text, length, lengths, method="prefill")
 
     def step(token: Array, position: Array, cache: Any) -> tuple[Array, Any]:
         return model.apply({"params": params}, token, position, cache, method="decode_step")
 
-    return {"text": decode(step, logits, cache, keys, length, decoding(request, end_id)).tokens}
+    return {"text": decode(step, logits, cache, keys, length, decoding(request, model)).tokens}
 
 
 def end_of_texts(model: Any, part: str) -> int:
@@ -168,29 +168,29 @@ def end_of_texts(model: Any, part: str) -> int:
     return model.text_end_id
 
 
-def decoding(request: Request, end_id: int) -> Decoding:
-    """How the tokens of a request are chosen."""
+def decoding(request: Request, model: Any) -> Decoding:
+    """How the tokens of a request are chosen, and at which they stop: those of a `Llama` or a `VisionAdapter`."""
     numbers = {name: request[name] for name in _NUMBERS}
-    return Decoding(**numbers, stop_tokens=(end_id,))
+    return Decoding(**numbers, stop_tokens=(model.text_end_id, *model.text_stop_ids), pad_token=model.text_pad_id)
 
 
-def prompt_lengths(text: Int[Array, "b t"], end_id: int) -> Int[Array, "b"]:
-    """Tokens of each question, up to its first end: what stands behind is not read."""
-    return jnp.argmax(text == end_id, axis=1).astype(jnp.int32) + 1
+def prompt_lengths(text: Int[Array, "b t"], pad_id: int) -> Int[Array, "b"]:
+    """Tokens of each prompt, up to the last that is no pad; at least 1."""
+    return jnp.max(jnp.where(text != pad_id, jnp.arange(1, text.shape[1] + 1), 1), axis=1).astype(jnp.int32)
 
 
-def answer_mask(text: Int[Array, "b t"], end_id: int) -> Bool[Array, "b t"]:
-    """Which tokens of rows of question and answer are the answer's: behind the first end, with the second."""
-    ends = jnp.cumsum(text == end_id, axis=1)
-    return ((ends - (text == end_id)) == 1) & (text != 0)
-
-
-def check_questions(text: Int[np.ndarray, "b t"], vocab_size: int, end_id: int) -> Int[np.ndarray, "b t"]:
-    """Raises UserError unless rows are questions of this tokenizer; returns them as int32."""
+def check_prompts(text: Int[np.ndarray, "b t"], vocab_size: int) -> Int[np.ndarray, "b t"]:
+    """Raises UserError unless rows are ids of this vocabulary; returns them as int32."""
     text = np.asarray(text)
     if text.ndim != 2 or not text.size or text.min() < 0 or text.max() >= vocab_size:
         raise UserError(f"questions are [batch, tokens] of ids below {vocab_size}, not {list(text.shape)}")
+    return text.astype(np.int32)
+
+
+def check_questions(text: Int[np.ndarray, "b t"], vocab_size: int, end_id: int) -> Int[np.ndarray, "b t"]:
+    """Raises UserError unless rows are questions with an end; returns them as int32."""
+    text = check_prompts(text, vocab_size)
     without = np.flatnonzero(~np.any(text == end_id, axis=1))
     if len(without):
         raise UserError(f"question {without[0]} of {len(text)} has no end (id {end_id}); make it shorter")
-    return text.astype(np.int32)
+    return text

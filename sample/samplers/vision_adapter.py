@@ -1,6 +1,6 @@
 """A picture and a question -> an answer (Dubey et al. 2024, section 7). The picture is read once.
 
-The picture's token stands before the question, whose end is where the answer begins.
+The picture's token stands before the question, or where the tokenizer puts it.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -20,7 +20,7 @@ from models.vision_adapter import VisionAdapter
 from sample.decoding import decode
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network
-from sample.samplers.llama import AnswerSettings, check_questions, decoding, end_of_texts, prompt_lengths
+from sample.samplers.llama import AnswerSettings, check_prompts, decoding, end_of_texts, prompt_lengths
 
 Tree = Any
 Request = dict[str, Any]
@@ -33,7 +33,7 @@ class VisionAdapterSampler:
     Attributes:
       model: the network; its parameters are `params["vision_adapter"]`.
       answers: how answers are made.
-      end_id: of the tokenizer: behind a question, and behind an answer.
+      end_id: of the tokenizer: behind an answer.
       image_size: side of pictures, pixels: of one tile, or of a square of tiles.
     """
 
@@ -74,22 +74,23 @@ class VisionAdapterSampler:
         """The keys of `config.sample`, with their values."""
         return dataclasses.asdict(self.answers)
 
-    def request(self, text: Int[np.ndarray, "b t"], image: UInt8[np.ndarray, "b H W 3"], **overrides: Any) -> Request:
+    def request(
+        self, text: Int[np.ndarray, "b t"], image: UInt8[np.ndarray, "b *i H W 3"], **overrides: Any
+    ) -> Request:
         """A request for one answer a question.
 
         Args:
-          text: ids of questions, framed, 0 behind.
-          image: what each is about.
+          text: ids of questions, framed, pads behind.
+          image: what each is about: a picture, or [I H W 3], several in a row.
           **overrides: of `settings`.
 
         Raises:
-          UserError: on an unknown override, an impossible value, a question without an end, or a picture of another
-            size.
+          UserError: on an unknown override, an impossible value, what is no question, or a picture of another size.
         """
         settings = self.answers.changed(overrides)
-        text = check_questions(text, self.model.text_vocab_size, self.end_id)
+        text = check_prompts(text, self.model.text_vocab_size + self.model.extra_tokens)
         expected = (len(text), self.image_size, self.image_size, 3)
-        if image.shape != expected:
+        if image.ndim not in (4, 5) or (len(image), *image.shape[-3:]) != expected:
             raise UserError(f"pictures are {list(expected)}, not {list(image.shape)}")
         return {"text": text, "image": image, "answer_length": int(settings.answer_length), **settings.numbers}
 
@@ -99,7 +100,7 @@ class VisionAdapterSampler:
         """Answers each question; answer i depends on its question, picture and key alone.
 
         Returns:
-          {"text": int32 [b answer_length]}, 0 behind the end.
+          {"text": int32 [b answer_length]}, pads behind the end.
         """
         del variables, frozen
         told = {name: value for name, value in request.items() if name != "answer_length"}
@@ -110,21 +111,63 @@ class VisionAdapterSampler:
 def _answer(
     sampler: VisionAdapterSampler, length: int, params: Tree, request: Request, keys: Array
 ) -> dict[str, Array]:
-    model, end_id = sampler.model, sampler.end_id
-    text = with_picture(request["text"], model.image_token)
-    tiles, canvas = cut_square(from_uint8(request["image"]), model.tile_size, model.max_tiles)
-    lengths = prompt_lengths(text, end_id)
+    model, image = sampler.model, request["image"]
+    pictures = image.shape[1] if image.ndim == 5 else 1
+    text = with_pictures(request["text"], model.image_token, model.text_pad_id, pictures)
+    tiles, canvas = cut_pictures(from_uint8(image), model.tile_size, model.max_tiles)
+    lengths = prompt_lengths(text, model.text_pad_id)
     logits, cache, sight = model.apply({"params": params}, text, length, lengths, tiles, canvas, method="prefill")
 
     def step(token: Array, position: Array, cache: Any) -> tuple[Array, Any]:
         return model.apply({"params": params}, token, position, cache, sight, method="decode_step")
 
-    return {"text": decode(step, logits, cache, keys, length, decoding(request, end_id)).tokens}
+    return {"text": decode(step, logits, cache, keys, length, decoding(request, model)).tokens}
 
 
-def with_picture(text: Int[Array, "b t"], image_token: int) -> Int[Array, "b t2"]:
-    """Rows with the picture's token before them."""
-    return jnp.pad(text, ((0, 0), (1, 0)), constant_values=image_token)
+def picture_place(text: Int[Array, "b t"], image_token: int) -> Int[Array, "b"]:
+    """Where the picture's token stands in each row; -1 in rows without, before which it is put."""
+    return jnp.where(jnp.any(text == image_token, axis=1), jnp.argmax(text == image_token, axis=1), -1)
+
+
+def with_pictures(text: Int[Array, "b t"], image_token: int, pad_id: int = 0, pictures: int = 1) -> Int[Array, "b t2"]:
+    """Rows with as many tokens of pictures in a row: where they have one, or else before them.
+
+    Args:
+      text: ids, pads behind.
+      image_token: stands for a picture.
+      pad_id: fills rows up.
+      pictures: of each row, n; T2 is T + n.
+    """
+    return spread_rows(text, picture_place(text, image_token), pictures, image_token, pad_id)
+
+
+def spread_rows(
+    values: Shaped[Array, "b t"], place: Int[Array, "b"], pictures: int, of_picture: int, behind: int
+) -> Shaped[Array, "b t2"]:
+    """Makes room for n pictures in rows of what belongs to tokens.
+
+    Args:
+      values: of each token.
+      place: of the token of a picture that rows have already; -1 of those that have none.
+      pictures: n; T2 is T + n.
+      of_picture: the value of a picture.
+      behind: of what a row lacks.
+    """
+    index, length = jnp.arange(values.shape[1] + pictures), values.shape[1]
+    first = jnp.maximum(place, 0)[:, None]
+    source = jnp.where(index < first, index, index - jnp.where(place >= 0, pictures - 1, pictures)[:, None])
+    spread = jnp.take_along_axis(values, jnp.clip(source, 0, length - 1), axis=1)
+    spread = jnp.where(source < length, spread, jnp.asarray(behind, values.dtype))
+    is_picture = (index >= first) & (index < first + pictures)
+    return jnp.where(is_picture, jnp.asarray(of_picture, values.dtype), spread)
+
+
+def cut_pictures(
+    image: Float[Array, "b *i H W 3"], side: int, max_tiles: int
+) -> tuple[Float[Array, "b i t h w 3"], Int[Array, "b i"]]:
+    """Square pictures, one or several of a row, as `cut_square`."""
+    tiles, canvas = cut_square(image.reshape(-1, *image.shape[-3:]), side, max_tiles)
+    return tiles.reshape(len(image), -1, *tiles.shape[2:]), canvas.reshape(len(image), -1)
 
 
 def cut_square(

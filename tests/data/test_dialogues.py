@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +12,6 @@ from data.scenes.captions import write_captions
 from data.scenes.questions import TYPES, Dialogue, answer_type
 from data.scenes.scene import WORLDS, sample_scene
 from data.tokenizer import Tokenizer
-from sample.samplers.llama import answer_mask
 
 
 def seen(scene, question, answer):
@@ -51,7 +49,7 @@ def test_answers_are_right_and_each_kind_is_asked(world):
     for _ in range(400):
         scene = sample_scene(WORLDS[world], rng)
         captions = write_captions(WORLDS[world], scene)
-        question, answer = make_dialogue(f"scenes/{world}", captions, rng)
+        question, answer = make_dialogue("scenes", f"scenes/{world}", captions, rng)
         if len(scene.objects) == 1 or answer_type(question) != "describe":
             assert seen(scene, question, answer), (scene, question, answer)
         else:
@@ -64,18 +62,27 @@ def test_answers_are_right_and_each_kind_is_asked(world):
 
 def test_the_answer_is_what_stands_between_both_ends():
     tokenizer = Tokenizer.train(["which color is the red circle", "a red circle"], 300).with_ends()
-    row, truncated = encode_dialogue(tokenizer, Dialogue("which color is the circle?", "red"), 40)
-    mask = np.asarray(answer_mask(jnp.asarray(row)[None], tokenizer.end_id))[0]
+    row, mask, truncated = encode_dialogue(tokenizer, Dialogue("which color is the circle?", "red"), 40)
     assert not truncated and tokenizer.decode(row) == "which color is the circle?"
     assert tokenizer.decode(row[mask]) == "red" and row[mask][-1] == tokenizer.end_id
-    cut, truncated = encode_dialogue(tokenizer, Dialogue("which color is the circle?", "red"), int(mask.argmax()) + 1)
-    assert truncated and len(cut) == mask.argmax() + 1
+    cut, answer, truncated = encode_dialogue(
+        tokenizer, Dialogue("which color is the circle?", "red"), int(mask.argmax()) + 1
+    )
+    assert truncated and len(cut) == mask.argmax() + 1 and answer.tolist() == [False] * (len(cut) - 1) + [True]
+
+
+def test_captions_are_answers_to_nothing_and_a_tab_parts_questions_from_theirs():
+    texts = ["what is it?\ta circle\tor a ball ", "a red circle"]
+    said = [make_dialogue("tabs", "folder/x", [text], None) for text in texts]
+    assert said == [Dialogue("what is it?", "a circle\tor a ball"), Dialogue("", "a red circle")]
+    drawn = {make_dialogue("captions", "folder/x", texts, np.random.default_rng(seed)) for seed in range(9)}
+    assert drawn == {Dialogue("", text) for text in texts}
 
 
 def test_what_cannot_be_asked_about_is_one_line():
     tokenizer = Tokenizer.train(["a"], 257)
     for arguments, message in (
-        (("coco", "scenes/single32", tokenizer), "choose one of scenes"),
+        (("coco", "scenes/single32", tokenizer), "choose one of scenes, captions, tabs"),
         (("scenes", "coco", tokenizer), "asks about datasets scenes/..., not coco"),
         (("scenes", "scenes/single32", tokenizer), "set config.data.text_ends=True"),
     ):

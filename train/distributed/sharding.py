@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from cli.errors import UserError
 
@@ -37,13 +37,13 @@ def check_rules(rules: Sequence[Any]) -> None:
         check_pattern(name, rule[0])
 
 
-def shardings(tree: Tree, rules: tuple[tuple[str, tuple[str | None, ...]], ...], mesh: Mesh) -> Tree:
+def shardings(tree: Tree, rules: tuple[tuple[str, tuple[str | None, ...]], ...], mesh: Mesh | AbstractMesh) -> Tree:
     """Gives every leaf the sharding of the first rule whose pattern is found in its path.
 
     Args:
       tree: arrays or ShapeDtypeStructs.
       rules: (pattern, axes) in order; axes name mesh axes for the leading dimensions, None for a whole one.
-      mesh: the devices.
+      mesh: the devices, or their number on each axis.
 
     Returns:
       A tree of NamedShardings.

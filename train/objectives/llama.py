@@ -50,12 +50,12 @@ class LlamaObjective:
 
         An example's loss does not depend on the others, so it adds up over any split of the batch.
 
-        Metrics: as of `token_loss`. `batch` holds text int32 [b t], 0 where there is no token.
+        Metrics: as of `token_loss`. `batch` holds text int32 [b t], pads where there is no token.
         """
         del frozen, rng, step, train
         text = batch["text"]
         logits = self.model.apply({"params": params["llama"]}, text[:, :-1])
-        loss, metrics = token_loss(logits, text[:, 1:], text[:, 1:] != 0)
+        loss, metrics = token_loss(logits, text[:, 1:], text[:, 1:] != self.model.text_pad_id)
         return loss, Aux(metrics=metrics, variables=variables)
 
     def preview(

@@ -15,8 +15,13 @@ from ml_collections import ConfigDict
 
 from models.vision_adapter import VisionAdapter
 from sample.samplers.dvae import from_uint8
-from sample.samplers.llama import answer_mask
-from sample.samplers.vision_adapter import VisionAdapterSampler, cut_square, with_picture
+from sample.samplers.vision_adapter import (
+    VisionAdapterSampler,
+    cut_square,
+    picture_place,
+    spread_rows,
+    with_pictures,
+)
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.llama import token_loss
 
@@ -55,14 +60,15 @@ class VisionAdapterObjective:
         An example's loss does not depend on the others, so it adds up over any split of the batch.
 
         Metrics: as of `train.objectives.llama.token_loss`, over the answers' tokens. `batch` holds image uint8
-        [b H W 3] and text int32 [b t], rows of `data.dialogues`.
+        [b H W 3], text int32 [b t] and text_mask bool [b t], rows of `data.dialogues`.
         """
         del frozen, rng, step, train
-        text = batch["text"]
-        tiles, canvas = cut_square(from_uint8(batch["image"]), self.model.tile_size, self.model.max_tiles)
-        tokens = with_picture(text, self.model.image_token)[:, :-1]  # entry i predicts token i of the text
-        logits = self.model.apply({"params": params["vision_adapter"]}, tokens, tiles, canvas)
-        loss, metrics = token_loss(logits, text, answer_mask(text, self.sampler.end_id))
+        model, place = self.model, picture_place(batch["text"], self.model.image_token)
+        tiles, canvas = cut_square(from_uint8(batch["image"]), model.tile_size, model.max_tiles)
+        text = with_pictures(batch["text"], model.image_token, model.text_pad_id)
+        answer = spread_rows(batch["text_mask"], place, 1, False, False)
+        logits = model.apply({"params": params["vision_adapter"]}, text[:, :-1], tiles, canvas)
+        loss, metrics = token_loss(logits, text[:, 1:], answer[:, 1:])
         return loss, Aux(metrics=metrics, variables=variables)
 
     def preview(
@@ -70,10 +76,10 @@ class VisionAdapterObjective:
     ) -> dict[str, Preview]:
         """Pictures, each with the question and what is answered."""
         text, image = np.asarray(batch["text"]), np.asarray(batch["image"])
-        end = self.sampler.end_id
-        questions = np.where(np.cumsum(text == end, axis=1) - (text == end) == 0, text, 0)
+        end, pad = self.sampler.end_id, self.model.text_pad_id
+        questions = np.where(np.cumsum(batch["text_mask"], axis=1) == 0, text, pad)
         request = self.sampler.request(questions, image)
         answers = np.asarray(self.sampler(params, variables, frozen, request, example_keys(rng, batch))["text"])
         # One row a picture: a tokenizer reads no further than an end, so that the question loses its own.
-        rows = np.concatenate([np.where(questions == end, 0, questions), answers], axis=1)
+        rows = np.concatenate([np.where(questions == end, pad, questions), answers], axis=1)
         return {"answers": Preview(images=image, columns=len(image), labels=rows)}

@@ -34,14 +34,16 @@ def adapter():
     params, _ = jax.jit(objective.init)(KEY, {})
     tokenizer = Tokenizer.train(["which color is the circle? it is red"], 300).with_ends()
     vocabulary = objective.model.text_vocab_size
-    rows = []
+    rows, masks = [], []
     for answer in ("red", "a red circle"):
-        row = encode_dialogue(tokenizer, Dialogue("which color is it?", answer), 30).ids
+        row, mask, _ = encode_dialogue(tokenizer, Dialogue("which color is it?", answer), 30)
+        masks.append(mask)
         # The ends of this small vocabulary are those of the run's.
         ends = {tokenizer.start_id: vocabulary - 2, tokenizer.end_id: objective.sampler.end_id}
         rows.append([ends.get(int(token), int(token)) for token in row])
     image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     batch = {"text": jnp.asarray(rows, jnp.int32), "image": jnp.asarray(image), "index": jnp.arange(2)}
+    batch["text_mask"] = jnp.asarray(masks)
     return objective, params, batch
 
 
