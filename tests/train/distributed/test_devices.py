@@ -54,38 +54,43 @@ CONFIGS = {
         *("--config.models.dalle.scan=True", "--config.models.dalle.remat=full"),
     ),
     "diffusion, uvit": ("--config=configs/scenes/ddpm_uvit.py:debug",),
-    "diffusion, unet": ("--config=configs/scenes/ddpm_unet.py:debug",),
     "diffusion, dit": ("--config=configs/scenes/ddpm_dit.py:debug",),
     "diffusion, uvit of classes": (
         "--config=configs/paper/uvit.py:debug",
         "--config.models.denoiser.dtype=float32",
     ),
     "diffusion, latents": ("--config=configs/scenes/latent_unet.py:debug", "--config.models.denoiser.head_width=8"),
-    "autoencoder": ("--config=configs/scenes/autoencoder.py:debug", "--config.loss.discriminator_start=0"),
+    "autoencoder": (
+        *("--config=configs/scenes/autoencoder.py:debug", "--config.loss.discriminator_start=0"),
+        *("--config.models.autoencoder.dtype=float64", "--config.models.discriminator.dtype=float64"),
+    ),
     "captioner": ("--config=configs/scenes/captioner.py:debug",),
     "unidiffuser": ("--config=configs/scenes/unidiffuser.py:debug",),
     "diffusion, ddpm": ("--config=configs/paper/ddpm.py:debug", "--config.models.denoiser.heads=2"),
 }
 
 
-# Every config on a mesh of all three axes, and one of each loss in microbatches too. Each axis alone for CLIP and for
-# diffusion; for the others further below.
+# Every config on a mesh of all three axes, and one of each loss in microbatches too. Each axis alone for CLIP.
 # A VQ-VAE's codebook takes microbatches in turn, and a ResNet's statistics are of the whole batch: these differ.
 MESHES = {name: ["all"] for name in CONFIGS}
 for name in ("dvae", "clip, sigmoid", "dalle", "diffusion, uvit"):
     MESHES[name].append("microbatches")
 MESHES["clip"] += ["microbatches", "data", "fsdp", "tensor"]
-MESHES["diffusion, uvit"] += ["fsdp", "tensor"]
+
+# Where the gradient of a rectifier or of an absolute error jumps, float32's rounding decides, and a discriminator's is a
+# difference of near equal means: in float64, beside which float32 is within 7e-5 (`configs/mesh_rules.py`).
+FLOAT64 = ("autoencoder",)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", sorted({name.split(",")[0] for name in CONFIGS}))
 def test_a_step_on_every_mesh_is_that_of_one_device(objective):
     """Loss, metrics, norms and first moments of the gradients; the same noise is a part of the same loss."""
+    exact = objective in FLOAT64
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     chosen = [(CONFIGS[name], MESHES[name]) for name in CONFIGS if name.split(",")[0] == objective]
     result = subprocess.run(
-        [sys.executable, "tests/train/distributed/compare_meshes.py", json.dumps(chosen)],
+        [sys.executable, "tests/train/distributed/compare_meshes.py", json.dumps(chosen), *(["float64"] * exact)],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -98,7 +103,7 @@ def test_a_step_on_every_mesh_is_that_of_one_device(objective):
     for row in rows:
         assert row.pop("split") > 0 or row["mesh"] in ("one", "data"), row
         assert row.pop("initial") == 0, row  # parameters are created alike, bit for bit
-        assert max(row[key] for key in ("loss", "metrics", "gradients", "moments")) <= 1e-5, row
+        assert max(row[key] for key in ("loss", "metrics", "gradients", "moments")) <= (1e-11 if exact else 1e-5), row
 
 
 @pytest.mark.slow
@@ -133,9 +138,8 @@ def test_one_loss_curve_on_every_layout(scenes_dir, start_pair, tmp_path):
     run_on(1, config, scenes_dir, tmp_path / "one", *overrides)
     expected = losses(tmp_path / "one")
     assert len(expected) == 10
-    for layout in ("fsdp", "fsdp x tensor"):
-        run_on(8, config, scenes_dir, tmp_path / layout, *overrides, *LAYOUTS[layout])
-        assert losses(tmp_path / layout) == pytest.approx(expected, rel=1e-5), layout
+    run_on(8, config, scenes_dir, tmp_path / "split", *overrides, *LAYOUTS["fsdp x tensor"])
+    assert losses(tmp_path / "split") == pytest.approx(expected, rel=1e-5)
     pair = start_pair(config, tmp_path / "pair", *overrides)  # eight devices along the axis of data
     assert pair.codes() == [0, 0], pair.output()
     assert losses(tmp_path / "pair") == pytest.approx(expected, rel=1e-5)
