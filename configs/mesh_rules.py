@@ -109,9 +109,9 @@ DIT = (
 
 # First stages and their discriminators: each convolution on one side alone, as above. Pixels, latents and logits have
 # few channels, which no axis divides, and attention has one head. A step with the discriminator on data 2 x fsdp 2 x
-# tensor 2 is that of one device to 1e-13 in every entry of the gradients in float64. In float32 to 2.4e-5 from disturbed
-# parameters in two batches, and 7e-5 at the start, where reconstructions are nearly blank; more where a pixel is right
-# but for rounding, which then decides the sign of its absolute error's gradient.
+# tensor 2 is that of one device to 1e-13 in every entry of the gradients in float64. In float32 to 2.4e-5 from
+# disturbed parameters in two batches, and 7e-5 at the start, where reconstructions are nearly blank; more where a pixel
+# is right but for rounding, which then decides the sign of its absolute error's gradient.
 _FIRST_STAGES = (
     (r"attention/query_key_value/kernel", ("fsdp",)),
     (r"attention/out/kernel", (None, None, "fsdp")),

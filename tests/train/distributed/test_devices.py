@@ -77,8 +77,8 @@ for name in ("dvae", "clip, sigmoid", "dalle", "diffusion, uvit"):
     MESHES[name].append("microbatches")
 MESHES["clip"] += ["microbatches", "data", "fsdp", "tensor"]
 
-# Where the gradient of a rectifier or of an absolute error jumps, float32's rounding decides, and a discriminator's is a
-# difference of near equal means: in float64, beside which float32 is within 7e-5 (`configs/mesh_rules.py`).
+# Where the gradient of a rectifier or of an absolute error jumps, float32's rounding decides, and a discriminator's is
+# a difference of near equal means: in float64, beside which float32 is within 7e-5 (`configs/mesh_rules.py`).
 FLOAT64 = ("autoencoder",)
 
 
