@@ -26,7 +26,7 @@ def get_defaults() -> ConfigDict:
     config.data.buckets = ()  # ((height, width), ...), of which each batch in training has one; () for squares
     config.data.transform = "center_square"  # a key of data.preprocess.TRANSFORMS
     config.data.text_length = 0  # tokens of a caption, ends included; 0 for no text
-    config.data.text_ends = False  # frame captions by a start and an end token; CLIP's vocabulary always does
+    config.data.text_ends = False  # frame captions by a start and an end token, as CLIP's are; Llama's as turns
     config.data.dialogues = ""  # texts are questions with answers: one of data.dialogues.SOURCES; "" for none
     config.data.tokenizer = ""  # a CLIP vocabulary, or a run's tokenizer.json; "" for the one stored with the dataset
     config.data.label_field = ""  # of class numbers; "" for none

@@ -67,7 +67,7 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
     Args:
       config: `config.data`: `tokenizer` is the path of a CLIP vocabulary, or of a run's tokenizer.json, or "" for the
         tokenizer that was trained on the dataset's captions and is stored with it; `text_ends` frames captions, as
-        CLIP's vocabulary always does.
+        CLIP's vocabulary always does, and those of Llama 3's as turns of a conversation.
 
     Raises:
       UserError: if there is none.

@@ -56,7 +56,8 @@ class Tokenizer:
     (`from_clip_vocabulary`): words end in `</w>`, captions are framed, and the padding is also the piece "!", or
     another one (`padded_with`). Or it merges letters and not bytes, as minDALL-E's (`from_letter_vocabulary`): a letter
     that no piece has is an id of its own. Or it reads as GPT-2 does (`from_gpt2_vocabulary`): letters keep their case,
-    captions have an end and no start, and the padding is also the piece "!".
+    captions have an end and no start, and the padding is also the piece "!". Llama 3's is a class of its own,
+    `data.llama_tokenizer`.
     """
 
     def __init__(self, model: tokenizers.Tokenizer):
@@ -74,6 +75,9 @@ class Tokenizer:
             raise UserError(f"this tokenizer was not made by Tessera: its id {PAD_ID} is not {_PAD}")
         if not self._gpt2 and ends != (None, None) and ends != (size - 2, size - 1):
             raise UserError(f"this tokenizer was not made by Tessera: {START} and {END} are not its highest ids")
+        self._take(model)
+
+    def _take(self, model: tokenizers.Tokenizer) -> None:
         # Otherwise a caption that spells such a token would become it.
         model.encode_special_tokens = True
         self._model = model
@@ -176,7 +180,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Location) -> "Tokenizer":
-        """Reads a tokenizer that `save` wrote: trained or CLIP's, with or without ends.
+        """Reads a tokenizer that `save` wrote: trained or CLIP's, with or without ends; or Llama 3's, of other people.
 
         Raises:
           UserError: if the file is missing or is not a tokenizer.
@@ -187,6 +191,10 @@ class Tokenizer:
         text = read_text(path)
         try:
             model = tokenizers.Tokenizer.from_str(text)
+            from data.llama_tokenizer import LlamaTokenizer  # which is one of these
+
+            if LlamaTokenizer.recognizes(model):
+                return LlamaTokenizer(model)
             if getattr(model.model, "end_of_word_suffix", None) == END_OF_WORD and model.token_to_id(END) is not None:
                 # Another project's file of CLIP's vocabulary has its own ways of cleaning: only the ids are taken.
                 return cls.from_clip_vocabulary(path)

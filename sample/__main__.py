@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     files = locate(options.files) if options.files else None
     maps = locate(options.attention_maps) if options.attention_maps else None
     trained.check_settings(settings, {axis.name: axis.values for axis in axes})
-    conditions = make_conditions(prompts, options.label, options.image)
+    conditions = make_conditions(prompts, options.label, options.image, options.together)
     syntax = {"prompt_weights": options.prompt_weights, "long_prompts": options.long_prompts}
     order = Order(conditions, seed, settings, options.negative_prompt, options.mask, **syntax)
     prepare_out(out)
@@ -102,8 +102,6 @@ def main(arguments: Sequence[str]) -> None:
             drawn = draw_samples(trained, order, options.num or one or 8, clip, options.keep)
         write_picture(out, drawn.picture)
         written = str(out)
-        if drawn.images is None:  # what was said is read here, too
-            print("\n".join(drawn.texts or ()))
     if files is not None:
         write_files(files, drawn)
     print(f"{written}: {drawn} ({json.dumps(drawn.settings)})")
@@ -132,6 +130,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--long_prompts", action="store_true", help="there, prompts beyond its context are read in chunks, and not cut"
     )
     parser.add_argument("--image", action="append", default=[], help="a picture file; repeatable")
+    parser.add_argument("--together", action="store_true", help="a prompt is about all of the pictures at once")
     parser.add_argument(
         "--mask", metavar="FILE", help="a picture file, white where a diffusion draws each --image anew (default: all)"
     )
@@ -198,6 +197,8 @@ def _check_together(options: argparse.Namespace, swept: Sequence[str]) -> None:
     """
     if options.num is not None and options.num < 1:
         raise UserError(f"--num must be at least 1, not {options.num}")
+    if options.together and (len(options.image) < 2 or "image" in swept):
+        raise UserError("--together shows several pictures at once; give --image for each of them, outside of --sweep")
     if options.keep and not options.rerank:
         raise UserError("--keep needs --rerank=RUN, a CLIP that chooses")
     if options.keep < 0:

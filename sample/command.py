@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
-from sample.conditions import Made, Order, draw, order_rows
+from sample.conditions import Made, Order, draw, order_rows, write_out
 from sample.embedding import ClipEmbedder
 from sample.files import Samples
 from sample.sheets.grid import COLUMNS, behind_given, draw_grid, given_columns
@@ -42,7 +42,8 @@ def draw_samples(
 ) -> Drawn:
     """Makes `num` samples of each condition, a row of the grid each (several rows beyond eight).
 
-    A condition's picture stands before the pictures that are made of it, or over the texts.
+    A condition's picture stands before the pictures that are made of it, or over the texts. Texts are printed, a single
+    one as it comes.
 
     Args:
       trained: the run that draws.
@@ -57,7 +58,13 @@ def draw_samples(
     rows, count = order_rows(trained, order), len(order.conditions)
     if clip is not None and (order.conditions[0].prompt is None or "image" not in trained.sampler.makes):
         raise UserError(f"{trained.run.folder} draws no captions, and --rerank compares with these; leave it out")
-    made, records = draw(trained, order, rows, num), order.records(num)
+    if count == num == 1 and trained.sampler.makes == ("text",) and hasattr(trained.sampler, "stream"):
+        made = write_out(trained, order, rows, lambda part: print(part, end="", flush=True))
+    else:
+        made = draw(trained, order, rows, num)
+        if made.images is None:  # what was said is read here, too
+            print("\n".join(made.texts or ()))
+    records = order.records(num)
     pictured = "image" in rows and made.images is not None
     labels = [
         str(dataclasses.replace(condition, image=None) if pictured else condition)
@@ -78,7 +85,10 @@ def draw_samples(
             "rerank_step": clip.trained.weights.step,
             "candidates": num,
         }
-    grid = draw_made(order, made, labels, shown, rows.get("image"))
+    told = rows.get("image")
+    if told is not None and told.ndim == 5:  # several of a text, side by side
+        told = np.concatenate(list(told.swapaxes(0, 1)), axis=2)
+    grid = draw_made(order, made, labels, shown, told)
     return Drawn(made.images, made.texts, records, description, grid)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,17 @@ class Condition:
     Attributes:
       prompt: the caption.
       label: the class.
-      image: a picture file.
+      image: a picture file, or several that are shown together.
     """
 
     prompt: str | None = None
     label: int | None = None
-    image: str | None = None
+    image: str | tuple[str, ...] | None = None
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The picture files."""
+        return (self.image,) if isinstance(self.image, str) else self.image or ()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -58,7 +63,7 @@ class Condition:
 
     def __str__(self) -> str:
         parts = (
-            "" if self.image is None else Path(self.image).name,
+            *(Path(name).name for name in self.pictures),
             "" if self.label is None else f"class {self.label}",
             self.prompt or "",
         )
@@ -66,10 +71,17 @@ class Condition:
 
 
 def make_conditions(
-    prompts: Sequence[str] = (), labels: Sequence[int] = (), images: Sequence[str] = ()
+    prompts: Sequence[str] = (), labels: Sequence[int] = (), images: Sequence[str] = (), together: bool = False
 ) -> tuple[Condition, ...]:
-    """Each picture with each prompt and each label of those that are given; without any, the one that says nothing."""
-    lists = (images or (None,), labels or (None,), prompts or (None,))
+    """Each picture with each prompt and each label of those that are given; without any, the one that says nothing.
+
+    Args:
+      prompts: captions.
+      labels: classes.
+      images: picture files.
+      together: show them all at once.
+    """
+    lists = ((tuple(images),) if together else images or (None,), labels or (None,), prompts or (None,))
     return tuple(Condition(prompt, label, image) for image, label, prompt in itertools.product(*lists))
 
 
@@ -166,9 +178,13 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
         rows["label"] = np.array([condition.label for condition in order.conditions], np.int32)
     if "image" in told:
         transform = transform_pair(trained.config.data.transform).evaluation
-        files = {str(condition.image) for condition in order.conditions}
+        files = {name for condition in order.conditions for name in condition.pictures}
         pictures = {name: read_fitted(name, trained.picture_size, transform) for name in sorted(files)}
-        rows["image"] = np.stack([pictures[str(condition.image)] for condition in order.conditions])
+        shown = [np.stack([pictures[name] for name in condition.pictures]) for condition in order.conditions]
+        together = any(isinstance(condition.image, tuple) for condition in order.conditions)
+        if together and not getattr(trained.sampler, "sees_several", False):
+            raise UserError(f"{trained.run.folder} sees one picture at a time; leave out --together")
+        rows["image"] = np.stack(shown) if together else np.concatenate(shown)
     if order.negative_prompt is not None and "negative" not in rows:
         rows["negative"] = np.repeat(trained.encode([order.negative_prompt])["text"], len(order.conditions), axis=0)
     if order.mask is not None:
@@ -231,6 +247,19 @@ def draw(trained: TrainedSampler, order: Order, rows: Rows, num: int) -> Made:
     outputs = draw_outputs(trained, order, rows, num)
     images = to_uint8(outputs["image"]) if "image" in outputs else None
     return Made(images, trained.decode(outputs["text"]) if "text" in outputs else None)
+
+
+def write_out(trained: TrainedSampler, order: Order, rows: Rows, print_part: Callable[[str], None]) -> Made:
+    """As `draw` of one sample of one condition, of a run that only makes text: each part of it is said as it comes."""
+    said, text = "", ""
+    for ids in trained.stream(rows, seed=order.seed, index=0, **order.settings):
+        (text,) = trained.decode(ids[None])
+        # A letter may have several tokens, and is none before the last one.
+        if text.startswith(said) and not text.endswith("\ufffd"):
+            print_part(text[len(said) :])
+            said = text
+    print_part((text[len(said) :] if text.startswith(said) else f"\n{text}") + "\n")
+    return Made(None, (text,))
 
 
 def _check_kind(trained: TrainedSampler, order: Order) -> None:

@@ -148,13 +148,7 @@ def decode(
 
     def choose(logits: Array, position: Array, state: tuple) -> tuple[tuple, Array, None]:
         tokens, lengths, running = state
-        logits = _model_logits(logits, position, settings, given)
-        greedy = settings.temperature == 0
-        scaled = logits / jnp.where(greedy, 1.0, settings.temperature)
-        scaled = filter_logits(scaled, settings.top_k, settings.top_p)
-        token_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(token_keys)
-        token = jnp.argmax(jnp.where(greedy, logits, scaled + noise), axis=-1).astype(jnp.int32)
+        token = _draw(_model_logits(logits, position, settings, given), position, keys, settings)
         token = jnp.where(running, token, settings.pad_token)
         state = tokens.at[:, position].set(token), lengths + running, running & ~_stops(token, settings)
         return state, jnp.repeat(token, settings.rows, axis=0), None
@@ -163,6 +157,52 @@ def decode(
     state = tokens, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool)
     tokens, lengths, _ = _loop(step, logits, cache, length, choose, state, lambda state: state[2], settings)
     return Decoded(tokens, lengths)
+
+
+@struct.dataclass
+class Progress:
+    """Where the loop stands that is turned from outside, a token at a time.
+
+    Attributes:
+      position: of the last token.
+      token: [B] the last token, pads behind the end.
+      running: [B] whether there will be more.
+      cache: of the network, which has read what stands before the last token.
+    """
+
+    position: Int[Array, ""]
+    token: Int[Array, "b"]
+    running: Bool[Array, "b"]
+    cache: Cache
+
+
+def first_token(logits: Float[Array, "b v"], cache: Cache, keys: Key[Array, "b"], settings: Decoding) -> Progress:
+    """The first token of what `decode` makes without guidance, beams and given tokens; `next_token` makes the others.
+
+    Arguments as in `decode`.
+    """
+    position = jnp.int32(0)
+    token = _draw(logits.astype(jnp.float32), position, keys, settings)
+    return Progress(position, token, ~_stops(token, settings), cache)
+
+
+def next_token(step: Step, progress: Progress, keys: Key[Array, "b"], settings: Decoding) -> Progress:
+    """Reads the last token and chooses the one behind it."""
+    logits, cache = step(progress.token, progress.position, progress.cache)
+    position = progress.position + 1
+    token = _draw(logits.astype(jnp.float32), position, keys, settings)
+    token = jnp.where(progress.running, token, settings.pad_token)
+    return Progress(position, token, progress.running & ~_stops(token, settings), cache)
+
+
+def _draw(logits: Array, position: Array, keys: Array, settings: Decoding) -> Array:
+    """A token for every sequence, of scores of the model."""
+    greedy = settings.temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, settings.temperature)
+    scaled = filter_logits(scaled, settings.top_k, settings.top_p)
+    token_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(token_keys)
+    return jnp.argmax(jnp.where(greedy, logits, scaled + noise), axis=-1).astype(jnp.int32)
 
 
 @struct.dataclass

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,7 +94,7 @@ class TrainedSampler:
         sampler = create_sampler(config)
         config.sample = ConfigDict({**sampler.settings, **config.sample})  # an older run may lack settings
         weights = run.load(step, ema)
-        large = FIRST_STAGE in config.frozen or config.objective in ("diffusion", "autoencoder")
+        large = FIRST_STAGE in config.frozen or config.objective in ("diffusion", "autoencoder", "vision_adapter")
         most = max(1, _PIXELS // max(1, config.data.image_size) ** 2) if large else CHUNK
         chunk = chunk or min(CHUNK, most)
         return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk, dtype=dtype)
@@ -281,6 +281,19 @@ class TrainedSampler:
         if tokenizer is None:
             raise UserError(f"{self.run.folder} makes text and has no {file}, which would read it; copy it there")
         return tuple(tokenizer.decode(one) for one in ids)
+
+    def stream(self, rows: Rows, *, seed: int, index: int, **settings: Any) -> Iterator[Int[np.ndarray, " l"]]:
+        """The text of one row as it is written: what there is of its ids, again with each further one.
+
+        Of samplers that have a `stream`. Arguments as of a call, of one row.
+        """
+        check_seed("seed", seed)
+        keys = jax.random.fold_in(jax.random.key(seed), index)[None]
+        request = self.sampler.request(**rows, **settings)
+        ids: list[int] = []
+        for token in self.sampler.stream(self.weights.params, self.weights.variables, self.frozen, request, keys):
+            ids.append(int(token[0]))
+            yield np.array(ids, np.int32)
 
     def _bar(self, count: int, settings: Mapping[str, Any]) -> tqdm:
         """A bar over what is drawn, on the standard error of a terminal alone.

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from cli.config import flatten
 from cli.errors import UserError
 from cli.ranges import check_ranges, check_seed
+from data.llama_tokenizer import LlamaTokenizer
 from data.pipeline import Stream
 from data.points import is_points
 from data.tokenizer import Tokenizer
@@ -107,7 +108,8 @@ def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
                         f"config.{group}.{part}.{key} is {model[key]}, but config.data.{key} is {config.data[key]}; "
                         + ("set it to that or less, at least 1" if shorter else "they must be equal")
                     )
-            if tokenizer is not None and model.get("text_vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
+            has = model.get("text_vocab_size", 0) + model.get("extra_tokens", 0)
+            if tokenizer is not None and "text_vocab_size" in model and has < tokenizer.vocab_size:
                 raise UserError(
                     f"config.{group}.{part}.text_vocab_size is {model.text_vocab_size}, but the tokenizer has "
                     f"{tokenizer.vocab_size} ids; set it to at least that"
@@ -117,11 +119,22 @@ def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
                     f"config.{group}.{part}.text_end_id is {model.text_end_id}, but the tokenizer ends captions with "
                     f"{tokenizer.end_id}; set it to that, and config.data.text_ends if there is none"
                 )
+            if isinstance(tokenizer, LlamaTokenizer):
+                _check_llama(f"config.{group}.{part}", model, tokenizer)
             if tokenizer is not None and model.get("text_pad_id", tokenizer.pad_id) != tokenizer.pad_id:
                 raise UserError(
                     f"config.{group}.{part} reads captions filled up with {model.text_pad_id}, and the tokenizer fills "
                     f"them up with {tokenizer.pad_id}; give its own as config.data.tokenizer"
                 )
+
+
+def _check_llama(name: str, model: ConfigDict, tokenizer: LlamaTokenizer) -> None:
+    """Raises UserError where a network does not know the pads of Llama 3's tokenizer, or has another picture."""
+    if model.get("text_pad_id") is None:
+        raise UserError(f"{name}.text_pad_id is not set, and the tokenizer fills texts up with {tokenizer.pad_id}")
+    image = tokenizer.image_id
+    if tokenizer.in_turns and image is not None and model.get("image_token", image) != image:
+        raise UserError(f"{name}.image_token is {model.image_token}, but the tokenizer's picture is {image}")
 
 
 def _check_one_vocabulary(config: ConfigDict) -> None:

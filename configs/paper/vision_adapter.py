@@ -55,6 +55,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.text_length = 512 if answers else 128
     config.data.dialogues = "tabs" if answers else "captions"
     config.data.tokenizer = f"{language}/tokenizer.json"
+    config.data.text_ends = bool(answers)  # questions and answers are turns of a conversation
     config.data.workers = 16
 
     first = f"runs/vision_adapter_{size}"
@@ -68,6 +69,8 @@ def get_config(argument: str = "") -> ConfigDict:
     model.name = "vision_adapter"
     model.text_vocab_size = _VOCABULARY
     model.text_end_id = 128_009 if answers else 128_001  # of a turn, of a text
+    model.text_stop_ids = (128_001, 128_008) if answers else (128_008, 128_009)
+    model.text_pad_id = 128_004
     model.width = width
     model.depth = depth
     model.heads = heads
@@ -124,6 +127,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.initialize.language.source = "random"
         for key in ("text_vocab_size", "text_end_id"):
             model[key] = small.models.llama[key]
+        model.text_stop_ids, model.text_pad_id = (), 0
         llama.shrink(model)
         model.image_token = model.text_vocab_size
         model.cross_layers = (1,)

@@ -5,6 +5,7 @@ Also what the vision adapter's sampler shares with it: where a prompt ends, and 
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models.llama import Llama
-from sample.decoding import Decoding, check_numbers, decode
+from sample.decoding import Decoding, Progress, check_numbers, decode, first_token, next_token
 from sample.samplers.from_config import build_network, read_settings
 
 Tree = Any
@@ -140,6 +141,41 @@ class LlamaSampler:
         del variables, frozen
         told = {name: value for name, value in request.items() if name != "answer_length"}
         return _answer(self.model, request["answer_length"], params["llama"], told, keys)
+
+    def stream(
+        self, params: Tree, variables: Tree, frozen: Tree, request: Request, keys: Key[Array, "b"]
+    ) -> Iterator[Int[Array, "b"]]:
+        """As a call, a token of each answer at a time."""
+        del variables, frozen
+        told = {name: value for name, value in request.items() if name != "answer_length"}
+        params, length = params["llama"], request["answer_length"]
+        progress = _begin(self.model, length, params, told, keys)
+        return tokens_of(progress, length, lambda state: _go_on(self.model, params, told, keys, state))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(model: Llama, length: int, params: Tree, request: Request, keys: Array) -> Progress:
+    text = request["text"]
+    lengths = prompt_lengths(text, model.text_pad_id)
+    logits, cache = model.apply({"params": params}, text, length, lengths, method="prefill")
+    return first_token(logits, cache, keys, decoding(request, model))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="progress")
+def _go_on(model: Llama, params: Tree, request: Request, keys: Array, progress: Progress) -> Progress:
+    step = functools.partial(model.apply, {"params": params}, method="decode_step")
+    return next_token(step, progress, keys, decoding(request, model))
+
+
+def tokens_of(progress: Progress, length: int, go_on: Callable[[Progress], Progress]) -> Iterator[Int[Array, "b"]]:
+    """The tokens of a loop that is turned from here, until all answers have ended or have `length` tokens."""
+    for position in range(length):
+        if position:
+            progress = go_on(progress)
+        running = bool(jnp.any(progress.running))  # the next turn takes the memory of this one
+        yield progress.token
+        if not running:
+            return
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

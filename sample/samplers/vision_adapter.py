@@ -6,6 +6,7 @@ The picture's token stands before the question, or where the tokenizer puts it.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,11 +17,11 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models.layers.tile_positions import canvases
-from models.vision_adapter import VisionAdapter
-from sample.decoding import decode
+from models.vision_adapter import Sight, VisionAdapter
+from sample.decoding import Progress, decode, first_token, next_token
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network
-from sample.samplers.llama import AnswerSettings, check_prompts, decoding, end_of_texts, prompt_lengths
+from sample.samplers.llama import AnswerSettings, check_prompts, decoding, end_of_texts, prompt_lengths, tokens_of
 
 Tree = Any
 Request = dict[str, Any]
@@ -65,6 +66,11 @@ class VisionAdapterSampler:
         return ("text", "image")
 
     @property
+    def sees_several(self) -> bool:
+        """Whether a question may be about several pictures."""
+        return True
+
+    @property
     def makes(self) -> tuple[str, ...]:
         """What outputs hold."""
         return ("text",)
@@ -106,22 +112,57 @@ class VisionAdapterSampler:
         told = {name: value for name, value in request.items() if name != "answer_length"}
         return _answer(self, request["answer_length"], params["vision_adapter"], told, keys)
 
+    def stream(
+        self, params: Tree, variables: Tree, frozen: Tree, request: Request, keys: Key[Array, "b"]
+    ) -> Iterator[Int[Array, "b"]]:
+        """As a call, a token of each answer at a time."""
+        del variables, frozen
+        told = {name: value for name, value in request.items() if name != "answer_length"}
+        params, length = params["vision_adapter"], request["answer_length"]
+        progress, sight = _begin(self, length, params, told, keys)
+        numbers = {name: value for name, value in told.items() if name not in self.reads}
+        return tokens_of(progress, length, lambda state: _go_on(self.model, params, numbers, keys, sight, state))
+
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _answer(
     sampler: VisionAdapterSampler, length: int, params: Tree, request: Request, keys: Array
 ) -> dict[str, Array]:
-    model, image = sampler.model, request["image"]
-    pictures = image.shape[1] if image.ndim == 5 else 1
-    text = with_pictures(request["text"], model.image_token, model.text_pad_id, pictures)
-    tiles, canvas = cut_pictures(from_uint8(image), model.tile_size, model.max_tiles)
-    lengths = prompt_lengths(text, model.text_pad_id)
-    logits, cache, sight = model.apply({"params": params}, text, length, lengths, tiles, canvas, method="prefill")
+    model = sampler.model
+    logits, cache, sight = _read(sampler, length, params, request)
 
     def step(token: Array, position: Array, cache: Any) -> tuple[Array, Any]:
         return model.apply({"params": params}, token, position, cache, sight, method="decode_step")
 
     return {"text": decode(step, logits, cache, keys, length, decoding(request, model)).tokens}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(
+    sampler: VisionAdapterSampler, length: int, params: Tree, request: Request, keys: Array
+) -> tuple[Progress, Sight]:
+    logits, cache, sight = _read(sampler, length, params, request)
+    return first_token(logits, cache, keys, decoding(request, sampler.model)), sight
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="progress")
+def _go_on(
+    model: VisionAdapter, params: Tree, numbers: Request, keys: Array, sight: Sight, progress: Progress
+) -> Progress:
+    def step(token: Array, position: Array, cache: Any) -> tuple[Array, Any]:
+        return model.apply({"params": params}, token, position, cache, sight, method="decode_step")
+
+    return next_token(step, progress, keys, decoding(numbers, model))
+
+
+def _read(sampler: VisionAdapterSampler, length: int, params: Tree, request: Request) -> tuple[Array, Any, Sight]:
+    """Reads questions and pictures; see `VisionAdapter.prefill`."""
+    model, image = sampler.model, request["image"]
+    pictures = image.shape[1] if image.ndim == 5 else 1
+    text = with_pictures(request["text"], model.image_token, model.text_pad_id, pictures)
+    tiles, canvas = cut_pictures(from_uint8(image), model.tile_size, model.max_tiles)
+    lengths = prompt_lengths(text, model.text_pad_id)
+    return model.apply({"params": params}, text, length, lengths, tiles, canvas, method="prefill")
 
 
 def picture_place(text: Int[Array, "b t"], image_token: int) -> Int[Array, "b"]:

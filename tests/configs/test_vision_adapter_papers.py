@@ -40,7 +40,9 @@ def test_parameters_are_the_published_ones_and_split_over_the_slice(size):
 def test_the_second_stage_begins_with_the_first_and_talks_in_turns():
     first, second = configs = read("90b"), read("90b_answers")
     models = [config.models.vision_adapter.to_dict() for config in configs]
-    assert [model.pop("text_end_id") for model in models] == [128_001, 128_009] and models[0] == models[1]
+    assert [model.pop("text_end_id") for model in models] == [128_001, 128_009]
+    assert [model.pop("text_stop_ids") for model in models] == [(128_001 + 7, 128_009), (128_001, 128_008)]
+    assert models[0] == models[1] and (first.data.text_ends, second.data.text_ends) == (False, True)
     sources = [(config.initialize.language.source, config.initialize.vision_adapter.source) for config in configs]
     assert sources == [("pretrained/llama31_70b", ""), ("", "runs/vision_adapter_90b")]
     assert (first.data.dialogues, second.data.dialogues) == ("captions", "tabs")

@@ -22,7 +22,7 @@ from weights.files.layout import Form, Layout, Rule, linear
 from weights.files.origin import Origin, WeightsFile, learned, peek_json, read_weights
 from weights.files.tensors import Deferred, read_tensors
 from weights.formats.contract import Converted, Files, Format, Network, Tree
-from weights.formats.transformers_llama import stored_dtype
+from weights.formats.transformers_llama import stored_dtype, text_run
 
 _PARAMS = "params.json"
 _FIRST = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.pth")
@@ -241,8 +241,8 @@ def read_meta(origin: Origin, rope_factor: str = "") -> Converted:
     fields |= stored_dtype(parts[0])
     model = create_model(**fields)
     tree = _LAYOUTS[type(model)].read_deferred(model, _joined(parts))["params"]
-    data = {"data": {"image_size": model.tile_size}} if isinstance(model, VisionAdapter) else {}
-    return Converted({"objective": "", "models": {fields["name"]: fields}, **data}, {fields["name"]: tree})
+    data = {"image_size": model.tile_size} if isinstance(model, VisionAdapter) else {}
+    return text_run(origin, fields, tree, data)
 
 
 def write_meta(network: Network) -> Files:

@@ -32,6 +32,7 @@ from weights.formats.transformers_llama import (
     stored_dtype,
     text_config,
     text_fields,
+    text_run,
     written_dtype,
 )
 
@@ -333,8 +334,8 @@ def read_mllama(origin: Origin) -> Converted:
     fields = mllama_fields(origin.json("config.json"), preprocessor)
     tensors = read_weights(origin, WEIGHTS, r".*rotary_emb\.inv_freq")
     fields |= stored_dtype(tensors)
-    config = {"objective": "", "models": {"vision_adapter": fields}, "data": {"image_size": fields["tile_size"]}}
-    return Converted(config, {"vision_adapter": mllama_params(create_model(**fields), tensors)})
+    params = mllama_params(create_model(**fields), tensors)
+    return text_run(origin, fields, params, {"image_size": fields["tile_size"]})
 
 
 def mllama_files(model: VisionAdapter, params: Tree) -> Files:

@@ -1,0 +1,94 @@
+"""A converted Llama Vision with its tokenizer: it is asked about pictures at the terminal, and answers as it goes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli.errors import UserError
+from data.llama_tokenizer import LlamaTokenizer
+from models import create_model
+from sample.__main__ import main as sample
+from sample.conditions import Order, make_conditions, order_rows
+from sample.trained import TrainedSampler
+from scripts.convert import main as convert
+from weights.formats.contract import write_files
+from weights.formats.transformers_mllama import mllama_files
+from weights.run import Run
+
+from ..data.llama_vocabulary import IMAGE, write_llama_vocabulary
+from ..models.random_parameters import random_parameters
+
+FIELDS = {"name": "vision_adapter", "width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_hidden": 24}
+FIELDS |= {"tile_size": 28, "patch_size": 14, "image_width": 8, "image_heads": 2, "image_layers": 1, "global_layers": 1}
+FIELDS |= {"feature_layers": (0,), "max_tiles": 1, "cross_layers": (1,), "extra_tokens": 8, "rope_factor": 8.0}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A run folder, the ids of specials, and two picture files."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "theirs").mkdir()
+    ids = write_llama_vocabulary(folder / "theirs" / "tokenizer.json")
+    model = create_model(**FIELDS, text_vocab_size=ids[IMAGE], image_token=ids[IMAGE])
+    params = random_parameters(model)
+    write_files(folder / "theirs", mllama_files(model, params))
+    ends = [ids[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    (folder / "theirs" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    convert([f"--input={folder}/theirs", f"--output={folder}/ours"])
+    pictures = [folder / "red.png", folder / "blue.png"]
+    for path, color in zip(pictures, ("red", "blue"), strict=True):
+        Image.new("RGB", (40, 30), color).save(path)
+    return folder / "ours", ids, pictures
+
+
+def test_the_tokenizer_and_its_ends_come_along(converted):
+    folder, ids, _ = converted
+    run = Run.open(folder)
+    tokenizer, model = run.tokenizer(), run.config.models.vision_adapter
+    assert isinstance(tokenizer, LlamaTokenizer) and tokenizer.in_turns
+    assert model.text_end_id == ids["<|eot_id|>"] and model.text_pad_id == ids["<|finetune_right_pad_id|>"]
+    assert set(model.text_stop_ids) == {ids["<|end_of_text|>"], ids["<|eom_id|>"]}
+
+
+def test_an_answer_is_printed_as_it_comes_and_is_what_a_batch_would_have(converted, capsys, tmp_path):
+    folder, ids, (red, blue) = converted
+    trained = TrainedSampler.open(folder, chunk=1)
+    order = Order(make_conditions(["what is it?"], (), [str(red)]), 0, {"answer_length": 6, "temperature": 1.0})
+    rows = order_rows(trained, order)
+    streamed = list(trained.stream(rows, seed=0, index=0, **order.settings))
+    whole = trained(rows, seed=0, indices=[0], **order.settings)["text"][0]
+    np.testing.assert_array_equal(streamed[-1], whole[: len(streamed)])
+    assert [len(part) for part in streamed] == list(range(1, len(streamed) + 1))
+    assert set(whole[len(streamed) :]) <= {trained.sampler.model.text_pad_id}
+
+    arguments = [f"--run={folder}", f"--image={red}", f"--image={blue}", "--prompt=what is it?", "--answer_length=6"]
+    sample([*arguments, "--together", "--temperature=1", f"--out={tmp_path}/grid.png", f"--files={tmp_path}/files"])
+    record = json.loads((tmp_path / "files" / "samples.json").read_text())["samples"][0]
+    assert record["image"] == [str(red), str(blue)] and capsys.readouterr().out.startswith(record["text"])
+
+
+def test_an_answer_ends_at_any_of_the_ends(converted):
+    folder, ids, (red, _) = converted
+    trained = TrainedSampler.open(folder, chunk=1)
+    head = np.array(trained.weights.params["vision_adapter"]["language"]["text_head"]["kernel"])
+    for name in ("<|eom_id|>", "<|eot_id|>"):
+        head[:], wanted = 0, ids[name]
+        head[:, wanted] = 1
+        for sign in (1, -1):  # the state's sum may be of either
+            trained.weights.params["vision_adapter"]["language"]["text_head"]["kernel"] = jax.numpy.asarray(sign * head)
+            order = Order(make_conditions(["what is it?"], (), [str(red)]), 0, {"answer_length": 6})
+            text = trained(order_rows(trained, order), seed=0, indices=[0], answer_length=6)["text"][0].tolist()
+            if text[0] == wanted:
+                assert text[1:] == [trained.sampler.model.text_pad_id] * 5 and trained.decode(np.array([text])) == ("",)
+                break
+        else:
+            raise AssertionError("no sign leads to the end")
+
+
+def test_one_picture_is_not_together(converted):
+    folder, _, (red, _) = converted
+    with pytest.raises(UserError, match="--together shows several"):
+        sample([f"--run={folder}", f"--image={red}", "--prompt=a", "--together"])
