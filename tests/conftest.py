@@ -23,11 +23,11 @@ if not WORKER:
     os.environ["WANDB_MODE"] = "disabled"
     os.environ["MPLBACKEND"] = "agg"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's matrices are small here: threads would wait for each other
-    # Compiling takes most of a tiny program's time; what optimizing and the newer emitters of fusions (a third of it)
-    # would change of the arithmetic is not what tests are about.
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    )
+    # Compiling takes most of a tiny program's time; what optimizing and the newer emitters of fusions would change of
+    # the arithmetic is not what tests are about, nor are parts of a program that threads compile apart.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 
     # Programs that many tests compile are compiled once, also by the commands that tests start and by both suites of
     # `.ci/run`, which gives a folder for all; nobody's own cache is used.
