@@ -153,7 +153,7 @@ def _shrink(config: ConfigDict, text: bool) -> None:
     config.models.denoiser.in_channels = config.frozen.first_stage.latent_channels
     config.models.denoiser.width = 8
     config.models.denoiser.multipliers = (1, 2)
-    config.models.denoiser.attention_levels = (1,)
+    config.models.denoiser.attention_levels = ()  # the middle reads its context too
     config.models.denoiser.blocks = 1
     config.models.denoiser.heads = 1
     config.models.denoiser.context_width = 32

@@ -31,6 +31,6 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument == "debug":
         shrink(config)
         config.models.denoiser.width = 32
-        config.models.denoiser.depth = 2
+        config.models.denoiser.depth = 1
     config.lock()
     return config

@@ -44,6 +44,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.evaluate.every = 1000
     if argument == "debug":
         shrink(config)
+        config.models.denoiser.attention_levels = ()  # the middle reads captions too
         config.models.denoiser.width = 16
         config.models.denoiser.head_width = 16
         config.models.denoiser.groups = 4  # a channel that is normalized alone has no use for a bias before it

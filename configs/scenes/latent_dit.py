@@ -36,6 +36,6 @@ def get_config(argument: str = "") -> ConfigDict:
         shrink_latent(config)
         config.models.denoiser.patch_size = 2
         config.models.denoiser.width = 32
-        config.models.denoiser.depth = 2
+        config.models.denoiser.depth = 1
     config.lock()
     return config
