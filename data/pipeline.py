@@ -51,6 +51,8 @@ def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]
         spec["text"] = ((length,), np.dtype(np.int32))
         if config.get("dialogues", ""):
             spec["text_mask"] = ((length,), np.dtype(bool))
+        if config.get("writes_with", ""):
+            spec["written"] = ((config.written_length,), np.dtype(np.int32))
     if config.label_field:
         spec["label"] = ((), np.dtype(np.int32))
     return spec
@@ -81,6 +83,20 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
     return tokenizer.with_ends() if config.text_ends else tokenizer
 
 
+def load_writer(config: ConfigDict) -> Tokenizer | None:
+    """Returns the tokenizer `config.data.writes_with`, of a captioner that writes with another one than it reads.
+
+    Raises:
+      UserError: if it is missing, or its captions have no end.
+    """
+    if not config.get("writes_with", ""):
+        return None
+    writer = Tokenizer.load(locate_from_home(config.writes_with))
+    if writer.end_id is None:
+        raise UserError(f"config.data.writes_with={config.writes_with} does not end captions; give one that does")
+    return writer
+
+
 def picture_reader(config: ConfigDict) -> Callable[[bytes], Any]:
     """How the pictures of `config.data` are read for its transform."""
     # Which of its shapes a picture will get, its bytes do not say.
@@ -96,9 +112,9 @@ class ExampleStream:
     """The endless, index-determined stream of training examples, or one pass over an evaluation split.
 
     `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] (i modulo 2^31), with a tokenizer `text` int32
-    [L] (and of questions with answers `text_mask` bool [L], the answers' tokens), and with a `label_field` `label`
-    int32 []. What is precomputed of pictures stands in their place, what is of captions beside `text`. With
-    `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
+    [L] (and of questions with answers `text_mask` bool [L], the answers' tokens), with a writer `written` int32 [M], and
+    with a `label_field` `label` int32 []. What is precomputed of pictures stands in their place, what is of captions
+    beside `text`. With `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
     """
 
     def __init__(
@@ -111,6 +127,7 @@ class ExampleStream:
         train: bool,
         batch_size: int = 0,
         order: BucketOrder | None = None,
+        writer: Tokenizer | None = None,
     ):
         """Builds the stream.
 
@@ -125,6 +142,7 @@ class ExampleStream:
             repeated too, with the first caption and what evaluation does with pictures in place of the transform.
           batch_size: of the batches over all processes, on which the order depends where there are buckets.
           order: of the buckets, where it is known.
+          writer: encodes the same captions a second time, as `load_writer` gives it; None for none.
 
         Raises:
           UserError: if the dataset is not prepared, or has no such split, pictures, captions or class numbers, or what
@@ -154,7 +172,8 @@ class ExampleStream:
         self._size = config.image_size
         self._length = config.text_length
         self._dropout = config.bpe_dropout if train else 0.0
-        self._tokenizer = tokenizer
+        self._tokenizer, self._writer = tokenizer, writer
+        self._written_length = config.get("written_length", 0)
         self._train = train
         self._transform = pair.training if train else pair.evaluation
         # Making a generator takes longer than all else about an example that is kept: only for what draws from it.
@@ -170,7 +189,7 @@ class ExampleStream:
         if self._shapes and order is None:
             buckets = choose_buckets(picture_sizes(config, split), self._shapes)
             self._order = BucketOrder(buckets, batch_size, seed, shuffle=train)
-        self._recipe = (config, tokenizer, split, seed, train, batch_size)
+        self._recipe = (config, tokenizer, split, seed, train, batch_size, writer)
         # The order of `grain.MapDataset.seed(seed).shuffle().repeat()`, without the statistics it keeps of each read.
         self._order_seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
@@ -242,11 +261,21 @@ class ExampleStream:
             if truncated:
                 self.tally.add(TRUNCATED, place, f"caption cut to {self._length} tokens: {caption!r}")
             example["text"] = ids
+            if self._writer is not None:
+                example["written"] = self._encode_written(caption, place)
         if self._label:
             example["label"] = np.asarray(record[self._label], np.int32)
         epoch = index // len(self.source)
         stored = {name: field.row(record[PLACE], epoch, chosen) for name, field in self._stored.items()}
         return {**stored, **example}
+
+    def _encode_written(self, caption: str, place: int) -> np.ndarray:
+        """A caption's ids of the second tokenizer."""
+        assert self._writer is not None
+        ids, truncated = self._writer.encode(caption, self._written_length)
+        if truncated:
+            self.tally.add(TRUNCATED, place, f"caption cut to {self._written_length} tokens to write: {caption!r}")
+        return ids
 
     def _check_buckets(self, config: ConfigDict, batch_size: int) -> None:
         """Raises UserError unless there can be buckets."""
@@ -274,18 +303,28 @@ def _rebuild(
     seed: int,
     train: bool,
     batch_size: int,
+    writer: Tokenizer | None,
     order: BucketOrder | None,
 ) -> ExampleStream:
-    return ExampleStream(config, tokenizer, split=split, seed=seed, train=train, batch_size=batch_size, order=order)
+    opening = {"split": split, "seed": seed, "train": train, "batch_size": batch_size}
+    return ExampleStream(config, tokenizer, **opening, order=order, writer=writer)
 
 
 Stream = ExampleStream | points.PointStream
 
 
 def open_stream(
-    config: ConfigDict, tokenizer: Tokenizer | None, *, split: str, seed: int, train: bool, batch_size: int = 0
+    config: ConfigDict,
+    tokenizer: Tokenizer | None,
+    *,
+    split: str,
+    seed: int,
+    train: bool,
+    batch_size: int = 0,
+    writer: Tokenizer | None = None,
 ) -> Stream:
     """The stream of a dataset: stored, or of points that are made on the fly. Arguments as of `ExampleStream`."""
     if points.is_points(config.dataset):
         return points.PointStream(config.dataset, split, seed)
-    return ExampleStream(config, tokenizer, split=split, seed=seed, train=train, batch_size=batch_size)
+    opening = {"split": split, "seed": seed, "train": train, "batch_size": batch_size}
+    return ExampleStream(config, tokenizer, **opening, writer=writer)

@@ -10,6 +10,7 @@ Three ways of making the prefix:
                   states are the prefix (section 3.2)
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -97,7 +98,8 @@ class Captioner(nn.Module):
         """
         if path != "language":
             raise KeyError(f"captioner has no network {path!r} within it; it has language")
-        fields = {name: getattr(self, name) for name in GPT2.__dataclass_fields__ if name not in ("parent", "name")}
+        names = (field.name for field in dataclasses.fields(GPT2))
+        fields = {name: getattr(self, name) for name in names if name not in ("parent", "name")}
         return {"name": "gpt2", **fields}
 
     def setup(self) -> None:

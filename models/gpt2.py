@@ -5,6 +5,9 @@ table of embeddings. It may also read a prefix of vectors in place of tokens, as
 2021, "ClipCap", section 3.1).
 """
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -63,6 +66,22 @@ class GPT2(nn.Module):
     def example_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct]:
         """Shapes of the arguments of `__call__`; texts of another length do as well."""
         return (jax.ShapeDtypeStruct((batch_size, min(2, self.length)), jnp.int32),)
+
+    # What a network that is trained further may have more of; see `adapt`.
+    ADAPTABLE: ClassVar[tuple[str, ...]] = ("text_vocab_size",)
+
+    def adapt(self, params: Mapping[str, Any], trained: "GPT2") -> dict[str, Any]:
+        """Parameters to start from, of a network with fewer ids: new ones begin at the mean of the others.
+
+        Raises:
+          ValueError: if it has more.
+        """
+        table = jnp.asarray(params["embedding"]["embedding"])
+        more = self.text_vocab_size - trained.text_vocab_size
+        if more < 0:
+            raise ValueError(f"a table of {trained.text_vocab_size} ids is not cut to {self.text_vocab_size}")
+        new = jnp.broadcast_to(jnp.mean(table, axis=0), (more, self.width))
+        return {**params, "embedding": {"embedding": jnp.concatenate([table, new])}}
 
     def setup(self) -> None:
         check_remat(self.remat)

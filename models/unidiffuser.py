@@ -9,7 +9,8 @@ At time 0 a side is given, at the last time it is noise alone and says nothing, 
 for the other, or one alone.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -46,6 +47,13 @@ class PictureAndText:
     image: Float[_ArrayOrShape, "b h w c"]
     clip: Float[_ArrayOrShape, "b e"]
     text: Float[_ArrayOrShape, "b l z"]
+
+
+def _resized(patches: Float[Array, "l d"], side: int, grid: tuple[int, int]) -> Float[Array, "m d"]:
+    """Positions of a square grid for another one, bilinearly, as the authors do."""
+    width = patches.shape[1]
+    square = patches.reshape(side, side, width)
+    return jax.image.resize(square, (*grid, width), "linear", antialias=False).reshape(-1, width)
 
 
 class UniDiffuser(nn.Module):
@@ -107,6 +115,20 @@ class UniDiffuser(nn.Module):
         )
         kind = jax.ShapeDtypeStruct((batch_size,), jnp.int32) if self.data_types else None
         return x, floats(), floats(), kind
+
+    # What a network that is trained further may have of its own; see `adapt`.
+    ADAPTABLE: ClassVar[tuple[str, ...]] = ("image_size",)
+
+    def adapt(self, params: Mapping[str, Any], trained: "UniDiffuser") -> dict[str, Any]:
+        """Parameters to start from, of a network of another `image_size`: positions are interpolated as when called.
+
+        Args:
+          params: of `trained`, which differs in nothing else.
+          trained: says for which grid its positions were learned.
+        """
+        before, patches = jnp.split(jnp.asarray(params["position"]["embedding"]), (2 + self.text_length + 1,))
+        patches = _resized(patches, trained._patches, (self._patches, self._patches))
+        return {**params, "position": {"embedding": jnp.concatenate([before, patches])}}
 
     def setup(self) -> None:
         self._check_fields()
@@ -208,9 +230,7 @@ class UniDiffuser(nn.Module):
         learned = self.position(jnp.arange(2 + self.text_length + 1 + self._patches**2))
         before, patches = jnp.split(learned, (2 + self.text_length + 1,))
         if grid != (self._patches, self._patches):
-            square = patches.reshape(self._patches, self._patches, self.width)
-            patches = jax.image.resize(square, (*grid, self.width), "linear", antialias=False)
-            patches = patches.reshape(-1, self.width)
+            patches = _resized(patches, self._patches, grid)
         kinds = [self.data_type_position.astype(learned.dtype)[None]] if self.data_types else []
         return jnp.concatenate([before[:2], *kinds, before[2:], patches])
 

@@ -88,13 +88,15 @@ def check_profile(updates: int, config: ConfigDict) -> None:
         )
 
 
-def check_parts(config: ConfigDict, tokenizer: Tokenizer | None) -> None:
-    """Raises UserError where the sizes of networks, data and tokenizer disagree."""
-    _check_one_vocabulary(config)
+def check_parts(config: ConfigDict, tokenizer: Tokenizer | None, writer: Tokenizer | None = None) -> None:
+    """Raises UserError where the sizes of networks, data, tokenizer and that of what is written disagree."""
+    _check_vocabularies(config, writer)
     for group in ("models", "frozen"):
         for part, model in config[group].items():
             if part == "captioner" and group == "frozen" and writes_otherwise(config):
                 continue  # its own tokenizer is that of its folder
+            if part == "captioner" and group == "models" and writer is not None:
+                continue  # compared above
             elsewhere = part in _COMPARED_ELSEWHERE.get(config.objective, ())
             for key in () if elsewhere else ("text_length", "image_size"):
                 if key not in model or model[key] == config.data[key]:
@@ -137,16 +139,25 @@ def _check_llama(name: str, model: ConfigDict, tokenizer: LlamaTokenizer) -> Non
         raise UserError(f"{name}.image_token is {model.image_token}, but the tokenizer's picture is {image}")
 
 
-def _check_one_vocabulary(config: ConfigDict) -> None:
-    """Raises UserError if a captioner is trained that writes with another vocabulary than its CLIP reads."""
+def _check_vocabularies(config: ConfigDict, writer: Tokenizer | None) -> None:
+    """Raises UserError if a captioner writes with another vocabulary than its CLIP reads, and has no tokenizer of it.
+
+    Or if that tokenizer is not the captioner's.
+    """
     if config.objective != "captioner" or "clip" not in config.frozen:
         return
-    started = [part for part, entry in config.initialize.items() if entry.source]
     ids = [_vocabulary(entry) for entry in (config.models.get("captioner", {}), config.frozen.clip)]
-    if ids[0] != ids[1] and started:
+    if writer is not None:
+        if ids[0] != (writer.vocab_size, writer.end_id):
+            raise UserError(
+                f"config.data.writes_with has {writer.vocab_size} ids with the end {writer.end_id}, and the captioner "
+                f"{ids[0][0]} with the end {ids[0][1]}; set config.models.captioner.text_vocab_size and text_end_id"
+            )
+    elif ids[0] != ids[1] and any(entry.source for entry in config.initialize.values()):
         raise UserError(
-            f"training a captioner that writes with another vocabulary ({ids[0][0]} ids with the end {ids[0][1]}) "
-            f"than CLIP reads ({ids[1][0]} with the end {ids[1][1]}) is not supported; converted ones are sampled alone"
+            f"this captioner writes with another vocabulary ({ids[0][0]} ids with the end {ids[0][1]}) than CLIP reads "
+            f"({ids[1][0]} with the end {ids[1][1]}); give its tokenizer as config.data.writes_with, and "
+            "config.data.written_length"
         )
 
 

@@ -121,9 +121,10 @@ class _Training:
 
 def _prepare(config: ConfigDict, tokenizer: Tokenizer | None, writer: Tokenizer | None) -> _Training:
     """Builds everything that does not change during a run; parameters are known by shape only."""
-    check_parts(config, tokenizer)
+    check_parts(config, tokenizer, writer)
     config = locate_precomputed(config, tokenizer)
-    opening = {"seed": config.seed, "batch_size": config.batch_size}
+    opening: dict[str, Any] = {"seed": config.seed, "batch_size": config.batch_size}
+    opening |= {"writer": writer} if config.data.get("writes_with", "") else {}
     stream = open_stream(config.data, tokenizer, split=config.data.split, train=True, **opening)
     check_classes(config, stream)
     for line in getattr(stream, "given_up", ()) if is_first() else ():

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from cli.config import flatten, to_json
 from cli.errors import UserError
 from cli.locations import Location, make_folder, write_whole
-from data.pipeline import load_tokenizer
+from data.pipeline import load_tokenizer, load_writer
 from train.checks import writes_otherwise
 from train.objectives import create_objective
 from weights.run import CONFIG, IDENTITY, TOKENIZER, WRITES_WITH, Run, read_config
@@ -106,6 +106,8 @@ def copy_tokenizers(config: ConfigDict, workdir: Location, resuming: bool) -> No
     if resuming and caption.is_file():
         return
     caption.unlink(missing_ok=True)  # of a start that failed
+    if (writer := load_writer(config.data)) is not None:
+        writer.save(caption)
     if writes_otherwise(config) and config.frozen.captioner.source != RANDOM:
         source = Run.open(config.frozen.captioner.source)
         if (tokenizer := source.tokenizer(WRITES_WITH)) is not None:

@@ -75,7 +75,10 @@ class Start:
         part = load_part(found, config.seed)
         theirs = create_model(**part.model)
         if any(getattr(ours, field) != getattr(theirs, field) for field in adaptable):
-            part = dataclasses.replace(part, params=ours.adapt(part.params, theirs))
+            try:
+                part = dataclasses.replace(part, params=ours.adapt(part.params, theirs))
+            except ValueError as error:
+                raise UserError(f"config.initialize.{self.name}: {self.entry.source}: {error}") from error
         return part
 
     def model(self, config: ConfigDict) -> dict[str, Any]:

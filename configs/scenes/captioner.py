@@ -39,6 +39,8 @@ def get_config(argument: str = "") -> ConfigDict:
 
     for key in ("dataset", "image_size", "text_length", "text_ends", "cache"):
         config.data[key] = features.data[key]
+    config.data.writes_with = ""  # the tokenizer.json of a captioner with another vocabulary than CLIP's
+    config.data.written_length = 0  # its tokens of a caption
 
     # Network and weights of the first stage: a run of configs/scenes/clip.py.
     config.frozen.clip = ConfigDict(features.models.clip.to_dict())

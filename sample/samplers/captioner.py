@@ -2,7 +2,7 @@
 
 A captioner with a bottleneck reads a caption's features, token by token, and says it again (UniDiffuser's text
 decoder); one with a mapper reads a picture's embedding, not normalized (ClipCap). Texts are written with the tokenizer
-that reads them.
+that reads them; a captioner may have one of its own.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from sample.decoding import Decoding, check_numbers, decode
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, read_settings
 from sample.samplers.llama import check_questions, end_of_texts
+from weights.run import TOKENIZER, WRITES_WITH
 
 Tree = Any
 Request = dict[str, Any]
@@ -169,6 +170,12 @@ def check_features(model: Captioner, clip: Clip) -> None:
         )
 
 
+def writes_with(model: Captioner, clip: Clip) -> str:
+    """The file, in a run folder, of the tokenizer that reads what a captioner writes."""
+    reads, writes = ((each.text_vocab_size, each.text_end_id) for each in (clip, model))
+    return TOKENIZER if reads == writes else WRITES_WITH
+
+
 @dataclasses.dataclass(frozen=True)
 class CaptionerSampler:
     """Writes captions.
@@ -207,6 +214,11 @@ class CaptionerSampler:
     def makes(self) -> tuple[str, ...]:
         """What outputs hold."""
         return ("text",)
+
+    @property
+    def writes_with(self) -> str:
+        """The file of the tokenizer that reads what is written."""
+        return writes_with(self.model, self.clip)
 
     @property
     def settings(self) -> dict[str, Any]:

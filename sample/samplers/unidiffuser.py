@@ -30,12 +30,12 @@ from sample.samplers.captioner import (
     clip_tokens,
     frozen_clip,
     write_captions,
+    writes_with,
 )
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
 from sample.samplers.llama import check_questions, end_of_texts
 from sample.samplers.unidiffuser_modes import MODES, PICTURE, TEXT, Latents, draw_latents, drawn_names, normal_latents
-from weights.run import TOKENIZER, WRITES_WITH
 
 Tree = Any
 Request = dict[str, Any]
@@ -168,8 +168,7 @@ class UniDiffuserSampler:
     @property
     def writes_with(self) -> str:
         """The file of the tokenizer that reads what is written."""
-        reads, writes = ((each.text_vocab_size, each.text_end_id) for each in (self.clip, self.captioner))
-        return TOKENIZER if reads == writes else WRITES_WITH
+        return writes_with(self.captioner, self.clip)
 
     @property
     def end_id(self) -> int:

@@ -87,3 +87,14 @@ def test_recomputed_and_scanned_layers_are_the_same():
     expected = apply(params, texts())
     for fields in ({"scan": True}, {"remat": "full"}):
         np.testing.assert_allclose(tiny(**fields)[2](params, texts()), expected, atol=1e-5)
+
+
+def test_a_network_with_more_ids_begins_at_the_mean_of_those_that_there_were():
+    fewer, variables, _ = tiny()
+    more = GPT2(text_vocab_size=15, length=12, width=16, depth=2, heads=4)
+    adapted = more.adapt(variables["params"], fewer)
+    table = variables["params"]["embedding"]["embedding"]
+    np.testing.assert_array_equal(adapted["embedding"]["embedding"][:13], table)
+    np.testing.assert_allclose(adapted["embedding"]["embedding"][13:], np.stack([table.mean(axis=0)] * 2), atol=1e-6)
+    with pytest.raises(ValueError, match="15 ids is not cut to 13"):
+        fewer.adapt(adapted, more)

@@ -94,3 +94,17 @@ def test_scanned_and_recomputed_layers_are_the_same():
         out = tiny(**fields)[2](params, x, t, t)
         for ours, wanted in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+def test_positions_of_a_smaller_network_are_interpolated_once_as_they_are_at_every_call():
+    small, variables, apply = tiny()
+    params, large = variables["params"], UniDiffuser(**{**TINY, "image_size": 8})
+    adapted = large.adapt(params, small)
+    assert adapted["position"]["embedding"].shape[0] - params["position"]["embedding"].shape[0] == 16 - 4
+    times = jnp.array([3.0, 500.0]), jnp.array([700.0, 0.0])
+    x = inputs((8, 8))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        jax.jit(large.apply)({"params": adapted}, x, *times),
+        apply({"params": params}, x, *times),
+    )

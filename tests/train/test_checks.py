@@ -44,7 +44,7 @@ WORDS = mock.Mock(spec=Tokenizer, vocab_size=353, end_id=352, pad_id=0)
         (
             "captioner",
             ("models.captioner.text_vocab_size=500", "initialize.language.source=pretrained/gpt2"),
-            "500 ids with the end 352.* is not supported",
+            "500 ids with the end 352.* give its tokenizer as config.data.writes_with",
         ),
     ],
 )

@@ -19,11 +19,14 @@ from sample.samplers.captioner import CaptionerSampler
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.llama import token_loss
 from train.objectives.preview import gather
+from weights.run import TOKENIZER
 
 
-def caption_targets(text: Int[Array, "b t"], end_id: int) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
-    """Tokens of framed captions behind their start, and which of them count: up to the first end, with it."""
-    tokens = text[:, 1:]
+def caption_targets(
+    text: Int[Array, "b t"], end_id: int, framed: bool = True
+) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
+    """Tokens of captions, behind their start if they are framed, and which count: up to the first end, with it."""
+    tokens = text[:, 1:] if framed else text
     ends = jnp.cumsum(tokens == end_id, axis=1)
     return tokens, (ends - (tokens == end_id)) == 0
 
@@ -50,15 +53,21 @@ class CaptionerObjective:
         model, clip = sampler.model, sampler.clip
         if not length or not (config.data.text_ends or config.data.tokenizer):
             raise UserError("captions are framed and have a length; set config.data.text_ends and text_length")
-        most = min(clip.text_length, model.length - model.prefix_length + 2)
+        apart, most = bool(config.data.get("writes_with", "")), model.length - model.prefix_length + 1
+        if apart and not 0 < config.data.written_length <= most:
+            raise UserError(
+                f"config.data.written_length={config.data.written_length} is not what the captioner writes; use 1 to "
+                f"{most}"
+            )
+        most = clip.text_length if apart else min(clip.text_length, most + 1)  # which has a start
         if length > most:
             raise UserError(f"config.data.text_length={length} is more than CLIP and the captioner read; use {most}")
-        if (clip.text_vocab_size, clip.text_end_id) != (model.text_vocab_size, sampler.end_id):
+        if not apart and (clip.text_vocab_size, clip.text_end_id) != (model.text_vocab_size, sampler.end_id):
             raise UserError(
                 f"captions are read by CLIP, of {clip.text_vocab_size} ids with the end {clip.text_end_id}, and "
                 f"written by a captioner of {model.text_vocab_size} with the end {sampler.end_id}; set "
-                "config.models.captioner.text_vocab_size and text_end_id to CLIP's; to start from weights of another "
-                "vocabulary is not supported"
+                "config.models.captioner.text_vocab_size and text_end_id to CLIP's, or config.data.writes_with to the "
+                "captioner's own tokenizer"
             )
         return objective
 
@@ -81,10 +90,11 @@ class CaptionerObjective:
         An example's loss does not depend on the others, so it adds up over any split of the batch.
 
         Metrics: as of `train.objectives.llama.token_loss`. `batch` holds text int32 [b t], framed, 0 behind, and image
-        uint8 [b H W 3].
+        uint8 [b H W 3]; if the captioner has a vocabulary of its own, also written int32 [b m], ended, 0 behind.
         """
         del rng, step, train
-        targets, counted = caption_targets(batch["text"], self.sampler.end_id)
+        apart = "written" in batch
+        targets, counted = caption_targets(batch["written" if apart else "text"], self.sampler.end_id, not apart)
         features = self.sampler.features(frozen, batch)
         logits = self.model.apply({"params": params["captioner"]}, targets[:, :-1], features)
         loss, metrics = token_loss(logits, targets, counted)
@@ -96,5 +106,9 @@ class CaptionerObjective:
         """Pictures of the batch, each with the caption that is written for it, or for its caption."""
         rows = {name: np.asarray(batch[name]) for name in self.sampler.reads}
         captions = self.sampler(params, variables, frozen, self.sampler.request(**rows), example_keys(rng, batch))
-        images = gather(batch["image"])
-        return {"captions": Preview(images=images, columns=min(len(images), 8), labels=gather(captions["text"]))}
+        images, written = gather(batch["image"]), self.sampler.writes_with != TOKENIZER
+        return {
+            "captions": Preview(
+                images=images, columns=min(len(images), 8), labels=gather(captions["text"]), written=written
+            )
+        }

@@ -30,7 +30,8 @@ class Zeros(UniDiffuser):
 def asked_once():
     """(objective, metrics, loss by reduction, what the network was asked) of one batch of sixteen."""
     objective, frozen = create_objective(unidiffuser.get_config("debug")), load_frozen(unidiffuser.get_config("debug"))
-    rng, fields = np.random.default_rng(0), objective.model.__dataclass_fields__.keys() - {"parent", "name"}
+    rng, names = np.random.default_rng(0), {field.name for field in dataclasses.fields(objective.model)}
+    fields = names - {"parent", "name"}
     network = Zeros(**{name: getattr(objective.model, name) for name in fields})
     text = np.zeros((16, 24), np.int32)
     text[:, :4] = [351, 5, 6, 352]
