@@ -15,7 +15,8 @@ prefix of 40 by eight layers, GPT-2 left as it is), `debug` (seconds; on scenes)
 pretrained/unidiffuser is the released pipeline and pretrained/gpt2 the released GPT-2, both converted
 (docs/weights.md). Of the former `text` takes CLIP and both tokenizers; its own captioner is what this makes anew.
 pretrained/clip_b32 is CLIP's ViT-B/32, and GPT-2's own tokenizer.json is to be put beside its weights. The captions are
-LAION's, the pictures TFDS's `coco_captions`, both the user's to get. Hardware: ClipCap's paper says one GPU, and hours. No result of this config was measured here.
+LAION's, the pictures TFDS's `coco_captions`, both the user's to get. Hardware: ClipCap's paper says one GPU, and hours.
+No result of this config was measured here.
 
 UniDiffuser's authors did not publish how they trained theirs: `text` is trained as ClipCap. Networks are those of the
 released files. ClipCap's hyper-parameters (AdamW, 2e-5 after 5000 updates of warm-up, batches of 40, ten epochs) are
