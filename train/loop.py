@@ -243,6 +243,8 @@ def _run(
         log.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
         for line in describe_held(config, state.params):
             log.say(line)
+        if not start:
+            state = _measure_first(config, training, state, log.say)
 
         def write(pending: tuple[int, Any]) -> None:
             number, metrics = pending
@@ -271,7 +273,8 @@ def _run(
                     log.write_evaluation(step, _evaluate(training, state), _previews(config, training, state))
             if save_due:
                 with TraceAnnotation("save"):
-                    state = _measure(config, training, state, hurry=stopping and not last)
+                    wanted = getattr(program.objective, "measured", 0)
+                    state = _measure(config, training, state, wanted, hurry=stopping and not last)
                     health.check_state(step, state.params, state.variables)
                     log.sync()
                     store.save(step, without_bases(config, state.as_trees()))
@@ -322,7 +325,19 @@ def _reader(config: ConfigDict, training: _Training, seen: int) -> BatchReader:
     )
 
 
-def _measure(config: ConfigDict, training: _Training, state: TrainState, hurry: bool) -> TrainState:
+def _measure_first(
+    config: ConfigDict, training: _Training, state: TrainState, say: Callable[[str], None]
+) -> TrainState:
+    """Lets an objective find out what it has to before the first update, if that is not known."""
+    objective: Any = training.program.objective
+    wanted = getattr(objective, "measured_first", 0)
+    if not wanted or objective.has_measured(state.variables):
+        return state
+    say(f"measuring {wanted} examples before the first update")
+    return _measure(config, training, state, wanted, hurry=False)
+
+
+def _measure(config: ConfigDict, training: _Training, state: TrainState, wanted: int, hurry: bool) -> TrainState:
     """Lets an objective find out what it has to of the weights that are kept; each example is seen once.
 
     A run that is being stopped has seconds, and goes on later: in a hurry, what was found before stays, and where there
@@ -330,7 +345,6 @@ def _measure(config: ConfigDict, training: _Training, state: TrainState, hurry: 
     """
     program, size = training.program, config.batch_size
     objective: Any = program.objective
-    wanted = getattr(objective, "measured", 0)
     if not wanted or (hurry and objective.has_measured(state.variables)):
         return state
     wanted = min(wanted, size) if hurry else wanted

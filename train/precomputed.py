@@ -5,6 +5,7 @@ frozen weights, or the folder itself. Training then reads it in place of the pic
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,10 +19,13 @@ from cli.locations import Location, locate
 from data.pipeline import batch_spec
 from data.precomputed import AUTO, MADE_OF, PROVENANCE, field_folder, read_provenance
 from data.tokenizer import Tokenizer
+from models.captioner import Captioner
+from models.clip import Clip
 from sample.first_stage import PART as FIRST_STAGE
 from sample.first_stage import FirstStage
 from sample.image_tokens import PART as IMAGE_TOKENS
 from sample.image_tokens import ImageTokens
+from sample.samplers.captioner import caption_latents, clip_pictures, clip_tokens, collections_of, frozen_clip
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network
 from train.distributed.processes import from_first
@@ -41,12 +45,14 @@ class Field:
       build: (config, the name that it has) -> what computes it; raises UserError where that cannot be.
       compute: (that, {its name: its trees}, pictures uint8 [b H W c] or captions int32 [b l]) -> the field [b ...].
       dtype: that -> what it is stored as.
+      beside: names of other networks that it takes, whose trees `compute` gets too.
     """
 
     parts: tuple[str, ...]
     build: Callable[[ConfigDict, str], Any]
     compute: Callable[[Any, Tree, Array], Array]
     dtype: Callable[[Any], Any]
+    beside: tuple[str, ...] = ()
 
     def part(self, config: ConfigDict) -> str:
         """The name that the network has in `config.frozen`; "" if it is not there."""
@@ -70,6 +76,22 @@ def _text_features(network: Any, frozen: Tree, text: Array) -> Array:
     return network.apply({"params": part["params"], **part["variables"]}, text, method="encode_text")
 
 
+def _image_features(clip: Clip, frozen: Tree, images: Array) -> Array:
+    return clip_pictures(clip, collections_of(frozen["clip"]), from_uint8(images))
+
+
+def _token_features(clip: Clip, frozen: Tree, text: Array) -> Array:
+    return clip_tokens(clip, collections_of(frozen["clip"]), text)
+
+
+def _captioner(config: ConfigDict, part: str) -> tuple[Captioner, Clip]:
+    return build_network(config, f"frozen.{part}"), frozen_clip(config)
+
+
+def _caption_latents(networks: tuple[Captioner, Clip], frozen: Tree, text: Array) -> Array:
+    return caption_latents(*networks, frozen, text)
+
+
 def _float32(_: Any) -> Any:
     """Whatever a network computes in, nothing of it is lost, and no file needs a type that numpy lacks."""
     return np.float32
@@ -86,6 +108,11 @@ FIELDS: Mapping[str, Field] = {
         _float32,
     ),
     "text_features": Field(("text", "clip"), _network, _text_features, _float32),
+    # What captioners and UniDiffuser read: CLIP's embeddings of pictures, its states of a caption's tokens, and what
+    # the captioner's bottleneck makes of these.
+    "image_features": Field(("clip",), lambda config, _: frozen_clip(config), _image_features, _float32),
+    "token_features": Field(("clip",), lambda config, _: frozen_clip(config), _token_features, _float32),
+    "caption_latents": Field(("captioner",), _captioner, _caption_latents, _float32, beside=("clip",)),
 }
 
 
@@ -127,8 +154,8 @@ def locate_precomputed(config: ConfigDict, tokenizer: Tokenizer | None) -> Confi
 
 
 def _find(config: ConfigDict, tokenizer: Tokenizer | None, name: str) -> Location:
-    part = part_of(config, name)
-    weights = weights_of(config, part)
+    part, *_ = parts = parts_of(config, name)
+    weights = weights_of(config, *parts)
     own = field_folder(name, config.data, tokenizer, weights)
     folder = own if config.data[name] == AUTO else locate(config.data[name])
     made = read_provenance(folder)
@@ -145,26 +172,29 @@ def _find(config: ConfigDict, tokenizer: Tokenizer | None, name: str) -> Locatio
     return folder
 
 
-def weights_of(config: ConfigDict, part: str) -> str:
-    """The `fingerprint` of the frozen network that computes, which is the resolved config's.
+def weights_of(config: ConfigDict, *parts: str) -> str:
+    """The `fingerprint` of the frozen network that computes, which is the resolved config's; a hash of them of several.
 
     Its source may leave open what the config says, such as the dtype.
     """
-    entry = config.frozen[part]
-    return fingerprint(dataclasses.replace(load_part(entry, config.seed), model=model_of(entry)))
+    entries = [config.frozen[part] for part in parts]
+    found = [
+        fingerprint(dataclasses.replace(load_part(entry, config.seed), model=model_of(entry))) for entry in entries
+    ]
+    return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
-def part_of(config: ConfigDict, name: str) -> str:
-    """The name, in `config.frozen`, of the network that makes a field.
+def parts_of(config: ConfigDict, name: str) -> tuple[str, ...]:
+    """The name, in `config.frozen`, of the network that makes a field, and those of others that it takes.
 
     Raises:
-      UserError: if it is not there.
+      UserError: if one is not there.
     """
-    part = FIELDS[name].part(config)
+    part = FIELDS[name].part(config) if all(other in config.frozen for other in FIELDS[name].beside) else ""
     if not part:
         parts = " or ".join(f"config.frozen.{part}" for part in FIELDS[name].parts)
         raise UserError(f"config.data.{name} is made by {parts}, which this config lacks")
-    return part
+    return part, *FIELDS[name].beside
 
 
 def example_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -175,14 +205,14 @@ def example_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtyp
     """
     spec = batch_spec(config.data)
     for name in (name for name in FIELDS if config.data.get(name, "")):
-        field, source, part = FIELDS[name], MADE_OF[name], part_of(config, name)
+        field, source, parts = FIELDS[name], MADE_OF[name], parts_of(config, name)
         if source not in spec:
             raise UserError(f"config.data.{name} is made of {source}s, which this config does not read")
         if config.data.buckets:
             raise UserError("config.data.buckets shapes pictures, and this run reads stored fields; leave one out")
         shape, dtype = batch_spec(config.data)[source]
-        builder = field.build(config, part)
-        frozen = {part: abstract_frozen(config)[part]}
+        builder, networks = field.build(config, parts[0]), abstract_frozen(config)
+        frozen = {part: networks[part] for part in parts}
         made = jax.eval_shape(
             lambda trees, given, field=field, builder=builder: field.compute(builder, trees, given),
             frozen,

@@ -60,6 +60,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.tokenizer = "pretrained/unidiffuser/tokenizer.json"
     config.data.writes_with = "pretrained/unidiffuser/caption_tokenizer.json"
     config.data.written_length = 67
+    config.data["token_features" if mapper == "bottleneck" else "image_features"] = ""  # of scripts.precompute
     config.data.workers = 16
 
     if mapper == "bottleneck":

@@ -66,6 +66,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.tokenizer = "pretrained/unidiffuser/tokenizer.json"
     config.data.workers = 16
 
+    for key in ("latent_moments", "image_features", "caption_latents"):
+        config.data[key] = ""  # "auto" or a folder: those that scripts.precompute stored
     config.frozen.first_stage = first_stage.get_frozen("debug" if debug else "kl_f8", "pretrained/sd_vae", 0.18215)
     config.frozen.clip = captioner.get_frozen_clip()
     config.frozen.captioner = captioner.get_frozen_captioner("pretrained/unidiffuser")

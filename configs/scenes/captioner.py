@@ -42,6 +42,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.writes_with = ""  # the tokenizer.json of a captioner with another vocabulary than CLIP's
     config.data.written_length = 0  # its tokens of a caption
 
+    # What the captioner reads: "auto" or a folder, of what scripts.precompute stored.
+    config.data["token_features" if argument in ("text", "debug") else "image_features"] = ""
     # Network and weights of the first stage: a run of configs/scenes/clip.py.
     config.frozen.clip = ConfigDict(features.models.clip.to_dict())
     config.frozen.clip.source = "runs/clip"

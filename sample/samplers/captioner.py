@@ -268,8 +268,11 @@ class CaptionerSampler:
         return {"text": _write(self, request["program"], params["captioner"], frozen, told, keys)}
 
     def features(self, frozen: Tree, rows: dict[str, Array]) -> Float[Array, "b *f"]:
-        """What CLIP makes of captions or pictures, as the captioner reads it."""
-        tree = {"params": frozen["clip"]["params"], **frozen["clip"]["variables"]}
+        """What CLIP makes of captions or pictures, as the captioner reads it; rows may hold it already."""
+        stored = "token_features" if self.model.mapper == "bottleneck" else "image_features"
+        if stored in rows:
+            return rows[stored]
+        tree = collections_of(frozen["clip"])
         if self.model.mapper != "bottleneck":
             return clip_pictures(self.clip, tree, from_uint8(rows["image"]))
         return clip_tokens(self.clip, tree, rows["text"])
@@ -294,6 +297,18 @@ def clip_tokens(clip: Clip, tree: Tree, text: Int[Array, "b l"]) -> Float[Array,
     text = jnp.pad(text, ((0, 0), (0, clip.text_length - text.shape[1])))
     text = jnp.where(jnp.cumsum(text == clip.text_end_id, axis=1) > 0, clip.text_end_id, text)
     return jnp.asarray(clip.apply(tree, text, method="encode_text"), jnp.float32)
+
+
+def caption_latents(model: Captioner, clip: Clip, frozen: Tree, text: Int[Array, "b l"]) -> Float[Array, "b p z"]:
+    """What a bottleneck makes of CLIP's features of captions; `frozen` has "captioner" and "clip"."""
+    features = clip_tokens(clip, collections_of(frozen["clip"]), text)
+    latents = model.apply(collections_of(frozen["captioner"]), features, method="encode")
+    return jnp.asarray(latents, jnp.float32)
+
+
+def collections_of(trees: dict[str, Tree]) -> Tree:
+    """What a frozen network is applied to."""
+    return {"params": trees["params"], **trees["variables"]}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -25,9 +25,10 @@ from models.unidiffuser import PictureAndText, UniDiffuser
 from sample.first_stage import FirstStage
 from sample.samplers.captioner import (
     CaptionSettings,
+    caption_latents,
     check_features,
     clip_pictures,
-    clip_tokens,
+    collections_of,
     frozen_clip,
     write_captions,
     writes_with,
@@ -42,6 +43,8 @@ Request = dict[str, Any]
 
 UNCONDITIONAL = ("noise", "empty")
 NOISE = ("authors", "diffusers")
+
+MEASURED = ("clip", "text")  # latents that have no scale of their own
 
 # Numbers that a key is folded with, one for each use.
 _FIRST, _FRESH, _POSTERIOR, _WORDS, _SECOND = range(5)
@@ -74,12 +77,20 @@ class Scales:
     """What latents are multiplied by before they are diffused, and divided by behind; those of pictures have their own.
 
     Attributes:
-      clip: of the CLIP embedding; 1 where published.
-      text: of the captioner's latents; 1 where published.
+      clip: of the CLIP embedding; 1 where published. 0 for what a run measures before its first update: 1 over the
+        root of the mean square.
+      text: of the captioner's latents; likewise.
+      examples: of the training set, which are measured.
     """
 
     clip: float = 1.0
     text: float = 1.0
+    examples: int = 2048
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Which are measured."""
+        return tuple(name for name in MEASURED if not getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +141,11 @@ class UniDiffuserSampler:
         if not isinstance(given, Mapping | ConfigDict):
             raise UserError(f"config.scales is {given!r}; it must be an object, such as {dataclasses.asdict(Scales())}")
         scales = Scales(**read_settings(given, Scales, place="config.scales"))
-        if not (scales.clip > 0 and scales.text > 0):
-            raise UserError(f"config.scales is {dataclasses.asdict(scales)}; factors are above 0")
+        if min(scales.clip, scales.text) < 0 or scales.examples < 1:
+            raise UserError(
+                f"config.scales is {dataclasses.asdict(scales)}; factors are above 0, or 0 to be measured of 1 example "
+                "or more"
+            )
         choices = Choices(**read_settings(config.sample, Choices))
         captions = CaptionSettings(**read_settings(config.sample, CaptionSettings))
         guidance = read_settings(config.sample, cls)
@@ -223,7 +237,7 @@ class UniDiffuserSampler:
 
         Args:
           params: {"unidiffuser": tree}.
-          variables: unused.
+          variables: {"unidiffuser": {"statistics": mean squares}}, if there is a scale that was measured.
           frozen: "first_stage", "clip" and "captioner".
           request: from `request`.
           keys: one for each.
@@ -232,10 +246,9 @@ class UniDiffuserSampler:
           {"image": float [b H W 3] in [-1, 1], "text": int32 [b l], 0 behind the end}, those of them that the mode
           makes; a variation also what is between.
         """
-        del variables
         static = (request["modes"], request["choices"], request["captions"], float(request["guidance"]) != 1.0)
         told = {name: value for name, value in request.items() if name not in ("modes", "choices", "captions")}
-        return _draw(self, *static, params["unidiffuser"], frozen, told, keys)
+        return _draw(self, *static, params["unidiffuser"], self.factors(variables), frozen, told, keys)
 
     def plan(self, choices: Choices) -> Plan:
         """The plan of a solver.
@@ -245,27 +258,40 @@ class UniDiffuserSampler:
         """
         return make_plan(self.process.schedule, choices.sampler, choices.steps, spacing=choices.spacing)
 
+    @property
+    def statistics(self) -> dict[str, Array]:
+        """Mean squares of latents before anything is measured; {} if nothing is to be."""
+        return {name: jnp.ones(()) for name in MEASURED} if self.scales.measured else {}
+
+    def factors(self, variables: Tree) -> dict[str, Array]:
+        """What latents of "clip" and "text" are multiplied by, those of the config or as they were measured."""
+        given = {name: jnp.float32(getattr(self.scales, name)) for name in MEASURED}
+        if not self.scales.measured:
+            return given
+        squares = variables["unidiffuser"]["statistics"]
+        return given | {name: jax.lax.rsqrt(jnp.maximum(squares[name], 1e-12)) for name in self.scales.measured}
+
     def encode_text(self, frozen: Tree, text: Int[Array, "b l"]) -> Latents:
-        """Latents of captions."""
-        features = clip_tokens(self.clip, _collections(frozen["clip"]), text)
-        latents = self.captioner.apply(_collections(frozen["captioner"]), features, method="encode")
-        return {"text": self.scales.text * jnp.asarray(latents, jnp.float32)}
+        """Latents of captions, not scaled."""
+        return {"text": caption_latents(self.captioner, self.clip, frozen, text)}
 
     def encode_image(self, frozen: Tree, images: UInt8[Array, "b H W 3"], keys: Key[Array, "b"]) -> Latents:
-        """Latents of pictures, drawn by one key an example, and their CLIP embeddings."""
-        pixels = from_uint8(images)
-        embedded = clip_pictures(self.clip, _collections(frozen["clip"]), pixels)
-        return {"image": self.first_stage.encode(frozen, pixels, keys), "clip": self.scales.clip * embedded}
+        """Latents of pictures, drawn by one key an example, and their CLIP embeddings; these are not scaled."""
+        encoded = self.first_stage.encode(frozen, from_uint8(images), keys)
+        return {"image": encoded, "clip": self.embed(frozen, images)}
+
+    def embed(self, frozen: Tree, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b e"]:
+        """CLIP embeddings of pictures."""
+        return clip_pictures(self.clip, collections_of(frozen["clip"]), from_uint8(images))
 
     def write(
         self, frozen: Tree, latents: Latents, program: tuple[int, int], numbers: dict[str, Array], keys: Array
     ) -> Int[Array, "b l"]:
-        """Captions of latents; see `sample.samplers.captioner.write_captions`."""
+        """Captions of latents that are not scaled; see `sample.samplers.captioner.write_captions`."""
         captioner, params = self.captioner, frozen["captioner"]["params"]
 
         def prefill(length: int) -> tuple[Array, Any]:
-            text = latents["text"] / self.scales.text
-            return captioner.apply({"params": params}, text, length, method="prefill_latents")
+            return captioner.apply({"params": params}, latents["text"], length, method="prefill_latents")
 
         return write_captions(captioner, params, prefill, program, numbers, self.end_id, keys)
 
@@ -303,6 +329,7 @@ def _draw(
     program: tuple[int, int],
     guided: bool,
     params: Tree,
+    factors: dict[str, Array],
     frozen: Tree,
     request: Request,
     keys: Array,
@@ -319,7 +346,7 @@ def _draw(
         drawn = normal_latents(keys, shapes)
         if choices.noise == "diffusers":
             clip = normal_latents(keys, {"text": (shapes["text"][0], sampler.captioner.feature_width)})["text"]
-            encoded = sampler.captioner.apply(_collections(frozen["captioner"]), clip, method="encode")
+            encoded = sampler.captioner.apply(collections_of(frozen["captioner"]), clip, method="encode")
             drawn["text"] = jnp.asarray(encoded, jnp.float32)
         return drawn
 
@@ -332,13 +359,13 @@ def _draw(
         empty = None
         if guidance is not None and mode == "text_to_image" and choices.unconditional == "empty":
             blank = jnp.array([sampler.clip.text_end_id - 1, sampler.clip.text_end_id], jnp.int32)
-            empty = sampler.encode_text(frozen, jnp.broadcast_to(blank, (len(keys), 2)))["text"]
+            empty = scaled(sampler.encode_text(frozen, jnp.broadcast_to(blank, (len(keys), 2))), factors)["text"]
         return draw_latents(network, sampler.process, plan, mode, first, told, own_keys, guidance, empty, kept, shapes)
 
     def given(row: str) -> Latents:
         if row == "text":
-            return sampler.encode_text(frozen, request["text"])
-        return sampler.encode_image(frozen, request["image"], folded[_POSTERIOR])
+            return scaled(sampler.encode_text(frozen, request["text"]), factors)
+        return scaled(sampler.encode_image(frozen, request["image"], folded[_POSTERIOR]), factors)
 
     for mode in modes:
         row = MODES[mode]
@@ -354,13 +381,14 @@ def _draw(
         if "image" in drawn:
             outputs["image"] = sampler.first_stage.decode(frozen, drawn["image"])
         if "text" in drawn:
-            outputs["text"] = sampler.write(frozen, drawn, program, numbers, folded[_WORDS])
+            words = {"text": drawn["text"] / factors["text"]}
+            outputs["text"] = sampler.write(frozen, words, program, numbers, folded[_WORDS])
     return outputs
 
 
-def _collections(trees: Mapping[str, Tree]) -> Tree:
-    """What a frozen network is applied to."""
-    return {"params": trees["params"], **trees["variables"]}
+def scaled(latents: Latents, factors: Mapping[str, Array]) -> Latents:
+    """Latents as they are diffused."""
+    return {name: value * factors[name] if name in factors else value for name, value in latents.items()}
 
 
 def _check_parts(

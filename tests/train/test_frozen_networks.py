@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
 from cost.measured import made_up_batch
+from data.pipeline import batch_spec, load_tokenizer, load_writer, open_stream
 from data.tokenizer import Tokenizer
 from sample.trained import TrainedSampler
 from train.distributed.mesh import make_mesh
@@ -67,8 +69,6 @@ def test_a_captioner_with_a_vocabulary_of_its_own_learns_by_its_mapper_alone(sce
 
 
 def test_the_same_caption_comes_in_both_vocabularies(scenes_dir, vocabulary):
-    from data.pipeline import batch_spec, load_tokenizer, load_writer, open_stream
-
     settings = (f"data.data_dir={scenes_dir}", f"data.writes_with={vocabulary}", "data.written_length=30")
     data = load_config(
         [f"--config={ROOT}/configs/scenes/captioner.py:debug", *(f"--config.{each}" for each in settings)]
@@ -93,17 +93,22 @@ def data_with(data, tokenizer, folder):
 
 
 def test_unidiffuser_s_frozen_networks_are_their_sources_bits_and_have_no_state(debug_run):
+    """And scales are measured once, before the first update, of the first examples of the stream."""
     folder = debug_run("scenes/unidiffuser.py")
-    stored = CheckpointStore(folder / "checkpoints").load(4, ("params", "ema_params", "opt_state"))
+    stores = CheckpointStore(folder / "checkpoints")
+    stored = stores.load(4, ("params", "ema_params", "opt_state", "variables"))
     config = Run.open(folder).config
     program = create_program(config, make_mesh(config.mesh, jax.devices()[:1]))
-    frozen = load_frozen(config)
-    before = leaves(frozen)
+    sampler, frozen, before = program.objective.sampler, load_frozen(config), leaves(load_frozen(config))
+    stream = open_stream(config.data, load_tokenizer(config.data), split="train", seed=config.seed, train=True)
+    batches = [
+        {name: jnp.asarray(value) for name, value in stream.batch(range(*rows)).items()} for rows in ((0, 8), (8, 16))
+    ]
     with program.in_mesh():
-        batch = made_up_batch(program, config)
-        state = program.init(batch)
+        state = program.init(batches[0])
         start = leaves(state.params)
-        for _ in range(3):
+        state, metrics, _ = program.train_step(state, frozen, batches[0])
+        for batch in batches:
             state, _, _ = program.train_step(state, frozen, batch)
     for path, leaf in leaves(frozen).items():
         np.testing.assert_array_equal(leaf, before[path])
@@ -111,3 +116,22 @@ def test_unidiffuser_s_frozen_networks_are_their_sources_bits_and_have_no_state(
     for tree in (stored["params"], stored["ema_params"]):
         assert set(tree) == {"unidiffuser"}
     assert not any(part in path for path in leaves(stored["opt_state"]) for part in ("first_stage", "captioner"))
+
+    # Nothing was measured here, so that the mean square is logged as it is.
+    measured = stored["variables"]["unidiffuser"]["statistics"]
+    assert float(measured["count"]) == 2
+    encode = jax.jit(
+        lambda frozen, batch: {
+            "clip": sampler.embed(frozen, batch["image"]),
+            **sampler.encode_text(frozen, batch["text"]),
+        }
+    )
+    squares = [{name: np.mean(np.square(value)) for name, value in encode(frozen, batch).items()} for batch in batches]
+    for name in ("clip", "text"):
+        assert float(measured[name]) == pytest.approx(np.mean([each[name] for each in squares]), rel=1e-5)
+    factors = sampler.factors(stored["variables"])
+    assert float(factors["clip"]) == pytest.approx(float(measured["clip"]) ** -0.5, rel=1e-5)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {rows[-1][f"power_{name}"] > 0.3 and rows[-1][f"power_{name}"] < 3 for name in ("clip", "text")} == {True}
+    total, count = metrics["power_clip"]
+    assert float(total / count) == pytest.approx(squares[0]["clip"], rel=1e-5)

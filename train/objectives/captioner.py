@@ -90,7 +90,8 @@ class CaptionerObjective:
         An example's loss does not depend on the others, so it adds up over any split of the batch.
 
         Metrics: as of `train.objectives.llama.token_loss`. `batch` holds text int32 [b t], framed, 0 behind, and image
-        uint8 [b H W 3]; if the captioner has a vocabulary of its own, also written int32 [b m], ended, 0 behind.
+        uint8 [b H W 3]; if the captioner has a vocabulary of its own, also written int32 [b m], ended, 0 behind. Where
+        features were stored, image_features stand in the place of image, or token_features beside text.
         """
         del rng, step, train
         apart = "written" in batch
@@ -104,6 +105,8 @@ class CaptionerObjective:
         self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""]
     ) -> dict[str, Preview]:
         """Pictures of the batch, each with the caption that is written for it, or for its caption."""
+        if "image" not in batch:  # what was stored of pictures shows none
+            return {}
         rows = {name: np.asarray(batch[name]) for name in self.sampler.reads}
         captions = self.sampler(params, variables, frozen, self.sampler.request(**rows), example_keys(rng, batch))
         images, written = gather(batch["image"]), self.sampler.writes_with != TOKENIZER

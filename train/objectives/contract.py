@@ -56,7 +56,8 @@ class Objective(Protocol):
     -> variables`. Whenever the run saves, that is called with the weights of inference for the first so many examples
     of the stream, in batches whose `number` counts from 0, each with a key of its own. Where a signal ends the run,
     what was found before stays, if the method `has_measured(variables)` says that there is some, of weights some
-    updates older; else one batch is seen.
+    updates older; else one batch is seen. With a number `measured_first` it is called once, before the first update of
+    a run, for so many examples, unless `has_measured` says that the weights that the run starts from brought it along.
     """
 
     def init(self, rng: Key[Array, ""], batch: Batch) -> tuple[Tree, Tree]:

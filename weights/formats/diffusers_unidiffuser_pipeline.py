@@ -139,6 +139,7 @@ def _scheduler(config: ConfigDict) -> dict[str, Any]:
       UserError: if the library has no such process, or latents are multiplied by something that it does not know.
     """
     scales = config.get("scales", ConfigDict()).to_dict()
+    scales.pop("examples", None)
     if any(scale != 1 for scale in scales.values()):
         raise UserError(
             f"config.scales is {scales}, and diffusers' UniDiffuserPipeline multiplies no latents; give "

@@ -81,7 +81,8 @@ def test_times_of_both_sides_are_drawn_independently_from_1_to_1000():
         ("loss.reduction=sum", "config.loss.reduction='sum' is unknown"),
         ("sample.mode=both", "mode='both' is unknown; choose one of '' for what is given, text_to_image"),
         ("sample.steps=0", "with 0 steps"),
-        ("scales.clip=0.0", "factors are above 0"),
+        ("scales.clip=-1.0", "factors are above 0"),
+        ("scales.examples=0", "to be measured of 1 example or more"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(override, said):
