@@ -2,7 +2,7 @@
 
 BLEU is sacrebleu's (Post 2018), lower-cased, of 0 to 100; `signature` says how it was computed. CIDEr is CIDEr-D
 (Vedantam et al. 2015, "CIDEr: Consensus-based Image Description Evaluation", section 7), with the constants of COCO's
-evaluation: 0 to 10, and published as a hundred times that where it is near 1. Words are what Python's \\w finds,
+evaluation: 0 to 10, and published as a hundred times that where it is near 1. Words are runs of letters and digits,
 lower-cased; COCO's evaluation has the Penn Treebank's rules, which differ in clitics and hyphens, so that figures are
 near published ones and not the same.
 """
@@ -134,9 +134,8 @@ def cider(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np
             written = weighted(grams, size)
             for reference in each:
                 wanted = weighted(reference, size)
-                product = sum(
-                    min(value, wanted[gram]) * wanted[gram] for gram, value in written.items() if gram in wanted
-                )
+                shared = written.keys() & wanted.keys()
+                product = sum(min(written[gram], wanted[gram]) * wanted[gram] for gram in shared)
                 norms = math.hypot(*written.values()) * math.hypot(*wanted.values())
                 near = math.exp(-((words - _words(reference)) ** 2) / (2 * _SIGMA**2))
                 scores[place] += 10 * near * product / norms / len(each) / _LONGEST if norms else 0.0

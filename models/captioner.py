@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from models.gpt2 import GPT2
 from models.layers.dense import Dense
@@ -50,6 +50,7 @@ class Captioner(nn.Module):
       mapper_depth: its layers.
       mapper_heads: its heads.
       text_end_id: the id that ends captions; None where it is not known.
+      dropout: see `models.gpt2.GPT2`; the mapper drops nothing.
       implementation: see `models.layers.attention.attend`.
       scan: see `models.layers.transformer.apply_blocks`.
       remat: see there.
@@ -72,6 +73,7 @@ class Captioner(nn.Module):
     mapper_depth: int = 0
     mapper_heads: int = 8
     text_end_id: int | None = None
+    dropout: float = 0.0
     implementation: str = "auto"
     scan: bool = False
     remat: str = "none"
@@ -144,19 +146,23 @@ class Captioner(nn.Module):
             ]
 
     def __call__(
-        self, tokens: Int[Array, "b l"], features: Float[Array, "b *f"]
+        self,
+        tokens: Int[Array, "b l"],
+        features: Float[Array, "b *f"],
+        dropout_keys: Key[Array, "b"] | None = None,
     ) -> Float[Array, "b m {self.text_vocab_size}"]:
         """Scores each token of captions and the one behind the last; float32.
 
         Args:
           tokens: ids of captions; pads go behind.
           features: what they are about, [B P F] for a bottleneck, else [B F].
+          dropout_keys: one an example, in training; None drops nothing.
 
         Returns:
           [B L + 1 V]; entry i scores token i.
         """
         prefix = self.prefix_of(features)
-        return self.language(tokens, prefix)[:, self.prefix_length - 1 :]
+        return self.language(tokens, prefix, dropout_keys)[:, self.prefix_length - 1 :]
 
     def encode(self, features: Float[Array, "b p f"]) -> Float[Array, "b p {self.latent_width}"]:
         """Latents of a bottleneck."""

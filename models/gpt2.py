@@ -12,13 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
+from models.layers.dropout import drop
 from models.layers.mlp import ACTIVATIONS
 from models.layers.normalization import layer_norm
 from models.layers.partitioning import shard_rows
 from models.layers.prompt_cache import PromptCache, causal_mask, last_state
-from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
+from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat, fold_keys
 
 INIT_STD = 0.02
 
@@ -37,6 +38,7 @@ class GPT2(nn.Module):
       heads: number of heads, which divides D.
       mlp_hidden: width between the layers of the feed-forward block; None for 4 D.
       activation: see `models.layers.mlp.ACTIVATIONS`; "gelu_tanh" where published.
+      dropout: where a call has keys: of the first states, attention's weights, and what each block adds; published 0.1.
       implementation: see `models.layers.attention.attend`.
       scan: see `models.layers.transformer.apply_blocks`.
       remat: see there.
@@ -51,6 +53,7 @@ class GPT2(nn.Module):
     heads: int
     mlp_hidden: int | None = None
     activation: str = "gelu_tanh"
+    dropout: float = 0.0
     implementation: str = "auto"
     scan: bool = False
     remat: str = "none"
@@ -89,6 +92,8 @@ class GPT2(nn.Module):
             raise ValueError(f"heads={self.heads} must be at least 1 and divide width={self.width}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(INIT_STD)
         self.embedding = nn.Embed(self.text_vocab_size, self.width, embedding_init=init, **types)
@@ -102,6 +107,7 @@ class GPT2(nn.Module):
                 activation=self.activation,
                 initializers=BlockInitializers.scaled(INIT_STD, self.depth),
                 implementation=self.implementation,
+                dropout=self.dropout,
                 **types,
             )
             for _ in range(self.depth)
@@ -109,20 +115,27 @@ class GPT2(nn.Module):
         self.final_norm = layer_norm(**types)
 
     def __call__(
-        self, tokens: Int[Array, "b l"], prefix: Float[Array, "b p d"] | None = None
+        self,
+        tokens: Int[Array, "b l"],
+        prefix: Float[Array, "b p d"] | None = None,
+        dropout_keys: Key[Array, "b"] | None = None,
     ) -> Float[Array, "b s {self.text_vocab_size}"]:
         """Scores the token behind each vector of the prefix and each token; float32.
 
         Args:
           tokens: ids; pads go behind.
           prefix: vectors that stand before them, at the first positions; None for none.
+          dropout_keys: one an example, in training; None drops nothing.
 
         Raises:
           ValueError: if there are more than positions.
         """
         x = self._embed(tokens, prefix)
-        mask = causal_mask(x.shape[1])
-        x = apply_blocks(self.blocks, x, [mask], [0] * self.depth, scan=self.scan, remat=self.remat)
+        keys = dropout_keys if self.dropout else None
+        if keys is not None:
+            x = drop(x, self.dropout, fold_keys(keys, self.depth))  # each layer has its own number
+        mask, how = causal_mask(x.shape[1]), {"scan": self.scan, "remat": self.remat, "dropout_keys": keys}
+        x = apply_blocks(self.blocks, x, [mask], [0] * self.depth, **how)
         return self.logits(x)
 
     def logits(self, x: Float[Array, "b l d"]) -> Float[Array, "b l {self.text_vocab_size}"]:

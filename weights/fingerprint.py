@@ -11,7 +11,7 @@ from models import create_model
 from weights.sources import Part
 
 # Fields of networks that change neither their outputs nor their roundings.
-_SAME_OUTPUTS = {"implementation", "scan", "remat", "logit_scale_init", "name", "parent"}
+_SAME_OUTPUTS = {"implementation", "scan", "remat", "dropout", "logit_scale_init", "name", "parent"}
 
 
 def fingerprint(part: Part) -> str:

@@ -21,7 +21,7 @@ Tree = Any
 RANDOM = "random"
 # Fields of networks that say how they compute or start, and not what they compute from their weights.
 _FREE_FIELDS = {
-    *("dtype", "param_dtype", "implementation", "scan", "remat", "logit_scale_init", "code_range"),
+    *("dtype", "param_dtype", "implementation", "scan", "remat", "dropout", "logit_scale_init", "code_range"),
     *("name", "parent"),
 }
 # Fields of a first stage that its weights do not decide: a second stage may be published with other values.

@@ -122,6 +122,7 @@ def get_model(mapper: str, prefix_length: int, vocab_size: int) -> ConfigDict:
     model.heads = 12
     model.mlp_hidden = 3072
     model.activation = "gelu_tanh"
+    model.dropout = 0.1  # in training
     model.mapper = mapper
     model.prefix_length = prefix_length
     model.feature_width = 768 if mapper == "bottleneck" else 512

@@ -63,6 +63,7 @@ def get_config(argument: str = "") -> ConfigDict:
     model.heads = 4
     model.mlp_hidden = 384
     model.activation = "gelu_tanh"
+    model.dropout = 0.0
     if argument in ("text", "debug"):
         model.mapper = "bottleneck"
         model.feature_width = features.models.clip.text_width

@@ -11,10 +11,11 @@ import numpy as np
 from flax import struct
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from models.layers.attention_choice import choose_attention, device_in_context
 from models.layers.dense import DenseGeneral
+from models.layers.dropout import drop
 from models.layers.partitioning import device_platform, map_rows_and_heads
 from models.layers.rotary import RotaryEmbedding
 
@@ -62,6 +63,8 @@ def attend(
     v: Float[Array, "b m h k"],
     mask: Mask | None = None,
     implementation: str = "xla",
+    dropout: float = 0.0,
+    dropout_keys: Key[Array, "b"] | None = None,
 ) -> Float[Array, "b l n k"]:
     """Softmax attention, softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, equation 1); scores and softmax in float32.
 
@@ -87,12 +90,19 @@ def attend(
       mask: True = attend, broadcastable to [b n l m]; what a numpy array [l m] says is known while tracing. A row
         without any True gives the mean of `v` in "xla", and is undefined in the others.
       implementation: one of `IMPLEMENTATIONS`.
+      dropout: of what values are weighed by, where there are keys; "xla" alone has it.
+      dropout_keys: one an example; None for none.
 
     Raises:
       ValueError: on an unknown implementation, or on one that cannot run on this device or with these arguments.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if dropout and dropout_keys is not None:
+        if implementation not in ("auto", "xla") or q.shape[2] != k.shape[2]:
+            raise ValueError(f"attention {implementation!r} of these heads drops nothing; set implementation='xla'")
+        with jax.named_scope("attention_xla"):
+            return _attend_xla(q, k, v, mask, dropout, dropout_keys)
     if implementation == "auto":
         lengths = q.shape[1], k.shape[1]
         kind = mask_kind(mask, *lengths)
@@ -138,7 +148,9 @@ def mask_kind(mask: Mask | None, queries: int, keys: int) -> str:
     return "none" if mask is None else "dense"
 
 
-def _attend_xla(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
+def _attend_xla(
+    q: Array, k: Array, v: Array, mask: Mask | None, dropout: float = 0.0, dropout_keys: Array | None = None
+) -> Array:
     """Attention that the compiler fuses as it can."""
     keys = k.shape[1]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
@@ -146,6 +158,8 @@ def _attend_xla(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
     if mask is not None:
         scores += jnp.where(_array(mask, keys), 0.0, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if dropout_keys is not None:
+        weights = drop(weights, dropout, dropout_keys)
     return jnp.einsum("bnlm,bnmk->bnlk", weights, v).transpose(0, 2, 1, 3)
 
 
@@ -352,6 +366,7 @@ class SelfAttention(nn.Module):
       use_bias: whether the query/key/value projection has a bias.
       out_bias: whether the output projection has one.
       implementation: see `attend`; of `__call__`.
+      dropout: see there; of `__call__` with keys.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
@@ -367,6 +382,7 @@ class SelfAttention(nn.Module):
     use_bias: bool = True
     out_bias: bool = True
     implementation: str = "auto"
+    dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -397,15 +413,19 @@ class SelfAttention(nn.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Mask | None = None, positions: Int[Array, "*b l"] | None = None
+        self,
+        x: Float[Array, "b l d"],
+        mask: Mask | None = None,
+        positions: Int[Array, "*b l"] | None = None,
+        dropout_keys: Key[Array, "b"] | None = None,
     ) -> Float[Array, "b l d"]:
-        """Attends within x. `mask` as in `attend`; `positions` if it is rotary, None for 0, 1, 2, ..."""
+        """Attends within x. `mask` and keys as in `attend`; `positions` if it is rotary, None for 0, 1, 2, ..."""
         q, k, v = self._project(x, positions)
         if self.kv_heads is None:
             keep_weights(self, q, k, mask)
         # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
         implementation = "xla" if self.is_initializing() else self.implementation
-        return self.out(attend(q, k, v, mask, implementation))
+        return self.out(attend(q, k, v, mask, implementation, self.dropout, dropout_keys))
 
     def read(
         self, query: Float[Array, "b d"], x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None

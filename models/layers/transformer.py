@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from models.layers.attention import KeyValueCache, Mask, MaskChoice, SelfAttention
+from models.layers.dropout import drop
 from models.layers.mlp import MLP, GatedMLP
 from models.layers.normalization import AdaptiveLayerNorm, RMSNorm, layer_norm
 from models.layers.partitioning import shard_rows
@@ -82,6 +83,7 @@ class Block(nn.Module):
         block, x + block(norm(x)). Not of an adaptive layer.
       adaptive: a condition scales and shifts what both norms return (`AdaptiveLayerNorm`); only `__call__` takes one.
       implementation: see `models.layers.attention.attend`.
+      dropout: of attention's weights, and of what attention and the feed-forward block add, where `__call__` has keys.
       dtype: of the computation; LayerNorm statistics, attention scores and softmax are float32 in any case.
       param_dtype: of the parameters.
     """
@@ -103,6 +105,7 @@ class Block(nn.Module):
     post_norm: bool = False
     adaptive: bool = False
     implementation: str = "auto"
+    dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -126,6 +129,7 @@ class Block(nn.Module):
             use_bias=self.attention_bias,
             out_bias=self.attention_out_bias,
             implementation=self.implementation,
+            dropout=self.dropout,
             **types,
         )
         self.mlp_norm = norm()
@@ -146,14 +150,20 @@ class Block(nn.Module):
         mask: Mask | None = None,
         condition: Float[Array, "b c"] | None = None,
         positions: Int[Array, "*b l"] | None = None,
+        dropout_keys: Key[Array, "b"] | None = None,
     ) -> Float[Array, "b l d"]:
-        """Applies the layer; `mask` as in `attend`, `condition` if it is adaptive, `positions` if it is rotary."""
+        """Applies the layer; `mask` as in `attend`, `condition` if it is adaptive, `positions` if it is rotary.
+
+        With `dropout_keys`, one an example, of this layer alone, it drops out.
+        """
         if self.adaptive != (condition is not None):
             needs, given = ("needs", "none") if self.adaptive else ("takes no", "one")
             raise ValueError(f"a layer with adaptive={self.adaptive} {needs} condition, {given} was given")
         conditions = (condition,) if self.adaptive else ()
-        x = self._add_attention(x, self.attention(self._attention_input(x, *conditions), mask, positions))
-        return self._add_mlp(x, *conditions)
+        weights, attended, added = (fold_keys(dropout_keys if self.dropout else None, use) for use in range(3))
+        y = self.attention(self._attention_input(x, *conditions), mask, positions, weights)
+        x = self._add_attention(x, y if attended is None else drop(y, self.dropout, attended))
+        return self._add_mlp(x, *conditions, dropout_keys=added)
 
     def read(
         self, query: Float[Array, "b d"], x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None
@@ -196,11 +206,18 @@ class Block(nn.Module):
         x = x + (gated(y, self.attention_gate) if self.residual_gates else y)
         return shard_rows(self.attention_norm(x) if self.post_norm else x)
 
-    def _add_mlp(self, x: Array, *conditions: Array) -> Array:
+    def _add_mlp(self, x: Array, *conditions: Array, dropout_keys: Array | None = None) -> Array:
         """The state with what the feed-forward block makes of it."""
         y = self.mlp(x if self.post_norm else self.mlp_norm(x, *conditions))
+        if dropout_keys is not None:
+            y = drop(y, self.dropout, dropout_keys)
         x = x + (gated(y, self.mlp_gate) if self.residual_gates else y)
         return shard_rows(self.mlp_norm(x) if self.post_norm else x)
+
+
+def fold_keys(keys: Key[Array, "b"] | None, number: Int[Array, ""] | int) -> Key[Array, "b"] | None:
+    """Keys of the examples for one use; None of none."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def gated(y: Float[Array, "*b d"], gate: Float[Array, "1"]) -> Float[Array, "*b d"]:
@@ -222,6 +239,7 @@ def apply_blocks(
     *told: Any,
     scan: bool = False,
     remat: str = "none",
+    dropout_keys: Key[Array, "b"] | None = None,
 ) -> Float[Array, "b l d"]:
     """Applies layers of one kind in turn.
 
@@ -237,31 +255,38 @@ def apply_blocks(
         here, in the layers' `dtype`: a copy a call.
       remat: what each layer recomputes in the backward pass, for memory: "none"; "full", all but its input; "dots", all
         but the outputs of its dense layers (`jax.checkpoint_policies.dots_with_no_batch_dims_saveable`).
+      dropout_keys: one an example, of which each layer has its own; None for layers that are called without.
     """
+    # Without keys a program has nothing of them.
+    numbers = None if dropout_keys is None else jnp.arange(len(blocks))
+
+    def keys_of(number: Any) -> dict[str, Any]:
+        return {} if dropout_keys is None else {"dropout_keys": fold_keys(dropout_keys, number)}
+
     if not blocks or blocks[0].is_initializing() or (remat == "none" and not scan):
-        for block, kind in zip(blocks, kinds, strict=True):
-            x = block(x, masks[kind], *told)
+        for number, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
+            x = block(x, masks[kind], *told, **keys_of(number))
         return x
 
     # Pure functions of their parameters, so that they can be scanned and recomputed.
     layer = blocks[0].clone(parent=None, name=None)
     params = [block.variables["params"] for block in blocks]
 
-    def apply(x: Array, params: Any, mask: Any) -> Array:
-        return layer.apply({"params": params}, x, mask, *told)
+    def apply(x: Array, params: Any, number: Any, mask: Any) -> Array:
+        return layer.apply({"params": params}, x, mask, *told, **keys_of(number))
 
     if not scan:
         layers = [rematerialized(functools.partial(apply, mask=mask), remat) for mask in masks]
-        for kind, tree in zip(kinds, params, strict=True):
-            x = layers[kind](x, tree)
+        for number, (kind, tree) in enumerate(zip(kinds, params, strict=True)):
+            x = layers[kind](x, tree, None if numbers is None else numbers[number])
         return x
 
-    def body(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
-        params, kind = inputs
-        return apply(x, params, masks[0] if len(masks) == 1 else MaskChoice(tuple(masks), kind)), None
+    def body(x: Array, inputs: tuple[Any, Array, Array | None]) -> tuple[Array, None]:
+        params, kind, number = inputs
+        return apply(x, params, number, masks[0] if len(masks) == 1 else MaskChoice(tuple(masks), kind)), None
 
     # Between iterations there are no common subexpressions, so nothing needs to stop their elimination.
-    inputs = (stacked_parameters(blocks), jnp.array(kinds))
+    inputs = (stacked_parameters(blocks), jnp.array(kinds), numbers)
     x, _ = jax.lax.scan(rematerialized(body, remat, prevent_cse=False), x, inputs)
     return x
 

@@ -98,3 +98,23 @@ def test_a_network_with_more_ids_begins_at_the_mean_of_those_that_there_were():
     np.testing.assert_allclose(adapted["embedding"]["embedding"][13:], np.stack([table.mean(axis=0)] * 2), atol=1e-6)
     with pytest.raises(ValueError, match="15 ids is not cut to 13"):
         fewer.adapt(adapted, more)
+
+
+def test_dropout_is_of_first_states_weights_and_what_blocks_add(monkeypatch):
+    model, variables, apply = tiny(dropout=0.5)
+    tokens, keys = texts(count=3), jax.random.split(jax.random.key(1), 3)
+    plain = apply(variables, tokens)
+    dropped = apply(variables, tokens, None, keys)
+    assert np.abs(dropped - plain).max() > 1e-2
+    # An example's losses are its own key's, and a network that is scanned and recomputed has the same.
+    other = GPT2(text_vocab_size=13, length=12, width=16, depth=2, heads=4, dropout=0.5, scan=True, remat="full")
+    again = jax.jit(other.apply)(variables, tokens[::-1], None, keys[::-1])
+    np.testing.assert_allclose(again[::-1], dropped, atol=1e-5)
+    shapes = []
+    for module in ("gpt2", "layers.transformer", "layers.attention"):
+        monkeypatch.setattr(f"models.{module}.drop", lambda x, rate, keys: shapes.append((x.shape, rate)) or x)
+    np.testing.assert_allclose(model.apply(variables, tokens, None, keys), plain, atol=1e-5)
+    layer = [((3, 4, 7, 7), 0.5), ((3, 7, 16), 0.5), ((3, 7, 16), 0.5)]
+    assert shapes == [((3, 7, 16), 0.5), *layer, *layer]
+    with pytest.raises(ValueError, match="dropout=1.0 must be at least 0 and below 1"):
+        tiny(dropout=1.0)

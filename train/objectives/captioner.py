@@ -93,11 +93,12 @@ class CaptionerObjective:
         uint8 [b H W 3]; if the captioner has a vocabulary of its own, also written int32 [b m], ended, 0 behind. Where
         features were stored, image_features stand in the place of image, or token_features beside text.
         """
-        del rng, step, train
+        del step
+        keys = example_keys(rng, batch) if train and self.model.dropout else None
         apart = "written" in batch
         targets, counted = caption_targets(batch["written" if apart else "text"], self.sampler.end_id, not apart)
         features = self.sampler.features(frozen, batch)
-        logits = self.model.apply({"params": params["captioner"]}, targets[:, :-1], features)
+        logits = self.model.apply({"params": params["captioner"]}, targets[:, :-1], features, keys)
         loss, metrics = token_loss(logits, targets, counted)
         return loss, Aux(metrics=metrics, variables=variables)
 
