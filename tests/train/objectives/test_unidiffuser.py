@@ -44,7 +44,10 @@ def asked_once():
         tried = dataclasses.replace(objective, sampler=sampler, reduction=reduction, clip_weight=3.0)
 
         def loss(frozen, batch, tried=tried):
-            value, aux = tried.loss({"unidiffuser": {}}, {}, frozen, batch, jax.random.key(0), jnp.array(0), True)
+            variables = {"unidiffuser": {"statistics": tried.sampler.statistics}}
+            value, aux = tried.loss(
+                {"unidiffuser": {}}, variables, frozen, batch, jax.random.key(0), jnp.array(0), True
+            )
             return value, aux.metrics, ASKED[-1]
 
         value, metrics, asked = jax.jit(loss)(frozen, batch)
