@@ -112,9 +112,9 @@ class ExampleStream:
     """The endless, index-determined stream of training examples, or one pass over an evaluation split.
 
     `stream[i]` is a dict with `image` uint8 [H W C], `index` int32 [] (i modulo 2^31), with a tokenizer `text` int32
-    [L] (and of questions with answers `text_mask` bool [L], the answers' tokens), with a writer `written` int32 [M], and
-    with a `label_field` `label` int32 []. What is precomputed of pictures stands in their place, what is of captions
-    beside `text`. With `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
+    [L] (and of questions with answers `text_mask` bool [L], the answers' tokens), with a writer `written` int32 [M],
+    and with a `label_field` `label` int32 []. What is precomputed of pictures stands in their place, what is of
+    captions beside `text`. With `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
     """
 
     def __init__(

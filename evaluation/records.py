@@ -33,6 +33,8 @@ _NOT_SHARES = (
     "rank",
     "cosine",
     "clip_score",
+    "bleu",
+    "cider",
     "energy_distance",
     "of_data",
     "bits_per_dimension",
