@@ -56,6 +56,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.llama.remat = "none"
     config.models.llama.dtype = "float32"
 
+    config.loss.pack = 1  # texts in a row of tokens, which must divide what a device has of a batch
+    config.loss.packed_length = 0  # tokens of such a row, beyond which it is cut; 0 for as many as its texts may have
+
     config.sample.temperature = 0.0
     config.sample.top_k = 0
     config.sample.top_p = 1.0

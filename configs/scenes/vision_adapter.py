@@ -54,6 +54,9 @@ def get_config(argument: str = "") -> ConfigDict:
     model.feature_layers = (1, 2)
     model.tile_tables = "grid"
 
+    config.loss.pack = 1  # texts in a row of tokens, which must divide what a device has of a batch
+    config.loss.packed_length = 0  # tokens of such a row, beyond which it is cut; 0 for as many as its texts may have
+
     for key, value in language.sample.items():
         config.sample[key] = value
 

@@ -9,12 +9,13 @@ import dataclasses
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from models.llama import Llama
 from sample.samplers.llama import LlamaSampler
 from train.objectives.contract import Aux, Batch, Metrics, Preview, Tree
+from train.objectives.packing import Row, pack, read_packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +24,16 @@ class LlamaObjective:
 
     Attributes:
       sampler: holds the network.
+      packing: texts in a row, and tokens of such a row; see `train.objectives.packing`.
     """
 
     sampler: LlamaSampler
+    packing: tuple[int, int] = (1, 0)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "LlamaObjective":
-        """Reads `config.models.llama` and `config.sample`."""
-        return cls(LlamaSampler.from_config(config))
+        """Reads `config.models.llama`, `config.sample`, and `config.loss` where it has `pack` and `packed_length`."""
+        return cls(LlamaSampler.from_config(config), read_packing(config.loss))
 
     @property
     def model(self) -> Llama:
@@ -54,8 +57,10 @@ class LlamaObjective:
         """
         del frozen, rng, step, train
         text = batch["text"]
-        logits = self.model.apply({"params": params["llama"]}, text[:, :-1])
-        loss, metrics = token_loss(logits, text[:, 1:], text[:, 1:] != self.model.text_pad_id)
+        counted = text[:, 1:] != self.model.text_pad_id
+        row = pack(Row(text[:, :-1], text[:, 1:], counted), counted, *self.packing)
+        logits = self.model.apply({"params": params["llama"]}, row.tokens, row.positions, row.segments)
+        loss, metrics = token_loss(logits, row)
         return loss, Aux(metrics=metrics, variables=variables)
 
     def preview(
@@ -65,20 +70,21 @@ class LlamaObjective:
         return {}
 
 
-def token_loss(
-    logits: Float[Array, "b l v"], targets: Int[Array, "b l"], counted: Bool[Array, "b l"]
-) -> tuple[Float[Array, ""], Metrics]:
+def token_loss(logits: Float[Array, "r l v"], row: Row) -> tuple[Float[Array, ""], Metrics]:
     """Cross-entropy of tokens, mean over examples of the mean over their counted tokens, and metrics.
 
     Metrics: loss; nats, per counted token of all examples; accuracy, the share of counted tokens whose most likely
     prediction is right; exact, the share of examples all of whose counted tokens are.
     """
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, targets, 0)) * counted
-    count = jnp.sum(counted, axis=1, dtype=jnp.float32)
-    loss = jnp.sum(nats, axis=1) / jnp.maximum(count, 1)
+    targets, counted = row.targets, row.counted
+    nats = row.per_text(
+        optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, targets, 0)) * counted
+    )
+    count = row.per_text(counted.astype(jnp.float32))
+    loss = nats / jnp.maximum(count, 1)
     right = (jnp.argmax(logits, axis=-1) == targets) & counted
-    exact = jnp.all(right | ~counted, axis=1)
-    rows = jnp.asarray(len(targets), jnp.float32)
+    exact = row.per_text((counted & ~right).astype(jnp.float32)) == 0
+    rows = jnp.asarray(len(count), jnp.float32)
     metrics = {
         "loss": (jnp.sum(loss), rows),
         "nats": (jnp.sum(nats), jnp.sum(count)),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from models.vision_adapter import VisionAdapter
 from sample.samplers.dvae import from_uint8
+from sample.samplers.llama import prompt_lengths
 from sample.samplers.vision_adapter import (
     VisionAdapterSampler,
     cut_square,
@@ -24,6 +25,7 @@ from sample.samplers.vision_adapter import (
 )
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.llama import token_loss
+from train.objectives.packing import Row, pack, read_packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +34,19 @@ class VisionAdapterObjective:
 
     Attributes:
       sampler: holds the network, and answers in the previews.
+      packing: texts in a row, each with its picture, and tokens of such a row; see `train.objectives.packing`.
     """
 
     sampler: VisionAdapterSampler
+    packing: tuple[int, int] = (1, 0)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "VisionAdapterObjective":
-        """Reads `config.models.vision_adapter`, `config.data.image_size` and `config.sample`."""
-        return cls(VisionAdapterSampler.from_config(config))
+        """Reads `config.models.vision_adapter`, `config.data.image_size`, `config.sample` and `config.loss`.
+
+        Of the last `pack` and `packed_length`, where it has them.
+        """
+        return cls(VisionAdapterSampler.from_config(config), read_packing(config.loss))
 
     @property
     def model(self) -> VisionAdapter:
@@ -67,8 +74,11 @@ class VisionAdapterObjective:
         tiles, canvas = cut_square(from_uint8(batch["image"]), model.tile_size, model.max_tiles)
         text = with_pictures(batch["text"], model.image_token, model.text_pad_id)
         answer = spread_rows(batch["text_mask"], place, 1, False, False)
-        logits = model.apply({"params": params["vision_adapter"]}, text[:, :-1], tiles, canvas)
-        loss, metrics = token_loss(logits, text[:, 1:], answer[:, 1:])
+        read = jnp.arange(1, text.shape[1]) < prompt_lengths(text, model.text_pad_id)[:, None]
+        row = pack(Row(text[:, :-1], text[:, 1:], answer[:, 1:]), read, *self.packing)
+        tiles, canvas = (x.reshape(len(row.tokens), -1, *x.shape[2:]) for x in (tiles, canvas))
+        inputs = row.tokens, tiles, canvas, row.positions, row.segments
+        loss, metrics = token_loss(model.apply({"params": params["vision_adapter"]}, *inputs), row)
         return loss, Aux(metrics=metrics, variables=variables)
 
     def preview(

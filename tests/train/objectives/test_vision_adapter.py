@@ -1,5 +1,6 @@
 """The objectives of the language model and of the adapter: what is counted, what is trained, and how both begin."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -14,10 +15,15 @@ from data.dialogues import encode_dialogue
 from data.scenes.questions import Dialogue
 from data.tokenizer import Tokenizer
 from sample.trained import TrainedSampler
+from train.distributed.mesh import make_mesh
+from train.distributed.sharding import path_name
 from train.loop import train
 from train.objectives import create_objective
-from train.trainable import trained_params
+from train.program import create_program
+from train.trainable import count_parameters, trained_params
 from weights.run import Run
+
+from ...models.random_parameters import random_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY = jax.random.key(0)
@@ -109,6 +115,55 @@ def test_a_language_model_is_read_stays_as_it_is_and_answers(debug_run, scenes_d
         wrong.models.vision_adapter.mlp_hidden = 40
     with pytest.raises(UserError, match="mlp_hidden: 48, not 40"):
         train(wrong, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_the_language_model_takes_no_memory_but_its_own():
+    """Of the compiler's plan of a step: with it trained there are its gradients too, and both moments."""
+    wide = ("width=128", "mlp_hidden=1024", "head_dim=32")
+    sizes = {}
+    for name, pattern in {"all": ".*", "adapter": "^vision_adapter/(?!language/)"}.items():
+        fields = [f"--config.models.vision_adapter.{field}" for field in wide]
+        overrides = (*fields, "--config.batch_size=2", f"--config.trainable=({pattern!r},)", "--config.ema.decay=0.0")
+        config = config_of("vision_adapter.py", *overrides)
+        program = create_program(config, make_mesh(config.mesh, jax.devices()[:1]))
+        with program.in_mesh():
+            inputs = program.abstract_state, program.abstract_frozen, program.abstract_batch
+            plan = program.train_step.lower(*inputs).compile().memory_analysis()
+        sizes[name] = plan.temp_size_in_bytes, plan.argument_size_in_bytes
+    language = program.abstract_state.params["vision_adapter"]["language"]
+    held = 4 * count_parameters(language)
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.abstract_state.opt_state)]
+    assert any("cross_blocks_0" in path for path in paths) and not any("language" in path for path in paths)
+    saved = [sizes["all"][part] - sizes["adapter"][part] for part in (0, 1)]
+    print(f"held {held:,} bytes; all: {sizes['all']}, adapter: {sizes['adapter']} (temporary, arguments)")
+    assert saved[0] > 0.9 * held and abs(saved[1] - 2 * held) < 100
+
+
+@pytest.mark.parametrize("name", ["llama", "vision_adapter"])
+def test_texts_in_a_row_are_learned_as_if_each_were_alone(adapter, name):
+    objective, _, batch = adapter
+    # Gates are open, and the second text is of the first one's pads.
+    params = {"vision_adapter": random_parameters(objective.model)}
+    if name == "llama":
+        objective = create_objective(config_of("llama.py"))
+        params = {"llama": params["vision_adapter"]["language"]}
+    batch = {**batch, "image": batch["image"].at[1].set(0)}
+    packed = dataclasses.replace(objective, packing=(2, 44))  # 62 with all pads
+
+    def run(objective):
+        loss = lambda params: objective.loss(params, {}, {}, batch, KEY, jnp.int32(0), True)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (loss, aux), slope = run(objective)
+    (other, its_aux), its_slope = run(packed)
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5), its_aux.metrics, aux.metrics)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=1e-5), its_slope, slope)
+    short = dataclasses.replace(objective, packing=(2, 12))
+    assert run(short)[0][1].metrics["nats"][1] < aux.metrics["nats"][1]  # the rest is cut off
+    with pytest.raises(ValueError, match="must divide the 2 examples"):
+        run(dataclasses.replace(objective, packing=(3, 0)))
 
 
 def test_pictures_that_are_no_square_of_tiles_are_refused():
