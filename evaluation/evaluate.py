@@ -13,6 +13,7 @@ from cli.errors import UserError
 from data.points import is_points
 from data.records import dataset_folder, first_captions, first_classes, open_records
 from data.scenes import find_world
+from evaluation.answer_perplexity import ANSWER_PERPLEXITY, answer_perplexity
 from evaluation.answers import ANSWERS, answer_values
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.caption_scores import CAPTION_SCORES, caption_score_values
@@ -111,7 +112,8 @@ def applicable_metrics(
             return ("caption_accuracy", WRITTEN, AGREEMENT, ROUND_TRIP), (CAPTION_SCORES, *SCORED)
         return (CAPTION_SCORES,), SCORED
     if "text" in sampler.makes and set(sampler.reads) == {"text", "image"}:
-        return (ANSWERS,), ()
+        asked = (ANSWER_PERPLEXITY,) if trained.config.data.dialogues else ()
+        return (ANSWERS, *asked) if graded else asked, ()
     if "text" in sampler.makes and hasattr(sampler, "captions"):
         return ((WRITTEN,), (CAPTION_SCORES,)) if graded else ((CAPTION_SCORES,), ())
     if "image" not in sampler.makes:
@@ -240,6 +242,8 @@ def _values_of(
         return round_trip_values(trained, split, num, seed, settings)
     if name == ANSWERS:
         return answer_values(trained, split, num, seed, settings)
+    if name == ANSWER_PERPLEXITY:
+        return answer_perplexity(trained, split, num)
     if name == CAPTION_LOSS:
         return caption_loss(trained, split, num, seed)
     if name in POINT_METRICS:

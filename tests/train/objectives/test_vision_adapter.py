@@ -121,19 +121,19 @@ def test_a_language_model_is_read_stays_as_it_is_and_answers(debug_run, scenes_d
 def test_the_language_model_takes_no_memory_but_its_own():
     """Of the compiler's plan of a step: with it trained there are its gradients too, and both moments."""
     wide = ("width=128", "mlp_hidden=1024", "head_dim=32")
-    sizes = {}
+    sizes, programs = {}, {}
     for name, pattern in {"all": ".*", "adapter": "^vision_adapter/(?!language/)"}.items():
         fields = [f"--config.models.vision_adapter.{field}" for field in wide]
         overrides = (*fields, "--config.batch_size=2", f"--config.trainable=({pattern!r},)", "--config.ema.decay=0.0")
         config = config_of("vision_adapter.py", *overrides)
-        program = create_program(config, make_mesh(config.mesh, jax.devices()[:1]))
+        program = programs[name] = create_program(config, make_mesh(config.mesh, jax.devices()[:1]))
         with program.in_mesh():
             inputs = program.abstract_state, program.abstract_frozen, program.abstract_batch
             plan = program.train_step.lower(*inputs).compile().memory_analysis()
         sizes[name] = plan.temp_size_in_bytes, plan.argument_size_in_bytes
-    language = program.abstract_state.params["vision_adapter"]["language"]
-    held = 4 * count_parameters(language)
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.abstract_state.opt_state)]
+    state = programs["adapter"].abstract_state
+    held = 4 * count_parameters(state.params["vision_adapter"]["language"])
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
     assert any("cross_blocks_0" in path for path in paths) and not any("language" in path for path in paths)
     saved = [sizes["all"][part] - sizes["adapter"][part] for part in (0, 1)]
     print(f"held {held:,} bytes; all: {sizes['all']}, adapter: {sizes['adapter']} (temporary, arguments)")

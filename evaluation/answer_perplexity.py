@@ -1,0 +1,74 @@
+"""How probable the answers of a split are to a run, with the picture that is asked about, with another, with none."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from cli.errors import UserError
+from data.pipeline import open_stream
+from evaluation.records import Record
+from sample.samplers.dvae import from_uint8
+from sample.samplers.vision_adapter import VisionAdapterSampler, cut_pictures, picture_place, spread_rows, with_pictures
+from sample.trained import TrainedSampler
+
+ANSWER_PERPLEXITY = "answer_perplexity"
+
+
+def answer_perplexity(trained: TrainedSampler, split: str, num: int) -> Record:
+    """Exp of the mean of -ln p over the tokens of all answers to the first questions of a split.
+
+    Args:
+      trained: a vision adapter whose dataset has questions with answers, `config.data.dialogues`.
+      split: of its dataset.
+      num: questions, one a picture, at least 2.
+
+    Returns:
+      values: answer_perplexity; with_wrong_picture_perplexity, each with the next question's picture; and
+      without_picture_perplexity, which is the language model's where a picture's token stands before the text.
+
+    Raises:
+      UserError: if there are no such questions, num is 1, or the split has fewer records.
+    """
+    data = trained.config.data
+    if not data.dialogues or num < 2:
+        what = f"--num must be at least 2, not {num}" if data.dialogues else f"{trained.run.folder} learned none"
+        raise UserError(f"{ANSWER_PERPLEXITY} is of several questions with answers: {what}")
+    stream = open_stream(data, trained.tokenizer, split=split, seed=0, train=False)
+    if stream.epoch_size < num:
+        raise UserError(f"split {split!r} of {data.dataset} has {stream.epoch_size} records; set --num to that or less")
+    totals = {"answer": np.zeros(2), "with_wrong_picture": np.zeros(2), "without_picture": np.zeros(2)}
+    for start in range(0, num, trained.chunk):
+        places = np.minimum(np.arange(start, start + trained.chunk), num - 1)  # one program for every chunk
+        batch, others = stream.batch(places.tolist()), stream.batch(((places + 1) % num).tolist())
+        mask = batch["text_mask"] & (np.arange(start, start + trained.chunk) < num)[:, None]
+        for name, image in (("answer", batch["image"]), ("with_wrong_picture", others["image"])):
+            totals[name] += jax.device_get(_nats(trained.sampler, trained.weights.params, batch["text"], mask, image))
+        plain = _nats(trained.sampler, trained.weights.params, batch["text"], mask, None)
+        totals["without_picture"] += jax.device_get(plain)
+    values = {f"{name}_perplexity": math.exp(nats / max(count, 1)) for name, (nats, count) in totals.items()}
+    return {"values": values, "counted": {}}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats(
+    sampler: VisionAdapterSampler,
+    params: dict,
+    text: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    image: UInt8[Array, "b H W 3"] | None,
+) -> Float[Array, "2"]:
+    """-ln p of all tokens that `mask` has, and their number."""
+    model, tiles, canvas = sampler.model, None, None
+    if image is not None:
+        tiles, canvas = cut_pictures(from_uint8(image), model.tile_size, model.max_tiles)
+        mask = spread_rows(mask, picture_place(text, model.image_token), 1, False, False)
+        text = with_pictures(text, model.image_token, model.text_pad_id)
+    logits = model.apply({"params": params["vision_adapter"]}, text[:, :-1], tiles, canvas)
+    counted = mask[:, 1:]
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, text[:, 1:], 0)) * counted
+    return jnp.stack([jnp.sum(nats), jnp.sum(counted, dtype=jnp.float32)])
