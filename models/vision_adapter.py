@@ -17,7 +17,8 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from models.clip import IMAGE_MEAN, IMAGE_STD
+from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
+from models.clip_to_tiles import encoder_from_clip
 from models.layers.attention import KeyValueCache
 from models.layers.dense import Dense
 from models.layers.gated_cross_attention import GatedCrossBlock
@@ -130,6 +131,20 @@ class VisionAdapter(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+
+    # Places within that start from a part of another network's weights; see `adopt`.
+    ADOPTS: ClassVar[tuple[str, ...]] = ("encoder",)
+
+    def adopt(self, place: str, params: Any, theirs: Any) -> Any:
+        """Some of the parameters at a place within, made of another network's: of `encoder` what a CLIP has of it.
+
+        Raises:
+          ValueError: if that is another network, or of other widths.
+        """
+        del place
+        if not isinstance(theirs, Clip):
+            raise ValueError("the encoder starts from a CLIP's tower")
+        return encoder_from_clip(params, theirs, self)
 
     def adapt(self, params: Any, theirs: "VisionAdapter") -> Any:
         """Parameters of a network that differs in `ADAPTABLE`, as they are."""

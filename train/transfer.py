@@ -22,7 +22,8 @@ Tree = Any
 def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Callable[[Tree], Tree]) -> TrainState:
     """Replaces `state.params[part]` by the weights that `config.initialize.<part>` names, if any; "random" is none.
 
-    An entry with a path `at`, such as "vision_adapter/language", is of a network within a part; its name is free.
+    An entry with a path `at`, such as "vision_adapter/language", is of a network within a part; its name is free. A
+    network may make some of the parameters in such a place of another kind's, by its method `adopt`.
 
     The moving average and the optimizer start from those of the new parameters that are trained. A network may take
     parameters of one that differs in its fields `ADAPTABLE`, by its method `adapt`.
@@ -45,7 +46,14 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
             whole = dict(params[at])
             params[at] = whole
             (place,) = inner
-            whole[place] = _placed(name, entry, part.params, whole[place])
+            kept: dict[Any, Any] = {}
+            there = whole[place]
+            if start.adopted(config):  # of the other parameters in that place nothing is said
+                flat, given = flatten_dict(there), flatten_dict(part.params)
+                kept = {path: leaf for path, leaf in flat.items() if path not in given}
+                there = unflatten_dict({path: leaf for path, leaf in flat.items() if path in given})
+            placed = _placed(name, entry, part.params, there)
+            whole[place] = unflatten_dict({**kept, **flatten_dict(placed)})
             continue
         params[name] = _placed(name, entry, part.params, params[name])
         if name in variables and part.variables:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from cli.locations import Location
-from models import create_model
+from models import MODELS, create_model
 from weights.files.layout import model_shapes
 from weights.lora import LORA
 from weights.run import Run, model_of
@@ -63,6 +63,8 @@ class Start:
           UserError: if there are none, or they are of a network that computes something else (all differing fields
             listed).
         """
+        if self.adopted(config):
+            return self._adopt(config, near)
         wanted, source = self.model(config), self.source(near)
         ours = create_model(**wanted)
         adaptable = getattr(ours, "ADAPTABLE", ())  # fields in which the network of the weights may differ
@@ -80,6 +82,23 @@ class Start:
             except ValueError as error:
                 raise UserError(f"config.initialize.{self.name}: {self.entry.source}: {error}") from error
         return part
+
+    def adopted(self, config: ConfigDict) -> bool:
+        """Whether it gives some of the parameters in its place, made of those of another kind of network."""
+        part, _, inner = self.at.partition("/")
+        name = config.models[part].name if part in config.models else ""
+        return bool(inner) and name in MODELS and inner in getattr(MODELS[name], "ADOPTS", ())
+
+    def _adopt(self, config: ConfigDict, near: Location | None) -> Part:
+        part, _, inner = self.at.partition("/")
+        source = self.source(near)
+        model = trained_model(source, self.entry.part)
+        found = load_part(ConfigDict({**self.entry, "source": str(source.folder)}), config.seed)
+        ours = create_model(**model_of(config.models[part]))
+        try:
+            return Part(model, ours.adopt(inner, found.params, create_model(**model)), {})
+        except ValueError as error:
+            raise UserError(f"config.initialize.{self.name}: {self.entry.source} does not fit: {error}") from error
 
     def model(self, config: ConfigDict) -> dict[str, Any]:
         """The arguments of `create_model` of the network that it is for; raises UserError if there is none."""
@@ -106,8 +125,8 @@ def starts_of(config: ConfigDict) -> list[Start]:
 
 
 def bases_of(config: ConfigDict) -> list[Start]:
-    """Those whose parameters a run of pairs leaves to their sources; none of another run."""
-    return starts_of(config) if config.lora.rank else []
+    """Those whose parameters a run of pairs leaves to their sources, all of a place; none of another run."""
+    return [start for start in starts_of(config) if not start.adopted(config)] if config.lora.rank else []
 
 
 def pin_bases(config: ConfigDict, near: Location | None = None) -> None:

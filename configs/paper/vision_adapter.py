@@ -61,6 +61,8 @@ def get_config(argument: str = "") -> ConfigDict:
     first = f"runs/vision_adapter_{size}"
     config.initialize.language = ConfigDict({"part": "llama", "at": "vision_adapter/language"})
     config.initialize.language.source = "" if answers else language
+    # The image encoder's first layers may start from the tower of a CLIP, such as runs/clip.
+    config.initialize.encoder = ConfigDict({"source": "", "part": "clip", "at": "vision_adapter/encoder"})
     config.initialize.vision_adapter = ConfigDict({"source": first if answers else "", "part": "vision_adapter"})
     config.trainable = (r"^vision_adapter/(?!language/)",)
 

@@ -14,13 +14,17 @@ from cli.errors import EXIT_OK, UserError
 from data.dialogues import encode_dialogue
 from data.scenes.questions import Dialogue
 from data.tokenizer import Tokenizer
+from models import create_model
 from sample.trained import TrainedSampler
 from train.distributed.mesh import make_mesh
 from train.distributed.sharding import path_name
 from train.loop import train
 from train.objectives import create_objective
 from train.program import create_program
+from train.state import create_state
 from train.trainable import count_parameters, trained_params
+from train.transfer import initialize_parts
+from weights.pretrained import write_pretrained
 from weights.run import Run
 
 from ...models.random_parameters import random_parameters
@@ -115,6 +119,45 @@ def test_a_language_model_is_read_stays_as_it_is_and_answers(debug_run, scenes_d
         wrong.models.vision_adapter.mlp_hidden = 40
     with pytest.raises(UserError, match="mlp_hidden: 48, not 40"):
         train(wrong, tmp_path / "other")
+
+
+def test_the_encoder_starts_from_a_clip_of_smaller_pictures(tmp_path):
+    config = config_of("vision_adapter.py")
+    ours = create_model(**config.models.vision_adapter)
+    fields = {"name": "clip", "embed_dim": 8, "image_tower": "vit", "image_size": 16, "patch_size": ours.patch_size}
+    fields |= {"image_width": ours.image_width, "image_layers": ours.image_layers + 1, "image_heads": ours.image_heads}
+    fields |= {"image_mlp_ratio": ours.image_mlp_ratio, "text_vocab_size": 9, "text_length": 4, "text_end_id": 8}
+    fields |= {"text_width": 64, "text_layers": 1}
+
+    def start(**changes):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        theirs = random_parameters(create_model(**{**fields, **changes}))
+        clip = {"objective": "clip", "models": {"clip": {**fields, **changes}}}
+        write_pretrained(folder, clip, {"clip": theirs}, {}, provenance={})
+        with config.unlocked():
+            config.initialize.encoder.source = str(folder)
+        params = random_parameters(ours, seed=1)
+        before = flatten_dict(params["encoder"], sep="/")
+        state = create_state({"vision_adapter": params}, {}, {}, averaged={})
+        after = initialize_parts(config, state, lambda params: {}).params["vision_adapter"]
+        jax.tree.map(np.testing.assert_array_equal, after["language"], params["language"])
+        return flatten_dict(theirs["image"], sep="/"), before, flatten_dict(after["encoder"], sep="/")
+
+    theirs, before, after = start()
+    assert {path: leaf.shape for path, leaf in before.items()} == {path: leaf.shape for path, leaf in after.items()}
+    np.testing.assert_array_equal(after["last_norm/scale"], theirs["final_norm/scale"])
+    kernel = "blocks_1/attention/query_key_value/kernel"
+    np.testing.assert_array_equal(after[kernel], theirs[kernel])
+    kept = {path for path in before if np.array_equal(before[path], after[path])}
+    assert {path.split("/")[0].removesuffix("_gate") for path in kept} == {
+        *("first_tile", "last_tile", "tile_position", "position", "global_blocks_0")
+    }
+    positions = jax.image.resize(theirs["position/embedding"][1:].reshape(4, 4, -1), (8, 8, ours.image_width), "cubic")
+    np.testing.assert_allclose(after["position/embedding"][1:], positions.reshape(64, -1), atol=1e-6)
+    with pytest.raises(
+        UserError, match="does not fit: its tower has another image_width 48, image_mlp_ratio 3, 1 layers"
+    ):
+        start(image_width=48, image_layers=1)
 
 
 @pytest.mark.slow
