@@ -25,7 +25,7 @@ def sizes(entry):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("v0_256", 952_504_912 - (1024 - 256) * 1536),
+        pytest.param("v0_256", 952_504_912 - (1024 - 256) * 1536, marks=pytest.mark.slow),
         pytest.param("v0_512", 952_504_912, marks=pytest.mark.slow),
         pytest.param("v0_aesthetics", 952_504_912, marks=pytest.mark.slow),
         pytest.param("v1_512", 952_509_520, marks=pytest.mark.slow),
@@ -40,7 +40,7 @@ def test_unidiffusers_have_the_published_parameters(name, parameters):
     ("name", "whole", "language"),
     [
         ("text", 124_539_712, 124_440_576),
-        ("clipcap", 124_439_808 + 31_468_800, 124_439_808),
+        pytest.param("clipcap", 124_439_808 + 31_468_800, 124_439_808, marks=pytest.mark.slow),
         pytest.param("clipcap_transformer", 178_027_776, 124_439_808, marks=pytest.mark.slow),
     ],
 )
