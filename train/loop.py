@@ -41,6 +41,7 @@ from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
 from weights.power_averages import AVERAGES
 from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, PROFILE, TOKENIZER, WRITES_WITH
 from weights.sources import load_frozen
+from weights.starts import starts_of
 
 Tree = Any
 
@@ -334,6 +335,11 @@ def _measure_first(
     if not wanted or objective.has_measured(state.variables):
         return state
     say(f"measuring {wanted} examples before the first update")
+    for started in starts_of(config):
+        say(
+            f"warning: {started.entry.source} does not bring along what is measured here; if its config says it, such "
+            "as config.scales, set the same"
+        )
     return _measure(config, training, state, wanted, hurry=False)
 
 
