@@ -100,6 +100,52 @@ GPUS = (
 )
 
 
+# Memory of a GPU by its data sheet, which calls GB what `nvidia-smi` shows as about as many GiB.
+GPU_GIB = {
+    **{"rtx3090": 24, "rtx4090": 24, "a10": 24, "l4": 24, "rtx5090": 32, "l40s": 48},
+    **{"a100-40": 40, "a100": 80, "h100": 80, "h200": 141},
+}
+# An assumption: the rest is for the driver's context, the libraries' work space and gaps between buffers.
+GPU_USABLE = 0.92
+GPU_COUNTS = (1, 2, 4, 8)  # of a machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """GPUs by their memory.
+
+    Attributes:
+      name: as it was asked for, such as "24" or "a100".
+      memory_bytes: of one.
+      count: how many; 0 if that was not said.
+    """
+
+    name: str
+    memory_bytes: int
+    count: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of one, for a program."""
+        return int(self.memory_bytes * GPU_USABLE)
+
+
+def gpu_of(text: str) -> Gpu:
+    """Reads `24`, `a100`, `h200:8`: GiB or a name, and how many.
+
+    Raises:
+      UserError: if it is not written so, or there is no such name; lists the names.
+    """
+    found = re.fullmatch(r"([\w-]+?)(?:gb|gib)?(?::(\d+))?", text.lower())
+    gib = 0
+    if found is not None:
+        gib = int(found[1]) if found[1].isdigit() else GPU_GIB.get(found[1], 0)
+    if found is None or gib < 1 or found[2] == "0":
+        names = ", ".join(GPU_GIB)
+        raise UserError(f"unknown GPU {text!r}; give its GiB, such as 24, 80 or 141, or one of {names}; then :COUNT")
+    return Gpu(found[1], gib * GIB, int(found[2] or 0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Peak:
     """A rate to compare with.

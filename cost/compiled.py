@@ -16,6 +16,7 @@ from cli.errors import UserError
 from cost.chips import Bound, Chip, chip_of, known_topologies, roofline
 from cost.flops import matrix_flops, plain_config
 from cost.hlo import Collectives, read_collectives
+from cost.measured import program_bytes
 from train.distributed.mesh import make_mesh
 from train.program import Program, create_program
 from train.trainable import count_parameters, trained_params, trained_patterns
@@ -33,6 +34,8 @@ class Compilation:
       available_bytes: of a device, as the compiler said; None if it fits, when it does not say.
       collectives: that a step runs; None if it does not fit.
       seconds: that compiling took.
+      total_bytes: of a device, arguments, results and temporaries, as if all of them were held at once, which some
+        backends do not count as the peak (`cost.measured.program_bytes`); None if the step does not fit.
     """
 
     fits: bool
@@ -42,6 +45,7 @@ class Compilation:
     available_bytes: int | None
     collectives: Collectives | None
     seconds: float
+    total_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +138,7 @@ def fit(config: ConfigDict, topology: str) -> Fit:
         trained_parameters=trained,
         held_parameters=count_parameters(program.abstract_state.params) - trained,
         frozen_parameters=count_parameters({part: trees["params"] for part, trees in program.abstract_frozen.items()}),
-        shape_bytes=_shard_bytes((program.abstract_state, program.abstract_frozen, program.abstract_batch)),
+        shape_bytes=shard_bytes((program.abstract_state, program.abstract_frozen, program.abstract_batch)),
         step_flops=step_flops(plain_config(config, recompute=False), mesh),
         compute_flops=compute_flops,
         compilation=compilation,
@@ -171,6 +175,7 @@ def compile_step(program: Program) -> Compilation:
         available_bytes=None,
         collectives=read_collectives(compiled.as_text(), program.mesh.size),
         seconds=seconds,
+        total_bytes=program_bytes(memory),
     )
 
 
@@ -194,6 +199,6 @@ def _bytes(amount: str, unit: str) -> int:
     return round(float(amount) * 1024 ** " KMGT".index(unit or " "))
 
 
-def _shard_bytes(tree: Any) -> int:
+def shard_bytes(tree: Any) -> int:
     """Bytes of a tree's leaves on one device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -77,7 +77,7 @@ def _count(jaxpr: Jaxpr, within: str = "") -> dict[str, int]:
             inner = max(branches, key=lambda counted: sum(counted.values()))
         else:
             times = equation.params["length"] if name == "scan" else 1
-            for program in _inner_programs(equation.params):
+            for program in inner_programs(equation.params):
                 for inner_scope, count in _count(program, scope).items():
                     inner[inner_scope] = inner.get(inner_scope, 0) + times * count
         for key, count in ({scope: total} | inner).items():
@@ -89,7 +89,7 @@ def _shape(value: Any) -> tuple[int, ...]:
     return value.aval.shape
 
 
-def _inner_programs(parameters: dict[str, Any]) -> list[Jaxpr]:
+def inner_programs(parameters: dict[str, Any]) -> list[Jaxpr]:
     """Programs that an equation holds: of jit, scan, remat, custom derivatives."""
     programs = []
     for value in parameters.values():

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cli import entry_point
+from cli.accelerators import has_accelerator
 from cli.config import flatten, load_config
 from cli.errors import EXIT_OK, UserError
 from cli.text_files import read_text
 from configs.common import get_defaults
-from cost.chips import GIB, chip_of
+from cost.chips import GIB, GPU_COUNTS, Gpu, chip_of, gpu_of
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -24,6 +25,10 @@ not be there. Shows memory, matrix FLOPs, what the collectives send, and the lea
 is allocated or run: no dataset and no other run is needed. A large step takes minutes to compile.
 
   --config=FILE[:ARGUMENT]   the config; --config.KEY=VALUE overrides a key, such as --config.mesh.fsdp=8
+
+With --gpu it is GPUs by their memory. Their own compiler is asked where JAX finds so many of them; elsewhere arguments
+(parameters, optimizer, averages, frozen networks) are exact by their shapes, and temporaries are an estimate from the
+traced program, which needs no compiler: a minute for a large network. It is named as one; docs/tpu.md explains it.
 
 The exit code is 0 if the step fits into the memory of its devices and 1 if it does not.
 """
@@ -60,17 +65,27 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the command line, compiles or finds the row of the table, and prints."""
     parser = entry_point.parser("scripts.fit", _DESCRIPTION)
     parser.add_argument("--topology", default="", help="a slice such as v5e:4x4 (default: config.mesh.topology)")
+    parser.add_argument(
+        "--gpu",
+        default="",
+        metavar="GIB|NAME[:COUNT]",
+        help="GPUs instead: 24, 80, 141 or a100, h100:8, ... (default COUNT: the fewest of 1, 2, 4, 8 that hold it)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--table", type=Path, help="write a row into this page, unless it is there and still holds")
     options, rest = parser.parse_known_args(arguments)
     config = load_config(rest)
+    name = " ".join(rest).replace("--config=", "").replace("--config ", "")
+    if options.gpu:
+        if options.topology or options.table:
+            raise UserError("--gpu goes without --topology and --table, which are of TPUs")
+        return _fit_gpus(name, config, gpu_of(options.gpu), options.json)
     topology = options.topology or config.mesh.topology
     if not topology:
         raise UserError("config.mesh.topology names no slice; give one, such as --topology=v5e:4x4")
     chip_of(topology)
     with config.unlocked():
         config.mesh.topology = topology
-    name = " ".join(rest).replace("--config=", "").replace("--config ", "")
     hashes = row_hashes(config)
 
     if options.table:
@@ -94,6 +109,20 @@ def main(arguments: Sequence[str]) -> int:
     print(json.dumps(report, indent=2) if options.json else format_report(report))
     if options.table:
         write_row(options.table, table_row(report))
+    return EXIT_OK if report["fits"] else EXIT_DOES_NOT_FIT
+
+
+def _fit_gpus(name: str, config: Any, gpu: Gpu, as_json: bool) -> int:
+    """Answers `--gpu`."""
+    if not has_accelerator():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    devices = f"--xla_force_host_platform_device_count={gpu.count or GPU_COUNTS[-1]}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}"  # read when jax is imported
+    from cost.gpu_memory import describe_gpu_fit, fit_gpus, format_gpu_fit, smallest_fit
+
+    fitted, tried = (fit_gpus(config, gpu), []) if gpu.count else smallest_fit(config, gpu)
+    report = describe_gpu_fit(name, fitted, tried)
+    print(json.dumps(report, indent=2) if as_json else format_gpu_fit(report))
     return EXIT_OK if report["fits"] else EXIT_DOES_NOT_FIT
 
 

@@ -143,6 +143,10 @@ def test_a_hash_follows_the_compilers_versions(monkeypatch):
 
 
 def test_mistakes_are_one_line(page, monkeypatch):
+    with pytest.raises(UserError, match="unknown GPU 'b9000'"):
+        fit.main([f"--config={CONFIG}", "--gpu=b9000"])
+    with pytest.raises(UserError, match="--gpu goes without --topology and --table"):
+        fit.main([f"--config={CONFIG}", "--gpu=24", f"--table={page}"])
     with pytest.raises(UserError, match="unknown topology 'v5litepod:2x2'; choose one of v3:2x2 .* v5e:4x4"):
         fit.main([f"--config={CONFIG}", "--topology=v5litepod:2x2"])
     with pytest.raises(UserError, match="config.mesh.topology names no slice"):
@@ -222,6 +226,16 @@ def test_what_does_not_fit_exits_with_1():
     result = run_command("--config=configs/paper/dvae.py:debug", "--config.batch_size=33554432")
     assert result.returncode == 1 and result.stderr == "", result.stderr
     assert "of 15.75 GiB: does not fit: " in result.stdout
+
+
+def test_gpus_are_answered_with_an_estimate(monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    arguments = ["--config=configs/paper/dvae.py:debug", "--config.batch_size=33554432", "--gpu=24:1", "--json"]
+    assert fit.main(arguments) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["gpus"], report["fits"], report["estimated"], report["close"]) == (1, False, True, False)
+    assert report["memory_bytes"] == sum(report["argument_bytes"].values()) + report["temporary_bytes"]
+    assert report["argument_bytes"]["batch"] == 33554432 * (32 * 32 * 3 + 4)  # pictures and their numbers
 
 
 UNROLLED = """
