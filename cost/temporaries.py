@@ -274,11 +274,13 @@ def _score_shapes(program: Jaxpr) -> frozenset[tuple[int, ...]]:
         for equation in program.eqns:
             scope = f"{within}/{equation.source_info.name_stack}"
             if "attention_xla" in scope:
-                shape = equation.outvars[0].aval.shape
-                name, itemsize = equation.primitive.name, getattr(equation.invars[0].aval.dtype, "itemsize", 4)
-                if name == "dot_general" and itemsize == 2 and equation.outvars[0].aval.dtype.itemsize == 4:
+                operand: Any = equation.invars[0].aval
+                result: Any = equation.outvars[0].aval
+                shape = result.shape
+                name, itemsize = equation.primitive.name, getattr(operand.dtype, "itemsize", 4)
+                if name == "dot_general" and itemsize == 2 and result.dtype.itemsize == 4:
                     (axes, _), _ = equation.params["dimension_numbers"]
-                    width = math.prod(equation.invars[0].aval.shape[axis] for axis in axes)
+                    width = math.prod(operand.shape[axis] for axis in axes)
                     (scores if width % 8 == 0 and width <= 128 else written).add(shape)
                 elif name == "add" and len(shape) >= 4:
                     written.add(shape)

@@ -10,6 +10,7 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
+from cost import gpu_memory
 from cost.chips import GIB
 from scripts import fit
 from scripts.describe import describe
@@ -228,14 +229,20 @@ def test_what_does_not_fit_exits_with_1():
     assert "of 15.75 GiB: does not fit: " in result.stdout
 
 
-def test_gpus_are_answered_with_an_estimate(monkeypatch, capsys):
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    arguments = ["--config=configs/paper/dvae.py:debug", "--config.batch_size=33554432", "--gpu=24:1", "--json"]
-    assert fit.main(arguments) == 1
+@pytest.mark.parametrize(("memory", "code"), [("80:2", 0), ("24:2", 1)])
+def test_gpus_are_answered_with_an_estimate(monkeypatch, capsys, memory, code):
+    def fit_gpus(config, gpu):
+        mesh = {**dict.fromkeys(("data", "fsdp", "tensor"), 1), "microbatches": 1}
+        return gpu_memory.GpuFit(gpu, mesh, config.batch_size, {"trained": 1}, {"batch": 40 * GIB}, GIB, None)
+
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(gpu_memory, "fit_gpus", fit_gpus)
+    arguments = [f"--config={CONFIG}", f"--gpu={memory}"]
+    assert fit.main([*arguments, "--json"]) == code
     report = json.loads(capsys.readouterr().out)
-    assert (report["gpus"], report["fits"], report["estimated"], report["close"]) == (1, False, True, False)
-    assert report["memory_bytes"] == sum(report["argument_bytes"].values()) + report["temporary_bytes"]
-    assert report["argument_bytes"]["batch"] == 33554432 * (32 * 32 * 3 + 4)  # pictures and their numbers
+    assert (report["gpus"], report["fits"], report["estimated"]) == (2, code == 0, True)
+    assert os.environ["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=2")
+    assert fit.main(arguments) == code and "ESTIMATE" in capsys.readouterr().out
 
 
 UNROLLED = """
