@@ -77,9 +77,10 @@ def main(arguments: Sequence[str]) -> None:
     prepare_out(out)
     if maps is not None:
         prepare_out(maps)
-    # Of one picture there is one reconstruction, or one text to look at first; but several ways to go on from its top.
+    # Of one picture there is one reconstruction, of a question one answer; but several ways to go on from its top.
     pictured = "image" in given or "image" in (axis.name for axis in axes)
-    one = 1 if pictured and "image" in trained.sampler.reads else None
+    writes = trained.sampler.makes == ("text",)
+    one = 1 if writes or (pictured and "image" in trained.sampler.reads) else None
     if options.keep > (num := options.num or one or 8):
         raise UserError(f"--keep={options.keep} must lie between 1 and --num={num}")
     if axes:
@@ -145,7 +146,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--num",
         type=int,
         help="samples of each condition (default 8; in a cell, trajectory or with attention maps 4; of a run that "
-        "reads pictures 1), or points (2000)",
+        "reads pictures, or makes text alone, 1), or points (2000)",
     )
     parser.add_argument(
         "--rerank", metavar="RUN", help="a CLIP, trained or converted, which sorts the pictures of each prompt"

@@ -11,7 +11,7 @@ from cli.errors import UserError
 from sample.conditions import Made, Order, draw, order_rows, write_out
 from sample.embedding import ClipEmbedder
 from sample.files import Samples
-from sample.sheets.grid import COLUMNS, behind_given, draw_grid, given_columns
+from sample.sheets.grid import COLUMNS, behind_given, draw_grid, given_columns, side_by_side
 from sample.sheets.points import draw_point_run
 from sample.trained import TrainedSampler
 
@@ -85,9 +85,7 @@ def draw_samples(
             "rerank_step": clip.trained.weights.step,
             "candidates": num,
         }
-    told = rows.get("image")
-    if told is not None and told.ndim == 5:  # several of a text, side by side
-        told = np.concatenate(list(told.swapaxes(0, 1)), axis=2)
+    told = side_by_side(rows["image"]) if "image" in rows else None
     grid = draw_made(order, made, labels, shown, told)
     return Drawn(made.images, made.texts, records, description, grid)
 

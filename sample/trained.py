@@ -1,6 +1,7 @@
 """A run folder made ready to sample: weights, frozen stages, tokenizer, and a compiled sampler."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -276,11 +277,16 @@ class TrainedSampler:
         Raises:
           UserError: if the run lacks the tokenizer that reads them.
         """
-        file = getattr(self.sampler, "writes_with", TOKENIZER)
-        tokenizer = self.run.tokenizer(file)
-        if tokenizer is None:
+        if self._writer is None:
+            file = getattr(self.sampler, "writes_with", TOKENIZER)
             raise UserError(f"{self.run.folder} makes text and has no {file}, which would read it; copy it there")
-        return tuple(tokenizer.decode(one) for one in ids)
+        return tuple(self._writer.decode(one) for one in ids)
+
+    @functools.cached_property
+    def _writer(self) -> Tokenizer | None:
+        """The tokenizer of what the sampler makes, read once: text that is streamed is decoded at every token."""
+        file = getattr(self.sampler, "writes_with", TOKENIZER)
+        return self.tokenizer if file == TOKENIZER else self.run.tokenizer(file)
 
     def stream(self, rows: Rows, *, seed: int, index: int, **settings: Any) -> Iterator[Int[np.ndarray, " l"]]:
         """The text of one row as it is written: what there is of its ids, again with each further one.

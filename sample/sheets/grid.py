@@ -105,6 +105,11 @@ def behind_given(given: Sequence[Any], made: Sequence[Any], num: int, blank: Any
     return places
 
 
+def side_by_side(pictures: UInt8[np.ndarray, "c *i h w 3"]) -> UInt8[np.ndarray, "c h w2 3"]:
+    """One picture for each condition: of several that are shown together, these in a row."""
+    return pictures if pictures.ndim == 4 else np.concatenate(list(pictures.swapaxes(0, 1)), axis=2)
+
+
 def given_columns(num: int) -> int:
     """Columns where a picture that was given stands before `num` that were made of it."""
     return min(1 + num, COLUMNS)

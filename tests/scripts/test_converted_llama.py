@@ -11,7 +11,8 @@ from cli.errors import UserError
 from data.llama_tokenizer import LlamaTokenizer
 from models import create_model
 from sample.__main__ import main as sample
-from sample.conditions import Order, make_conditions, order_rows
+from sample.conditions import Order, make_conditions, order_rows, write_out
+from sample.samplers import vision_adapter
 from sample.trained import TrainedSampler
 from scripts.convert import main as convert
 from weights.formats.contract import write_files
@@ -53,7 +54,7 @@ def test_the_tokenizer_and_its_ends_come_along(converted):
     assert set(model.text_stop_ids) == {ids["<|end_of_text|>"], ids["<|eom_id|>"]}
 
 
-def test_an_answer_is_printed_as_it_comes_and_is_what_a_batch_would_have(converted, capsys, tmp_path):
+def test_an_answer_is_printed_as_it_comes_and_is_what_a_batch_would_have(converted, capsys, monkeypatch, tmp_path):
     folder, ids, (red, blue) = converted
     trained = TrainedSampler.open(folder, chunk=1)
     order = Order(make_conditions(["what is it?"], (), [str(red)]), 0, {"answer_length": 6, "temperature": 1.0})
@@ -63,11 +64,32 @@ def test_an_answer_is_printed_as_it_comes_and_is_what_a_batch_would_have(convert
     np.testing.assert_array_equal(streamed[-1], whole[: len(streamed)])
     assert [len(part) for part in streamed] == list(range(1, len(streamed) + 1))
     assert set(whole[len(streamed) :]) <= {trained.sampler.model.text_pad_id}
+    parts: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "tokenizer", None)  # a file of megabytes is not parsed again for each token
+        made = write_out(trained, order, rows, parts.append)
+    assert len([part for part in parts if part.strip()]) > 1 and made.texts == ("".join(parts).removesuffix("\n"),)
+    assert made.texts == trained.decode(whole[None])
 
     arguments = [f"--run={folder}", f"--image={red}", f"--image={blue}", "--prompt=what is it?", "--answer_length=6"]
     sample([*arguments, "--together", "--temperature=1", f"--out={tmp_path}/grid.png", f"--files={tmp_path}/files"])
     record = json.loads((tmp_path / "files" / "samples.json").read_text())["samples"][0]
     assert record["image"] == [str(red), str(blue)] and capsys.readouterr().out.startswith(record["text"])
+
+
+def test_all_pictures_are_looked_at_and_stand_side_by_side_in_a_table(converted, tmp_path):
+    folder, _, (red, blue) = converted
+    trained = TrainedSampler.open(folder, chunk=1)
+    asked = [order_rows(trained, Order(make_conditions(["a"], (), [str(red), str(two)], True))) for two in (red, blue)]
+    params = trained.weights.params["vision_adapter"]
+    first = jax.jit(lambda rows: vision_adapter._read(trained.sampler, 1, params, rows)[0])
+    assert np.abs(first(asked[0]) - first(asked[1])).max() > 1e-4
+
+    arguments = [f"--run={folder}", f"--image={red}", f"--image={blue}", "--together", "--prompt=what is it?"]
+    sample([*arguments, "--answer_length=2", "--sweep=seed=0,1", f"--out={tmp_path}/grid.png"])
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 3
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
+    assert all(np.any(np.all(pixels == color, axis=-1)) for color in ((255, 0, 0), (0, 0, 255)))
 
 
 def test_an_answer_ends_at_any_of_the_ends(converted):
