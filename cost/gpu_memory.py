@@ -5,6 +5,7 @@ program (`cost.temporaries`), which takes as long as tracing: a minute at most, 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from cost.chips import GIB, GPU_COUNTS, Gpu
 from cost.compiled import compile_step, shard_bytes
+from cost.step_shapes import sides, split_of
 from cost.temporaries import FACTOR, program_temporary_bytes
 from train.distributed.mesh import make_mesh
 from train.program import Program, create_program
@@ -159,25 +161,16 @@ def _estimate(program: Program, trained: Any) -> int:
     What has the shape of a trained parameter, as its gradient has, is split as that is; all else is taken to have a
     batch, which is split over `data` and `fsdp`.
     """
-    rows = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    kinds: dict[tuple[int, ...], int] = {}
-    for leaf in jax.tree.leaves(trained):
-        kinds[_sides(leaf.shape)] = leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape))
-
-    def split(shape: tuple[int, ...]) -> int:
-        # Layers that are scanned are stacked.
-        return kinds.get(_sides(shape)) or kinds.get(_sides(shape[1:])) or rows
-
+    kinds = {
+        sides(leaf.shape): leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(trained)
+    }
+    split = functools.partial(split_of, kinds, program.mesh.shape["data"] * program.mesh.shape["fsdp"])
     with program.in_mesh():
         traced = jax.make_jaxpr(program.train_step)(
             program.abstract_state, program.abstract_frozen, program.abstract_batch
         )
     return program_temporary_bytes(traced.jaxpr, split, fused_attention=True)
-
-
-def _sides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Equal for a shape and its transpositions."""
-    return tuple(sorted(side for side in shape if side != 1))
 
 
 def describe_gpu_fit(name: str, fitted: GpuFit, tried: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cli.config import flatten, load_config
 from cli.errors import EXIT_OK, UserError
 from cli.text_files import read_text
 from configs.common import get_defaults
-from cost.chips import GIB, GPU_COUNTS, Gpu, chip_of, gpu_of
+from cost.chips import CHIPS, GIB, GPU_COUNTS, Gpu, chip_of, gpu_of
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -29,6 +29,10 @@ is allocated or run: no dataset and no other run is needed. A large step takes m
 With --gpu it is GPUs by their memory. Their own compiler is asked where JAX finds so many of them; elsewhere arguments
 (parameters, optimizer, averages, frozen networks) are exact by their shapes, and temporaries are an estimate from the
 traced program, which needs no compiler: a minute for a large network. It is named as one; docs/tpu.md explains it.
+
+With --search=v5e it tries slices of that chip, smallest first, with microbatches, splits over fsdp and recomputation
+(models.*.remat), and says the cheapest that fits and the fastest bound, as commands. What arithmetic rules out is not
+compiled. Answers are kept in --answers, so that a search that was cut goes on where it was.
 
 The exit code is 0 if the step fits into the memory of its devices and 1 if it does not.
 """
@@ -71,6 +75,15 @@ def main(arguments: Sequence[str]) -> int:
         metavar="GIB|NAME[:COUNT]",
         help="GPUs instead: 24, 80, 141 or a100, h100:8, ... (default COUNT: the fewest of 1, 2, 4, 8 that hold it)",
     )
+    parser.add_argument(
+        "--search",
+        default="",
+        metavar="CHIP[:MOST]",
+        help="try slices of a chip, such as v5e, or v5e:16 for no more than 16 chips",
+    )
+    parser.add_argument(
+        "--answers", type=Path, default=Path("runs/fit_search.json"), help="where --search keeps them (%(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--table", type=Path, help="write a row into this page, unless it is there and still holds")
     options, rest = parser.parse_known_args(arguments)
@@ -80,6 +93,10 @@ def main(arguments: Sequence[str]) -> int:
         if options.topology or options.table:
             raise UserError("--gpu goes without --topology and --table, which are of TPUs")
         return _fit_gpus(name, config, gpu_of(options.gpu), options.json)
+    if options.search:
+        if options.topology or options.table or options.json:
+            raise UserError("--search goes without --topology, --table and --json")
+        return _search(name, config, options.search, options.answers)
     topology = options.topology or config.mesh.topology
     if not topology:
         raise UserError("config.mesh.topology names no slice; give one, such as --topology=v5e:4x4")
@@ -96,20 +113,66 @@ def main(arguments: Sequence[str]) -> int:
             )
             return EXIT_OK if row["fits"] == "yes" else EXIT_DOES_NOT_FIT
 
+    fit = _prepare_compiler()
+    report = describe(name, fit(config, topology), hashes)
+    print(json.dumps(report, indent=2) if options.json else format_report(report))
+    if options.table:
+        write_row(options.table, table_row(report))
+    return EXIT_OK if report["fits"] else EXIT_DOES_NOT_FIT
+
+
+def _prepare_compiler() -> Callable[[Any, str], Any]:
+    """Returns `cost.compiled.fit`, which needs an environment that is set before jax is imported."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is missing: pip install libtpu, or this project's dev extra")
-    os.environ.update(ENVIRONMENT)  # read when jax is imported
+    os.environ.update(ENVIRONMENT)
     import jax
 
     from cost.compiled import fit
 
     # An entry would hide how long compiling takes, and a program for absent devices cannot be loaded from one.
     jax.config.update("jax_enable_compilation_cache", False)
-    report = describe(name, fit(config, topology), hashes)
-    print(json.dumps(report, indent=2) if options.json else format_report(report))
-    if options.table:
-        write_row(options.table, table_row(report))
-    return EXIT_OK if report["fits"] else EXIT_DOES_NOT_FIT
+    return fit
+
+
+def _search(name: str, config: Any, asked: str, answers: Path) -> int:
+    """Answers `--search`."""
+    kind, _, most = asked.partition(":")
+    if kind not in CHIPS or (most and not most.isdigit()):
+        raise UserError(f"unknown --search={asked}; choose one of {', '.join(CHIPS)}, and then :MOST chips")
+    chip, fit = CHIPS[kind], _prepare_compiler()
+    from cost.compiled import topology_devices
+    from cost.search import Candidate, Store, candidates, cheapest, fastest, search
+    from cost.step_shapes import StepShapes
+
+    slices = candidates(config, chip, int(most or 10**9))
+    if not slices:
+        raise UserError(f"config.batch_size={config.batch_size} does not divide over any slice of {asked}")
+
+    def say(way: Candidate, outcome: str) -> None:
+        recomputed = f", remat {way.remat}" if way.remat else ""
+        print(f"{way.topology} fsdp {way.fsdp}, {way.microbatches} microbatch(es){recomputed}: {outcome}", flush=True)
+
+    fitting = search(
+        config,
+        slices,
+        hbm_bytes=chip.hbm_bytes,
+        shapes=StepShapes(config, topology_devices(slices[0][0].topology)[0]),
+        compile_step=lambda changed, topology: describe(name, fit(changed, topology), row_hashes(changed)),
+        key=row_hashes,
+        store=Store(answers),
+        say=say,
+    )
+    if not fitting:
+        print("nothing fits: a larger slice, another chip, or a smaller batch may")
+        return EXIT_DOES_NOT_FIT
+    for title, (way, report) in (("cheapest", cheapest(fitting)), ("fastest bound", fastest(fitting))):
+        bound = report["bound"]
+        print(
+            f"\n{title}: {way.chips} chip(s), {way.topology}, at least {bound['seconds']:.4g} s a step by {bound['by']}"
+        )
+        print(f"    python -m train --config={name} {' '.join(way.overrides())} --workdir=runs/NAME")
+    return EXIT_OK
 
 
 def _fit_gpus(name: str, config: Any, gpu: Gpu, as_json: bool) -> int:

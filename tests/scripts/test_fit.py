@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,10 @@ def test_mistakes_are_one_line(page, monkeypatch):
         fit.main([f"--config={CONFIG}", "--gpu=b9000"])
     with pytest.raises(UserError, match="--gpu goes without --topology and --table"):
         fit.main([f"--config={CONFIG}", "--gpu=24", f"--table={page}"])
+    with pytest.raises(UserError, match="unknown --search=v9; choose one of v3, v4, v5e"):
+        fit.main([f"--config={CONFIG}", "--search=v9"])
+    with pytest.raises(UserError, match="--search goes without --topology, --table and --json"):
+        fit.main([f"--config={CONFIG}", "--search=v5e", "--json"])
     with pytest.raises(UserError, match="unknown topology 'v5litepod:2x2'; choose one of v3:2x2 .* v5e:4x4"):
         fit.main([f"--config={CONFIG}", "--topology=v5litepod:2x2"])
     with pytest.raises(UserError, match="config.mesh.topology names no slice"):
@@ -243,6 +248,24 @@ def test_gpus_are_answered_with_an_estimate(monkeypatch, capsys, memory, code):
     assert (report["gpus"], report["fits"], report["estimated"]) == (2, code == 0, True)
     assert os.environ["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=2")
     assert fit.main(arguments) == code and "ESTIMATE" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_search_asks_the_real_compiler(tmp_path):
+    answers = tmp_path / "answers.json"
+    arguments = ("--config=configs/toy/swiss_roll.py", "--search=v5e:4", f"--answers={answers}")
+    result = run_command(*arguments)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    first, *_ = result.stdout.splitlines()
+    assert re.fullmatch(
+        r"v5e:1x1 fsdp 1, 1 microbatch\(es\): fits: 0.00 of 15.75 GiB; step .* compiled in \d+ s", first
+    )
+    assert "cheapest: 1 chip(s), v5e:1x1, " in result.stdout and "v5e:2x2 fsdp 1" in result.stdout
+    chosen = re.search(r"python -m train --config=(.*) --workdir", result.stdout.split("cheapest: ")[1])
+    assert (
+        chosen and load_config([f"--config={chosen[1].split()[0]}", *chosen[1].split()[1:]]).mesh.topology == "v5e:1x1"
+    )
+    assert all(report["fits"] for report in json.loads(answers.read_text()).values())
 
 
 UNROLLED = """

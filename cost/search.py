@@ -1,0 +1,236 @@
+"""The slice, mesh, microbatches and recomputation with which a step fits: the fewest chips, and the fastest bound.
+
+Compiling is dear, so arithmetic goes first, small slices go before large ones, and every answer is kept.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from ml_collections import ConfigDict
+
+from cli.errors import UserError
+from cost.chips import GIB, Chip
+from cost.temporaries import FACTOR
+
+Report = dict[str, Any]
+
+_MICROBATCHES = (1, 4, 16)
+_REMAT = ("none", "dots", "full")  # by how much is computed again
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to run a step.
+
+    Attributes:
+      topology: the slice.
+      chips: of the slice.
+      devices: of the slice.
+      fsdp: over how many devices parameters are split, if the rules of the mesh split any.
+      microbatches: parts of a batch.
+      remat: recomputation of all trained networks that know it; "" if none does.
+      parts: these networks.
+    """
+
+    topology: str
+    chips: int
+    devices: int
+    fsdp: int
+    microbatches: int
+    remat: str
+    parts: tuple[str, ...]
+
+    def overrides(self) -> tuple[str, ...]:
+        """What to add to a command line."""
+        mesh = {"topology": self.topology, "data": -1, "fsdp": self.fsdp, "microbatches": self.microbatches}
+        return (
+            *(f"--config.mesh.{key}={value}" for key, value in mesh.items()),
+            *(f"--config.models.{part}.remat={self.remat}" for part in self.parts),
+        )
+
+    def apply(self, config: ConfigDict) -> ConfigDict:
+        """A copy of the experiment with the same."""
+        config = config.copy_and_resolve_references()
+        mesh = {"topology": self.topology, "data": -1, "fsdp": self.fsdp, "microbatches": self.microbatches}
+        config.update({"mesh": mesh, "models": {part: {"remat": self.remat} for part in self.parts}})
+        return config
+
+
+@runtime_checkable
+class Shapes(Protocol):
+    """See `cost.step_shapes.StepShapes`."""
+
+    def argument_bytes(self, config: ConfigDict, devices: int) -> int:
+        """Of a device."""
+        ...
+
+    def temporary_bytes(self, config: ConfigDict, devices: int) -> int:
+        """Of a device, estimated."""
+        ...
+
+
+class Store:
+    """Answers on disk, each written as it comes, so that a search that was cut goes on.
+
+    Args:
+      path: of a JSON file, made when the first answer is there.
+
+    Raises:
+      UserError: if it holds something else.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._answers = path, {}
+        if path.exists():
+            try:
+                self._answers = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, OSError) as error:
+                raise UserError(f"{path} is not a search's file of answers: {error}") from error
+        if not isinstance(self._answers, dict):
+            raise UserError(f"{path} is not a search's file of answers")
+
+    def get(self, key: str) -> Report | None:
+        """The answer to a question, if it was asked before."""
+        return self._answers.get(key)
+
+    def put(self, key: str, report: Report) -> None:
+        """Keeps an answer."""
+        self._answers[key] = report
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = self._path.with_suffix(".tmp")
+        new.write_text(json.dumps(self._answers, indent=1), encoding="utf-8")
+        new.replace(self._path)
+
+
+def candidates(config: ConfigDict, chip: Chip, most_chips: int) -> list[list[Candidate]]:
+    """Ways to run a step, a list a slice: the smallest slice first, and in it what computes the least again.
+
+    Parameters are split over one device, all of the slice, or as many as the config says; not at all where its rules
+    split none. `tensor` stays as it is.
+
+    Args:
+      config: an experiment.
+      chip: the kind.
+      most_chips: of a slice.
+    """
+    parts = tuple(sorted(part for part, network in config.models.items() if "remat" in network))
+    splits = any("fsdp" in axes for _, axes in config.mesh.rules)
+    found = []
+    for topology in chip.topologies:
+        chips = math.prod(int(side) for side in topology.split("x"))
+        devices, tensor = chips * chip.devices, config.mesh.tensor
+        if chips > most_chips or devices % tensor:
+            continue
+        most = devices // tensor
+        fsdp = sorted({size for size in (1, config.mesh.fsdp, most) if most % size == 0}) if splits else [1]
+        found.append(
+            [
+                Candidate(f"{chip.name}:{topology}", chips, devices, size, microbatches, remat, parts)
+                for remat, microbatches, size in itertools.product(
+                    _REMAT if parts else ("",), sorted({*_MICROBATCHES, config.mesh.microbatches}), fsdp
+                )
+                if config.batch_size % (most * microbatches) == 0
+            ]
+        )
+    return sorted((each for each in found if each), key=lambda each: each[0].chips)
+
+
+def search(
+    config: ConfigDict,
+    slices: list[list[Candidate]],
+    *,
+    hbm_bytes: int,
+    shapes: Shapes,
+    compile_step: Callable[[ConfigDict, str], Report],
+    key: Callable[[ConfigDict], str],
+    store: Store,
+    say: Callable[[Candidate, str], None],
+) -> list[tuple[Candidate, Report]]:
+    """Asks the compiler for what arithmetic leaves open.
+
+    Not compiled: what has arguments larger than the memory; what the estimate of `cost.temporaries` makes too large,
+    even if it is off by its factor; and, once something fits a slice, what recomputes more or takes more parts there,
+    neither of which lowers the bound, or anything if products already are what bounds it.
+
+    Args:
+      config: an experiment.
+      slices: of `candidates`.
+      hbm_bytes: of a device.
+      shapes: arithmetic.
+      compile_step: (config, topology) -> report of `scripts.fit`.
+      key: config -> what identifies a question.
+      store: answers of this and former searches.
+      say: is told each outcome.
+
+    Returns:
+      what fits.
+    """
+    fitting = []
+    for ways in slices:
+        best: tuple[Candidate, Report] | None = None
+        for way in ways:
+            same = best and (way.remat, way.microbatches) == (best[0].remat, best[0].microbatches)
+            if best and (not same or best[1]["bound"]["by"] == "compute"):
+                break
+            changed = way.apply(config)
+            try:
+                report = _answer(changed, way, hbm_bytes, shapes, compile_step, key, store)
+            except UserError as error:
+                say(way, f"impossible: {error}")
+                continue
+            say(way, _outcome(report))
+            if report["fits"]:
+                fitting.append((way, report))
+                if best is None or report["bound"]["seconds"] < best[1]["bound"]["seconds"]:
+                    best = way, report
+    return fitting
+
+
+def cheapest(fitting: list[tuple[Candidate, Report]]) -> tuple[Candidate, Report]:
+    """The fewest chips, and of these the fastest bound."""
+    return min(fitting, key=lambda each: (each[0].chips, each[1]["bound"]["seconds"]))
+
+
+def fastest(fitting: list[tuple[Candidate, Report]]) -> tuple[Candidate, Report]:
+    """The fastest bound, and of equal ones the fewest chips."""
+    return min(fitting, key=lambda each: (each[1]["bound"]["seconds"], each[0].chips))
+
+
+def _answer(
+    config: ConfigDict,
+    way: Candidate,
+    hbm_bytes: int,
+    shapes: Shapes,
+    compile_step: Callable[[ConfigDict, str], Report],
+    key: Callable[[ConfigDict], str],
+    store: Store,
+) -> Report:
+    """The report of a way, or how far arithmetic got: {fits, memory_bytes, hbm_bytes, why}."""
+    arguments = shapes.argument_bytes(config, way.devices)
+    if arguments > hbm_bytes:
+        return {"fits": False, "memory_bytes": arguments, "hbm_bytes": hbm_bytes, "why": "arguments alone"}
+    name = key(config)
+    if report := store.get(name):
+        return {**report, "cached": True}
+    temporary = shapes.temporary_bytes(config, way.devices)
+    if arguments + temporary / FACTOR > hbm_bytes:
+        why = "by an estimate"
+        return {"fits": False, "memory_bytes": arguments + temporary, "hbm_bytes": hbm_bytes, "why": why}
+    report = compile_step(config, way.topology)
+    store.put(name, report)
+    return report
+
+
+def _outcome(report: Mapping[str, Any]) -> str:
+    memory = f"{report['memory_bytes'] / GIB:.2f} of {report['hbm_bytes'] / GIB:.2f} GiB"
+    if "why" in report:
+        return f"does not fit: {memory}, {report['why']}; not compiled"
+    source = "kept from before" if report.get("cached") else f"compiled in {report['compile_seconds']:.0f} s"
+    if not report["fits"]:
+        return f"does not fit: {memory}; {source}"
+    return f"fits: {memory}; step at least {report['bound']['seconds']:.4g} s, by {report['bound']['by']}; {source}"
