@@ -23,6 +23,7 @@ def get_defaults() -> ConfigDict:
     config.data.image_field = ""  # of pictures; "" for a usual name, see data.fields
     config.data.text_field = ""  # of captions; "" for a usual name
     config.data.image_size = 0  # pixels
+    config.data.max_tiles = 1  # of image_size pixels that a picture of any shape is cut into; 1 for one square
     config.data.buckets = ()  # ((height, width), ...), of which each batch in training has one; () for squares
     config.data.transform = "center_square"  # a key of data.preprocess.TRANSFORMS
     config.data.text_length = 0  # tokens of a caption, ends included; 0 for no text

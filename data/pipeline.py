@@ -24,6 +24,7 @@ from data.precomputed import MADE_OF, StoredField
 from data.preprocess import TRANSFORMS, choose_caption, transform_pair
 from data.records import CAPTIONS, PLACE, dataset_folder, open_records
 from data.tally import TRUNCATED, Tally
+from data.tiles import picture_fields
 from data.tokenizer import Tokenizer
 
 Example = dict[str, np.ndarray]
@@ -43,8 +44,11 @@ def batch_spec(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]
     if points.is_points(config.dataset):
         return {"point": ((2,), np.dtype(np.float32)), "index": ((), np.dtype(np.int32))}
     length = config.text_length
+    tiles = config.get("max_tiles", 1)
+    shape = (*max(picture_shapes(config), key=math.prod), 3)
     spec: dict[str, tuple[tuple[int, ...], np.dtype]] = {
-        "image": ((*max(picture_shapes(config), key=math.prod), 3), np.dtype(np.uint8)),
+        "image": ((tiles, *shape) if tiles > 1 else shape, np.dtype(np.uint8)),
+        **({"canvas": ((), np.dtype(np.int32))} if tiles > 1 else {}),
         "index": ((), np.dtype(np.int32)),
     }
     if length:
@@ -99,12 +103,13 @@ def load_writer(config: ConfigDict) -> Tokenizer | None:
 
 def picture_reader(config: ConfigDict) -> Callable[[bytes], Any]:
     """How the pictures of `config.data` are read for its transform."""
-    # Which of its shapes a picture will get, its bytes do not say.
+    # Which of its shapes a picture will get, its bytes do not say; and a canvas is chosen by the whole picture's size.
     longest = max(map(max, picture_shapes(config)))
+    draft = config.draft and config.get("max_tiles", 1) == 1
     # What is kept is kept as pixels, which take less; otherwise Pillow's image is spared a copy.
     return functools.partial(
         read_picture if config.cache else open_picture,
-        size=transform_pair(config.transform).draft_side(longest) if config.draft else 0,
+        size=transform_pair(config.transform).draft_side(longest) if draft else 0,
     )
 
 
@@ -115,6 +120,7 @@ class ExampleStream:
     [L] (and of questions with answers `text_mask` bool [L], the answers' tokens), with a writer `written` int32 [M],
     and with a `label_field` `label` int32 []. What is precomputed of pictures stands in their place, what is of
     captions beside `text`. With `config.buckets` pictures have several shapes, one in each batch: see `data.buckets`.
+    With `config.max_tiles` above 1 `image` is [T H W 3], and `canvas` int32 [] beside it: see `data.tiles`.
     """
 
     def __init__(
@@ -132,9 +138,9 @@ class ExampleStream:
         """Builds the stream.
 
         Args:
-          config: `config.data`: dataset, data_dir, image_field, text_field, label_field, image_size, buckets,
-            transform, draft, text_length, dialogues, bpe_dropout, cache; and the folder of what is precomputed, if
-            anything is.
+          config: `config.data`: dataset, data_dir, image_field, text_field, label_field, image_size, max_tiles,
+            buckets, transform, draft, text_length, dialogues, bpe_dropout, cache; and the folder of what is
+            precomputed, if anything is.
           tokenizer: encodes captions; None leaves text out.
           split: the split to read.
           seed: of shuffling and augmentation.
@@ -169,7 +175,7 @@ class ExampleStream:
             needs=needs,
             read=picture_reader(config),
         )
-        self._size = config.image_size
+        self._size, self._max_tiles = config.image_size, config.get("max_tiles", 1)
         self._length = config.text_length
         self._dropout = config.bpe_dropout if train else 0.0
         self._tokenizer, self._writer = tokenizer, writer
@@ -177,7 +183,7 @@ class ExampleStream:
         self._train = train
         self._transform = pair.training if train else pair.evaluation
         # Making a generator takes longer than all else about an example that is kept: only for what draws from it.
-        random = self._pictures and pair.training is not pair.evaluation
+        random = self._pictures and pair.training is not pair.evaluation and self._max_tiles == 1
         self._draws = train and (random or tokenizer is not None)
         of_split = {"split": split, "transform": self._transform.__name__, "records": len(self.source)}
         self._stored = {
@@ -245,7 +251,7 @@ class ExampleStream:
         example: Example = {}
         if self._pictures:
             shape = self._size if self._order is None else self._shapes[self._order.bucket(index)]
-            example["image"] = self._transform(record["image"], shape, rng)
+            example |= picture_fields(record["image"], shape, self._transform, self._max_tiles, rng)
         example["index"] = np.int32(index % 2**31)
         chosen = 0
         if self._tokenizer is not None:

@@ -7,13 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
 from cli.errors import UserError
 from data.pipeline import open_stream
 from evaluation.records import Record
-from sample.samplers.dvae import from_uint8
-from sample.samplers.vision_adapter import VisionAdapterSampler, cut_pictures, picture_place, spread_rows, with_pictures
+from sample.samplers.vision_adapter import (
+    PICTURE,
+    VisionAdapterSampler,
+    picture_place,
+    spread_rows,
+    tiles_of,
+    with_pictures,
+)
 from sample.trained import TrainedSampler
 
 ANSWER_PERPLEXITY = "answer_perplexity"
@@ -46,8 +52,10 @@ def answer_perplexity(trained: TrainedSampler, split: str, num: int) -> Record:
         places = np.minimum(np.arange(start, start + trained.chunk), num - 1)  # one program for every chunk
         batch, others = stream.batch(places.tolist()), stream.batch(((places + 1) % num).tolist())
         mask = batch["text_mask"] & (np.arange(start, start + trained.chunk) < num)[:, None]
-        for name, image in (("answer", batch["image"]), ("with_wrong_picture", others["image"])):
-            totals[name] += jax.device_get(_nats(trained.sampler, trained.weights.params, batch["text"], mask, image))
+        for name, shown in (("answer", batch), ("with_wrong_picture", others)):
+            pictures = {row: shown[row] for row in PICTURE if row in shown}
+            nats = _nats(trained.sampler, trained.weights.params, batch["text"], mask, pictures)
+            totals[name] += jax.device_get(nats)
         plain = _nats(trained.sampler, trained.weights.params, batch["text"], mask, None)
         totals["without_picture"] += jax.device_get(plain)
     values = {f"{name}_perplexity": math.exp(nats / max(count, 1)) for name, (nats, count) in totals.items()}
@@ -60,12 +68,12 @@ def _nats(
     params: dict,
     text: Int[Array, "b t"],
     mask: Bool[Array, "b t"],
-    image: UInt8[Array, "b H W 3"] | None,
+    pictures: dict[str, Array] | None,
 ) -> Float[Array, "2"]:
-    """-ln p of all tokens that `mask` has, and their number."""
+    """-ln p of all tokens that `mask` has, and their number; `pictures` are `PICTURE`."""
     model, tiles, canvas = sampler.model, None, None
-    if image is not None:
-        tiles, canvas = cut_pictures(from_uint8(image), model.tile_size, model.max_tiles)
+    if pictures is not None:
+        tiles, canvas = tiles_of(pictures)
         mask = spread_rows(mask, picture_place(text, model.image_token), 1, False, False)
         text = with_pictures(text, model.image_token, model.text_pad_id)
     logits = model.apply({"params": params["vision_adapter"]}, text[:, :-1], tiles, canvas)

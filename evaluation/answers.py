@@ -44,10 +44,12 @@ def answer_values(trained: TrainedSampler, split: str, num: int, seed: int, sett
         questions = all_questions(world, truth, np.random.default_rng((0, index)))
         asked.append({**questions, _DESCRIBE: Dialogue(DESCRIBE, caption)})
     values, counted = {}, {}
-    for prefix, images in (("", pictures.images), ("wrong_picture_", np.roll(pictures.images, -1, axis=0))):
+    shown = trained.picture_rows(list(pictures.images))
+    wrong = {name: np.roll(value, -1, axis=0) for name, value in shown.items()}
+    for prefix, images in (("", shown), ("wrong_picture_", wrong)):
         for kind in asked[0]:
             dialogues = [questions[kind] for questions in asked]
-            rows = {**trained.encode([dialogue.question for dialogue in dialogues]), "image": images}
+            rows = {**trained.encode([dialogue.question for dialogue in dialogues]), **images}
             outputs = trained(rows, seed=seed, indices=range(num), **settings)
             right = _count_right(world, kind, trained.decode(outputs["text"]), dialogues, truths)
             name = prefix + kind.replace(" ", "_")

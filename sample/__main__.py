@@ -130,7 +130,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--long_prompts", action="store_true", help="there, prompts beyond its context are read in chunks, and not cut"
     )
-    parser.add_argument("--image", action="append", default=[], help="a picture file; repeatable")
+    parser.add_argument(
+        "--image", action="append", default=[], help="a picture file, prepared as in training; repeatable"
+    )
     parser.add_argument("--together", action="store_true", help="a prompt is about all of the pictures at once")
     parser.add_argument(
         "--mask", metavar="FILE", help="a picture file, white where a diffusion draws each --image anew (default: all)"

@@ -8,10 +8,10 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
-from sample.conditions import Made, Order, draw, order_rows, write_out
+from sample.conditions import Made, Order, draw, given_pictures, order_rows, write_out
 from sample.embedding import ClipEmbedder
 from sample.files import Samples
-from sample.sheets.grid import COLUMNS, behind_given, draw_grid, given_columns, side_by_side
+from sample.sheets.grid import COLUMNS, behind_given, draw_grid, given_columns
 from sample.sheets.points import draw_point_run
 from sample.trained import TrainedSampler
 
@@ -85,8 +85,7 @@ def draw_samples(
             "rerank_step": clip.trained.weights.step,
             "candidates": num,
         }
-    told = side_by_side(rows["image"]) if "image" in rows else None
-    grid = draw_made(order, made, labels, shown, told)
+    grid = draw_made(order, made, labels, shown, given_pictures(rows))
     return Drawn(made.images, made.texts, records, description, grid)
 
 

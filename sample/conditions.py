@@ -12,13 +12,15 @@ from jaxtyping import UInt8
 
 from cli.errors import UserError
 from cli.ranges import check_seed
+from data.pictures import read_picture
 from data.preprocess import transform_pair
+from data.tiles import show_tiles
 from models.clip import Clip
 from models.clip_text import ClipText
 from sample.files import read_fitted
 from sample.prompts import Weighted, encode_prompts, parse_weights, plain
 from sample.samplers.contract import besides
-from sample.sheets.grid import to_uint8
+from sample.sheets.grid import side_by_side, to_uint8
 from sample.trained import Rows, TrainedSampler
 
 # Rows of a request (see `sample.samplers.contract`) that a user may give: what they are called, and the option.
@@ -177,14 +179,14 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
                 raise UserError(f"there is no class {condition.label}; {trained.run.folder} takes {has}")
         rows["label"] = np.array([condition.label for condition in order.conditions], np.int32)
     if "image" in told:
-        transform = transform_pair(trained.config.data.transform).evaluation
-        files = {name for condition in order.conditions for name in condition.pictures}
-        pictures = {name: read_fitted(name, trained.picture_size, transform) for name in sorted(files)}
-        shown = [np.stack([pictures[name] for name in condition.pictures]) for condition in order.conditions]
+        files = sorted({name for condition in order.conditions for name in condition.pictures})
+        places = [files.index(name) for condition in order.conditions for name in condition.pictures]
         together = any(isinstance(condition.image, tuple) for condition in order.conditions)
         if together and not getattr(trained.sampler, "sees_several", False):
             raise UserError(f"{trained.run.folder} sees one picture at a time; leave out --together")
-        rows["image"] = np.stack(shown) if together else np.concatenate(shown)
+        for name, row in trained.picture_rows([read_picture(name) for name in files]).items():
+            told_of = row[places]
+            rows[name] = told_of.reshape(len(order.conditions), -1, *row.shape[1:]) if together else told_of
     if order.negative_prompt is not None and "negative" not in rows:
         rows["negative"] = np.repeat(trained.encode([order.negative_prompt])["text"], len(order.conditions), axis=0)
     if order.mask is not None:
@@ -225,6 +227,14 @@ def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
         rows |= {f"negative{end}": np.repeat(rows[f"text{end}"][count:], count, axis=0) for end in ("", "_weights")}
     rows |= {name: rows[name][:count] for name in ("text", "text_weights")}
     return rows if order.prompt_weights else {name: row for name, row in rows.items() if "weights" not in name}
+
+
+def given_pictures(rows: Rows) -> UInt8[np.ndarray, "c h w 3"] | None:
+    """What people see of the pictures that each condition holds, several side by side; None if they hold none."""
+    told = rows.get("image")
+    if told is not None and "canvas" in rows:
+        told = show_tiles(told, rows["canvas"])
+    return None if told is None else side_by_side(told)
 
 
 def draw_outputs(trained: TrainedSampler, order: Order, rows: Rows, num: int, **more: Any) -> Rows:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -16,6 +16,8 @@ from cli.errors import UserError
 from cli.locations import Location
 from cli.ranges import check_seed
 from data.buckets import Shape, shapes_of
+from data.preprocess import transform_pair
+from data.tiles import picture_fields
 from data.tokenizer import Tokenizer
 from models import MODELS
 from sample.arguments import idle_settings
@@ -96,7 +98,8 @@ class TrainedSampler:
         config.sample = ConfigDict({**sampler.settings, **config.sample})  # an older run may lack settings
         weights = run.load(step, ema)
         large = FIRST_STAGE in config.frozen or config.objective in ("diffusion", "autoencoder", "vision_adapter")
-        most = max(1, _PIXELS // max(1, config.data.image_size) ** 2) if large else CHUNK
+        pixels = max(1, config.data.image_size) ** 2 * config.data.max_tiles
+        most = max(1, _PIXELS // pixels) if large else CHUNK
         chunk = chunk or min(CHUNK, most)
         return cls(run, config, sampler, weights, load_frozen(config), run.tokenizer(), chunk, dtype=dtype)
 
@@ -149,6 +152,15 @@ class TrainedSampler:
     def picture_size(self) -> Shape | int:
         """Height and width of the pictures that it is given and makes, or the side of a square."""
         return self.shape or self.config.data.image_size
+
+    def picture_rows(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Rows:
+        """Pictures of any size for a request, {"image": [n ...]}, prepared as those that training evaluates on.
+
+        Beside it stands "canvas" [n] where the run cuts them into tiles.
+        """
+        transform, tiles = transform_pair(self.config.data.transform).evaluation, self.config.data.max_tiles
+        fields = [picture_fields(image, self.picture_size, transform, tiles) for image in images]
+        return {name: np.stack([one[name] for one in fields]) for name in fields[0]}
 
     @property
     def setting_names(self) -> tuple[str, ...]:
@@ -204,7 +216,7 @@ class TrainedSampler:
             rows["label"] = np.zeros(1, np.int32)
         if "image" in self.sampler.reads:
             side = self.config.data.image_size
-            rows["image"] = np.zeros((1, side, side, 3), np.uint8)
+            rows |= self.picture_rows([np.zeros((side, side, 3), np.uint8)])
         self.sampler.request(**rows, **{**self.inferred, **settings})
 
     def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from train.step_profile import WARM_UP
 from weights.power_averages import exponent
 
 _NUMBERS = {
-    **dict.fromkeys(("steps", "batch_size"), "[1, inf)"),
+    **dict.fromkeys(("steps", "batch_size", "data.max_tiles"), "[1, inf)"),
     **dict.fromkeys(("log.every", "evaluate.every", "checkpoint.every", "ema.every"), "[1, inf)"),
     **{"evaluate.batches": "[1, inf)", "evaluate.previews": "[1, inf)", "checkpoint.keep": "[0, inf)"},
     **dict.fromkeys(("data.image_size", "data.text_length", "data.workers", "data.read_ahead"), "[0, inf)"),
@@ -50,6 +50,8 @@ def check_config(config: ConfigDict) -> None:
         raise UserError("config.lora.paths is empty: no kernel would have a pair; set config.lora.rank to 0 for none")
     check_rules(config.mesh.rules)
     _check_buckets(config.data)
+    if config.data.max_tiles > 1 and (config.data.buckets or config.objective != "vision_adapter"):
+        raise UserError("config.data.max_tiles above 1 is of a vision_adapter, without buckets; set it to 1")
     if max(config.steps, config.batch_size * 2) >= 2**31:
         raise UserError("config.steps must stay below 2^31, and config.batch_size below 2^30")
 

@@ -88,6 +88,8 @@ def _of_data(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
         reasons["label_field"] = f"objective {config.objective!r} reads no classes"
     if not data.text_length:
         reasons |= dict.fromkeys(("text_ends", "tokenizer", "bpe_dropout"), "config.data.text_length is 0")
+    if data.max_tiles > 1:
+        reasons |= dict.fromkeys(("transform", "draft"), "config.data.max_tiles has pictures cut into tiles whole")
     if is_points(data.dataset):
         keys = ("text_length", "text_ends", "tokenizer", "bpe_dropout", "image_size", "transform", "cache")
         reasons |= dict.fromkeys(keys, f"the dataset {data.dataset} has neither pictures nor captions")

@@ -20,7 +20,6 @@ kind of data. No result of this config was measured here. What differs, as far a
 
 * Tiles have the 560 pixels of the published instruction-tuned weights from the beginning; the paper's are smaller
   before they are enlarged.
-* Pictures are cut to a square of four tiles, where the paper has canvases of several shapes.
 * The encoder starts from nothing, and the paper's from a CLIP of its own, which was not published.
 
 A text is a caption, or question and answer with a tab between both (docs/vision_adapter.md).
@@ -51,7 +50,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.batch_size = 512 if answers else 16_384
 
     config.data.dataset = "folder/questions" if answers else "folder/captions"
-    config.data.image_size = 1120  # four tiles
+    config.data.image_size = 560  # of a tile
+    config.data.max_tiles = 4
     config.data.text_length = 512 if answers else 128
     config.data.dialogues = "tabs" if answers else "captions"
     config.data.tokenizer = f"{language}/tokenizer.json"
@@ -85,14 +85,14 @@ def get_config(argument: str = "") -> ConfigDict:
     model.cross_layers = tuple(range(3, depth, 4))
     model.image_token = _VOCABULARY
     model.extra_tokens = 8
-    model.tile_size = 560
+    model.tile_size = config.data.image_size
     model.patch_size = 14
     model.image_width = 1280
     model.image_heads = 16
     model.image_layers = 32
     model.global_layers = 8
     model.image_mlp_ratio = 4
-    model.max_tiles = 4
+    model.max_tiles = config.data.max_tiles
     model.feature_layers = (3, 7, 15, 23, 30)
     model.tile_tables = "canvases"
     model.implementation = "auto"
@@ -136,7 +136,8 @@ def get_config(argument: str = "") -> ConfigDict:
         llama.shrink(model)
         model.image_token = model.text_vocab_size
         model.cross_layers = (1,)
-        model.tile_size, model.patch_size = 16, 8  # a picture of 32 pixels is four tiles
+        config.data.image_size = 16  # a picture of 32 pixels is four tiles
+        model.tile_size, model.patch_size = config.data.image_size, 8
         model.image_width, model.image_heads = 16, 2
         model.image_layers, model.global_layers, model.feature_layers = 2, 1, (1,)
         model.scan, model.remat = False, "none"

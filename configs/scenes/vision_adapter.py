@@ -52,7 +52,7 @@ def get_config(argument: str = "") -> ConfigDict:
     model.image_layers = 3
     model.global_layers = 1
     model.image_mlp_ratio = 3
-    model.max_tiles = 1
+    model.max_tiles = config.data.max_tiles
     model.feature_layers = (1, 2)
     model.tile_tables = "grid"
 

@@ -4,7 +4,7 @@ Rows that a request may hold, one for each thing to be made:
 
     text      int32 [b l]          ids of a prompt, by the run's tokenizer
     label     int32 [b]            the number of a class
-    image     uint8 [b H W C]      a picture of the run's size
+    image     uint8 [b H W C]      a picture of the run's size; [b T H W C] in tiles, with its canvas int32 [b]
     mask      bool [b H W]         where a picture is to be drawn anew
     negative  int32 [b l]          ids of a prompt that guidance leads away from
 

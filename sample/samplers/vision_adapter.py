@@ -5,8 +5,7 @@ The picture's token stands before the question, or where the tokenizer puts it.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +25,8 @@ from sample.samplers.llama import AnswerSettings, check_prompts, decoding, end_o
 Tree = Any
 Request = dict[str, Any]
 
+PICTURE = ("image", "canvas")  # what batches and requests hold of pictures; of one tile without a canvas
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionAdapterSampler:
@@ -35,30 +36,29 @@ class VisionAdapterSampler:
       model: the network; its parameters are `params["vision_adapter"]`.
       answers: how answers are made.
       end_id: of the tokenizer: behind an answer.
-      image_size: side of pictures, pixels: of one tile, or of a square of tiles.
     """
 
     model: VisionAdapter
     answers: AnswerSettings
     end_id: int
-    image_size: int
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "VisionAdapterSampler":
-        """Builds the sampler of `config.models.vision_adapter`, `config.data.image_size` and `config.sample`.
+        """Builds the sampler of `config.models.vision_adapter`, `config.sample`, and the pictures of `config.data`.
 
         Raises:
-          UserError: if a setting is impossible, it is not known where texts end, or pictures are no square of tiles.
+          UserError: if a setting is impossible, it is not known where texts end, or pictures are cut otherwise than
+            the network takes them.
         """
-        model, size = build_network(config, "models.vision_adapter"), config.data.image_size
-        side = size // model.tile_size
-        if size % model.tile_size or not 1 <= side**2 <= model.max_tiles:
-            most = math.isqrt(model.max_tiles)
-            raise UserError(
-                f"config.data.image_size={size} is no square of tiles of {model.tile_size} pixels; the network takes "
-                f"{' or '.join(str(model.tile_size * count) for count in range(1, most + 1))}"
-            )
-        return cls(model, AnswerSettings.from_config(config), end_of_texts(model, "vision_adapter"), size)
+        model = build_network(config, "models.vision_adapter")
+        for key, field in {"image_size": "tile_size", "max_tiles": "max_tiles"}.items():
+            given, wanted = config.data.get(key, 1), getattr(model, field)
+            if given != wanted:
+                raise UserError(
+                    f"config.data.{key} is {given}, but config.models.vision_adapter.{field} is {wanted}; they must be "
+                    "equal"
+                )
+        return cls(model, AnswerSettings.from_config(config), end_of_texts(model, "vision_adapter"))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -81,13 +81,19 @@ class VisionAdapterSampler:
         return dataclasses.asdict(self.answers)
 
     def request(
-        self, text: Int[np.ndarray, "b t"], image: UInt8[np.ndarray, "b *i H W 3"], **overrides: Any
+        self,
+        text: Int[np.ndarray, "b t"],
+        image: UInt8[np.ndarray, "b *i H W 3"],
+        canvas: Int[np.ndarray, "b *n"] | None = None,
+        **overrides: Any,
     ) -> Request:
         """A request for one answer a question.
 
         Args:
           text: ids of questions, framed, pads behind.
-          image: what each is about: a picture, or [I H W 3], several in a row.
+          image: what each is about: a picture, or [I H W 3], several in a row. Of a network of several tiles each is
+            [T H W 3], as `data.tiles` cuts it.
+          canvas: of each picture, the number of its canvas; None where there is one tile.
           **overrides: of `settings`.
 
         Raises:
@@ -95,10 +101,19 @@ class VisionAdapterSampler:
         """
         settings = self.answers.changed(overrides)
         text = check_prompts(text, self.model.text_vocab_size + self.model.extra_tokens)
-        expected = (len(text), self.image_size, self.image_size, 3)
-        if image.ndim not in (4, 5) or (len(image), *image.shape[-3:]) != expected:
-            raise UserError(f"pictures are {list(expected)}, not {list(image.shape)}")
-        return {"text": text, "image": image, "answer_length": int(settings.answer_length), **settings.numbers}
+        model = self.model
+        one = (model.tile_size, model.tile_size, 3)
+        one = (model.max_tiles, *one) if model.max_tiles > 1 else one
+        several = image.ndim - len(one) - 1
+        if several not in (0, 1) or (len(image), *image.shape[-len(one) :]) != (len(text), *one):
+            raise UserError(f"pictures are {[len(text), *one]}, not {list(image.shape)}")
+        rows = {"text": text, "image": image}
+        if model.max_tiles > 1:
+            numbers = range(len(canvases(model.max_tiles)) + 1)
+            if canvas is None or canvas.shape != image.shape[: 1 + several] or not np.isin(canvas, numbers).all():
+                raise UserError(f"pictures in tiles have a canvas each, of number {numbers[0]} to {numbers[-1]}")
+            rows["canvas"] = canvas
+        return {**rows, "answer_length": int(settings.answer_length), **settings.numbers}
 
     def __call__(
         self, params: Tree, variables: Tree, frozen: Tree, request: Request, keys: Key[Array, "b"]
@@ -120,7 +135,7 @@ class VisionAdapterSampler:
         told = {name: value for name, value in request.items() if name != "answer_length"}
         params, length = params["vision_adapter"], request["answer_length"]
         progress, sight = _begin(self, length, params, told, keys)
-        numbers = {name: value for name, value in told.items() if name not in self.reads}
+        numbers = {name: value for name, value in told.items() if name not in ("text", *PICTURE)}
         return tokens_of(progress, length, lambda state: _go_on(self.model, params, numbers, keys, sight, state))
 
 
@@ -157,10 +172,9 @@ def _go_on(
 
 def _read(sampler: VisionAdapterSampler, length: int, params: Tree, request: Request) -> tuple[Array, Any, Sight]:
     """Reads questions and pictures; see `VisionAdapter.prefill`."""
-    model, image = sampler.model, request["image"]
-    pictures = image.shape[1] if image.ndim == 5 else 1
-    text = with_pictures(request["text"], model.image_token, model.text_pad_id, pictures)
-    tiles, canvas = cut_pictures(from_uint8(image), model.tile_size, model.max_tiles)
+    model = sampler.model
+    tiles, canvas = tiles_of(request)
+    text = with_pictures(request["text"], model.image_token, model.text_pad_id, canvas.shape[1])
     lengths = prompt_lengths(text, model.text_pad_id)
     return model.apply({"params": params}, text, length, lengths, tiles, canvas, method="prefill")
 
@@ -203,26 +217,16 @@ def spread_rows(
     return jnp.where(is_picture, jnp.asarray(of_picture, values.dtype), spread)
 
 
-def cut_pictures(
-    image: Float[Array, "b *i H W 3"], side: int, max_tiles: int
-) -> tuple[Float[Array, "b i t h w 3"], Int[Array, "b i"]]:
-    """Square pictures, one or several of a row, as `cut_square`."""
-    tiles, canvas = cut_square(image.reshape(-1, *image.shape[-3:]), side, max_tiles)
-    return tiles.reshape(len(image), -1, *tiles.shape[2:]), canvas.reshape(len(image), -1)
-
-
-def cut_square(
-    image: Float[Array, "b H W 3"], side: int, max_tiles: int
-) -> tuple[Float[Array, "b 1 t h w 3"], Int[Array, "b 1"]]:
-    """Square pictures as the tiles of a square canvas, and the number of that canvas.
+def tiles_of(rows: Mapping[str, Any]) -> tuple[Float[Array, "b i t h w 3"], Int[Array, "b i"]]:
+    """The pictures of each text as the network reads them, and their canvases.
 
     Args:
-      image: of a whole number of tiles.
-      side: of a tile.
-      max_tiles: tiles that the network takes; those behind the canvas's are zeros.
+      rows: `PICTURE` of a batch or a request: uint8 [b *i h w 3], each one tile; or, with their canvases int32 [b *i],
+        [b *i t h w 3].
     """
-    batch, count = len(image), image.shape[1] // side
-    tiles = image.reshape(batch, count, side, count, side, 3).swapaxes(2, 3).reshape(batch, 1, -1, side, side, 3)
-    tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, max_tiles - count**2), (0, 0), (0, 0), (0, 0)))
-    number = canvases(max_tiles).index((count, count)) + 1
-    return tiles, jnp.full((batch, 1), number, jnp.int32)
+    image, canvas = jnp.asarray(rows["image"]), rows.get("canvas")
+    if canvas is None:
+        image = image[..., None, :, :, :]
+        canvas = jnp.ones(image.shape[:-4], jnp.int32)
+    tiles = from_uint8(image).reshape(len(image), -1, *image.shape[-4:])
+    return tiles, jnp.asarray(canvas).reshape(len(image), -1)

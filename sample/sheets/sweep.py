@@ -17,11 +17,11 @@ from cli.errors import UserError
 from cli.locations import Location, in_store, write_whole
 from data.scenes import find_world, parse_caption
 from data.scenes.grader import SceneGrader
-from sample.conditions import Condition, Made, Order, draw, order_rows
+from sample.conditions import Condition, Made, Order, draw, given_pictures, order_rows
 from sample.embedding import ClipEmbedder
 from sample.files import Samples, write_picture
 from sample.sheets.axes import TEXTS, Axis, spell
-from sample.sheets.grid import COLUMNS, behind_given, draw_grid, draw_mosaic, draw_table, given_columns, side_by_side
+from sample.sheets.grid import COLUMNS, behind_given, draw_grid, draw_mosaic, draw_table, given_columns
 from sample.trained import Rows, TrainedSampler
 
 TABLE = "sweep.csv"
@@ -268,8 +268,7 @@ def _timed(trained: TrainedSampler, cell: Cell, num: int, warm: set[Hashable]) -
 
 def _draw_cell(cell: Cell, made: Made, num: int) -> Image.Image:
     """The samples of a cell: a mosaic of pictures, each picture that was given before its own, or texts under them."""
-    count = len(cell.order.conditions)
-    told = side_by_side(cell.rows["image"]) if "image" in cell.rows else None
+    count, told = len(cell.order.conditions), given_pictures(cell.rows)
     columns = mosaic_columns(count, num)
     images = made.images
     if made.texts is None and images is not None:

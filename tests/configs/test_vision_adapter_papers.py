@@ -46,4 +46,4 @@ def test_the_second_stage_begins_with_the_first_and_talks_in_turns():
     sources = [(config.initialize.language.source, config.initialize.vision_adapter.source) for config in configs]
     assert sources == [("pretrained/llama31_70b", ""), ("", "runs/vision_adapter_90b")]
     assert (first.data.dialogues, second.data.dialogues) == ("captions", "tabs")
-    assert second.data.image_size == 2 * second.models.vision_adapter.tile_size
+    assert (second.data.image_size, second.data.max_tiles) == (560, 4)

@@ -3,12 +3,15 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from cli.errors import UserError
 from data.llama_tokenizer import LlamaTokenizer
+from data.pictures import read_picture
+from data.tiles import canvases, tile_picture
 from models import create_model
 from sample.__main__ import main as sample
 from sample.conditions import Order, make_conditions, order_rows, write_out
@@ -24,7 +27,7 @@ from ..models.random_parameters import random_parameters
 
 FIELDS = {"name": "vision_adapter", "width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_hidden": 24}
 FIELDS |= {"tile_size": 28, "patch_size": 14, "image_width": 8, "image_heads": 2, "image_layers": 1, "global_layers": 1}
-FIELDS |= {"feature_layers": (0,), "max_tiles": 1, "cross_layers": (1,), "extra_tokens": 8, "rope_factor": 8.0}
+FIELDS |= {"feature_layers": (0,), "max_tiles": 4, "cross_layers": (1,), "extra_tokens": 8, "rope_factor": 8.0}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +43,8 @@ def converted(tmp_path_factory):
     (folder / "theirs" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     convert([f"--input={folder}/theirs", f"--output={folder}/ours"])
     pictures = [folder / "red.png", folder / "blue.png"]
-    for path, color in zip(pictures, ("red", "blue"), strict=True):
-        Image.new("RGB", (40, 30), color).save(path)
+    for path, color, size in zip(pictures, ("red", "blue"), ((40, 30), (28, 80)), strict=True):
+        Image.new("RGB", size, color).save(path)
     return folder / "ours", ids, pictures
 
 
@@ -90,6 +93,48 @@ def test_all_pictures_are_looked_at_and_stand_side_by_side_in_a_table(converted,
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 3
     pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
     assert all(np.any(np.all(pixels == color, axis=-1)) for color in ((255, 0, 0), (0, 0, 255)))
+
+
+def test_pictures_of_any_shape_are_read_in_tiles_by_one_program(converted, tmp_path):
+    folder, ids, _ = converted
+    trained, length = TrainedSampler.open(folder, chunk=1), 4
+    rng, files, places = np.random.default_rng(0), [], []
+    for name, size in {"wide": (100, 27), "tall": (30, 84), "square": (50, 50), "small": (9, 9)}.items():
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize(size).save(tmp_path / f"{name}.png")
+        files.append(str(tmp_path / f"{name}.png"))
+    model, params = trained.sampler.model, trained.weights.params["vision_adapter"]
+    params["projection"] = {name: 20 * leaf for name, leaf in params["projection"].items()}  # pictures count
+    question = trained.encode(["what is it?"])["text"][0]
+    prompt = question[question != model.text_pad_id]
+    assert (prompt == ids[IMAGE]).sum() == 1
+    score = jax.jit(model.apply)
+
+    def directly(file):
+        tiles, canvas = tile_picture(read_picture(file), model.tile_size, model.max_tiles)
+        places.append(canvases(4)[canvas - 1])
+        row = np.full(len(prompt) + length, model.text_pad_id)
+        row[: len(prompt)] = prompt
+        for place in range(len(prompt), len(row)):
+            inputs = jnp.asarray(row)[None], jnp.asarray(tiles / 127.5 - 1, jnp.float32)[None, None]
+            row[place] = score({"params": params}, *inputs, jnp.array([[canvas]]))[0, place - 1].argmax()
+            if row[place] in (model.text_end_id, *model.text_stop_ids):
+                break
+        return row[len(prompt) :]
+
+    expected = np.stack([directly(file) for file in files])
+    assert places == [(1, 4), (3, 1), (2, 2), (1, 1)] and len({tuple(row) for row in expected.tolist()}) > 1
+    order = Order(make_conditions(["what is it?"], (), files), 0, {"answer_length": length})
+    programs = vision_adapter._answer._cache_size(), vision_adapter._begin._cache_size()
+    rows = order_rows(trained, order)
+    answers = trained(rows, seed=0, indices=[0] * 4, answer_length=length)["text"]
+    np.testing.assert_array_equal(answers, expected)
+    for place, row in enumerate(expected):
+        one = {name: value[place : place + 1] for name, value in rows.items()}
+        *_, streamed = trained.stream(one, seed=0, index=0, answer_length=length)
+        np.testing.assert_array_equal(streamed, row[: len(streamed)])
+    more = vision_adapter._answer._cache_size(), vision_adapter._begin._cache_size()
+    assert more == (programs[0] + 1, programs[1] + 1)
 
 
 def test_an_answer_ends_at_any_of_the_ends(converted):

@@ -13,14 +13,15 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from data.tiles import show_tiles
 from models.vision_adapter import VisionAdapter
-from sample.samplers.dvae import from_uint8
 from sample.samplers.llama import prompt_lengths
 from sample.samplers.vision_adapter import (
+    PICTURE,
     VisionAdapterSampler,
-    cut_square,
     picture_place,
     spread_rows,
+    tiles_of,
     with_pictures,
 )
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
@@ -42,7 +43,7 @@ class VisionAdapterObjective:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "VisionAdapterObjective":
-        """Reads `config.models.vision_adapter`, `config.data.image_size`, `config.sample` and `config.loss`.
+        """Reads `config.models.vision_adapter`, pictures of `config.data`, `config.sample` and `config.loss`.
 
         Of the last `pack` and `packed_length`, where it has them.
         """
@@ -66,12 +67,12 @@ class VisionAdapterObjective:
 
         An example's loss does not depend on the others, so it adds up over any split of the batch.
 
-        Metrics: as of `train.objectives.llama.token_loss`, over the answers' tokens. `batch` holds image uint8
-        [b H W 3], text int32 [b t] and text_mask bool [b t], rows of `data.dialogues`.
+        Metrics: as of `train.objectives.llama.token_loss`, over the answers' tokens. `batch` holds `PICTURE`,
+        a picture each, text int32 [b t] and text_mask bool [b t], rows of `data.dialogues`.
         """
         del frozen, rng, step, train
         model, place = self.model, picture_place(batch["text"], self.model.image_token)
-        tiles, canvas = cut_square(from_uint8(batch["image"]), model.tile_size, model.max_tiles)
+        tiles, canvas = tiles_of(batch)
         text = with_pictures(batch["text"], model.image_token, model.text_pad_id)
         answer = spread_rows(batch["text_mask"], place, 1, False, False)
         read = jnp.arange(1, text.shape[1]) < prompt_lengths(text, model.text_pad_id)[:, None]
@@ -85,11 +86,12 @@ class VisionAdapterObjective:
         self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""]
     ) -> dict[str, Preview]:
         """Pictures, each with the question and what is answered."""
-        text, image = np.asarray(batch["text"]), np.asarray(batch["image"])
+        text, pictures = np.asarray(batch["text"]), {name: np.asarray(batch[name]) for name in PICTURE if name in batch}
         end, pad = self.sampler.end_id, self.model.text_pad_id
         questions = np.where(np.cumsum(batch["text_mask"], axis=1) == 0, text, pad)
-        request = self.sampler.request(questions, image)
+        request = self.sampler.request(questions, **pictures)
         answers = np.asarray(self.sampler(params, variables, frozen, request, example_keys(rng, batch))["text"])
         # One row a picture: a tokenizer reads no further than an end, so that the question loses its own.
         rows = np.concatenate([np.where(questions == end, pad, questions), answers], axis=1)
+        image = show_tiles(pictures["image"], pictures["canvas"]) if "canvas" in pictures else pictures["image"]
         return {"answers": Preview(images=image, columns=len(image), labels=rows)}

@@ -241,7 +241,8 @@ def read_meta(origin: Origin, rope_factor: str = "") -> Converted:
     fields |= stored_dtype(parts[0])
     model = create_model(**fields)
     tree = _LAYOUTS[type(model)].read_deferred(model, _joined(parts))["params"]
-    data = {"image_size": model.tile_size} if isinstance(model, VisionAdapter) else {}
+    pictures = {"image_size": "tile_size", "max_tiles": "max_tiles"} if isinstance(model, VisionAdapter) else {}
+    data = {key: getattr(model, field) for key, field in pictures.items()}
     return text_run(origin, fields, tree, data)
 
 

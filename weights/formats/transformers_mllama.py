@@ -335,7 +335,7 @@ def read_mllama(origin: Origin) -> Converted:
     tensors = read_weights(origin, WEIGHTS, r".*rotary_emb\.inv_freq")
     fields |= stored_dtype(tensors)
     params = mllama_params(create_model(**fields), tensors)
-    return text_run(origin, fields, params, {"image_size": fields["tile_size"]})
+    return text_run(origin, fields, params, {"image_size": fields["tile_size"], "max_tiles": fields["max_tiles"]})
 
 
 def mllama_files(model: VisionAdapter, params: Tree) -> Files:

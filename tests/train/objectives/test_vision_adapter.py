@@ -8,12 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
+from data import folder
 from data.dialogues import encode_dialogue
+from data.pipeline import load_tokenizer
+from data.preprocess import center_square
 from data.scenes.questions import Dialogue
+from data.tiles import picture_fields
 from data.tokenizer import Tokenizer
+from evaluation.answer_perplexity import answer_perplexity
 from models import create_model
 from sample.trained import TrainedSampler
 from train.distributed.mesh import make_mesh
@@ -209,6 +215,68 @@ def test_texts_in_a_row_are_learned_as_if_each_were_alone(adapter, name):
         run(dataclasses.replace(objective, packing=(3, 0)))
 
 
-def test_pictures_that_are_no_square_of_tiles_are_refused():
-    with pytest.raises(UserError, match="is no square of tiles of 32 pixels; the network takes 32"):
-        create_objective(config_of("vision_adapter.py", "--config.data.image_size=64"))
+def test_pictures_of_several_shapes_are_learned_in_tiles():
+    objective = create_objective(load_config([f"--config={ROOT}/configs/paper/vision_adapter.py:debug"]))
+    model, rng = objective.model, np.random.default_rng(0)
+    params = {"vision_adapter": random_parameters(model)}
+    shapes = ((12, 60, 3), (44, 16, 3))
+    fields = [
+        picture_fields(rng.integers(0, 256, shape, dtype=np.uint8), model.tile_size, center_square, model.max_tiles)
+        for shape in shapes
+    ]
+    batch = {name: jnp.asarray(np.stack([one[name] for one in fields])) for name in fields[0]}
+    assert batch["image"].shape == (2, 4, 16, 16, 3) and batch["canvas"].tolist() == [4, 7]
+    text, mask = rng.integers(3, 90, (2, 9)), np.zeros((2, 9), bool)
+    text[1, 7:], mask[0, 5:], mask[1, 4:7] = model.text_pad_id, True, True
+    batch |= {"text": jnp.asarray(text, jnp.int32), "text_mask": jnp.asarray(mask), "index": jnp.arange(2)}
+
+    def loss(params):
+        return objective.loss(params, {}, {}, batch, KEY, jnp.int32(0), True)[0]
+
+    value, slope = jax.jit(jax.value_and_grad(loss))(params)
+    tokens = np.concatenate([np.full((2, 1), model.image_token), text], axis=1)[:, :-1]
+    tiles = jnp.asarray(batch["image"] / 127.5 - 1, jnp.float32)[:, None]
+    inputs = jnp.asarray(tokens, jnp.int32), tiles, batch["canvas"][:, None]
+    logs = jax.nn.log_softmax(jax.jit(model.apply)({"params": params["vision_adapter"]}, *inputs))
+    nats = -np.take_along_axis(np.asarray(logs), text[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(value, np.mean([nats[row][mask[row]].mean() for row in (0, 1)]), rtol=1e-5)
+    of_tiles = np.asarray(slope["vision_adapter"]["encoder"]["tile_position"]["embedding"])
+    assert set(np.flatnonzero(of_tiles.reshape(9, -1).any(axis=1))) == {4, 7}  # the table of each canvas
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_is_measured_in_tiles(tmp_path):
+    """Of files of several shapes, from their reading to a picture for the log and the perplexity of answers."""
+    source, rng = tmp_path / "pictures", np.random.default_rng(0)
+    source.mkdir()
+    for index in range(12):
+        size = ((40, 9), (9, 40), (24, 24))[index % 3]
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(source / f"{index}.png")
+        (source / f"{index}.txt").write_text(f"what is it?\tpicture {index}")
+    request = folder.Request("questions", str(source), validation=4)
+    folder.prepare(request, folder.list_source(str(source), request.fields), tmp_path / "data")
+    Tokenizer.train(["what is it? picture"], 300).save(tmp_path / "tokenizer.json")
+    data = {"data_dir": tmp_path / "data", "dataset": "folder/questions", "dialogues": "tabs", "text_length": 40}
+    data["tokenizer"] = tmp_path / "tokenizer.json"
+    overrides = [f"--config.data.{key}={value}" for key, value in data.items()]
+    config = load_config([f"--config={ROOT}/configs/paper/vision_adapter.py:debug", *overrides])
+    vocabulary = load_tokenizer(config.data).vocab_size
+    with config.unlocked():
+        model = config.models.vision_adapter
+        model.text_vocab_size, model.text_end_id, model.image_token = vocabulary, vocabulary - 1, vocabulary
+    assert train(config, tmp_path / "run") == EXIT_OK
+    assert list((tmp_path / "run" / "samples").glob("*_answers.png"))
+    values = answer_perplexity(TrainedSampler.open(tmp_path / "run", chunk=2), "validation", 3)["values"]
+    assert np.isfinite(list(values.values())).all() and len(values) == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("image_size=64", "config.data.image_size is 64, but config.models.vision_adapter.tile_size is 32"),
+        ("max_tiles=4", "config.data.max_tiles is 4, but config.models.vision_adapter.max_tiles is 1"),
+    ],
+)
+def test_pictures_that_are_cut_otherwise_than_the_network_takes_them_are_refused(setting, message):
+    with pytest.raises(UserError, match=message):
+        create_objective(config_of("vision_adapter.py", f"--config.data.{setting}"))
