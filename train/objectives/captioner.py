@@ -18,6 +18,7 @@ from models.captioner import Captioner
 from sample.samplers.captioner import CaptionerSampler
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.llama import token_loss
+from train.objectives.packing import Row
 from train.objectives.preview import gather
 from weights.run import TOKENIZER
 
@@ -99,7 +100,7 @@ class CaptionerObjective:
         targets, counted = caption_targets(batch["written" if apart else "text"], self.sampler.end_id, not apart)
         features = self.sampler.features(frozen, batch)
         logits = self.model.apply({"params": params["captioner"]}, targets[:, :-1], features, keys)
-        loss, metrics = token_loss(logits, targets, counted)
+        loss, metrics = token_loss(logits, Row(targets, targets, counted))  # the prefix scores the first token
         return loss, Aux(metrics=metrics, variables=variables)
 
     def preview(
