@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaImageProcessor
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 import models
+from data.preprocess import center_square
+from data.tiles import picture_fields
 from models.layers.tile_positions import canvases, tiles_of_canvases
 from models.vision_adapter import pictures_seen
+from sample.samplers.vision_adapter import tiles_of
 from scripts.convert import main as convert
 from weights.formats.transformers_mllama import mllama_fields, mllama_params
 from weights.run import Run
@@ -111,6 +114,33 @@ def test_prompts_that_begin_with_their_pictures(network, case):
     # The library takes features behind layers 0 and 1, the published code before 1 and 2.
     model, params = ours_of(network, feature_layers=(1, 2))
     assert check(network, model, params, case) < 1e-4
+
+
+def test_pictures_of_any_shape_through_the_door_of_each(network):
+    """The first answer's scores: pixels are our tiles here and their image processor's there."""
+    model, params = ours_of(network, feature_layers=(1, 2))
+    side = {"height": model.tile_size, "width": model.tile_size}
+    processor = MllamaImageProcessor(size=side, image_mean=model.image_mean, image_std=model.image_std)
+    tokens = np.stack([text(IMAGE, 1)]).astype(np.int64)
+
+    @jax.jit
+    def prefill(tiles, canvas):
+        inputs = jnp.asarray(tokens, jnp.int32), 1, None, tiles, canvas
+        return model.apply({"params": params}, *inputs, method="prefill")[0]
+
+    for size, canvas in {(20, 100): 4, (80, 30): 7, (50, 50): 6, (9, 9): 1}.items():
+        rows, columns = (np.linspace(0, 255, extent) for extent in size)  # smooth, where bilinear filters round alike
+        channels = rows[:, None] + 0 * columns, columns + 0 * rows[:, None], (rows[:, None] + columns) / 2
+        picture = np.stack(channels, axis=-1).astype(np.uint8)
+        made = processor(picture, input_data_format="channels_last", return_tensors="pt")
+        theirs = {name: made[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        expected = run_theirs(network, tokens, theirs)[:, -1]
+        fields = picture_fields(picture, model.tile_size, center_square, model.max_tiles)
+        assert fields["canvas"] == canvas
+        logits = prefill(*tiles_of({name: value[None] for name, value in fields.items()}))
+        difference = np.abs(logits - expected).max()
+        print(f"{size}: {difference:.1e} of logits up to {np.abs(expected).max():.1f}")
+        assert difference < 1e-4
 
 
 def test_any_prompt_as_transformers(network):
