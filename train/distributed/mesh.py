@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -44,7 +44,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
+def check_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError unless the batch divides into microbatches, and those over the devices."""
     shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.mesh.microbatches
     if parts < 1:
