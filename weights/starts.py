@@ -137,9 +137,18 @@ def pin_bases(config: ConfigDict, near: Location | None = None) -> None:
       near: see `find_source`.
 
     Raises:
-      UserError: see `Start.source`; or if it has no such part.
+      UserError: see `Start.source`; or if it has no such part, or another network's parameters replace some of its,
+        which no checkpoint would keep.
     """
-    for start in bases_of(config):
+    bases = bases_of(config)
+    for start in starts_of(config):
+        over = next((base for base in bases if start not in bases and start.at.startswith(f"{base.at}/")), None)
+        if over is not None:
+            raise UserError(
+                f"config.initialize.{start.name}.source would replace what config.initialize.{over.name}.source gives, "
+                "and low-rank pairs leave that where it is; leave out one of them, or set config.lora.rank=0"
+            )
+    for start in bases:
         source = start.source(near)
         trained_model(source, start.entry.part)
         with config.unlocked():

@@ -45,13 +45,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError unless the batch divides into microbatches, and those over the devices."""
+    """Raises UserError unless the batch divides into microbatches, those over devices, and these into packed rows."""
     shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.mesh.microbatches
     if parts < 1:
         raise UserError(f"config.mesh.microbatches must be at least 1, not {parts}")
     if config.batch_size % (shards * parts):
         times = f" x {parts} microbatches" if parts > 1 else ""
         raise UserError(f"config.batch_size={config.batch_size} does not divide over {shards} devices{times}")
+    has, pack = config.batch_size // (shards * parts), config.loss.get("pack", 1)
+    if has % pack:
+        what = "a microbatch" if parts > 1 else "a batch"
+        raise UserError(f"config.loss.pack={pack} does not divide the examples that a device has of {what}, {has}")
 
 
 def process_rows(sharding: NamedSharding, batch_size: int, process: int | None = None) -> list[int]:

@@ -2,7 +2,7 @@
 
     loss = mean over tokens of -ln p
 
-over the tokens behind the first of each row, pads left out.
+over the tokens behind the first of each text, pads left out.
 """
 
 import dataclasses
@@ -49,16 +49,14 @@ class LlamaObjective:
     def loss(
         self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""], step: Array, train: bool
     ) -> tuple[Float[Array, ""], Aux]:
-        """The cross-entropy, mean over examples of the mean over their tokens.
-
-        An example's loss does not depend on the others, so it adds up over any split of the batch.
+        """The cross-entropy, mean over examples of the mean over their tokens; see `token_loss`.
 
         Metrics: as of `token_loss`. `batch` holds text int32 [b t], pads where there is no token.
         """
         del frozen, rng, step, train
         text = batch["text"]
-        counted = text[:, 1:] != self.model.text_pad_id
-        row = pack(Row(text[:, :-1], text[:, 1:], counted), counted, *self.packing)
+        row = Row.of_texts(text, text != self.model.text_pad_id, self.sampler.end_id)
+        row = pack(row, row.counted, *self.packing)
         logits = self.model.apply({"params": params["llama"]}, row.tokens, row.positions, row.segments)
         loss, metrics = token_loss(logits, row)
         return loss, Aux(metrics=metrics, variables=variables)
@@ -73,8 +71,13 @@ class LlamaObjective:
 def token_loss(logits: Float[Array, "r l v"], row: Row) -> tuple[Float[Array, ""], Metrics]:
     """Cross-entropy of tokens, mean over examples of the mean over their counted tokens, and metrics.
 
-    Metrics: loss; nats, per counted token of all examples; accuracy, the share of counted tokens whose most likely
-    prediction is right; exact, the share of examples all of whose counted tokens are.
+    An example's loss does not depend on the others, and that of one of which nothing is left is 0: so the gradient adds
+    up over any split of the batch.
+
+    Metrics: loss, mean over the examples that have a counted token; nats, per counted token of all examples; accuracy,
+    the share of counted tokens whose most likely prediction is right; exact, of the examples that have one, the share
+    of those that are whole and all of whose tokens are right; cut, the share of all examples that are not whole, as the
+    rest did not fit `config.data.text_length` or `config.loss.packed_length`.
     """
     targets, counted = row.targets, row.counted
     nats = row.per_text(
@@ -83,12 +86,13 @@ def token_loss(logits: Float[Array, "r l v"], row: Row) -> tuple[Float[Array, ""
     count = row.per_text(counted.astype(jnp.float32))
     loss = nats / jnp.maximum(count, 1)
     right = (jnp.argmax(logits, axis=-1) == targets) & counted
-    exact = row.per_text((counted & ~right).astype(jnp.float32)) == 0
-    rows = jnp.asarray(len(count), jnp.float32)
+    exact = row.whole & (row.per_text((counted & ~right).astype(jnp.float32)) == 0)
+    read = jnp.sum(count > 0, dtype=jnp.float32)
     metrics = {
-        "loss": (jnp.sum(loss), rows),
+        "loss": (jnp.sum(loss), read),
         "nats": (jnp.sum(nats), jnp.sum(count)),
         "accuracy": (jnp.sum(right, dtype=jnp.float32), jnp.sum(count)),
-        "exact": (jnp.sum(exact, dtype=jnp.float32), rows),
+        "exact": (jnp.sum(exact, dtype=jnp.float32), read),
+        "cut": (jnp.sum(~row.whole, dtype=jnp.float32), jnp.asarray(len(count), jnp.float32)),
     }
     return jnp.mean(loss), metrics

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from cli.errors import UserError
+from data.dialogues import SOURCES
 from data.tiles import show_tiles
 from models.vision_adapter import VisionAdapter
 from sample.samplers.llama import prompt_lengths
@@ -46,7 +48,15 @@ class VisionAdapterObjective:
         """Reads `config.models.vision_adapter`, pictures of `config.data`, `config.sample` and `config.loss`.
 
         Of the last `pack` and `packed_length`, where it has them.
+
+        Raises:
+          UserError: if texts are no questions with answers, or as the sampler and `read_packing`.
         """
+        if not config.data.get("dialogues", ""):
+            raise UserError(
+                "config.data.dialogues is empty, and the vision adapter learns answers to questions; choose one of "
+                f"{', '.join(SOURCES)}"
+            )
         return cls(VisionAdapterSampler.from_config(config), read_packing(config.loss))
 
     @property
@@ -63,9 +73,7 @@ class VisionAdapterObjective:
     def loss(
         self, params: Tree, variables: Tree, frozen: Tree, batch: Batch, rng: Key[Array, ""], step: Array, train: bool
     ) -> tuple[Float[Array, ""], Aux]:
-        """The cross-entropy of answers, mean over examples of the mean over their tokens.
-
-        An example's loss does not depend on the others, so it adds up over any split of the batch.
+        """The cross-entropy of answers, mean over examples of the mean over their tokens; see `token_loss`.
 
         Metrics: as of `train.objectives.llama.token_loss`, over the answers' tokens. `batch` holds `PICTURE`,
         a picture each, text int32 [b t] and text_mask bool [b t], rows of `data.dialogues`.
@@ -76,7 +84,7 @@ class VisionAdapterObjective:
         text = with_pictures(batch["text"], model.image_token, model.text_pad_id)
         answer = spread_rows(batch["text_mask"], place, 1, False, False)
         read = jnp.arange(1, text.shape[1]) < prompt_lengths(text, model.text_pad_id)[:, None]
-        row = pack(Row(text[:, :-1], text[:, 1:], answer[:, 1:]), read, *self.packing)
+        row = pack(Row.of_texts(text, answer, self.sampler.end_id), read, *self.packing)
         tiles, canvas = (x.reshape(len(row.tokens), -1, *x.shape[2:]) for x in (tiles, canvas))
         inputs = row.tokens, tiles, canvas, row.positions, row.segments
         loss, metrics = token_loss(model.apply({"params": params["vision_adapter"]}, *inputs), row)

@@ -68,7 +68,7 @@ def step(program: Program, config) -> dict:
     with program.in_mesh():
         state = program.init(placed)
         params = jax.device_get(state.params)
-        if config.objective in ("diffusion", "autoencoder"):
+        if config.objective in ("diffusion", "autoencoder", "vision_adapter"):
             state = dataclasses.replace(state, params=disturbed(state.params))
         state, metrics, health = program.train_step(state, frozen(), placed)
     # The first moment of Adam, and Muon's momentum, are multiples of the gradient.

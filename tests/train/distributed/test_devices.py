@@ -65,6 +65,10 @@ CONFIGS = {
         *("--config.models.autoencoder.dtype=float64", "--config.models.discriminator.dtype=float64"),
     ),
     "captioner": ("--config=configs/scenes/captioner.py:debug",),
+    "vision_adapter": (
+        *("--config=configs/scenes/vision_adapter.py:debug", "--config.loss.pack=2"),
+        *("--config.models.vision_adapter.text_vocab_size=354", "--config.models.vision_adapter.image_token=354"),
+    ),
     "unidiffuser": ("--config=configs/scenes/unidiffuser.py:debug",),
     "diffusion, ddpm": ("--config=configs/paper/ddpm.py:debug", "--config.models.denoiser.heads=2"),
 }

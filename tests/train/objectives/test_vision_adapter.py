@@ -26,12 +26,15 @@ from train.distributed.mesh import make_mesh
 from train.distributed.sharding import path_name
 from train.loop import train
 from train.objectives import create_objective
+from train.objectives.llama import token_loss
+from train.objectives.packing import Row, pack
 from train.program import create_program
 from train.state import create_state
 from train.trainable import count_parameters, trained_params
 from train.transfer import initialize_parts
 from weights.pretrained import write_pretrained
 from weights.run import Run
+from weights.starts import pin_bases
 
 from ...models.random_parameters import random_parameters
 
@@ -209,8 +212,14 @@ def test_texts_in_a_row_are_learned_as_if_each_were_alone(adapter, name):
     np.testing.assert_allclose(other, loss, rtol=1e-5)
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5), its_aux.metrics, aux.metrics)
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=1e-5), its_slope, slope)
-    short = dataclasses.replace(objective, packing=(2, 12))
-    assert run(short)[0][1].metrics["nats"][1] < aux.metrics["nats"][1]  # the rest is cut off
+    assert aux.metrics["cut"] == (0, 2)
+    # Of the second text nothing is left that is learned, which is not to be right in it.
+    short = dataclasses.replace(objective, packing=(2, 8 if name == "llama" else 12))
+    _, cut = loss_of(short, params, batch)
+    alone, first = loss_of(objective, params, {name: rows[:1] for name, rows in batch.items()})
+    np.testing.assert_allclose(cut.metrics["loss"], (alone, 1), rtol=1e-5)
+    assert cut.metrics["exact"] == first.metrics["exact"] == (0, 1) and cut.metrics["cut"] == (1, 2)
+    assert cut.metrics["nats"][1] == first.metrics["nats"][1]
     with pytest.raises(ValueError, match="must divide the 2 examples"):
         run(dataclasses.replace(objective, packing=(3, 0)))
 
@@ -280,3 +289,39 @@ def test_a_run_learns_and_is_measured_in_tiles(tmp_path):
 def test_pictures_that_are_cut_otherwise_than_the_network_takes_them_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
         create_objective(config_of("vision_adapter.py", f"--config.data.{setting}"))
+
+
+@pytest.mark.parametrize(
+    ("second", "length", "exact", "cut"),
+    [
+        ((1, 7, 3, 9), 0, (2, 2), (0, 2)),
+        ((1, 7, 3, 9), 5, (1, 2), (1, 2)),  # its answer has no end
+        ((1, 7, 3, 9), 4, (1, 1), (1, 2)),  # it has no answer
+        ((1, 7, 3, 4), 0, (1, 2), (1, 2)),  # it was cut before it was packed
+        ((1, 7, 7, 7), 0, (1, 1), (1, 2)),
+    ],
+)
+def test_an_answer_that_is_cut_is_not_right(second, length, exact, cut):
+    text = jnp.asarray([[1, 7, 2, 9], second])
+    answers = (jnp.arange(4) >= 2) & (text != 7)
+    row = Row.of_texts(text, answers, end_id=9)
+    for packed in (pack(row, jnp.ones((2, 3), bool), 2, length), *([row] if not length else [])):
+        _, metrics = token_loss(50 * jax.nn.one_hot(packed.targets, 10), packed)
+        assert metrics["exact"] == exact and metrics["cut"] == cut and metrics["loss"][1] == exact[1]
+
+
+def test_what_is_learned_has_questions():
+    with pytest.raises(UserError, match="dialogues is empty.* choose one of scenes, captions, tabs"):
+        create_objective(config_of("vision_adapter.py", "--config.data.dialogues="))
+
+
+def test_pairs_do_not_leave_an_encoder_to_a_source_that_it_is_not_of():
+    sources = [f"--config.initialize.{name}.source=runs/{name}" for name in ("vision_adapter", "encoder")]
+    with pytest.raises(UserError, match="initialize.encoder.source would replace .*initialize.vision_adapter.source"):
+        pin_bases(config_of("vision_adapter.py", "--config.lora.rank=2", *sources))
+
+
+def test_packed_rows_are_of_one_device():
+    config = config_of("vision_adapter.py", "--config.loss.pack=4", "--config.mesh.microbatches=4")
+    with pytest.raises(UserError, match="loss.pack=4 does not divide the examples .* has of a microbatch, 2"):
+        create_program(config, make_mesh(config.mesh, jax.devices()[:1]))
