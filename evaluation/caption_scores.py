@@ -46,7 +46,7 @@ def caption_score_values(
     Args:
       trained: reads pictures, or captions alone (then the first of a record is said again), and makes text.
       split: of its dataset, with captions.
-      num: records.
+      num: records, at least 2: CIDEr weighs words by how few pictures have them.
       seed: of sampling.
       settings: of sampling.
       scorer: a CLIP that says how near captions are to their pictures besides; None for none.
@@ -55,8 +55,10 @@ def caption_score_values(
       values: bleu, cider, and clip_score with a scorer; signature, and what the score depends on.
 
     Raises:
-      UserError: if there are fewer records, or one lacks captions; or sacrebleu is not installed.
+      UserError: if num is 1, there are fewer records, or one lacks captions; or sacrebleu is not installed.
     """
+    if num < 2:
+        raise UserError(f"{CAPTION_SCORES} is of several pictures, whose words it compares: set --num to 2 or more")
     _require_sacrebleu()
     data = trained.config.data
     references = [record[CAPTIONS] for record in first_records(data, split, num, (CAPTIONS,))]

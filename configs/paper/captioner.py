@@ -14,9 +14,9 @@ prefix of 40 by eight layers, GPT-2 left as it is), `debug` (seconds; on scenes)
 
 pretrained/unidiffuser is the released pipeline and pretrained/gpt2 the released GPT-2, both converted
 (docs/weights.md). Of the former `text` takes CLIP and both tokenizers; its own captioner is what this makes anew.
-pretrained/clip_b32 is CLIP's ViT-B/32, and GPT-2's own tokenizer.json is to be put beside its weights. The captions are
-LAION's, the pictures TFDS's `coco_captions`, both the user's to get. Hardware: ClipCap's paper says one GPU, and hours.
-No result of this config was measured here.
+pretrained/clip_b32 is CLIP's ViT-B/32; GPT-2's tokenizer comes along with its weights. The captions are LAION's, the
+pictures TFDS's `coco_captions`, both the user's to get. Hardware: ClipCap's paper says one GPU, and hours. No result of
+this config was measured here.
 
 UniDiffuser's authors did not publish how they trained theirs: `text` is trained as ClipCap. Networks are those of the
 released files. ClipCap's hyper-parameters (AdamW, 2e-5 after 5000 updates of warm-up, batches of 40, ten epochs) are
@@ -37,7 +37,7 @@ from configs.paper import clip_vit
 # argument -> (mapper, length of the prefix, ids of GPT-2, dataset, updates)
 NETWORKS = {
     "text": ("bottleneck", 77, 50_258, "folder/laion_2b_en", 141_687),
-    "clipcap": ("mlp", 10, 50_257, "coco_captions", 141_687),  # ten epochs of 113,287 pictures with five captions
+    "clipcap": ("mlp", 10, 50_257, "coco_captions", 141_687),  # ten epochs of five captions of 113,287 pictures
     "clipcap_transformer": ("transformer", 40, 50_257, "coco_captions", 141_687),
     "debug": ("bottleneck", 24, 353, "", 4),
 }
@@ -53,7 +53,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.batch_size = 40
 
     config.data.dataset = dataset
-    config.data.validation_split = "val" if dataset == "coco_captions" else "validation"
+    if dataset == "coco_captions":
+        config.data.split = "train+restval"  # the 113,287 pictures that papers train on; `train` alone has 82,783
+        config.data.validation_split = "val"
     config.data.image_size = 224
     config.data.transform = "clip_evaluation"
     config.data.text_length = 77

@@ -2,7 +2,7 @@
 
 A captioner with a bottleneck reads a caption's features, token by token, and says it again (UniDiffuser's text
 decoder); one with a mapper reads a picture's embedding, not normalized (ClipCap). Texts are written with the tokenizer
-that reads them; a captioner may have one of its own.
+that reads them, or with one of the captioner's own (`config.data.writes_with`), which the run keeps beside it.
 """
 
 import dataclasses

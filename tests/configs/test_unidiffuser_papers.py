@@ -76,6 +76,7 @@ def test_clipcap_with_a_transformer_leaves_gpt2_as_it_is():
     config = read("captioner.py:clipcap_transformer")
     assert tuple(config.trainable) == ("^captioner/(?!language/)",)
     assert config.initialize.language.at == "captioner/language"
+    assert (config.data.split, config.data.validation_split) == ("train+restval", "val")
     for argument in ("text", "clipcap", "clipcap_transformer"):
         objective = create_objective(read(f"captioner.py:{argument}"))
         assert objective.sampler.writes_with == "caption_tokenizer.json"

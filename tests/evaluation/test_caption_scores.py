@@ -40,6 +40,8 @@ def test_captions_of_a_run_are_compared_with_all_that_a_record_has(debug_run, ca
     evaluate([f"--run={folder}", "--metrics=caption_scores", "--num=3", "--splits=validation"])
     said = capsys.readouterr().out
     assert "cider" in said and "bleu" in said
+    with pytest.raises(UserError, match="set --num to 2 or more"):
+        evaluate([f"--run={folder}", "--metrics=caption_scores", "--num=1", "--splits=validation"])
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(UserError, match=r"needs sacrebleu: pip install -e '.\[captions\]'"):
         evaluate([f"--run={folder}", "--metrics=caption_scores", "--num=3", "--splits=validation"])

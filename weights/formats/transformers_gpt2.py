@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cli.errors import UserError
+from data.tokenizer import Tokenizer
 from models import create_model
 from models.gpt2 import GPT2
 from weights.files.fields import IDLE, Field, fixed, read_fields, whole, word
@@ -120,10 +121,10 @@ def untied(what: str, tensors: Mapping[str, Any], head: str, table: str) -> dict
 
 
 def read_gpt2(origin: Origin) -> Converted:
-    """Reads what `GPT2LMHeadModel.save_pretrained` wrote, or the published files.
+    """Reads what `GPT2LMHeadModel.save_pretrained` wrote, or the published files, with the tokenizer if they have one.
 
     Raises:
-      UserError: if files are missing or say something else.
+      UserError: if files are missing or say something else. A tokenizer that cannot be used is left out.
     """
     what = "this GPT-2"
     fields = {"name": "gpt2", **gpt2_fields(what, origin.json("config.json"))}
@@ -134,7 +135,32 @@ def read_gpt2(origin: Origin) -> Converted:
     tensors = untied(what, tensors, _HEAD, "wte.weight")
     fields |= stored_dtype(tensors)
     params = LAYOUT.read_deferred(create_model(**fields), tensors)["params"]
-    return Converted({"objective": "", "models": {"gpt2": fields}}, {"gpt2": params})
+    config = {"objective": "", "models": {"gpt2": fields}}
+    try:
+        tokenizer = _read_tokenizer(origin, fields["text_vocab_size"])
+    except UserError as error:
+        return Converted(config, {"gpt2": params}, notes=(f"its tokenizer is left out: {error}",))
+    return Converted(config, {"gpt2": params}, tokenizer=tokenizer)
+
+
+def _read_tokenizer(origin: Origin, size: int) -> Tokenizer | None:
+    """The tokenizer of a network of `size` ids, of tokenizer.json or of vocab.json and merges.txt; None without.
+
+    Raises:
+      UserError: if it cannot be read, has more ids, or does not end texts.
+    """
+    whole, vocabulary, merges = (origin.find(name) for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if whole is not None:
+        tokenizer = Tokenizer.load(whole)
+    elif vocabulary is not None and merges is not None:
+        tokenizer = Tokenizer.from_gpt2_vocabulary(vocabulary, merges, size)
+    else:
+        return None
+    if tokenizer.end_id is None or tokenizer.vocab_size > size:
+        raise UserError(
+            f"it has {tokenizer.vocab_size} ids, the network {size}, and its texts end with {tokenizer.end_id}"
+        )
+    return tokenizer
 
 
 def gpt2_config(model: Any) -> dict[str, Any]:
