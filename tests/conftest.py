@@ -9,12 +9,19 @@ import contextlib
 import fcntl
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
+
+
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", metadata.version(package))[:3])
+
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # a worker has the environment of the process that started it, as below
 
@@ -26,7 +33,9 @@ if not WORKER:
     # Compiling takes most of a tiny program's time; what optimizing and the newer emitters of fusions would change of
     # the arithmetic is not what tests are about, nor are parts of a program that threads compile apart.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    quick += " --xla_cpu_parallel_codegen_split_count=1"
+    if _version("jaxlib") <= (0, 10, 2):  # 0.12.0.1 has no such choice, and XLA aborts on a flag that it does not know
+        quick += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 
     # Programs that many tests compile are compiled once, also by the commands that tests start and by both suites of
