@@ -23,6 +23,14 @@ from data.tokenizer import Encoded, Tokenizer
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 END_OF_TURN, END_OF_MESSAGE = "<|eot_id|>", "<|eom_id|>"
 IMAGE = "<|image|>"
+# What the published template says where there is a picture and no system, in other words.
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
+<|start_header_id|>{{ message.role }}<|end_header_id|>{{ "\\n\\n" }}
+{%- if message.content is string %}{{ message.content | trim }}
+{%- else %}{% for part in message.content %}{% if part.type == "image" %}<|image|>{% else %}{{ part.text | trim }}
+{%- endif %}{% endfor %}{% endif %}<|eot_id|>
+{%- endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ "\\n\\n" }}{% endif %}"""
+
 _HEAD, _HEAD_END = "<|start_header_id|>", "<|end_header_id|>"
 _PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")  # the second one of Llama 3.0
 
@@ -86,10 +94,26 @@ class LlamaTokenizer(Tokenizer):
         )
         return LlamaTokenizer(model)
 
+    def published(self) -> str:
+        """The text of a tokenizer.json as published ones are: texts have a start, and others frame turns."""
+        if not self.in_turns:
+            return self._model.to_str()
+        model = tokenizers.Tokenizer.from_str(self._model.to_str())
+        model.encode_special_tokens = False
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, model.token_to_id(BEGIN))]
+        )
+        return model.to_str()
+
     @functools.cached_property
     def in_turns(self) -> bool:
         """Whether texts are framed as turns of a conversation."""
         return self._model.token_to_id(END_OF_TURN) in self._frame
+
+    def name_of(self, token: int | None) -> str:
+        """How the vocabulary spells an id that it has."""
+        assert token is not None
+        return self._model.id_to_token(token)
 
     @functools.cached_property
     def pad_id(self) -> int:

@@ -179,7 +179,8 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
             other = load_part(entry)
             beside[name] = Network(create_model(**model_of(entry)), other.params, other.variables)
     variables = weights.variables.get(part, {})
-    network = Network(create_model(**fields), weights.params[part], variables, null_class, beside, config)
+    tokenizer = run.tokenizer() if part in run.config.models else None
+    network = Network(create_model(**fields), weights.params[part], variables, null_class, beside, config, tokenizer)
     files = form.write(network)
     with filled_folder(output) as new:
         write_files(new, files)

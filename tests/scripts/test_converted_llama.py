@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
 
 from cli.errors import UserError
@@ -55,6 +56,19 @@ def test_the_tokenizer_and_its_ends_come_along(converted):
     assert isinstance(tokenizer, LlamaTokenizer) and tokenizer.in_turns
     assert model.text_end_id == ids["<|eot_id|>"] and model.text_pad_id == ids["<|finetune_right_pad_id|>"]
     assert set(model.text_stop_ids) == {ids["<|end_of_text|>"], ids["<|eom_id|>"]}
+
+
+def test_the_tokenizer_goes_out_and_comes_back(converted, tmp_path):
+    folder, ids, _ = converted
+    convert(["--to=transformers", f"--run={folder}", f"--output={tmp_path}/out"])
+    convert([f"--input={tmp_path}/out", f"--output={tmp_path}/back"])
+    first, again = Run.open(folder), Run.open(tmp_path / "back")
+    for key in ("text_end_id", "text_stop_ids", "text_pad_id"):
+        assert first.config.models.vision_adapter[key] == again.config.models.vision_adapter[key]
+    rows = [run.tokenizer().encode("what is it?", 40).ids for run in (first, again)]
+    np.testing.assert_array_equal(*rows)
+    plain = LlamaTokenizer(tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")))
+    assert not plain.in_turns and plain.encode("what", 9).ids[0] == ids["<|begin_of_text|>"]
 
 
 def test_an_answer_is_printed_as_it_comes_and_is_what_a_batch_would_have(converted, capsys, monkeypatch, tmp_path):

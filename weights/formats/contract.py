@@ -31,6 +31,7 @@ class Network:
       null_class: whether the last class that it knows, if any, stands for none.
       beside: networks that it is used with, frozen parts by their names; {} where it is written alone.
       config: of its run, which says how it is used with those; None where it is written alone.
+      tokenizer: of its run's texts; None if there is none.
     """
 
     model: Any
@@ -39,6 +40,7 @@ class Network:
     null_class: bool = True
     beside: Mapping[str, "Network"] = dataclasses.field(default_factory=dict)
     config: ConfigDict | None = None
+    tokenizer: Tokenizer | None = None
 
 
 @dataclasses.dataclass(frozen=True)

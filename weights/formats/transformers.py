@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cli.errors import UserError
+from data.llama_tokenizer import LlamaTokenizer
 from models import create_model
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
 from models.gpt2 import GPT2
@@ -16,10 +17,10 @@ from models.vision_adapter import VisionAdapter
 from weights.files.fields import IDLE, Field, fixed, read_fields, real, several, whole, word
 from weights.files.layout import CONVOLUTION, Layout, Rule, Tensors, Tree, linear
 from weights.files.origin import Origin, peek_json, read_weights
-from weights.formats.contract import Converted, Files, Format
+from weights.formats.contract import Converted, Files, Format, Network
 from weights.formats.runs import CLIP_OPTIONS, clip_run
 from weights.formats.transformers_gpt2 import gpt2_files, read_gpt2
-from weights.formats.transformers_llama import llama_files, read_llama
+from weights.formats.transformers_llama import llama_files, read_llama, tokenizer_files
 from weights.formats.transformers_mllama import mllama_files, read_mllama
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -392,6 +393,14 @@ def _read(origin: Origin, tokenizer: str = "") -> Converted:
     return _READERS[kind](origin)
 
 
+def _write(network: Network) -> Files:
+    """A network; of a Llama with the tokenizer of Llama 3 that its run has. Those that are trained here stay here."""
+    files = _WRITERS[type(network.model)](network.model, network.params)
+    if isinstance(network.model, Llama | VisionAdapter) and isinstance(network.tokenizer, LlamaTokenizer):
+        files |= tokenizer_files(network.tokenizer)
+    return files
+
+
 FORMAT = Format(
     name="transformers",
     networks=("clip", "gpt2", "llama", "vision_adapter"),
@@ -399,6 +408,6 @@ FORMAT = Format(
     outputs="CLIPModel, GPT2LMHeadModel, LlamaForCausalLM or MllamaForConditionalGeneration.from_pretrained(DIR)",
     recognizes=_recognizes,
     read=_read,
-    write=lambda network: _WRITERS[type(network.model)](network.model, network.params),
+    write=_write,
     options=CLIP_OPTIONS,
 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from cli.errors import UserError
 from cli.text_files import read_text
-from data.llama_tokenizer import is_instructed, read_llama_tokenizer
+from data.llama_tokenizer import BEGIN, CHAT_TEMPLATE, LlamaTokenizer, is_instructed, read_llama_tokenizer
 from models import create_model
 from models.llama import Llama
 from weights.files.fields import IDLE, Field, fixed, flag, group, read_fields, real, whole, word
@@ -207,6 +207,27 @@ def llama_files(model: Llama, params: Tree) -> Files:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **text_config(model)}
     config |= {"attention_bias": False, "mlp_bias": False, "dtype": written_dtype(params)}
     return {"config.json": config, **in_shards(LAYOUT.write_deferred({"params": params}))}
+
+
+def tokenizer_files(tokenizer: LlamaTokenizer) -> Files:
+    """What the library reads a tokenizer of, and which ids end what is generated; of turns their template too."""
+    name, turns = tokenizer.name_of, tokenizer.in_turns
+    ends = [tokenizer.end_id, *tokenizer.stop_ids] if turns else tokenizer.end_id
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": name(tokenizer.end_id),
+        "pad_token": name(tokenizer.pad_id),
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **({"chat_template": CHAT_TEMPLATE} if turns else {}),
+    }
+    generation = {"bos_token_id": tokenizer.start_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+    return {
+        "tokenizer.json": tokenizer.published(),
+        "tokenizer_config.json": config,
+        "generation_config.json": generation,
+    }
 
 
 def text_run(origin: Origin, fields: Mapping[str, Any], params: Tree, data: Mapping[str, Any]) -> Converted:
