@@ -1,7 +1,8 @@
 """Llama 3's tokenizer, from other people's tokenizer.json: byte-level BPE, and the turns of a conversation.
 
 Dubey et al. 2024, "The Llama 3 Herd of Models", and the prompt format that was published with the weights. A text for a
-language model alone has a start before it and an end behind it. In a conversation each turn is
+language model alone has a start before it, and an end behind it where it is learned and not gone on with. In a
+conversation each turn is
 
     <|start_header_id|> who <|end_header_id|> two line feeds, what is said, <|eot_id|>
 
@@ -48,12 +49,8 @@ class LlamaTokenizer(Tokenizer):
         Raises:
           UserError: if tokens of Llama 3's are missing.
         """
-        if missing := [name for name in (BEGIN, END, END_OF_TURN, _HEAD, _HEAD_END) if model.token_to_id(name) is None]:
-            raise UserError(f"this tokenizer is not Llama 3's: it has no {missing[0]}")
-        if not any(model.token_to_id(name) is not None for name in _PADS):
-            raise UserError(
-                f"this tokenizer is not Llama 3's: it has none of {', '.join(_PADS)}, to fill texts up with"
-            )
+        if lacks := self.lacks(model):
+            raise UserError(f"this tokenizer is not Llama 3's: it has no {lacks}")
         model.no_padding()
         model.no_truncation()
         self._clip = self._letters = self._gpt2 = False
@@ -63,6 +60,14 @@ class LlamaTokenizer(Tokenizer):
     def recognizes(model: tokenizers.Tokenizer) -> bool:
         """Whether a tokenizer has the start and the end of Llama 3's texts."""
         return all(model.token_to_id(name) is not None for name in (BEGIN, END_OF_TURN))
+
+    @staticmethod
+    def lacks(model: tokenizers.Tokenizer) -> str:
+        """A token of Llama 3's that a tokenizer does not have; "" if it has all that are needed."""
+        missing = [name for name in (BEGIN, END, END_OF_TURN, _HEAD, _HEAD_END) if model.token_to_id(name) is None]
+        if not missing and all(model.token_to_id(name) is None for name in _PADS):
+            missing = [f"{' or '.join(_PADS)}, to fill texts up with"]
+        return missing[0] if missing else ""
 
     def __reduce__(self) -> tuple[type["LlamaTokenizer"], tuple[tokenizers.Tokenizer]]:
         """Another process gets the vocabulary, and no cache."""
@@ -148,9 +153,19 @@ class LlamaTokenizer(Tokenizer):
           UserError: if there is to be BPE dropout, or the frame alone is longer.
         """
         del rng
+        return self._framed(text, length, dropout, *self._ends)
+
+    def encode_whole(
+        self, text: str, length: int, dropout: float = 0.0, rng: np.random.Generator | None = None
+    ) -> Encoded:
+        """As `encode`, with the end behind what is no turn, also where the text is cut."""
+        del rng
+        opening, closing = self._ends
+        return self._framed(text, length, dropout, opening, closing or [self.end_id])
+
+    def _framed(self, text: str, length: int, dropout: float, opening: list[int], closing: list[Any]) -> Encoded:
         if dropout > 0:
             raise UserError("config.data.bpe_dropout is of tokenizers that are trained here, not Llama's; set it to 0")
-        opening, closing = self._ends
         room = length - len(opening) - len(closing)
         if room < 0:
             raise UserError(f"config.data.text_length={length} holds no turn; set it to more than {length - room}")
@@ -198,15 +213,26 @@ def is_instructed(*documents: dict[str, Any]) -> bool:
     return templates or any(isinstance(found, list) and len(found) > 1 for found in ends)
 
 
-def read_llama_tokenizer(text: str) -> LlamaTokenizer:
-    """Reads the text of a tokenizer.json.
+def parse_tokenizer(text: str) -> tokenizers.Tokenizer:
+    """Reads the text of a tokenizer.json, of any model.
 
     Raises:
-      UserError: if it is none, or not Llama 3's.
+      UserError: if it is none.
     """
     try:
         json.loads(text)
-        model = tokenizers.Tokenizer.from_str(text)
+        return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"tokenizer.json cannot be read ({error}); fetch it again") from error
-    return LlamaTokenizer(model)
+
+
+def words_of(tokenizer: Tokenizer, image_token: int | None) -> int:
+    """How many ids a network must read and predict: all of a tokenizer, but a picture's that it keeps apart.
+
+    Args:
+      tokenizer: Llama 3's or another.
+      image_token: the id of a picture to the network; None for none.
+    """
+    last = tokenizer.vocab_size - 1
+    apart = isinstance(tokenizer, LlamaTokenizer) and tokenizer.image_id == image_token == last
+    return tokenizer.vocab_size - apart

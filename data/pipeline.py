@@ -18,6 +18,7 @@ from cli.locations import locate, locate_from_home
 from data import points
 from data.buckets import BucketOrder, choose_buckets, shapes_of
 from data.dialogues import SCENES, check_dialogues, encode_dialogue, make_dialogue
+from data.llama_tokenizer import LlamaTokenizer
 from data.picture_sizes import picture_sizes
 from data.pictures import open_picture, read_picture
 from data.precomputed import MADE_OF, StoredField
@@ -96,7 +97,7 @@ def load_writer(config: ConfigDict) -> Tokenizer | None:
     if not config.get("writes_with", ""):
         return None
     writer = Tokenizer.load(locate_from_home(config.writes_with))
-    if writer.end_id is None:
+    if writer.end_id is None or (isinstance(writer, LlamaTokenizer) and writer.in_turns):
         raise UserError(f"config.data.writes_with={config.writes_with} does not end captions; give one that does")
     return writer
 
@@ -263,7 +264,7 @@ class ExampleStream:
             else:
                 chosen = choose_caption(record[CAPTIONS], rng)
                 caption = record[CAPTIONS][chosen]
-                ids, truncated = self._tokenizer.encode(caption, self._length, self._dropout, rng)
+                ids, truncated = self._tokenizer.encode_whole(caption, self._length, self._dropout, rng)
             if truncated:
                 self.tally.add(TRUNCATED, place, f"caption cut to {self._length} tokens: {caption!r}")
             example["text"] = ids
@@ -278,7 +279,7 @@ class ExampleStream:
     def _encode_written(self, caption: str, place: int) -> np.ndarray:
         """A caption's ids of the second tokenizer."""
         assert self._writer is not None
-        ids, truncated = self._writer.encode(caption, self._written_length)
+        ids, truncated = self._writer.encode_whole(caption, self._written_length)
         if truncated:
             self.tally.add(TRUNCATED, place, f"caption cut to {self._written_length} tokens to write: {caption!r}")
         return ids

@@ -297,6 +297,12 @@ class Tokenizer:
             padded[-1] = self.end_id
         return Encoded(padded, truncated)
 
+    def encode_whole(
+        self, text: str, length: int, dropout: float = 0.0, rng: np.random.Generator | None = None
+    ) -> Encoded:
+        """As `encode`, of a text that is learned and not gone on with; arguments as there."""
+        return self.encode(text, length, dropout, rng)
+
     def pieces(self, text: str) -> list[int]:
         """The ids of a text, neither framed nor cut nor filled up."""
         return list(self._encode(text))

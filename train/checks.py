@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from cli.config import flatten
 from cli.errors import UserError
 from cli.ranges import check_ranges, check_seed
-from data.llama_tokenizer import LlamaTokenizer
+from data.llama_tokenizer import LlamaTokenizer, words_of
 from data.pipeline import Stream
 from data.points import is_points
 from data.tokenizer import Tokenizer
@@ -112,11 +112,11 @@ def check_parts(config: ConfigDict, tokenizer: Tokenizer | None, writer: Tokeniz
                         f"config.{group}.{part}.{key} is {model[key]}, but config.data.{key} is {config.data[key]}; "
                         + ("set it to that or less, at least 1" if shorter else "they must be equal")
                     )
-            has = model.get("text_vocab_size", 0) + model.get("extra_tokens", 0)
-            if tokenizer is not None and "text_vocab_size" in model and has < tokenizer.vocab_size:
+            needed = 0 if tokenizer is None else words_of(tokenizer, model.get("image_token"))
+            if model.get("text_vocab_size", needed) < needed:
                 raise UserError(
                     f"config.{group}.{part}.text_vocab_size is {model.text_vocab_size}, but the tokenizer has "
-                    f"{tokenizer.vocab_size} ids; set it to at least that"
+                    f"{needed} ids; set it to at least that"
                 )
             if tokenizer is not None and model.get("text_end_id", tokenizer.end_id) != tokenizer.end_id:
                 raise UserError(

@@ -20,6 +20,8 @@ kind of data. No result of this config was measured here. What differs, as far a
 
 * Tiles have the 560 pixels of the published instruction-tuned weights from the beginning; the paper's are smaller
   before they are enlarged.
+* Questions: the tokenizer of Llama 3.1 has no token of a picture, so that the picture's stands before the start of the
+  text and not in the user's turn. With Llama 3.2 Vision's, as config.data.tokenizer, it stands there.
 * The encoder starts from nothing, and the paper's from a CLIP of its own, which was not published.
 
 A text is a caption, or question and answer with a tab between both (docs/vision_adapter.md).
@@ -61,7 +63,7 @@ def get_config(argument: str = "") -> ConfigDict:
     first = f"runs/vision_adapter_{size}"
     config.initialize.language = ConfigDict({"part": "llama", "at": "vision_adapter/language"})
     config.initialize.language.source = "" if answers else language
-    # The image encoder's first layers may start from the tower of a CLIP, such as runs/clip.
+    # The image encoder's first layers may start from the tower of a CLIP of its sizes: OpenCLIP's ViT-H/14, converted.
     config.initialize.encoder = ConfigDict({"source": "", "part": "clip", "at": "vision_adapter/encoder"})
     config.initialize.vision_adapter = ConfigDict({"source": first if answers else "", "part": "vision_adapter"})
     config.trainable = (r"^vision_adapter/(?!language/)",)

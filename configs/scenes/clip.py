@@ -46,6 +46,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.models.clip.image_width = 96
         config.models.clip.image_layers = 3
         config.models.clip.image_heads = 2
+        config.models.clip.image_mlp_ratio = 4  # 3 for an image encoder of configs/scenes/vision_adapter.py
         config.models.clip.patch_size = 4
     else:
         config.models.clip.image_tower = "resnet"

@@ -34,7 +34,8 @@ def get_config(argument: str = "") -> ConfigDict:
 
     # The language model within: a run of configs/scenes/llama.py.
     config.initialize.language = ConfigDict({"source": "runs/llama", "part": "llama", "at": "vision_adapter/language"})
-    # The image encoder's first layers may start from the tower of a CLIP, such as runs/clip.
+    # The image encoder may start from the tower of a CLIP of its sizes: a run of configs/scenes/clip.py:vit with
+    # --config.models.clip.image_mlp_ratio=3.
     config.initialize.encoder = ConfigDict({"source": "", "part": "clip", "at": "vision_adapter/encoder"})
     config.initialize.vision_adapter = ConfigDict({"source": "", "part": "vision_adapter"})  # or a whole one
     config.trainable = (r"^vision_adapter/(?!language/)",)

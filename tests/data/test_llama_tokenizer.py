@@ -5,9 +5,11 @@ import pickle
 import numpy as np
 import pytest
 
+from cli.config import load_config
 from cli.errors import UserError
 from data.dialogues import encode_dialogue
-from data.llama_tokenizer import LlamaTokenizer, is_instructed, read_llama_tokenizer
+from data.llama_tokenizer import LlamaTokenizer, is_instructed, parse_tokenizer
+from data.pipeline import open_stream
 from data.scenes.questions import Dialogue
 from data.tokenizer import Tokenizer
 
@@ -38,6 +40,26 @@ def test_a_text_has_a_start_before_it_and_is_filled_up_with_what_no_text_has(voc
     assert (tokenizer.end_id, tokenizer.stop_ids) == (ids[END], (ids[EOM], ids[EOT]))
 
 
+def test_a_text_that_is_learned_ends(vocabulary):
+    path, ids = vocabulary
+    tokenizer = Tokenizer.load(path)
+    row, cut = tokenizer.encode_whole("what is it?", 40)
+    assert row[row != ids[PAD]].tolist() == [ids[BEGIN], *tokenizer.pieces("what is it?"), ids[END]] and not cut
+    row, cut = tokenizer.encode_whole("what is it?" * 9, 12)
+    assert (row[0], row[-1]) == (ids[BEGIN], ids[END]) and cut
+    turns = tokenizer.with_ends()
+    np.testing.assert_array_equal(turns.encode_whole("a", 40).ids, turns.encode("a", 40).ids)
+
+
+def test_captions_of_a_stream_end(vocabulary, scenes_dir):
+    path, ids = vocabulary
+    arguments = ["--config=configs/scenes/llama.py:debug", f"--config.data.data_dir={scenes_dir}"]
+    arguments += ["--config.data.dialogues=", "--config.data.text_length=90"]
+    stream = open_stream(load_config(arguments).data, Tokenizer.load(path), split="train", seed=0, train=True)
+    text = stream[0]["text"]
+    assert text[text != ids[PAD]][-1] == ids[END]
+
+
 def test_a_question_is_a_turn_with_the_head_of_the_answer_behind_it(vocabulary, tmp_path):
     path, ids = vocabulary
     tokenizer = Tokenizer.load(path).with_ends()
@@ -66,9 +88,9 @@ def test_who_talks_in_turns_is_said_by_its_documents():
 def test_other_tokenizers_are_one_line(vocabulary):
     path, _ = vocabulary
     with pytest.raises(UserError, match="cannot be read"):
-        read_llama_tokenizer("{")
+        parse_tokenizer("{")
     with pytest.raises(UserError, match=r"has no <\|begin_of_text"):
-        read_llama_tokenizer(path.read_text().replace("<|begin_of_text|>", "<|other|>"))
+        LlamaTokenizer(parse_tokenizer(path.read_text().replace("<|begin_of_text|>", "<|other|>")))
     with pytest.raises(UserError, match="holds no turn"):
         Tokenizer.load(path).with_ends().encode("a", 5)
     with pytest.raises(UserError, match="bpe_dropout"):

@@ -9,17 +9,23 @@ import pytest
 import tokenizers
 from PIL import Image
 
+from cli.config import load_config
 from cli.errors import UserError
 from data.llama_tokenizer import LlamaTokenizer
 from data.pictures import read_picture
 from data.tiles import canvases, tile_picture
+from data.tokenizer import Tokenizer
 from models import create_model
 from sample.__main__ import main as sample
 from sample.conditions import Order, make_conditions, order_rows, write_out
 from sample.samplers import vision_adapter
 from sample.trained import TrainedSampler
 from scripts.convert import main as convert
-from weights.formats.contract import write_files
+from train.checks import check_parts
+from weights.files.origin import open_origin
+from weights.formats.contract import Network, write_files
+from weights.formats.llama_runs import text_run
+from weights.formats.meta_llama import write_meta
 from weights.formats.transformers_mllama import mllama_files
 from weights.run import Run
 
@@ -173,3 +179,64 @@ def test_one_picture_is_not_together(converted):
     folder, _, (red, _) = converted
     with pytest.raises(UserError, match="--together shows several"):
         sample([f"--run={folder}", f"--image={red}", "--prompt=a", "--together"])
+
+
+def meta_folder(folder, **changes):
+    """A Llama as Meta publishes it, with a tokenizer; returns the ids of its specials."""
+    folder.mkdir()
+    ids = write_llama_vocabulary(folder / "tokenizer.json", picture=False)
+    fields = {name: FIELDS[name] for name in ("width", "depth", "heads", "kv_heads", "mlp_hidden", "rope_factor")}
+    model = create_model("llama", **{**fields, "text_vocab_size": len(ids) + max(ids.values()), **changes})
+    write_files(folder, write_meta(Network(model, random_parameters(model), {})))
+    return ids
+
+
+def test_whether_a_llama_of_meta_s_is_asked_in_turns_is_said(tmp_path, capsys):
+    ids = meta_folder(tmp_path / "theirs")
+    convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/base"])
+    assert "a text that it goes on with" in (said := capsys.readouterr().out) and "give --prompts=turns" in said
+    assert Run.open(tmp_path / "base").config.models.llama.text_end_id == ids["<|end_of_text|>"]
+    convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/instructed", "--prompts=turns"])
+    assert "a turn of a conversation" in capsys.readouterr().out
+    assert Run.open(tmp_path / "instructed").config.models.llama.text_end_id == ids["<|eot_id|>"]
+    with pytest.raises(UserError, match="choose one of turns, texts"):
+        convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/other", "--prompts=chat"])
+    # Eight answers at temperature 0 would be the same one.
+    sample([f"--run={tmp_path}/base", "--prompt=a", "--answer_length=2", f"--out={tmp_path}/grid.png"])
+    assert "1 text" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_another_tokenizer_than_llama_3_s_is_left_behind_and_a_damaged_one_is_an_error(tmp_path, capsys):
+    meta_folder(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "tokenizer.json"
+    whole = file.read_text()
+    file.write_text(whole.replace("<|begin_of_text|>", "<s>"))
+    convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/ours"])
+    assert "it is not Llama 3's (no <|begin_of_text|>)" in capsys.readouterr().out
+    run = Run.open(tmp_path / "ours")
+    assert run.tokenizer() is None and run.load().params["llama"]
+    file.write_text(whole[:99])
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/damaged"])
+
+
+def test_a_network_predicts_all_ids_but_the_picture_s(tmp_path):
+    ids = write_llama_vocabulary(tmp_path / "tokenizer.json")
+    origin, fields = open_origin(str(tmp_path)), {**FIELDS, "image_token": ids[IMAGE]}
+    assert text_run(origin, {**fields, "text_vocab_size": ids[IMAGE]}, {}, {}, "turns").tokenizer
+    with pytest.raises(UserError, match=f"has {ids[IMAGE]} ids, and the network {ids[IMAGE] - 1}"):
+        text_run(origin, {**fields, "text_vocab_size": ids[IMAGE] - 1}, {}, {}, "turns")
+    with pytest.raises(UserError, match=f"has {ids[IMAGE]} for a picture, and the network 5"):
+        text_run(origin, {**fields, "text_vocab_size": 999, "image_token": 5}, {}, {}, "turns")
+
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    config = load_config(["--config=configs/scenes/vision_adapter.py:debug"])
+    with config.unlocked():
+        model = config.models.vision_adapter
+        model.text_end_id, model.text_pad_id = tokenizer.end_id, tokenizer.pad_id
+        model.text_vocab_size, model.image_token = ids[IMAGE], ids[IMAGE]
+    check_parts(config, tokenizer)
+    with config.unlocked():
+        model.text_vocab_size = model.image_token = ids[IMAGE] - 1
+    with pytest.raises(UserError, match=f"text_vocab_size is {ids[IMAGE] - 1}, but the tokenizer has {ids[IMAGE] + 1}"):
+        check_parts(config, tokenizer)

@@ -22,7 +22,8 @@ from weights.files.layout import Form, Layout, Rule, linear
 from weights.files.origin import Origin, WeightsFile, learned, peek_json, read_weights
 from weights.files.tensors import Deferred, read_tensors
 from weights.formats.contract import Converted, Files, Format, Network, Tree
-from weights.formats.transformers_llama import stored_dtype, text_run
+from weights.formats.llama_runs import text_run
+from weights.formats.transformers_llama import stored_dtype
 
 _PARAMS = "params.json"
 _FIRST = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.pth")
@@ -227,7 +228,7 @@ def meta_fields(params: Mapping[str, Any], tensors: Mapping[str, Any], factor: s
     }
 
 
-def read_meta(origin: Origin, rope_factor: str = "") -> Converted:
+def read_meta(origin: Origin, rope_factor: str = "", prompts: str = "") -> Converted:
     """Reads a folder as Meta publishes it.
 
     Raises:
@@ -243,7 +244,7 @@ def read_meta(origin: Origin, rope_factor: str = "") -> Converted:
     tree = _LAYOUTS[type(model)].read_deferred(model, _joined(parts))["params"]
     pictures = {"image_size": "tile_size", "max_tiles": "max_tiles"} if isinstance(model, VisionAdapter) else {}
     data = {key: getattr(model, field) for key, field in pictures.items()}
-    return text_run(origin, fields, tree, data)
+    return text_run(origin, fields, tree, data, prompts)
 
 
 def write_meta(network: Network) -> Files:
@@ -402,5 +403,9 @@ FORMAT = Format(
     recognizes=_recognizes,
     read=read_meta,
     write=write_meta,
-    options={"rope_factor": "of a Llama: the factor of rotary positions, if it is neither 8 nor 32 of a tied head"},
+    options={
+        "rope_factor": "of a Llama: the factor of rotary positions, if it is neither 8 nor 32 of a tied head",
+        "prompts": "of a Llama with tokenizer.json: `turns` of an instructed one, `texts` of another (default: what a "
+        "generation_config.json or a chat template tells, else texts)",
+    },
 )

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cli.errors import UserError
-from cli.text_files import read_text
-from data.llama_tokenizer import BEGIN, CHAT_TEMPLATE, LlamaTokenizer, is_instructed, read_llama_tokenizer
+from data.llama_tokenizer import BEGIN, CHAT_TEMPLATE, LlamaTokenizer
 from models import create_model
 from models.llama import Llama
 from weights.files.fields import IDLE, Field, fixed, flag, group, read_fields, real, whole, word
@@ -23,10 +22,10 @@ from weights.files.layout import Layout, Rule, linear
 from weights.files.origin import Origin, read_weights
 from weights.files.tensors import in_shards
 from weights.formats.contract import Converted, Files, Tree
+from weights.formats.llama_runs import text_run
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-_TEXT_LENGTH = 256  # of a prompt and of an answer, unless told otherwise
 _ROPE_NAMES = ("default", "llama3")
 
 # Of every config of the library: of training, generation, and how it computes.
@@ -228,48 +227,6 @@ def tokenizer_files(tokenizer: LlamaTokenizer) -> Files:
         "tokenizer_config.json": config,
         "generation_config.json": generation,
     }
-
-
-def text_run(origin: Origin, fields: Mapping[str, Any], params: Tree, data: Mapping[str, Any]) -> Converted:
-    """A language model, or one with an image adapter, with its tokenizer where the files have one.
-
-    Without tokenizer.json nothing says which ids are the ends: such a run can be trained further, and not sampled.
-
-    Args:
-      origin: where it is from.
-      fields: {name, fields} of the network.
-      params: its parameters.
-      data: keys of `config.data`.
-
-    Raises:
-      UserError: if the tokenizer cannot be read or has more ids than the network.
-    """
-    name, path = fields["name"], origin.find("tokenizer.json")
-    if path is None:
-        note = "it has no tokenizer.json, without which it is not sampled: put that into INPUT and convert again"
-        config = {"objective": "", "models": {name: dict(fields)}, "data": dict(data)}
-        return Converted(config, {name: params}, notes=(note,))
-    tokenizer = read_llama_tokenizer(read_text(path))
-    documents = [
-        origin.json(file)
-        for file in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.json")
-        if origin.find(file) is not None
-    ]
-    documents += [document["text_config"] for document in documents if isinstance(document.get("text_config"), dict)]
-    if is_instructed(*documents) or origin.find("chat_template.jinja") is not None:
-        tokenizer = tokenizer.with_ends()
-    has = fields["text_vocab_size"] + fields.get("extra_tokens", 0)
-    if tokenizer.vocab_size > has:
-        raise UserError(f"its tokenizer.json has {tokenizer.vocab_size} ids, and the network {has}; give its own")
-    ends = {"text_end_id": tokenizer.end_id, "text_stop_ids": tokenizer.stop_ids, "text_pad_id": tokenizer.pad_id}
-    config = {
-        "objective": name,
-        "models": {name: {**fields, **ends}},
-        "data": {**data, "text_length": _TEXT_LENGTH, "text_ends": tokenizer.in_turns},
-        "sample": {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "answer_length": _TEXT_LENGTH},
-    }
-    framed = "a turn of a conversation" if tokenizer.in_turns else "a text that it goes on with"
-    return Converted(config, {name: params}, tokenizer=tokenizer, notes=(f"a prompt is {framed}",))
 
 
 def stored_dtype(tensors: Mapping[str, Any]) -> dict[str, str]:

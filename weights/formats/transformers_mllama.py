@@ -23,6 +23,7 @@ from weights.files.layout import CONVOLUTION, Form, Layout, Rule, linear
 from weights.files.origin import Origin, read_weights
 from weights.files.tensors import Deferred, in_shards
 from weights.formats.contract import Converted, Files, Tree
+from weights.formats.llama_runs import text_run
 from weights.formats.transformers_llama import (
     IDLE_KEYS,
     TEXT,
@@ -32,7 +33,6 @@ from weights.formats.transformers_llama import (
     stored_dtype,
     text_config,
     text_fields,
-    text_run,
     written_dtype,
 )
 

@@ -32,6 +32,7 @@ from train.program import create_program
 from train.state import create_state
 from train.trainable import count_parameters, trained_params
 from train.transfer import initialize_parts
+from weights.files.layout import model_shapes
 from weights.pretrained import write_pretrained
 from weights.run import Run
 from weights.starts import pin_bases
@@ -167,6 +168,19 @@ def test_the_encoder_starts_from_a_clip_of_smaller_pictures(tmp_path):
         UserError, match="does not fit: its tower has another image_width 48, image_mlp_ratio 3, 1 layers"
     ):
         start(image_width=48, image_layers=1)
+
+
+def test_the_clip_of_the_scenes_fits_the_encoder_of_the_scenes():
+    ours = create_model(**load_config([f"--config={ROOT}/configs/scenes/vision_adapter.py"]).models.vision_adapter)
+    clip = [f"--config={ROOT}/configs/scenes/clip.py:vit"]
+    fits = create_model(**load_config([*clip, "--config.models.clip.image_mlp_ratio=3"]).models.clip)
+    begun = flatten_dict(ours.adopt("encoder", random_parameters(fits), fits), sep="/")
+    encoder = model_shapes(ours)
+    assert all(leaf.shape == encoder[f"params/encoder/{path}"].shape for path, leaf in begun.items())
+    assert "blocks_2/mlp/up/kernel" in begun
+    with pytest.raises(ValueError, match="another image_mlp_ratio 4 than"):
+        other = create_model(**load_config(clip).models.clip)
+        ours.adopt("encoder", {}, other)
 
 
 @pytest.mark.slow
