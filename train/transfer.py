@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from train.distributed.processes import is_first
 from train.distributed.sharding import path_name
 from train.state import TrainState, start_average
 from train.trainable import trained_params, trained_patterns
@@ -24,6 +25,8 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
 
     An entry with a path `at`, such as "vision_adapter/language", is of a network within a part; its name is free. A
     network may make some of the parameters in such a place of another kind's, by its method `adopt`.
+
+    Variables, such as what was measured of latents, come along where the run has such; a warning says so where not.
 
     The moving average and the optimizer start from those of the new parameters that are trained. A network may take
     parameters of one that differs in its fields `ADAPTABLE`, by its method `adapt`.
@@ -58,6 +61,14 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
         params[name] = _placed(name, entry, part.params, params[name])
         if name in variables and part.variables:
             variables[name] = jax.tree.map(place_whole, part.variables, variables[name])
+        elif part.variables and is_first():
+            measured = ", ".join(flatten_dict(part.variables, sep="/"))
+            print(
+                f"warning: config.initialize.{name}: {entry.source} brings along what it measured ({measured}), and "
+                "this run's config says that itself, such as config.scales; set the same, or 0 to take what was "
+                "measured",
+                flush=True,
+            )
     trained = trained_params(params, trained_patterns(config))
     averaged = trained if jax.tree.leaves(state.ema_params) else {}
     averages = power_averages.start(trained, config.ema.lengths, config.ema.paths)

@@ -4,12 +4,15 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
 from data.pipeline import load_tokenizer, open_stream
+from sample.first_stage import FirstStage
+from sample.samplers.unidiffuser import UniDiffuserSampler
 from train.feature_pass import precompute
 from train.loop import train
 from train.objectives import create_objective
@@ -37,7 +40,7 @@ def make_config(scenes_dir, tmp_path):
     return make
 
 
-def test_stored_features_are_the_live_ones_and_training_takes_them(make_config):
+def test_stored_features_are_the_live_ones_and_training_takes_them(make_config, monkeypatch):
     name, fields = "unidiffuser.py:debug", FIELDS["unidiffuser.py:debug"]
     config = make_config(name)
     assert precomputable(config) == fields
@@ -60,6 +63,20 @@ def test_stored_features_are_the_live_ones_and_training_takes_them(make_config):
     assert np.ptp(fast["caption_latents"], axis=0).max() > 1e-3  # captions differ
     with pytest.raises(UserError, match="latent_moments and image_features go together"):
         create_objective(make_config(name, "image_features"))
+
+    # The pictures of a preview are decoded in one program; what is drawn is left out here.
+    programs, decode = [], FirstStage.decode
+
+    def decode_traced(stage, frozen, z):
+        programs.append(isinstance(z, jax.core.Tracer))
+        return decode(stage, frozen, z)
+
+    fast = jax.tree.map(jnp.asarray, fast)
+    drawn = {"image": jnp.zeros((4, 32, 32, 3)), "text": fast["text"]}
+    monkeypatch.setattr(FirstStage, "decode", decode_traced)
+    monkeypatch.setattr(UniDiffuserSampler, "__call__", lambda *_: drawn)
+    shown = objective.preview({}, {}, frozen, fast, jax.random.key(0))["image_to_text"].images
+    assert programs == [True] and shown.shape == (4, 32, 32, 3) and shown.dtype == np.uint8
 
 
 @pytest.mark.parametrize("name", ["captioner.py:debug", "captioner.py:debug_mlp"])

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -119,3 +120,22 @@ def test_a_first_stage_of_other_sizes_and_scale_is_trained_further(scenes_dir, t
     weights = Run.open(tmp_path / "run").load(ema=False)
     assert_same_trees(weights.params["autoencoder"], part.params)
     assert weights.variables["autoencoder"]["statistics"]["latents"]["count"] == 300 // 8
+
+
+def test_scales_that_a_source_measured_and_a_new_run_gives_are_said(scenes_dir, debug_run, capsys):
+    """Starting with other factors than the weights were trained with would spoil them."""
+    folder = debug_run("scenes/unidiffuser.py")
+    trained = Run.open(folder).load(ema=False)
+    start = f"--config.initialize.unidiffuser.source={folder}"
+    given = config(scenes_dir, "unidiffuser.py", start, "--config.scales.clip=1.0", "--config.scales.text=1.0")
+    measured = config(scenes_dir, "unidiffuser.py", start)
+    capsys.readouterr()  # of training
+    for run, variables in ((given, {}), (measured, jax.tree.map(jnp.zeros_like, trained.variables))):
+        state = create_state(trained.params, variables, {}, averaged={})
+        begun = initialize_parts(run, state, lambda params: {}).variables
+        said = capsys.readouterr().out
+        assert said.count("warning:") == (not variables), said
+        if variables:
+            assert_same_trees(begun, trained.variables)
+        else:
+            assert f"{folder} brings along what it measured (statistics/clip" in said and "config.scales" in said

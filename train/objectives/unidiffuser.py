@@ -8,6 +8,7 @@ time T of a side already says nothing of it. First stage, CLIP and captioner are
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from cli.ranges import check_range
 from models.unidiffuser import PictureAndText, UniDiffuser
+from sample.first_stage import FirstStage
 from sample.samplers.dvae import from_uint8
 from sample.samplers.unidiffuser import UniDiffuserSampler, scaled
 from sample.samplers.unidiffuser_modes import PICTURE, TEXT, Latents, normal_latents
@@ -153,7 +155,7 @@ class UniDiffuserObjective:
         if "image" in batch:
             images = np.asarray(batch["image"])
         else:
-            images = to_host(self.sampler.first_stage.decode(frozen, self._image(frozen, batch, keys)))
+            images = to_host(_decode_stored(self.sampler.first_stage, frozen, batch["latent_moments"], keys))
         rows = {"text": np.asarray(batch["text"]), "image": images}
         request = self.sampler.request(**rows, mode="")
         outputs = self.sampler(params, variables, frozen, request, keys)
@@ -177,3 +179,11 @@ class UniDiffuserObjective:
         stored = "caption_latents" in batch
         text = {"text": batch["caption_latents"]} if stored else sampler.encode_text(frozen, batch["text"])
         return {"clip": clip, **text}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_stored(
+    stage: FirstStage, frozen: Tree, moments: Float[Array, "b h w m"], keys: Key[Array, "b"]
+) -> Float[Array, "b H W 3"]:
+    """Pictures of what was stored of them, in one program."""
+    return stage.decode(frozen, stage.draw(frozen, moments, keys))
