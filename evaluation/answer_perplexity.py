@@ -15,10 +15,8 @@ from evaluation.records import Record
 from sample.samplers.vision_adapter import (
     PICTURE,
     VisionAdapterSampler,
-    picture_place,
-    spread_rows,
+    answers_behind_pictures,
     tiles_of,
-    with_pictures,
 )
 from sample.trained import TrainedSampler
 
@@ -74,8 +72,7 @@ def _nats(
     model, tiles, canvas = sampler.model, None, None
     if pictures is not None:
         tiles, canvas = tiles_of(pictures)
-        mask = spread_rows(mask, picture_place(text, model.image_token), 1, False, False)
-        text = with_pictures(text, model.image_token, model.text_pad_id)
+        text, mask = answers_behind_pictures(text, mask, model)
     logits = model.apply({"params": params["vision_adapter"]}, text[:, :-1], tiles, canvas)
     counted = mask[:, 1:]
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, text[:, 1:], 0)) * counted

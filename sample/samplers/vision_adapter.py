@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -194,6 +194,14 @@ def with_pictures(text: Int[Array, "b t"], image_token: int, pad_id: int = 0, pi
       pictures: of each row, n; T2 is T + n.
     """
     return spread_rows(text, picture_place(text, image_token), pictures, image_token, pad_id)
+
+
+def answers_behind_pictures(
+    text: Int[Array, "b t"], answer: Bool[Array, "b t"], model: VisionAdapter
+) -> tuple[Int[Array, "b t2"], Bool[Array, "b t2"]]:
+    """`with_pictures` of one picture a row, and which tokens are the answer's there."""
+    answer = spread_rows(answer, picture_place(text, model.image_token), 1, False, False)
+    return with_pictures(text, model.image_token, model.text_pad_id), answer
 
 
 def spread_rows(

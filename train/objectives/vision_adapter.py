@@ -21,10 +21,8 @@ from sample.samplers.llama import prompt_lengths
 from sample.samplers.vision_adapter import (
     PICTURE,
     VisionAdapterSampler,
-    picture_place,
-    spread_rows,
+    answers_behind_pictures,
     tiles_of,
-    with_pictures,
 )
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.llama import token_loss
@@ -79,10 +77,9 @@ class VisionAdapterObjective:
         a picture each, text int32 [b t] and text_mask bool [b t], rows of `data.dialogues`.
         """
         del frozen, rng, step, train
-        model, place = self.model, picture_place(batch["text"], self.model.image_token)
+        model = self.model
         tiles, canvas = tiles_of(batch)
-        text = with_pictures(batch["text"], model.image_token, model.text_pad_id)
-        answer = spread_rows(batch["text_mask"], place, 1, False, False)
+        text, answer = answers_behind_pictures(batch["text"], batch["text_mask"], model)
         read = jnp.arange(1, text.shape[1]) < prompt_lengths(text, model.text_pad_id)[:, None]
         row = pack(Row.of_texts(text, answer, self.sampler.end_id), read, *self.packing)
         tiles, canvas = (x.reshape(len(row.tokens), -1, *x.shape[2:]) for x in (tiles, canvas))
