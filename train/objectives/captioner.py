@@ -100,7 +100,8 @@ class CaptionerObjective:
         targets, counted = caption_targets(batch["written" if apart else "text"], self.sampler.end_id, not apart)
         features = self.sampler.features(frozen, batch)
         logits = self.model.apply({"params": params["captioner"]}, targets[:, :-1], features, keys)
-        loss, metrics = token_loss(logits, Row(targets, targets, counted))  # the prefix scores the first token
+        whole = jnp.any(targets == self.sampler.end_id, axis=1)
+        loss, metrics = token_loss(logits, Row(targets, targets, counted, whole))  # the prefix scores the first token
         return loss, Aux(metrics=metrics, variables=variables)
 
     def preview(
