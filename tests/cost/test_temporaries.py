@@ -51,7 +51,8 @@ def layers(depth, wrap, scan=False):
                 x = layer(x)
         return jnp.sum(x * x)
 
-    return jax.grad(loss, argnums=(0, 1))
+    # One by one, the layers' gradients of the matrix that they share would wait for their sum.
+    return jax.grad(loss, argnums=(0, 1) if scan else 0)
 
 
 @pytest.mark.parametrize("scan", [False, True])

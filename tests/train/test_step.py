@@ -90,13 +90,13 @@ def test_each_batch_that_is_measured_has_a_key_and_a_hurry_throws_nothing_away(m
     monkeypatch.setattr(loop, "place_batch", lambda batch, *_: batch)
     settings = ConfigDict({"batch_size": 2})
     new = create_state({}, {"drawn": jnp.zeros(3), "count": jnp.zeros(())}, {}, averaged={})
-    one = loop._measure(settings, training, new, hurry=True)  # there was nothing before
+    one = loop._measure(settings, training, new, Draws.measured, hurry=True)  # there was nothing before
     assert float(one.variables["count"]) == 1
-    assert float(loop._measure(settings, training, one, hurry=True).variables["count"]) == 1
-    full = loop._measure(settings, training, one, hurry=False)
+    assert float(loop._measure(settings, training, one, Draws.measured, hurry=True).variables["count"]) == 1
+    full = loop._measure(settings, training, one, Draws.measured, hurry=False)
     assert float(full.variables["count"]) == 3 and len(set(full.variables["drawn"].tolist())) == 3
     assert full.variables["drawn"].all() and len(reads) == 3
-    assert loop._measure(settings, training, full, hurry=True) is full and len(reads) == 3
+    assert loop._measure(settings, training, full, Draws.measured, hurry=True) is full and len(reads) == 3
 
 
 def test_a_codebook_takes_microbatches_in_turn():
