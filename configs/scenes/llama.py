@@ -10,7 +10,7 @@ It learns the words and how one answers; which answer is right it can only guess
 lets it look. The questions are those of `data.scenes.questions`: which shape, which color, how many, where, yes or no,
 and describe it.
 
-Hardware and time: 2 CPU cores, not measured.
+Hardware and time: one CPU core, 3 minutes.
 
 Arguments: `single32` (default), `pair32`, `debug` (seconds).
 """

@@ -8,14 +8,15 @@ Paper: Dubey et al. 2024, "The Llama 3 Herd of Models", section 7. The image enc
 Trained are encoder, projection, cross-attention layers and the embedding of the picture's token
 (`config.trainable`); gates start at 0, so that the first step answers as the language model does.
 
-Hardware and time: 2 CPU cores, not measured.
+Hardware and time: one CPU core, 23 minutes, after which 99.8 % and more of each kind of question are answered right,
+and 79.6 % and more about pairs of color and shape that training held out (docs/results.md).
 
 Arguments: `single32` (default), `pair32`, `debug` (seconds; needs no other run).
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, make_debug
+from configs.common import check_argument, get_defaults, make_debug, muon_of
 from configs.mesh_rules import LLAMA
 from configs.scenes import llama
 
@@ -63,6 +64,7 @@ def get_config(argument: str = "") -> ConfigDict:
     for key, value in language.sample.items():
         config.sample[key] = value
 
+    config.optimizer.rules = muon_of(r"blocks_\d+/.*kernel$")
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.05
     config.optimizer.no_decay = r"(bias|scale|embedding|gate|grid)$"
