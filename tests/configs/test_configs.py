@@ -55,7 +55,7 @@ def test_the_debug_variant_runs_without_any_other_run(name, debug_run):
     else:
         rows = {"image": np.zeros((3, 32, 32, 3), np.uint8)}
     if "text" in trained.sampler.makes and "image" in trained.sampler.reads:  # answers are about pictures
-        rows["image"] = np.zeros((3, 32, 32, 3), np.uint8)
+        rows |= trained.picture_rows([np.zeros((32, 32, 3), np.uint8)] * 3)
     outputs = trained(rows, seed=0, indices=range(3))
     assert outputs and all(len(rows) == 3 and np.isfinite(rows).all() for rows in outputs.values())
     assert "image" not in outputs or outputs["image"].shape == (3, 32, 32, 3)
