@@ -103,7 +103,7 @@ def decoding(peers: Peers, size: str, batch_size: int, prompt: int, answer: int,
     text[:, -1] = end
     rows: dict[str, Any] = {"text": text}
     if sees:
-        sampler: Any = VisionAdapterSampler(model, settings, end, model.tile_size)
+        sampler: Any = VisionAdapterSampler(model, settings, end)
         rows["image"] = pair.images
         text = np.pad(text, ((0, 0), (1, 0)), constant_values=model.image_token)
     else:
