@@ -190,7 +190,7 @@ def test_the_language_model_takes_no_memory_but_its_own():
     sizes, programs = {}, {}
     for name, pattern in {"all": ".*", "adapter": "^vision_adapter/(?!language/)"}.items():
         fields = [f"--config.models.vision_adapter.{field}" for field in wide]
-        adam = ("--config.optimizer.rules=({'pattern': '.*'},)", "--config.ema.decay=0.0")  # two moments of every parameter
+        adam = ("--config.optimizer.rules=({'pattern': '.*'},)", "--config.ema.decay=0.0")  # two moments of each
         overrides = (*fields, *adam, "--config.batch_size=2", f"--config.trainable=({pattern!r},)")
         config = config_of("vision_adapter.py", *overrides)
         program = programs[name] = create_program(config, make_mesh(config.mesh, jax.devices()[:1]))
