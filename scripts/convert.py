@@ -178,9 +178,9 @@ def _convert_outward(options: argparse.Namespace, formats: Any) -> None:
             entry = run.config.frozen[name]
             other = load_part(entry)
             beside[name] = Network(create_model(**model_of(entry)), other.params, other.variables)
-    variables = weights.variables.get(part, {})
-    tokenizer = run.tokenizer() if part in run.config.models else None
-    network = Network(create_model(**fields), weights.params[part], variables, null_class, beside, config, tokenizer)
+    params, variables = weights.network(part)
+    tokenizer = run.tokenizer() if part.partition("/")[0] in run.config.models else None
+    network = Network(create_model(**fields), params, variables, null_class, beside, config, tokenizer)
     files = form.write(network)
     with filled_folder(output) as new:
         write_files(new, files)
@@ -305,10 +305,10 @@ def _networks(run: Any, options: argparse.Namespace) -> tuple[dict[str, Any], An
     for part, entry in run.config.frozen.items():
         source = run if entry.source in (OWN, str(run.folder)) else Run.open(entry.source)
         frozen = source.load(entry.get("step", 0) or None, parts=(entry.part,), mapped=True)
-        model, variables = create_model(**model_of(entry)), frozen.variables.get(entry.part, {})
+        model, (params, variables) = create_model(**model_of(entry)), frozen.network(entry.part)
         # Without what was measured of latents whose scale the config says; see `load_part`.
         kept = {path.partition("/")[0] for path in model_shapes(model)} & variables.keys()
-        networks[part] = Network(model, frozen.params[entry.part], {name: variables[name] for name in kept})
+        networks[part] = Network(model, params, {name: variables[name] for name in kept})
     return networks, weights
 
 

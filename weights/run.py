@@ -79,6 +79,14 @@ class RunWeights:
     ema: bool | float
     ema_error: float | None = None
 
+    def network(self, part: str) -> tuple[Tree, Tree]:
+        """Parameters and variables of a part, or of a network within one by its path, such as "captioner/language"."""
+        part, _, inner = part.partition("/")
+        params, variables = self.params[part], self.variables.get(part, {})
+        if not inner:
+            return params, variables
+        return params[inner], {name: tree[inner] for name, tree in variables.items() if inner in tree}
+
     @property
     def record(self) -> dict[str, Any]:
         """Which weights these are: {"step", "ema"}, and "ema_error" where there is one."""
@@ -185,14 +193,15 @@ class Run:
           step: of the checkpoint; None for the newest one, the only one (0) of a run that was trained elsewhere.
           ema: take the moving average where there is one; or the length of one that is made of those that training
             kept, see `weights.power_averages`.
-          parts: which networks, of `models()`; None for those that the run trains.
+          parts: which networks, of `models()`; None for those that the run trains. Of a path to a network within one,
+            that one is read: see `RunWeights.network`.
           mapped: leave the weights of a run that was trained elsewhere in their file, as numpy arrays of it: they need
             no memory until they are used.
 
         Raises:
           UserError: if there is no such checkpoint, or the weights are missing, damaged or not those of the config.
         """
-        parts = self.config.models.keys() if parts is None else parts
+        parts = self.config.models.keys() if parts is None else {part.partition("/")[0] for part in parts}
         length = None if isinstance(ema, bool) else ema
         if self.converted:
             if length is not None:

@@ -213,7 +213,7 @@ def load_part(entry: ConfigDict, seed: int = 0, abstract: Tree = None) -> Part:
     source = Run.open(find_source(entry.source))
     model = trained_model(source, entry.part)
     weights = source.load(entry.get("step", 0) or None, parts=(entry.part,))
-    part = Part(model, weights.params[entry.part], weights.variables.get(entry.part, {}))
+    part = Part(model, *weights.network(entry.part))
     if abstract is None:
         return part
     wanted = {name: tree for name, tree in part.variables.items() if name in abstract["variables"]}
@@ -235,12 +235,30 @@ def random_part(model: dict[str, Any], seed: int) -> Part:
 
 
 def trained_model(source: Run, part: str) -> dict[str, Any]:
-    """Returns the arguments of `create_model` of a part.
+    """Returns the arguments of `create_model` of a part, or of a network within one by its path ("captioner/language").
 
     Raises:
       UserError: if the source has no such part.
     """
     models = source.models()
-    if part not in models:
-        raise UserError(f"{source.folder} has no part {part!r}; it has {', '.join(models)}")
-    return models[part]
+    whole, _, inner = part.partition("/")
+    if whole not in models:
+        raise UserError(f"{source.folder} has no part {whole!r}; it has {', '.join(models)}")
+    try:
+        return model_within(models[whole], inner)
+    except KeyError as error:
+        raise UserError(f"{source.folder}: {error.args[0]}") from error
+
+
+def model_within(model: dict[str, Any], path: str) -> dict[str, Any]:
+    """Returns the arguments of `create_model` of a network within another; those of itself if the path is empty.
+
+    Raises:
+      KeyError: if there is none; says so.
+    """
+    if not path:
+        return model
+    network = create_model(**model)
+    if not hasattr(network, "network_at"):
+        raise KeyError(f"{model['name']} has no network within it")
+    return network.network_at(path)

@@ -18,7 +18,7 @@ from models import MODELS, create_model
 from weights.files.layout import model_shapes
 from weights.lora import LORA
 from weights.run import Run, model_of
-from weights.sources import RANDOM, Part, differing_fields, find_source, load_part, trained_model
+from weights.sources import RANDOM, Part, differing_fields, find_source, load_part, model_within, trained_model
 
 Tree = Any
 
@@ -103,15 +103,10 @@ class Start:
     def model(self, config: ConfigDict) -> dict[str, Any]:
         """The arguments of `create_model` of the network that it is for; raises UserError if there is none."""
         part, _, inner = self.at.partition("/")
-        fields = model_of(config.models[part])
-        if not inner:
-            return fields
-        model = create_model(**fields)
         try:
-            return model.network_at(inner)
-        except (AttributeError, KeyError) as error:
-            said = error.args[0] if isinstance(error, KeyError) else f"{fields['name']} has no network within it"
-            raise UserError(f"config.initialize.{self.name}.at={self.entry.at!r}: {said}") from error
+            return model_within(model_of(config.models[part]), inner)
+        except KeyError as error:
+            raise UserError(f"config.initialize.{self.name}.at={self.entry.at!r}: {error.args[0]}") from error
 
 
 def starts_of(config: ConfigDict) -> list[Start]:

@@ -11,9 +11,12 @@ Fits All Distributions in Multi-Modal Diffusion at Scale", appendix, of captions
 
 `text` (default) reads CLIP's features of each token of a caption through a bottleneck of 16 numbers a token and says
 the caption again: UniDiffuser diffuses what the bottleneck makes, and this network reads what it draws. `mlp` and
-`transformer` read the embedding of a picture. All of GPT-2 is trained; with `--config.initialize.language.source=RUN
---config.trainable='("^captioner/(?!language/)",)'` one that has learned to write stays as it is and the mapper alone
-learns.
+`transformer` read the embedding of a picture. All of GPT-2 is trained; one that has learned to write, such as another
+captioner's, stays as it is and the mapper alone learns with
+
+    python -m train --config=configs/scenes/captioner.py --workdir=runs/captioner_frozen \
+        --config.trainable='("^captioner/(?!language/)",)' \
+        --config.initialize.language.source=runs/captioner --config.initialize.language.part=captioner/language
 
 Hardware and time: `text` and `mlp`, one CPU core, 3 minutes each, after which every caption of 500 is said again, and
 every picture of 500 described, without fault (docs/results.md). `transformer` was not measured.
