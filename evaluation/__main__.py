@@ -28,6 +28,7 @@ caption_accuracy   share of captions whose picture has every attribute right, an
 written_captions   share of captions that are written for pictures (or captions) and say nothing wrong, each attribute
 agreement          the same of pairs that are drawn of nothing
 answers            share of questions about a picture that are answered right, of each kind, and about a wrong picture
+text_perplexity    of questions with their answers, without a picture: the same of a language model before and after
 answer_perplexity  of the answers of a split: with the picture that is asked about, a wrong one, none
 reconstruction     error of an image tokenizer, codes it uses, and scenes still read right after it
 

@@ -12,12 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from cli.errors import UserError
 from data.pipeline import open_stream
 from evaluation.records import Record
-from sample.samplers.vision_adapter import (
-    PICTURE,
-    VisionAdapterSampler,
-    answers_behind_pictures,
-    tiles_of,
-)
+from models.llama import Llama
+from models.picture_reader import PictureReader
+from sample.samplers.vision_adapter import PICTURE, answers_behind_pictures, tiles_of
 from sample.trained import TrainedSampler
 
 ANSWER_PERPLEXITY = "answer_perplexity"
@@ -45,6 +42,7 @@ def answer_perplexity(trained: TrainedSampler, split: str, num: int) -> Record:
     stream = open_stream(data, trained.tokenizer, split=split, seed=0, train=False)
     if stream.epoch_size < num:
         raise UserError(f"split {split!r} of {data.dataset} has {stream.epoch_size} records; set --num to that or less")
+    params = trained.weights.params["vision_adapter"]
     totals = {"answer": np.zeros(2), "with_wrong_picture": np.zeros(2), "without_picture": np.zeros(2)}
     for start in range(0, num, trained.chunk):
         places = np.minimum(np.arange(start, start + trained.chunk), num - 1)  # one program for every chunk
@@ -52,28 +50,36 @@ def answer_perplexity(trained: TrainedSampler, split: str, num: int) -> Record:
         mask = batch["text_mask"] & (np.arange(start, start + trained.chunk) < num)[:, None]
         for name, shown in (("answer", batch), ("with_wrong_picture", others)):
             pictures = {row: shown[row] for row in PICTURE if row in shown}
-            nats = _nats(trained.sampler, trained.weights.params, batch["text"], mask, pictures)
+            nats = nats_of(trained.sampler.model, params, batch["text"], mask, pictures)
             totals[name] += jax.device_get(nats)
-        plain = _nats(trained.sampler, trained.weights.params, batch["text"], mask, None)
+        plain = nats_of(trained.sampler.model, params, batch["text"], mask, None)
         totals["without_picture"] += jax.device_get(plain)
     values = {f"{name}_perplexity": math.exp(nats / max(count, 1)) for name, (nats, count) in totals.items()}
     return {"values": values, "counted": {}}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(
-    sampler: VisionAdapterSampler,
+def nats_of(
+    model: Llama | PictureReader,
     params: dict,
     text: Int[Array, "b t"],
     mask: Bool[Array, "b t"],
     pictures: dict[str, Array] | None,
 ) -> Float[Array, "2"]:
-    """-ln p of all tokens that `mask` has, and their number; `pictures` are `PICTURE`."""
-    model, tiles, canvas = sampler.model, None, None
+    """-ln p of all tokens that `mask` has, and their number.
+
+    Args:
+      model: the network.
+      params: of it.
+      text: ids, pads behind.
+      mask: of the tokens that count; the first never does.
+      pictures: `PICTURE`, one a text, for a network that reads them; None for texts without.
+    """
+    shown = ()
     if pictures is not None:
-        tiles, canvas = tiles_of(pictures)
+        shown = tiles_of(pictures)
         text, mask = answers_behind_pictures(text, mask, model)
-    logits = model.apply({"params": params["vision_adapter"]}, text[:, :-1], tiles, canvas)
+    logits = model.apply({"params": params}, text[:, :-1], *shown)
     counted = mask[:, 1:]
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, text[:, 1:], 0)) * counted
     return jnp.stack([jnp.sum(nats), jnp.sum(counted, dtype=jnp.float32)])

@@ -30,6 +30,7 @@ from evaluation.features.metrics import (
 from evaluation.points import POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record, check_finite, keep_picture
+from evaluation.text_perplexity import TEXT_PERPLEXITY, text_perplexity
 from evaluation.written_captions import (
     AGREEMENT,
     ROUND_TRIP,
@@ -39,6 +40,7 @@ from evaluation.written_captions import (
     written_values,
 )
 from sample.samplers.diffusion import DiffusionSampler
+from sample.samplers.llama import LlamaSampler
 from sample.sheets.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler
 
@@ -112,8 +114,10 @@ def applicable_metrics(
             return ("caption_accuracy", WRITTEN, AGREEMENT, ROUND_TRIP), (CAPTION_SCORES, *SCORED)
         return (CAPTION_SCORES,), SCORED
     if "text" in sampler.makes and set(sampler.reads) == {"text", "image"}:
-        asked = (ANSWER_PERPLEXITY,) if trained.config.data.dialogues else ()
+        asked = (ANSWER_PERPLEXITY, TEXT_PERPLEXITY) if trained.config.data.dialogues else ()
         return (ANSWERS, *asked) if graded else asked, ()
+    if isinstance(sampler, LlamaSampler):
+        return (TEXT_PERPLEXITY,) if trained.config.data.dialogues else (), ()
     if "text" in sampler.makes and hasattr(sampler, "captions"):
         return ((WRITTEN,), (CAPTION_SCORES,)) if graded else ((CAPTION_SCORES,), ())
     if "image" not in sampler.makes:
@@ -244,6 +248,8 @@ def _values_of(
         return answer_values(trained, split, num, seed, settings)
     if name == ANSWER_PERPLEXITY:
         return answer_perplexity(trained, split, num)
+    if name == TEXT_PERPLEXITY:
+        return text_perplexity(trained, split, num)
     if name == CAPTION_LOSS:
         return caption_loss(trained, split, num, seed)
     if name in POINT_METRICS:

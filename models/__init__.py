@@ -30,6 +30,7 @@ from models.unet import UNet
 from models.unidiffuser import UniDiffuser
 from models.uvit import UViT
 from models.vision_adapter import VisionAdapter
+from models.vision_prefix import VisionPrefix
 
 MODELS: dict[str, type[nn.Module]] = {
     "autoencoder_gumbel": GumbelAutoencoder,
@@ -53,6 +54,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "unet": UNet,
     "unidiffuser": UniDiffuser,
     "vision_adapter": VisionAdapter,
+    "vision_prefix": VisionPrefix,
     "vqvae": VectorQuantizedVAE,
 }
 

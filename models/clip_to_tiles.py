@@ -14,7 +14,7 @@ from models.clip import Clip, resize_positions
 
 
 def encoder_from_clip(params: Mapping[str, Any], clip: Clip, ours: Any) -> dict[str, Any]:
-    """Those parameters of the encoder of a `VisionAdapter` that a CLIP's tower has, positions interpolated.
+    """Those parameters of the encoder of a `PictureReader` that a CLIP's tower has, positions interpolated.
 
     Its first layers, their norms on both sides, patches and positions. It is a start, and not the same function: biases
     of attention are left behind, which the encoder has none of, as are the tower's last projection and its activation,
@@ -23,7 +23,7 @@ def encoder_from_clip(params: Mapping[str, Any], clip: Clip, ours: Any) -> dict[
     Args:
       params: of the CLIP.
       clip: the network that they are of.
-      ours: the `VisionAdapter`.
+      ours: the `PictureReader`.
 
     Raises:
       ValueError: if its tower is no ViT of the encoder's widths, or has fewer layers.

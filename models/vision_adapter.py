@@ -7,27 +7,19 @@ each picture on its own in the text, the last one; of several in a row all, from
 before the first picture sees none, and is what the language model alone makes of it.
 """
 
-import dataclasses
-from typing import Any, ClassVar
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
-from models.clip_to_tiles import encoder_from_clip
 from models.layers.attention import KeyValueCache
 from models.layers.dense import Dense
 from models.layers.gated_cross_attention import GatedCrossBlock
 from models.layers.partitioning import shard_rows
 from models.layers.prompt_cache import PromptCache, causal_mask, last_state
-from models.layers.tile_positions import tiles_of_canvases
 from models.layers.transformer import rematerialized
-from models.llama import INIT_STD, Llama
-from models.tiled_image_encoder import TiledImageEncoder
+from models.llama import INIT_STD
+from models.picture_reader import PictureReader
 
 
 @struct.dataclass
@@ -43,168 +35,35 @@ class Sight:
     seen: Bool[Array, "b m"]
 
 
-class VisionAdapter(nn.Module):
-    """A `Llama` with an image encoder, a projection, and gated cross-attention layers before some of its own layers.
+class VisionAdapter(PictureReader, kw_only=True):
+    """A `PictureReader` with a projection, and gated cross-attention layers before some of the language model's.
 
     Gates start at 0: at first the logits are those of the language model, in float32 to the bit (in bfloat16 a compiler
     may round between the layers elsewhere than without them). The language model's parameters are under `language`, all
     others are the adapter's and the encoder's.
 
     Attributes:
-      text_vocab_size: of the language model, as the fields down to `tied` and the next three; see `models.llama.Llama`.
-      width: see there.
-      depth: see there; without the cross-attention layers.
-      heads: see there, as the next eight.
-      kv_heads: see there.
-      mlp_hidden: see there.
-      head_dim: see there.
-      rope_theta: see there.
-      rope_factor: see there.
-      rope_low_factor: see there.
-      rope_high_factor: see there.
-      rope_original_length: see there.
-      tied: see there.
-      text_end_id: see there.
-      text_stop_ids: see there.
-      text_pad_id: see there.
       cross_layers: the language model's layers before which a cross-attention layer stands, rising; published every
         fourth, 3, 7, 11, ...
-      image_token: the id that stands for a picture.
-      extra_tokens: ids behind the language model's, with embeddings of their own that are the adapter's, and no score.
-      tile_size: side of a tile, pixels; as the next nine see `models.tiled_image_encoder.TiledImageEncoder`.
-      patch_size: see there.
-      image_width: its width.
-      image_heads: its heads.
-      image_layers: its layers.
-      global_layers: see there.
-      image_mlp_ratio: its mlp_ratio.
-      max_tiles: see there.
-      feature_layers: see there.
-      tile_tables: see there.
-      image_mean: see there.
-      image_std: see there.
       as_transformers: compute what transformers does until at least 5.24 where that differs from the published code:
         features are taken behind their layers, and tokens that see no picture are told of all of them by attention.
-      implementation: see `models.layers.attention.attend`.
-      scan: see `models.layers.transformer.apply_blocks`.
-      remat: see there.
-      dtype: of the computation; statistics, angles, scores, softmax and logits are float32 in any case.
-      param_dtype: of the parameters.
     """
 
-    ADAPTABLE: ClassVar[tuple[str, ...]] = Llama.ADAPTABLE
-
-    text_vocab_size: int
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int
-    mlp_hidden: int
     cross_layers: tuple[int, ...]
-    image_token: int
-    tile_size: int
-    patch_size: int
-    image_width: int
-    image_heads: int
-    image_layers: int
-    global_layers: int
-    head_dim: int | None = None
-    rope_theta: float = 500000.0
-    rope_factor: float = 1.0
-    rope_low_factor: float = 1.0
-    rope_high_factor: float = 4.0
-    rope_original_length: int = 8192
-    tied: bool = False
-    text_end_id: int | None = None
-    text_stop_ids: tuple[int, ...] = ()
-    text_pad_id: int = 0
-    extra_tokens: int = 8
-    image_mlp_ratio: int | float = 4
-    max_tiles: int = 4
-    feature_layers: tuple[int, ...] = ()
-    tile_tables: str = "canvases"
-    image_mean: tuple[float, ...] = IMAGE_MEAN
-    image_std: tuple[float, ...] = IMAGE_STD
     as_transformers: bool = False
-    implementation: str = "auto"
-    scan: bool = False
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
-    # Places within that start from a part of another network's weights; see `adopt`.
-    ADOPTS: ClassVar[tuple[str, ...]] = ("encoder",)
-
-    def adopt(self, place: str, params: Any, theirs: Any) -> Any:
-        """Some of the parameters at a place within, made of another network's: of `encoder` what a CLIP has of it.
-
-        Raises:
-          ValueError: if that is another network, or of other widths.
-        """
-        del place
-        if not isinstance(theirs, Clip):
-            raise ValueError("the encoder starts from a CLIP's tower")
-        return encoder_from_clip(params, theirs, self)
-
-    def adapt(self, params: Any, theirs: "VisionAdapter") -> Any:
-        """Parameters of a network that differs in `ADAPTABLE`, as they are."""
-        del theirs
-        return params
-
-    def example_inputs(
-        self, batch_size: int
-    ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Shapes of the first arguments of `__call__`: a picture and two tokens; more do as well."""
-        size = (batch_size, 1, self.max_tiles, self.tile_size, self.tile_size, 3)
-        return (
-            jax.ShapeDtypeStruct((batch_size, 2), jnp.int32),
-            jax.ShapeDtypeStruct(size, jnp.float32),
-            jax.ShapeDtypeStruct((batch_size, 1), jnp.int32),
-        )
-
-    def network_at(self, path: str) -> dict[str, Any]:
-        """The arguments of `models.create_model` of a network within this one, whose parameters are its own there.
-
-        Raises:
-          KeyError: if there is none; names those that there are.
-        """
-        if path != "language":
-            raise KeyError(f"vision_adapter has no network {path!r} within it; it has language")
-        names = {field.name for field in dataclasses.fields(Llama)} - {"parent", "name"}
-        fields = {name: getattr(self, name) for name in sorted(names)}
-        return {"name": "llama", **fields}
+    @property
+    def features_behind(self) -> bool:
+        """See `models.tiled_image_encoder.TiledImageEncoder`."""
+        return self.as_transformers
 
     def setup(self) -> None:
+        super().setup()
         cross = self.cross_layers
         if tuple(sorted(set(cross))) != tuple(cross) or any(not 0 <= layer < self.depth for layer in cross):
             raise ValueError(f"cross_layers={cross} must rise and be among the {self.depth} of the language model")
-        if not 0 <= self.image_token < self.text_vocab_size + self.extra_tokens:
-            raise ValueError(
-                f"image_token={self.image_token} must be one of {self.text_vocab_size + self.extra_tokens} ids"
-            )
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        computed = {"implementation": self.implementation, "scan": self.scan, "remat": self.remat, **types}
-        fields = self.network_at("language")
-        self.language = Llama(**{name: value for name, value in fields.items() if name != "name"})
         init = nn.initializers.normal(INIT_STD)
-        if self.extra_tokens:
-            self.extra_embedding = nn.Embed(self.extra_tokens, self.width, embedding_init=init, **types)
-        self.encoder = TiledImageEncoder(
-            image_size=self.tile_size,
-            patch_size=self.patch_size,
-            width=self.image_width,
-            heads=self.image_heads,
-            layers=self.image_layers,
-            global_layers=self.global_layers,
-            mlp_ratio=self.image_mlp_ratio,
-            max_tiles=self.max_tiles,
-            feature_layers=self.feature_layers,
-            features_behind=self.as_transformers,
-            tile_tables=self.tile_tables,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-            **computed,
-        )
         self.projection = Dense(self.width, kernel_init=init, **types)
         self.cross_blocks = [
             GatedCrossBlock(
@@ -239,7 +98,7 @@ class VisionAdapter(nn.Module):
           positions: of each token; None for 0, 1, 2, ...
           segments: which of several texts in a row a token is of; a token sees its own text alone, and its pictures.
         """
-        x, mask = self._embed(tokens), causal_mask(tokens.shape[1], segments)
+        x, mask = self.embed(tokens), causal_mask(tokens.shape[1], segments)
         if tiles is None or canvas is None:
             return self.language.logits(self.language.apply_layers(x, 0, self.depth, mask, positions))
         features = self.encode(tiles, canvas)
@@ -270,7 +129,7 @@ class VisionAdapter(nn.Module):
         """
         batch, prompts = tokens.shape
         lengths = jnp.full(batch, prompts, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-        x, layers, memories = self._embed(tokens), [], []
+        x, layers, memories = self.embed(tokens), [], []
         features = seen = None
         if tiles is not None and canvas is not None:
             features = self.encode(tiles, canvas)
@@ -299,7 +158,7 @@ class VisionAdapter(nn.Module):
           cache: from `prefill` or the step before.
           sight: from `prefill`, of the B examples: it has no rows, so that a search does not copy it.
         """
-        x, layers = self._embed(token[:, None]), []
+        x, layers = self.embed(token[:, None]), []
         for index, (start, stop) in enumerate(self._runs):
             if index and sight is not None:
                 memory = sight.layers[index - 1]
@@ -316,15 +175,6 @@ class VisionAdapter(nn.Module):
         ends = (0, *self.cross_layers, self.depth)
         return list(zip(ends[:-1], ends[1:], strict=True))
 
-    def _embed(self, tokens: Array) -> Array:
-        """The first state of each token."""
-        if not self.extra_tokens:
-            return self.language.embed(tokens)
-        own = tokens < self.text_vocab_size
-        x = self.language.embed(jnp.where(own, tokens, 0))
-        extra = self.extra_embedding(jnp.clip(tokens - self.text_vocab_size, 0, self.extra_tokens - 1))
-        return jnp.where(own[..., None], x, extra)
-
     def _look(self, block: GatedCrossBlock, x: Array, features: Array, seen: Array) -> Array:
         """Applies a cross-attention layer, whose keys and values are recomputed with it."""
         if self.remat == "none" or self.is_initializing():
@@ -339,9 +189,7 @@ class VisionAdapter(nn.Module):
 
     def _seen(self, visible: Bool[Array, "b l i"], canvas: Int[Array, "b i"]) -> Bool[Array, "b l m"]:
         """Which tokens of the pictures each token of a text sees: those of the tiles that there are."""
-        count = jnp.asarray(tiles_of_canvases(self.max_tiles))[canvas]
-        there = (jnp.arange(self.max_tiles) < count[..., None]) & (canvas > 0)[..., None]
-        seen = (visible[..., None] & there[:, None]).reshape(*visible.shape[:2], -1)
+        seen = (visible[..., None] & self.tiles_there(canvas)[:, None]).reshape(*visible.shape[:2], -1)
         return jnp.repeat(seen, self.encoder.tokens, axis=-1)
 
 

@@ -11,7 +11,16 @@ Trained are encoder, projection, cross-attention layers and the embedding of the
 Hardware and time: one CPU core, 23 minutes, after which 99.8 % and more of each kind of question are answered right,
 and 79.6 % and more about pairs of color and shape that training held out (docs/results.md).
 
-Arguments: `single32` (default), `pair32`, `debug` (seconds; needs no other run).
+Two other ways to the same end, of the same encoder, objective and number of updates (docs/vision_adapter.md):
+
+    python -m train --config=configs/scenes/vision_adapter.py:full --workdir=runs/vision_full
+    python -m train --config=configs/scenes/vision_adapter.py:prefix --workdir=runs/vision_prefix
+
+`full` trains the language model too. In `prefix` it stays as it is, and reads vectors that a mapper makes of the
+picture (Mokady et al. 2021, "ClipCap", section 3.2).
+
+Arguments: `single32` (default), `pair32`, `full`, `prefix`, `debug` (seconds; needs no other run), `debug_full` and
+`debug_prefix` (the same).
 """
 
 from ml_collections import ConfigDict
@@ -23,8 +32,10 @@ from configs.scenes import llama
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the experiment."""
-    argument = check_argument(argument, ("single32", "pair32", "debug"))
-    language = llama.get_config(argument)
+    known = ("single32", "pair32", "full", "prefix", "debug", "debug_full", "debug_prefix")
+    argument = check_argument(argument, known)
+    debug = argument.startswith("debug")
+    language = llama.get_config("debug" if debug else "pair32" if argument == "pair32" else "")
     config = get_defaults()
     config.objective = "vision_adapter"
     config.steps = 6000
@@ -39,12 +50,19 @@ def get_config(argument: str = "") -> ConfigDict:
     # --config.models.clip.image_mlp_ratio=3.
     config.initialize.encoder = ConfigDict({"source": "", "part": "clip", "at": "vision_adapter/encoder"})
     config.initialize.vision_adapter = ConfigDict({"source": "", "part": "vision_adapter"})  # or a whole one
-    config.trainable = (r"^vision_adapter/(?!language/)",)
+    config.trainable = (".*",) if argument.endswith("full") else (r"^vision_adapter/(?!language/)",)
 
     config.models.vision_adapter = ConfigDict(language.models.llama.to_dict())
     model = config.models.vision_adapter
-    model.name = "vision_adapter"
-    model.cross_layers = (0, 2)
+    if argument.endswith("prefix"):
+        model.name = "vision_prefix"
+        model.prefix_length = 10
+        model.mapper_layers = 2
+        model.mapper_heads = 4
+        model.mapper_hidden = 336
+    else:
+        model.name = "vision_adapter"
+        model.cross_layers = (0, 2)
     model.image_token = model.text_vocab_size  # the first of the extra ones
     model.extra_tokens = 1
     model.tile_size = config.data.image_size
@@ -78,10 +96,13 @@ def get_config(argument: str = "") -> ConfigDict:
     config.checkpoint.every = 500
     config.evaluate.every = 500
     config.log.every = 20
-    if argument == "debug":
+    if debug:
         make_debug(config, steps=4, batch_size=8)
         llama.shrink(model)
-        model.cross_layers = (1,)
+        if argument.endswith("prefix"):
+            model.prefix_length, model.mapper_layers, model.mapper_hidden = 2, 1, 48
+        else:
+            model.cross_layers = (1,)
         model.image_width, model.image_layers, model.feature_layers = 32, 2, (1,)
         config.initialize.language.source = "random"
     config.lock()

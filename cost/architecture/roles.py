@@ -39,9 +39,7 @@ _PARTS = {
         "clip": "encoder, frozen: the features that are captioned",
     },
     "llama": {"llama": "causal language model: p(next token)"},
-    "vision_adapter": {
-        "vision_adapter": "language model with image adapter: cross-attention layers between its own look at pictures"
-    },
+    "vision_adapter": {"vision_adapter": "language model that is told of pictures: p(next token | pictures)"},
 }
 
 # Network -> what it is, where an objective does not say more.
@@ -66,7 +64,8 @@ _NETWORKS = {
     "unet": "denoiser: convolutions at several resolutions",
     "unidiffuser": "joint denoiser of picture and text",
     "uvit": "denoiser: transformer over time, condition and patches",
-    "vision_adapter": "language model with an image adapter",
+    "vision_adapter": "language model with image adapter: cross-attention layers between its own look at pictures",
+    "vision_prefix": "language model behind a prefix: vectors that a mapper makes of pictures",
     "vqvae": "image tokenizer with a codebook",
 }
 
@@ -115,6 +114,17 @@ _LANGUAGE = (
     (r"blocks_\d+", "causal transformer layer"),
     (r"final_norm", "last norm"),
     (r"text_head", "logits of the next token"),
+)
+_TILE_ENCODER = (
+    (r"encoder", "image encoder: a ViT over the tiles of a picture"),
+    (r"encoder/patch", "patches to tokens"),
+    (r"encoder/global_blocks_\d+", "gated transformer layer on top"),
+    (r"encoder/blocks_\d+", "transformer layer, over all tiles"),
+    (r"encoder/(first|last)_tile", r"embedding of a tile's place, \1"),
+    (r"encoder/(first|last)_tile_gate", "its gate, 0 at first"),
+    (r"encoder/(tile_)?position", "position embedding"),
+    (r"encoder/position_gate", "gate between the position embeddings of patches and of tiles"),
+    (r"encoder/class_embedding", "a tile's own token"),
 )
 _VIT = (
     (r"patch", "patches to tokens"),
@@ -227,19 +237,20 @@ _MODULES: dict[str, tuple[tuple[str, str], ...]] = {
         *_VIT,
     ),
     "vision_adapter": (
-        (r"encoder", "image encoder: a ViT over the tiles of a picture"),
-        (r"encoder/patch", "patches to tokens"),
-        (r"encoder/global_blocks_\d+", "gated transformer layer on top"),
-        (r"encoder/blocks_\d+", "transformer layer, over all tiles"),
-        (r"encoder/(first|last)_tile", r"embedding of a tile's place, \1"),
-        (r"encoder/(first|last)_tile_gate", "its gate, 0 at first"),
-        (r"encoder/(tile_)?position", "position embedding"),
-        (r"encoder/position_gate", "gate between the position embeddings of patches and of tiles"),
-        (r"encoder/class_embedding", "a tile's own token"),
+        *_TILE_ENCODER,
         (r"projection", "image features to the language model's width"),
         (r"cross_blocks_\d+", "image adapter: gated cross-attention, tokens ask (Q), the picture answers (K, V)"),
         (r"cross_blocks_\d+/attention", "cross-attention to the picture's features"),
         (r"extra_embedding", "embedding of the picture's token"),
+        (r"language", "the language model"),
+        *_within("language", _LANGUAGE),
+    ),
+    "vision_prefix": (
+        *_TILE_ENCODER,
+        (r"projection", "image features to the language model's width"),
+        (r"prefix", "learned states, which the mapper makes the prefix of"),
+        (r"mapper_blocks_\d+", "mapper: image features and learned states see each other"),
+        (r"extra_embedding", "embedding of the picture's tokens"),
         (r"language", "the language model"),
         *_within("language", _LANGUAGE),
     ),

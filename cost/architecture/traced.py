@@ -17,7 +17,7 @@ from models import create_model
 # Networks of any number of pixels, whose fields say no more of it than an example: they are described at the run's.
 _ANY_SIZE = ("autoencoder_gumbel", "autoencoder_kl", "autoencoder_vq", "discriminator", "lpips")
 # Networks of any number of tokens, which are their first input.
-_ANY_LENGTH = ("captioner", "gpt2", "llama", "vision_adapter")
+_ANY_LENGTH = ("captioner", "gpt2", "llama", "vision_adapter", "vision_prefix")
 # Fields that say how a network computes, in the values that leave all modules in sight.
 _PLAIN = {"scan": False, "remat": "none"}
 _MARK, _JOIN = "module:", "|"  # of scopes

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models.layers.tile_positions import canvases
-from models.vision_adapter import Sight, VisionAdapter
+from models.picture_reader import PictureReader
+from models.vision_adapter import Sight
 from sample.decoding import Progress, decode, first_token, next_token
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network
@@ -38,7 +39,7 @@ class VisionAdapterSampler:
       end_id: of the tokenizer: behind an answer.
     """
 
-    model: VisionAdapter
+    model: PictureReader
     answers: AnswerSettings
     end_id: int
 
@@ -155,14 +156,14 @@ def _answer(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _begin(
     sampler: VisionAdapterSampler, length: int, params: Tree, request: Request, keys: Array
-) -> tuple[Progress, Sight]:
+) -> tuple[Progress, Sight | None]:
     logits, cache, sight = _read(sampler, length, params, request)
     return first_token(logits, cache, keys, decoding(request, sampler.model)), sight
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="progress")
 def _go_on(
-    model: VisionAdapter, params: Tree, numbers: Request, keys: Array, sight: Sight, progress: Progress
+    model: PictureReader, params: Tree, numbers: Request, keys: Array, sight: Sight | None, progress: Progress
 ) -> Progress:
     def step(token: Array, position: Array, cache: Any) -> tuple[Array, Any]:
         return model.apply({"params": params}, token, position, cache, sight, method="decode_step")
@@ -170,11 +171,14 @@ def _go_on(
     return next_token(step, progress, keys, decoding(numbers, model))
 
 
-def _read(sampler: VisionAdapterSampler, length: int, params: Tree, request: Request) -> tuple[Array, Any, Sight]:
-    """Reads questions and pictures; see `VisionAdapter.prefill`."""
+def _read(
+    sampler: VisionAdapterSampler, length: int, params: Tree, request: Request
+) -> tuple[Array, Any, Sight | None]:
+    """Reads questions and pictures; see `models.vision_adapter.VisionAdapter.prefill`."""
     model = sampler.model
     tiles, canvas = tiles_of(request)
-    text = with_pictures(request["text"], model.image_token, model.text_pad_id, canvas.shape[1])
+    pictures = canvas.shape[1] * model.picture_tokens
+    text = with_pictures(request["text"], model.image_token, model.text_pad_id, pictures)
     lengths = prompt_lengths(text, model.text_pad_id)
     return model.apply({"params": params}, text, length, lengths, tiles, canvas, method="prefill")
 
@@ -197,11 +201,12 @@ def with_pictures(text: Int[Array, "b t"], image_token: int, pad_id: int = 0, pi
 
 
 def answers_behind_pictures(
-    text: Int[Array, "b t"], answer: Bool[Array, "b t"], model: VisionAdapter
+    text: Int[Array, "b t"], answer: Bool[Array, "b t"], model: PictureReader
 ) -> tuple[Int[Array, "b t2"], Bool[Array, "b t2"]]:
     """`with_pictures` of one picture a row, and which tokens are the answer's there."""
-    answer = spread_rows(answer, picture_place(text, model.image_token), 1, False, False)
-    return with_pictures(text, model.image_token, model.text_pad_id), answer
+    tokens = model.picture_tokens
+    answer = spread_rows(answer, picture_place(text, model.image_token), tokens, False, False)
+    return with_pictures(text, model.image_token, model.text_pad_id, tokens), answer
 
 
 def spread_rows(

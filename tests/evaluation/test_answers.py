@@ -37,7 +37,9 @@ def test_a_description_is_right_where_all_that_it_names_is_there(text, right):
 @pytest.mark.slow
 def test_each_kind_of_question_is_counted(debug_run, monkeypatch):
     trained = TrainedSampler.open(debug_run("scenes/vision_adapter.py"), chunk=4)
-    assert applicable_metrics(trained, "validation", ClipSettings())[0] == ("answers", "answer_perplexity")
+    assert applicable_metrics(trained, "validation", ClipSettings())[0] == (
+        *("answers", "answer_perplexity", "text_perplexity"),
+    )
     said = iter(["circle"] * 100)
     monkeypatch.setattr(TrainedSampler, "decode", lambda self, ids: tuple(next(said) for _ in ids))
     (record,) = evaluate_run(trained, ("answers",), ("validation",), 4, 0, {})

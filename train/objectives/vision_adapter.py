@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from data.dialogues import SOURCES
 from data.tiles import show_tiles
-from models.vision_adapter import VisionAdapter
+from models.picture_reader import PictureReader
 from sample.samplers.llama import prompt_lengths
 from sample.samplers.vision_adapter import (
     PICTURE,
@@ -31,7 +31,7 @@ from train.objectives.packing import Row, pack, read_packing
 
 @dataclasses.dataclass(frozen=True)
 class VisionAdapterObjective:
-    """Trains part `vision_adapter`, a `models.vision_adapter.VisionAdapter`.
+    """Trains part `vision_adapter`, a `models.picture_reader.PictureReader`.
 
     Attributes:
       sampler: holds the network, and answers in the previews.
@@ -58,7 +58,7 @@ class VisionAdapterObjective:
         return cls(VisionAdapterSampler.from_config(config), read_packing(config.loss))
 
     @property
-    def model(self) -> VisionAdapter:
+    def model(self) -> PictureReader:
         """The network that is trained."""
         return self.sampler.model
 

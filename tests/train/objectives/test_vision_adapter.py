@@ -20,8 +20,10 @@ from data.scenes.questions import Dialogue
 from data.tiles import picture_fields
 from data.tokenizer import Tokenizer
 from evaluation.answer_perplexity import answer_perplexity
+from evaluation.text_perplexity import text_perplexity
 from models import create_model
 from sample.trained import TrainedSampler
+from scripts.convert import main as convert
 from train.distributed.mesh import make_mesh
 from train.distributed.sharding import path_name
 from train.loop import train
@@ -110,25 +112,63 @@ def test_the_first_loss_is_the_language_model_s_and_its_parameters_are_not_train
     assert set(trained) == set(params["vision_adapter"]) - {"language"}
 
 
+def perplexity_of_text(run):
+    return text_perplexity(TrainedSampler.open(run, chunk=2), "validation", 4)["values"]["text_perplexity"]
+
+
+def answers_of(run, count=2):
+    trained = TrainedSampler.open(run, chunk=2)
+    rows = {**trained.encode(["how many shapes are there?"] * count), "image": np.zeros((count, 32, 32, 3), np.uint8)}
+    return trained.decode(trained(rows, seed=0, indices=range(count))["text"])
+
+
 @pytest.mark.slow
-def test_a_language_model_is_read_stays_as_it_is_and_answers(debug_run, scenes_dir, tmp_path):
+@pytest.mark.parametrize("variant", ["debug", "debug_prefix", "debug_full"])
+def test_a_language_model_is_read_stays_as_it_is_and_answers(variant, debug_run, scenes_dir, tmp_path):
+    """The same bits after 100 updates, and of texts alone; or others, where it is trained too."""
     source = debug_run("scenes/llama.py")
-    data = f"--config.data.data_dir={scenes_dir}"
-    config = config_of("vision_adapter.py", data, f"--config.initialize.language.source={source}")
+    overrides = f"--config.data.data_dir={scenes_dir}", f"--config.initialize.language.source={source}"
+    name, steps = f"vision_adapter.py:{variant}", 100 if variant == "debug" else 4
+    config = load_config([f"--config={ROOT}/configs/scenes/{name}", *overrides, f"--config.steps={steps}"])
     assert train(config, tmp_path / "run") == EXIT_OK
-    before = Run.open(source).load(ema=False).params["llama"]
-    after = Run.open(tmp_path / "run").load(ema=False).params["vision_adapter"]
-    jax.tree.map(np.testing.assert_array_equal, before, after["language"])
+    before = flatten_dict(Run.open(source).load(ema=False).params["llama"], sep="/")
+    run = Run.open(tmp_path / "run")
+    after = run.load(ema=False).params["vision_adapter"]
+    same = {path: np.array_equal(leaf, before[path]) for path, leaf in flatten_dict(after["language"], sep="/").items()}
+    assert len(same) == len(before) and set(same.values()) == {variant != "debug_full"}
+    assert (perplexity_of_text(run.folder) == perplexity_of_text(source)) == (variant != "debug_full")
     gates = [leaf for path, leaf in flatten_dict(after).items() if path[-1] == "attention_gate"]
     assert all(np.abs(gate).max() > 0 for gate in gates)
-    trained = TrainedSampler.open(tmp_path / "run", chunk=2)
-    rows = {**trained.encode(["how many shapes are there?"] * 2), "image": np.zeros((2, 32, 32, 3), np.uint8)}
-    assert len(trained.decode(trained(rows, seed=0, indices=range(2))["text"])) == 2
-    wrong = config_of("vision_adapter.py", data, f"--config.initialize.language.source={source}")
+    assert len(answers_of(run.folder)) == 2
+    assert np.isfinite(
+        list(answer_perplexity(TrainedSampler.open(run.folder), "validation", 3)["values"].values())
+    ).all()
+    wrong = config_of("vision_adapter.py", *overrides)
     with wrong.unlocked():
         wrong.models.vision_adapter.mlp_hidden = 40
     with pytest.raises(UserError, match="mlp_hidden: 48, not 40"):
         train(wrong, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_the_language_model_has_pairs_beside_an_adapter(debug_run, scenes_dir, tmp_path):
+    """Its kernels stay as they are and out of the checkpoint; pairs and adapter are trained, and join in a folder."""
+    source = debug_run("scenes/llama.py")
+    overrides = f"--config.data.data_dir={scenes_dir}", f"--config.initialize.language.source={source}"
+    pairs = "--config.lora.rank=2", "--config.lora.paths=('language/.*attention/.*kernel',)"
+    assert train(config_of("vision_adapter.py", *overrides, *pairs), tmp_path / "run") == EXIT_OK
+    before = flatten_dict(Run.open(source).load(ema=False).params["llama"], sep="/")
+    loaded = Run.open(tmp_path / "run").load(ema=False).params["vision_adapter"]
+    after = flatten_dict(loaded["language"], sep="/")
+    moved = {path for path, leaf in after.items() if not np.array_equal(leaf, before[path])}
+    assert moved == {path for path in after if "attention/" in path and path.endswith("kernel")}
+    assert np.abs(loaded["cross_blocks_0"]["attention_gate"]).max() > 0
+    assert perplexity_of_text(tmp_path / "run") != perplexity_of_text(source)
+    convert(["--to=pretrained", f"--run={tmp_path}/run", f"--output={tmp_path}/whole"])
+    (tmp_path / "moved").mkdir()
+    whole = (tmp_path / "whole").rename(tmp_path / "moved" / "whole")
+    assert answers_of(whole) == answers_of(tmp_path / "run")
+    assert perplexity_of_text(whole) == pytest.approx(perplexity_of_text(tmp_path / "run"), rel=1e-6)
 
 
 def test_the_encoder_starts_from_a_clip_of_smaller_pictures(tmp_path):
@@ -207,10 +247,12 @@ def test_the_language_model_takes_no_memory_but_its_own():
     assert saved[0] > 0.9 * held and abs(saved[1] - 2 * held) < 100
 
 
-@pytest.mark.parametrize("name", ["llama", "vision_adapter"])
+@pytest.mark.parametrize("name", ["llama", "vision_adapter", "vision_prefix"])
 def test_texts_in_a_row_are_learned_as_if_each_were_alone(adapter, name):
     objective, _, batch = adapter
     # Gates are open, and the second text is of the first one's pads.
+    if name == "vision_prefix":
+        objective = create_objective(load_config([f"--config={ROOT}/configs/scenes/vision_adapter.py:debug_prefix"]))
     params = {"vision_adapter": random_parameters(objective.model)}
     if name == "llama":
         objective = create_objective(config_of("llama.py"))
