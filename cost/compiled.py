@@ -157,15 +157,20 @@ def compile_step(program: Program) -> Compilation:
     """Compiles the training step; that memory runs out is an answer here, not an error."""
     with program.in_mesh():
         lowered = program.train_step.lower(program.abstract_state, program.abstract_frozen, program.abstract_batch)
-        start = time.monotonic()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            needed, available = read_out_of_memory(str(error)) or (None, None)
-            if needed is None:
-                raise
-            return Compilation(False, needed, None, None, available, None, time.monotonic() - start)
-        seconds = time.monotonic() - start
+        return compile_lowered(lowered, program.mesh.size)
+
+
+def compile_lowered(lowered: Any, devices: int) -> Compilation:
+    """Compiles a `jax.stages.Lowered` for so many devices; that memory runs out is an answer here, not an error."""
+    start = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed, available = read_out_of_memory(str(error)) or (None, None)
+        if needed is None:
+            raise
+        return Compilation(False, needed, None, None, available, None, time.monotonic() - start)
+    seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     return Compilation(
         fits=True,
@@ -173,7 +178,7 @@ def compile_step(program: Program) -> Compilation:
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         available_bytes=None,
-        collectives=read_collectives(compiled.as_text(), program.mesh.size),
+        collectives=read_collectives(compiled.as_text(), devices),
         seconds=seconds,
         total_bytes=program_bytes(memory),
     )

@@ -34,6 +34,8 @@ With --search=v5e it tries slices of that chip, smallest first, with microbatche
 (models.*.remat), and says the cheapest that fits and the fastest bound, as commands. What arithmetic rules out is not
 compiled. Answers are kept in --answers, so that a search that was cut goes on where it was.
 
+With --decode it is the program of `python -m sample` that answers questions, of a Llama or a vision adapter.
+
 The exit code is 0 if the step fits into the memory of its devices and 1 if it does not.
 """
 
@@ -84,11 +86,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--answers", type=Path, default=Path("runs/fit_search.json"), help="where --search keeps them (%(default)s)"
     )
+    parser.add_argument(
+        "--decode",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="answers to N questions at once instead of a training step (default N: one a device)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--table", type=Path, help="write a row into this page, unless it is there and still holds")
     options, rest = parser.parse_known_args(arguments)
     config = load_config(rest)
     name = " ".join(rest).replace("--config=", "").replace("--config ", "")
+    if options.decode is not None and (options.gpu or options.search or options.table or options.decode < 0):
+        raise UserError("--decode=N, of 0 or more questions, goes without --gpu, --search and --table")
     if options.gpu:
         if options.topology or options.table:
             raise UserError("--gpu goes without --topology and --table, which are of TPUs")
@@ -103,6 +115,8 @@ def main(arguments: Sequence[str]) -> int:
     chip_of(topology)
     with config.unlocked():
         config.mesh.topology = topology
+    if options.decode is not None:
+        return _fit_answers(name, config, options.decode, options.json)
     hashes = row_hashes(config)
 
     if options.table:
@@ -133,6 +147,16 @@ def _prepare_compiler() -> Callable[[Any, str], Any]:
     # An entry would hide how long compiling takes, and a program for absent devices cannot be loaded from one.
     jax.config.update("jax_enable_compilation_cache", False)
     return fit
+
+
+def _fit_answers(name: str, config: Any, questions: int, as_json: bool) -> int:
+    """Answers `--decode`."""
+    _prepare_compiler()
+    from cost.answering import describe_answers, fit_answers, format_answers
+
+    report = describe_answers(name, fit_answers(config, config.mesh.topology, questions))
+    print(json.dumps(report, indent=2) if as_json else format_answers(report))
+    return EXIT_OK if report["fits"] else EXIT_DOES_NOT_FIT
 
 
 def _search(name: str, config: Any, asked: str, answers: Path) -> int:

@@ -12,6 +12,7 @@ import pytest
 from cli.config import load_config
 from cli.errors import UserError
 from cost import gpu_memory
+from cost.answering import fit_answers
 from cost.chips import GIB
 from scripts import fit
 from scripts.describe import describe
@@ -153,6 +154,9 @@ def test_mistakes_are_one_line(page, monkeypatch):
         fit.main([f"--config={CONFIG}", "--search=v9"])
     with pytest.raises(UserError, match="--search goes without --topology, --table and --json"):
         fit.main([f"--config={CONFIG}", "--search=v5e", "--json"])
+    for arguments in (("--decode", "--gpu=24"), ("--decode", f"--table={page}"), ("--decode=-1",)):
+        with pytest.raises(UserError, match="of 0 or more questions, goes without --gpu, --search and --table"):
+            fit.main([f"--config={CONFIG}", *arguments])
     with pytest.raises(UserError, match="unknown topology 'v5litepod:2x2'; choose one of v3:2x2 .* v5e:4x4"):
         fit.main([f"--config={CONFIG}", "--topology=v5litepod:2x2"])
     with pytest.raises(UserError, match="config.mesh.topology names no slice"):
@@ -300,3 +304,19 @@ def test_matrix_flops_are_what_the_compiler_counts_where_it_counts_right():
     assert result.returncode == 0, result.stderr
     counted, compiled = json.loads(result.stdout)
     assert counted == pytest.approx(compiled, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_real_compiler_answers_questions():
+    name = "configs/paper/vision_adapter.py:debug"
+    result = run_command(f"--config={name}", "--decode=8", "--json")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    report = json.loads(result.stdout)
+    assert report["fits"] and (report["questions"], report["answer_length"]) == (8, 4)
+    parameters = describe(load_config([f"--config={ROOT / name}"]), depth=1)["trained"]["vision_adapter"]
+    assert report["parameter_bytes"] == 4 * parameters["parameters"] < report["memory_bytes"] < 64 * 2**20
+
+
+def test_what_answers_nothing_is_refused():
+    with pytest.raises(UserError, match="a dalle answers no questions"):
+        fit_answers(config_of(), "v5e:2x2", 0)
