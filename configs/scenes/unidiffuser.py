@@ -14,7 +14,7 @@ Paper: Bao et al. 2023, "One Transformer Fits All Distributions in Multi-Modal D
 First stage, CLIP and captioner are frozen. `config.scales` brings `power_clip` and `power_text`, which training logs,
 near 1; where published latents were as CLIP and captioner have them (`--config.scales.clip=1 --config.scales.text=1`).
 
-Hardware and time: one CPU core, 67 minutes, after which 97.5 % of captions are drawn right and every picture is
+Hardware and time: one CPU core, 57 minutes, after which 97.5 % of captions are drawn right and every picture is
 described right (docs/results.md); half the updates draw 77 %.
 
 Arguments: `single32` (default), `debug` (seconds; needs no other run).
