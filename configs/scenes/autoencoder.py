@@ -10,8 +10,8 @@ into channels, and kernels of residual blocks are trained by Muon.
 
 Arguments: `kl` (default), `vq` (a codebook of 256, of which it comes to use 45: 97.8 % of scenes are right, and 95.8 %
 held out), `perceptual` (kl with LPIPS, whose weights docs/weights.md converts to pretrained/lpips), `pair64` (kl of
-`scenes/pair64`, to 16 x 16 latents, for a GPU; not trained yet), `debug` (seconds). Without LPIPS there are absolute
-error and the discriminator: nobody's weights are needed.
+`scenes/pair64`, to 16 x 16 latents, for a GPU; not trained yet), `debug` (seconds). Without LPIPS there are the
+absolute error and the discriminator: nobody's weights are needed.
 """
 
 from ml_collections import ConfigDict
