@@ -46,6 +46,11 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "unconditional": Setting(str, "of a UniDiffuser: what guidance leads away from, noise or the empty caption"),
     "noise": Setting(str, "of a UniDiffuser: whose habits of drawing it, authors or diffusers"),
+    "data_type": Setting(
+        int,
+        "of a UniDiffuser that tells kinds of data apart (version 1): 0 draws as pairs of the web, 1 as others; "
+        "default: the kind that the run learned, of a converted one 1",
+    ),
     "keep_rows": Setting(int, "rows of tokens kept of an --image to complete; default: half of them", besides=True),
     "strength": Setting(
         float,

@@ -9,7 +9,7 @@ appendix.
 
 Arguments, each a stage that begins with what the one before it left, its updates, batches and data: `v0_256` (default;
 250,000 of 11,264; laion2B-en), `v0_512` (200,000 of 2112; laion-high-resolution), `v0_aesthetics` (220,000 of 2112;
-laion-aesthetics v2 5+); `v1_256`, `v1_512`, `v1_aesthetics` (the same of a network that is told the kind of data);
+laion-aesthetics v2 5+); `v1_256`, `v1_512`, `v1_aesthetics` (the same of a network that is told the kind of data, 0);
 `debug` (seconds; on scenes).
 
 Parameters: 952,504,912 of version 0 and 952,509,520 of version 1 with pictures of 512 x 512, and 1,179,648 fewer
@@ -23,10 +23,12 @@ are the user's to get (docs/own_data.md).
 
 The authors published networks and samplers, and no code of training. Stages, AdamW with 2e-4 after 5000 updates of
 warm-up, its constants and decay are the paper's, from a summary of it and in part from an issue of the authors'
-repository; the moving average is U-ViT's; schedule, scales, steps and guidance are their sampler's. How version 1 was
-trained is not published: it was made of other pairs besides, and here it has the stages of version 0. Every example is
-of its last kind, unless a step is told otherwise. What differs, as far as known:
+repository; the moving average is U-ViT's; schedule, scales, steps and guidance are their sampler's. Version 1 went on
+from version 0, told whether a pair is of the web (0) or one of the authors' own (1), as their README says; for how long
+is not published. What differs, as far as known:
 
+* Version 1 has the stages of version 0 from the beginning, whose pairs are all of the web: `config.data.data_type` is
+  0, for samples too. To train the released network on other pairs, set 1. One run learns one kind.
 * The last stage begins with the parameters alone; there with the optimizer's state, too.
 * Pictures are cut to their central square by both encoders' rule together; CLIP's picture is resized from it.
 * Networks compute in bfloat16.
@@ -68,6 +70,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     for key in ("latent_moments", "image_features", "caption_latents"):
         config.data[key] = ""  # "auto" or a folder: those that scripts.precompute stored
+    config.data.data_type = 0 if version == "v1" else -1  # of all examples: 0 for pairs of the web, 1 for others
     config.frozen.first_stage = first_stage.get_frozen("debug" if debug else "kl_f8", "pretrained/sd_vae", 0.18215)
     config.frozen.clip = captioner.get_frozen_clip()
     config.frozen.captioner = captioner.get_frozen_captioner("pretrained/unidiffuser")
@@ -110,6 +113,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.sample.spacing = "time"
     config.sample.unconditional = "noise"
     config.sample.noise = "authors"
+    config.sample.data_type = -1  # the kind that was learned
     config.sample.guidance = 8.0  # the authors' s = 7
     config.sample.temperature = 0.0
     config.sample.top_k = 0

@@ -43,6 +43,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     for key in ("latent_moments", "image_features", "caption_latents"):
         config.data[key] = ""  # "auto" or a folder: those that scripts.precompute stored
+    config.data.data_type = -1  # kind of all examples, for a network that tells kinds apart; -1 for its last
     # The networks' own sizes replace these.
     config.frozen.first_stage = ConfigDict(stage.to_dict())
     config.frozen.first_stage.source = "runs/autoencoder"
@@ -93,6 +94,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.sample.spacing = "time"
     config.sample.unconditional = "noise"  # what guidance of a picture leads away from; or "empty", the blank caption
     config.sample.noise = "authors"  # whose habits of drawing it; or "diffusers"
+    config.sample.data_type = -1  # kind of data to draw; -1 for the one that was learned
     config.sample.guidance = 2.0
     for key in ("temperature", "top_k", "top_p", "beams", "length_penalty", "caption_length"):
         config.sample[key] = words.sample[key]

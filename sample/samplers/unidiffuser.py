@@ -107,6 +107,8 @@ class UniDiffuserSampler:
       choices: defaults.
       captions: how captions are written.
       guidance: default w; 1 for none.
+      data_type: default kind of data to draw, of a network that tells kinds apart; -1 of any other one. In
+        `config.sample` -1 is the kind that the run learned.
     """
 
     model: UniDiffuser
@@ -118,10 +120,11 @@ class UniDiffuserSampler:
     choices: Choices
     captions: CaptionSettings
     guidance: float = 1.0
+    data_type: int = -1
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "UniDiffuserSampler":
-        """Builds the sampler of `config.models`, `frozen`, `process`, `scales` and `sample`.
+        """Builds the sampler of `config.models`, `frozen`, `process`, `scales`, `sample` and `data.data_type`.
 
         Raises:
           UserError: if a part is missing, parts do not go together, or a setting is impossible.
@@ -148,8 +151,10 @@ class UniDiffuserSampler:
             )
         choices = Choices(**read_settings(config.sample, Choices))
         captions = CaptionSettings(**read_settings(config.sample, CaptionSettings))
-        guidance = read_settings(config.sample, cls)
-        sampler = cls(model, process, first_stage, clip, captioner, scales, choices, captions, **guidance)
+        numbers = read_settings(config.sample, cls)
+        kind = numbers.get("data_type", -1)
+        numbers["data_type"] = _find_kind(model, "config.sample.data_type", kind, learned_kind(config, model))
+        sampler = cls(model, process, first_stage, clip, captioner, scales, choices, captions, **numbers)
         sampler._changed({})
         return sampler
 
@@ -171,7 +176,8 @@ class UniDiffuserSampler:
     @property
     def settings(self) -> dict[str, Any]:
         """The keys of `config.sample`, with their values."""
-        return {**dataclasses.asdict(self.choices), "guidance": self.guidance, **dataclasses.asdict(self.captions)}
+        numbers = {"guidance": self.guidance, "data_type": self.data_type}
+        return {**dataclasses.asdict(self.choices), **numbers, **dataclasses.asdict(self.captions)}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -205,7 +211,7 @@ class UniDiffuserSampler:
         Raises:
           UserError: on an unknown override, an impossible value, or rows that the mode does not read.
         """
-        choices, captions, guidance = self._changed(overrides)
+        choices, captions, guidance, kind = self._changed(overrides)
         given = [name for name, row in (("text", text), ("image", image)) if row is not None]
         modes: tuple[str, ...] = (choices.mode,)
         if not choices.mode:
@@ -227,6 +233,7 @@ class UniDiffuserSampler:
             "choices": choices,
             "captions": captions.program,
             "guidance": np.float32(guidance),
+            "data_type": np.int32(kind),
             **captions.numbers,
         }
 
@@ -295,13 +302,14 @@ class UniDiffuserSampler:
 
         return write_captions(captioner, params, prefill, program, numbers, self.end_id, keys)
 
-    def _changed(self, overrides: Mapping[str, Any]) -> tuple[Choices, CaptionSettings, float]:
-        """Settings with others; raises UserError unless they are possible."""
+    def _changed(self, overrides: Mapping[str, Any]) -> tuple[Choices, CaptionSettings, float, int]:
+        """Settings with others, guidance and the kind of data last; raises UserError unless they are possible."""
         if unknown := sorted(overrides.keys() - self.settings.keys()):
             raise UserError(f"{', '.join(unknown)}: no such sampling option; choose from {', '.join(self.settings)}")
         own = {field.name for field in dataclasses.fields(Choices)}
         choices = dataclasses.replace(self.choices, **{k: v for k, v in overrides.items() if k in own})
-        captions = self.captions.changed({k: v for k, v in overrides.items() if k not in (*own, "guidance")})
+        own |= {"guidance", "data_type"}
+        captions = self.captions.changed({k: v for k, v in overrides.items() if k not in own})
         for name, allowed in (("mode", ("", *MODES)), ("unconditional", UNCONDITIONAL), ("noise", NOISE)):
             if getattr(choices, name) not in allowed:
                 shown = ", ".join(each or "'' for what is given" for each in allowed)
@@ -311,6 +319,7 @@ class UniDiffuserSampler:
             raise UserError(f"guidance={guidance} is impossible; 1 means none, more follows what is given more")
         if choices.mode in ("image", "text") and guidance != 1 and "guidance" in overrides:
             raise UserError(f"mode {choices.mode} is told nothing that guidance could lead to; leave guidance out")
+        kind = _find_kind(self.model, "data_type", overrides.get("data_type", -1), self.data_type)
         most = self.captioner.length - self.captioner.prefix_length + 1
         if captions.caption_length > most:
             raise UserError(f"caption_length={captions.caption_length} is more than the captioner has; use {most}")
@@ -318,7 +327,7 @@ class UniDiffuserSampler:
             self.plan(choices)
         except (TypeError, ValueError) as error:
             raise UserError(f"sampler {choices.sampler!r} with {choices.steps} steps: {error}") from error
-        return choices, captions, guidance
+        return choices, captions, guidance, kind
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -340,7 +349,8 @@ def _draw(
     folded = [jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in range(_SECOND + 1)]
 
     def network(x: PictureAndText, t_image: Array, t_text: Array) -> PictureAndText:
-        return sampler.model.apply({"params": params}, x, t_image, t_text)
+        kinds = kinds_of(sampler.model, request["data_type"], len(t_image))
+        return sampler.model.apply({"params": params}, x, t_image, t_text, kinds)
 
     def noise(keys: Array) -> Latents:
         drawn = normal_latents(keys, shapes)
@@ -389,6 +399,35 @@ def _draw(
 def scaled(latents: Latents, factors: Mapping[str, Array]) -> Latents:
     """Latents as they are diffused."""
     return {name: value * factors[name] if name in factors else value for name, value in latents.items()}
+
+
+def learned_kind(config: ConfigDict, model: UniDiffuser) -> int:
+    """The kind of data that a run learns, `config.data.data_type`; -1 where the network does not tell kinds apart.
+
+    Raises:
+      UserError: if the network does not know it.
+    """
+    return _find_kind(model, "config.data.data_type", config.data.get("data_type", -1), model.data_types - 1)
+
+
+def kinds_of(model: UniDiffuser, kind: Int[Array, ""] | int, count: int) -> Int[Array, "b"] | None:
+    """What the network is told of so many examples of a kind of data; None where it does not tell kinds apart."""
+    return jnp.full(count, kind, jnp.int32) if model.data_types else None
+
+
+def _find_kind(model: UniDiffuser, name: str, kind: Any, usual: int) -> int:
+    """The kind that a setting says, `usual` for -1; raises UserError unless the network knows it."""
+    if type(kind) is int and kind == -1:
+        return usual
+    if not model.data_types:
+        raise UserError(
+            f"{name}={kind!r} is of a UniDiffuser that tells kinds of data apart, and this one's data_types is 0; "
+            "leave it out"
+        )
+    if type(kind) is not int or not 0 <= kind < model.data_types:
+        kinds = ", ".join(map(str, range(model.data_types)))
+        raise UserError(f"{name}={kind!r} is unknown; this UniDiffuser's kinds of data are {kinds}")
+    return kind
 
 
 def _check_parts(

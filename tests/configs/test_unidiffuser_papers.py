@@ -62,7 +62,9 @@ def test_stages_follow_one_another_and_fit_their_slices():
         assert starts == ["", f"{own}_256", f"{own}_512"]
         for config in stages:
             assert config.models.unidiffuser.data_types == kinds
-            sampler = create_objective(config).sampler  # parts go together, settings are possible
+            objective = create_objective(config)  # parts go together, settings are possible
+            sampler, web = objective.sampler, 0 if kinds else -1
+            assert (objective.data_type, sampler.data_type) == (web, web)
             assert float(sampler.process.network_time(jnp.float32(999))) == 1000
             devices = math.prod(map(int, config.mesh.topology.split(":")[1].split("x")))
             assert config.batch_size % (devices * config.mesh.microbatches) == 0 and devices % config.mesh.fsdp == 0

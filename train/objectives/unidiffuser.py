@@ -21,7 +21,7 @@ from cli.ranges import check_range
 from models.unidiffuser import PictureAndText, UniDiffuser
 from sample.first_stage import FirstStage
 from sample.samplers.dvae import from_uint8
-from sample.samplers.unidiffuser import UniDiffuserSampler, scaled
+from sample.samplers.unidiffuser import UniDiffuserSampler, kinds_of, learned_kind, scaled
 from sample.samplers.unidiffuser_modes import PICTURE, TEXT, Latents, normal_latents
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.preview import gather, to_host
@@ -41,6 +41,7 @@ class UniDiffuserObjective:
       image_weight: what errors of a picture's latents count beside that.
       clip_weight: of its CLIP embedding.
       text_weight: of the caption's latents.
+      data_type: the kind of data of every example, of a network that tells kinds apart; -1 of any other one.
     """
 
     sampler: UniDiffuserSampler
@@ -48,15 +49,17 @@ class UniDiffuserObjective:
     image_weight: float = 1.0
     clip_weight: float = 1.0
     text_weight: float = 1.0
+    data_type: int = -1
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "UniDiffuserObjective":
-        """Reads `config.models`, `config.frozen`, `config.process`, `config.scales`, `config.sample`, `config.loss`.
+        """Reads `config.models`, `frozen`, `process`, `scales`, `sample`, `loss` and `data.data_type`.
 
         Raises:
           UserError: if a setting is impossible, or there are no captions.
         """
-        objective = cls(UniDiffuserSampler.from_config(config), **config.loss)
+        sampler = UniDiffuserSampler.from_config(config)
+        objective = cls(sampler, **config.loss, data_type=learned_kind(config, sampler.model))
         if objective.reduction not in REDUCTIONS:
             raise UserError(f"config.loss.reduction={objective.reduction!r} is unknown; choose elements or parts")
         for name in (*PICTURE, *TEXT):
@@ -131,7 +134,8 @@ class UniDiffuserObjective:
         times = {**dict.fromkeys(PICTURE, t_image), **dict.fromkeys(TEXT, t_text)}
         x_t = PictureAndText(**{name: process.noised(x_0[name], eps[name], times[name]) for name in x_0})
         seen = process.network_time(t_image), process.network_time(t_text)
-        outputs = self.model.apply({"params": params["unidiffuser"]}, x_t, *seen)
+        kinds = kinds_of(self.model, self.data_type, len(t_image))
+        outputs = self.model.apply({"params": params["unidiffuser"]}, x_t, *seen, kinds)
         ones = jnp.ones_like(t_image)
         metrics, loss, entries = {}, jnp.zeros_like(t_image), 0
         for name, value in x_0.items():

@@ -13,15 +13,19 @@ from cli.errors import UserError
 from configs.scenes import unidiffuser
 from models.unidiffuser import UniDiffuser
 from train.objectives import create_objective
-from weights.sources import load_frozen
+from weights.sources import load_frozen, load_part
 
+from ...models.random_parameters import random_parameters
+
+CONFIG = "configs/scenes/unidiffuser.py:debug"
 ASKED = []
 
 
 class Zeros(UniDiffuser):
     """A network that predicts nothing; what it is asked is in `ASKED`."""
 
-    def apply(self, variables, x, t_image, t_text):
+    def apply(self, variables, x, t_image, t_text, data_type):
+        assert data_type is None
         ASKED.append((x, t_image, t_text))
         return jax.tree.map(jnp.zeros_like, x)
 
@@ -76,6 +80,27 @@ def test_times_of_both_sides_are_drawn_independently_from_1_to_1000():
     assert np.isfinite(np.asarray(x.text)).all()
 
 
+def test_training_tells_the_kind_of_data():
+    frozen, losses = {"first_stage": load_part(unidiffuser.get_config("debug").frozen.first_stage).trees()}, {}
+    for kind in (-1, 0, 1):
+        overrides = ("models.unidiffuser.data_types=2", f"data.data_type={kind}", "scales.clip=1.0", "scales.text=1.0")
+        config = load_config([f"--config={CONFIG}", *(f"--config.{each}" for each in overrides)])
+        objective = create_objective(config)
+        height, width, channels = objective.sampler.shapes["image"]
+        batch = {
+            "latent_moments": jnp.ones((2, height, width, 2 * channels)),
+            "image_features": jnp.ones((2, *objective.sampler.shapes["clip"])),
+            "caption_latents": jnp.ones((2, *objective.sampler.shapes["text"])),
+            "index": jnp.arange(2),
+        }
+        params = {"unidiffuser": random_parameters(objective.model)}
+        told = jax.jit(lambda params, batch, objective=objective: objective.loss(
+            params, {}, frozen, batch, jax.random.key(0), jnp.array(0), True
+        )[0])  # fmt: skip
+        losses[kind] = float(told(params, batch))
+    assert losses[-1] == losses[1] and abs(losses[0] - losses[1]) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -86,10 +111,12 @@ def test_times_of_both_sides_are_drawn_independently_from_1_to_1000():
         ("sample.steps=0", "with 0 steps"),
         ("scales.clip=-1.0", "factors are above 0"),
         ("scales.examples=0", "to be measured of 1 example or more"),
+        ("data.data_type=0", "config.data.data_type=0 is of a UniDiffuser that tells kinds of data apart"),
+        ("sample.data_type=1", "config.sample.data_type=1 is of a UniDiffuser that tells kinds of data apart"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(override, said):
-    config = load_config(["--config=configs/scenes/unidiffuser.py:debug", f"--config.{override}"])
+    config = load_config([f"--config={CONFIG}", f"--config.{override}"])
     with pytest.raises(UserError, match=said):
         create_objective(config)
 
