@@ -155,6 +155,15 @@ def frozen_clip(config: ConfigDict) -> Clip:
     return clip
 
 
+def check_squares(config: ConfigDict) -> None:
+    """Raises UserError if pictures have several shapes: a CLIP would see them stretched."""
+    if config.data.buckets:
+        raise UserError(
+            f"config.data.buckets shapes pictures, and this {config.objective} reads them by a CLIP, which takes "
+            "squares; leave it empty"
+        )
+
+
 def check_features(model: Captioner, clip: Clip) -> None:
     """Raises UserError unless a captioner reads what a CLIP makes."""
     made = {"text_length and text_width": (clip.text_length, clip.text_width)}

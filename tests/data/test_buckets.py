@@ -152,6 +152,8 @@ def test_a_run_of_three_shapes_compiles_three_steps_and_goes_on_as_if_never_stop
     [
         ("scenes/dalle.py:debug", "", r"32 x 48 have .8, 12. tokens, and the transformer's image_grid is .8, 8."),
         ("scenes/clip.py:debug", "", r"has 32 x 48, which a network of this clip does not take"),
+        ("scenes/unidiffuser.py:debug", "", r"this unidiffuser reads them by a CLIP, which takes squares"),
+        ("scenes/captioner.py:debug_mlp", "", r"this captioner reads them by a CLIP, which takes squares"),
         (
             "scenes/ddpm_uvit.py:debug",
             "--config.models.denoiser.positions=learned",

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from models.captioner import Captioner
-from sample.samplers.captioner import CaptionerSampler
+from sample.samplers.captioner import CaptionerSampler, check_squares
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.llama import token_loss
 from train.objectives.packing import Row
@@ -47,9 +47,12 @@ class CaptionerObjective:
         """Reads `config.models.captioner`, `config.frozen.clip` and `config.sample`.
 
         Raises:
-          UserError: if captions have no ends, or are longer than CLIP or GPT-2 reads.
+          UserError: if captions have no ends, or are longer than CLIP or GPT-2 reads, or pictures that are read have
+            several shapes.
         """
         objective = cls(CaptionerSampler.from_config(config))
+        if "image" in objective.sampler.reads:  # pictures that are only shown beside captions may have any
+            check_squares(config)
         sampler, length = objective.sampler, config.data.text_length
         model, clip = sampler.model, sampler.clip
         if not length or not (config.data.text_ends or config.data.tokenizer):

@@ -20,6 +20,7 @@ from cli.errors import UserError
 from cli.ranges import check_range
 from models.unidiffuser import PictureAndText, UniDiffuser
 from sample.first_stage import FirstStage
+from sample.samplers.captioner import check_squares
 from sample.samplers.dvae import from_uint8
 from sample.samplers.unidiffuser import UniDiffuserSampler, kinds_of, learned_kind, scaled
 from sample.samplers.unidiffuser_modes import PICTURE, TEXT, Latents, normal_latents
@@ -56,8 +57,9 @@ class UniDiffuserObjective:
         """Reads `config.models`, `frozen`, `process`, `scales`, `sample`, `loss` and `data.data_type`.
 
         Raises:
-          UserError: if a setting is impossible, or there are no captions.
+          UserError: if a setting is impossible, pictures have several shapes, or there are no captions.
         """
+        check_squares(config)
         sampler = UniDiffuserSampler.from_config(config)
         objective = cls(sampler, **config.loss, data_type=learned_kind(config, sampler.model))
         if objective.reduction not in REDUCTIONS:
