@@ -135,7 +135,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--together", action="store_true", help="a prompt is about all of the pictures at once")
     parser.add_argument(
-        "--mask", metavar="FILE", help="a picture file, white where a diffusion draws each --image anew (default: all)"
+        "--mask",
+        metavar="FILE",
+        help="a picture file that lies on each --image, white where a diffusion draws that anew (default: all)",
     )
     parser.add_argument(
         "--size",

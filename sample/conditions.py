@@ -13,11 +13,10 @@ from jaxtyping import UInt8
 from cli.errors import UserError
 from cli.ranges import check_seed
 from data.pictures import read_picture
-from data.preprocess import transform_pair
 from data.tiles import show_tiles
 from models.clip import Clip
 from models.clip_text import ClipText
-from sample.files import read_fitted
+from sample.files import read_mask
 from sample.prompts import Weighted, encode_prompts, parse_weights, plain
 from sample.samplers.contract import besides
 from sample.sheets.grid import side_by_side, to_uint8
@@ -184,15 +183,15 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
         together = any(isinstance(condition.image, tuple) for condition in order.conditions)
         if together and not getattr(trained.sampler, "sees_several", False):
             raise UserError(f"{trained.run.folder} sees one picture at a time; leave out --together")
-        for name, row in trained.picture_rows([read_picture(name) for name in files]).items():
+        pictures = [read_picture(name) for name in files]
+        for name, row in trained.picture_rows(pictures).items():
             told_of = row[places]
             rows[name] = told_of.reshape(len(order.conditions), -1, *row.shape[1:]) if together else told_of
+        if order.mask is not None:  # prepared as the picture is, so that both stay on each other
+            masks = [read_mask(order.mask, picture, name) for name, picture in zip(files, pictures, strict=True)]
+            rows["mask"] = trained.picture_rows(masks)["image"][places].mean(axis=-1) >= 128
     if order.negative_prompt is not None and "negative" not in rows:
         rows["negative"] = np.repeat(trained.encode([order.negative_prompt])["text"], len(order.conditions), axis=0)
-    if order.mask is not None:
-        transform = transform_pair(trained.config.data.transform).evaluation
-        mask = read_fitted(order.mask, trained.picture_size, transform)
-        rows["mask"] = np.repeat((mask.mean(axis=-1) >= 128)[None], len(order.conditions), axis=0)
     trained.sampler.request(**rows, **order.settings)
     return rows
 
@@ -285,6 +284,8 @@ def _check_kind(trained: TrainedSampler, order: Order) -> None:
             raise UserError(f"{folder} takes no {_GIVEN[row][0]}; it takes {takes}")
     if sampler.reads and not order.conditions[0].rows and not getattr(sampler, "needs_none", False):
         raise UserError(f"{folder} takes {takes}")
+    if order.mask is not None and "image" not in told:
+        raise UserError("mask is of a picture to change; give one, --image=FILE")
     for name, parameter in inspect.signature(sampler.request).parameters.items():
         if name in sampler.reads and parameter.default is parameter.empty and name not in told:
             raise UserError(f"{folder} also takes {_how_to_give(sampler, name)}")

@@ -11,9 +11,7 @@ from PIL import Image
 
 from cli.errors import UserError
 from cli.locations import Location, explain, make_folder, write_whole
-from data.buckets import Shape
-from data.pictures import read_picture
-from data.preprocess import PictureTransform, center_square
+from data.pictures import open_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +36,28 @@ class Samples:
         return f"{len(self.records)} {' with '.join(name for name, value in made.items() if value is not None)}"
 
 
-def read_fitted(
-    name: str, size: int | Shape, transform: PictureTransform = center_square
-) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads a picture file, and cuts and resizes it as evaluation does.
+def read_mask(name: str, picture: UInt8[np.ndarray, "h w 3"], picture_name: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads the mask of a picture, at the picture's size.
 
     Args:
       name: of the file.
-      size: height and width of the result in pixels, or the side of a square.
-      transform: one that draws nothing.
+      picture: that it was painted on, before anything is cut off.
+      picture_name: of that one's file.
 
     Raises:
-      UserError: if it is missing or not a picture.
+      UserError: if it is missing, not a picture, or of another aspect ratio.
     """
-    return transform(read_picture(name), size, None)
+    mask = open_picture(name)
+    height, width = picture.shape[:2]
+    # One that was resized from the picture, or this from it, may have a side that was rounded, by less than a pixel.
+    if abs(mask.width * height - mask.height * width) >= max(mask.width, mask.height, width, height):
+        raise UserError(
+            f"the mask {name} has {mask.height} x {mask.width} pixels, and the picture {picture_name} {height} x "
+            f"{width}; a mask lies on its picture: give one of the same height and width, or of the same ratio of them"
+        )
+    if mask.size == (width, height):
+        return np.asarray(mask)
+    return np.asarray(mask.resize((width, height), Image.Resampling.BOX))
 
 
 def prepare_out(out: Location) -> None:

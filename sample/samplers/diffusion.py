@@ -6,10 +6,7 @@ on both halves of a doubled batch. The unconditional half reads the blank captio
 In place of the unconditional half there may be a second, weaker network, told the same (autoguidance, Karras et al.
 2024, "Guiding a Diffusion Model with a Bad Version of Itself").
 
-A picture may be given. It is noised and denoised again by the last steps of the sampler (SDEdit, Meng et al. 2022); or,
-with a mask, drawn anew where that says so. There the network's estimate of the data is replaced by the picture where
-it is known: any solver then takes known pixels along the noise that they began with, and stochastic ones draw them from
-their own posterior, so that at each step the network sees what it would see of such a picture.
+A picture may be given, see `sample.samplers.given_picture`.
 """
 
 import dataclasses
@@ -21,7 +18,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax.errors import FlaxError
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
@@ -37,12 +33,12 @@ from sample.first_stage import FirstStage, check_denoiser
 from sample.samplers.diffusion_settings import CHURN, NUMBERS, Steps, check_numbers
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
+from sample.samplers.given_picture import STRENGTH, GivenPicture, chosen_strength, known_places, lay_over
 from sample.text_context import TextContext, create_text_context, weigh
 
 Tree = Any
 Request = dict[str, Any]
 
-STRENGTH = 0.8  # of a picture that is given without a mask
 _SHOWN = ("attention", "trajectory")  # what a request may ask for beside the samples, one of them
 
 
@@ -122,22 +118,17 @@ class DiffusionSampler:
         pixels = from_uint8(batch["image"])
         return pixels if stage is None else stage.encode(frozen, pixels, keys)
 
-    def given(self, frozen: Tree, request: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
-        """(what is known of the data of a picture, where it is to stay), None for what a request has not.
+    def given(self, frozen: Tree, request: Mapping[str, Array], strength: float) -> GivenPicture | None:
+        """What a solver has of the picture in a request, if there is one; of latents they are the mean ones."""
+        if "image" not in request:
+            return None
+        image = from_uint8(request["image"])
+        data = image if self.first_stage is None else self.first_stage.mean(frozen, image)
+        known = known_places(request["mask"], *data.shape[1:3]) if "mask" in request else None
+        return GivenPicture(data, known, strength)
 
-        Of latents they are the mean ones, and one stays where all of its pixels do.
-        """
-        image = from_uint8(request["image"]) if "image" in request else None
-        known = ~request["mask"] if "mask" in request else None
-        if self.first_stage is not None and image is not None:
-            image = self.first_stage.mean(frozen, image)
-        if self.first_stage is not None and known is not None:
-            height, width, _ = self.sample_shape
-            known = jnp.all(rearrange(known, "b (h p) (w q) -> b h w (p q)", h=height, w=width), axis=-1)
-        return image, None if known is None else known[..., None]
-
-    def show(self, frozen: Tree, outputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs [b ...] or [b s ...] as pictures, where they are latents."""
+    def show(self, frozen: Tree, outputs: Mapping[str, Array], request: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs [b ...] or [b s ...] as pictures, where they are latents; the samples with known pixels over them."""
         stage = self.first_stage
         if stage is None:
             return dict(outputs)
@@ -146,7 +137,8 @@ class DiffusionSampler:
             images = stage.decode(frozen, z.reshape(-1, *self.sample_shape))
             return images.reshape(*z.shape[:-3], *images.shape[1:])
 
-        return {name: decode(z) for name, z in outputs.items()}
+        shown = {name: decode(z) for name, z in outputs.items()}
+        return {**shown, "image": lay_over(shown["image"], request)}
 
     @property
     def classes(self) -> int:
@@ -395,16 +387,11 @@ class DiffusionSampler:
 
     def _strength(self, image: Any, mask: Any, overrides: Mapping[str, Any]) -> float:
         """How much of a picture is changed; raises UserError unless what is given goes together."""
+        strength = chosen_strength(image, mask, overrides)
         if image is None:
-            for name in ("strength", "mask"):
-                if name in overrides or (name == "mask" and mask is not None):
-                    raise UserError(f"{name} is of a picture to change; give one, --image=FILE")
-            return 1.0
+            return strength
         if "image" not in self.makes:
             raise UserError("this run makes no pictures, so there is none to change")
-        strength = float(overrides.get("strength", STRENGTH if mask is None else 1.0))
-        if not 0 <= strength <= 1:
-            raise UserError(f"strength={strength} is impossible; use 0, the picture itself, to 1, a fresh one")
         factor = 1 if self.first_stage is None else self.first_stage.model.downsampling
         height, width = (side * factor for side in self.sample_shape[:2])
         if image.shape[1:3] != (height, width):
@@ -465,10 +452,10 @@ def _draw(
 ) -> dict[str, Array]:
     """The compiled program of `DiffusionSampler.__call__`; `shown` is one of `_SHOWN`, or ""."""
     process, count = sampler.process, len(keys)
-    given, known = sampler.given(frozen, request)
+    given = sampler.given(frozen, request, strength)
     if given is not None and strength == 0:
-        still = {key: given[:, None] for key in ("states", "estimates")} if shown == "trajectory" else {}
-        return sampler.show(frozen, {**{name: given for name in sampler.makes}, **still})
+        still = {key: given.data[:, None] for key in ("states", "estimates")} if shown == "trajectory" else {}
+        return sampler.show(frozen, {**{name: given.data for name in sampler.makes}, **still}, request)
     plan = sampler.plan(steps, strength)
     rows = {key: request[key] for key in ("text", "label") if key in request}
     if "text_weights" in request:
@@ -503,27 +490,23 @@ def _draw(
             return guidance.of_first(guided_channels, *both, 1 - process.progress(t))
 
         estimate = process.denoiser(network)(x_t, t)
-        if known is not None:
+        if given is not None:
             data, *fraction = estimate if isinstance(estimate, tuple) else (estimate,)
-            estimate = (jnp.where(known, given, data), *fraction) if fraction else jnp.where(known, given, data)
+            estimate = (given.keep(data), *fraction) if fraction else given.keep(data)
         # A fixed variance is the plan's own; the network's idea of it is asked for in ancestral sampling alone.
         return estimate[0] if process.variance == "learned" and plan.log_variance is None else estimate
 
     first = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), sampler.sample_shape))(keys)
     noise_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 1)
-    x = plan.first_scale * first
-    if given is not None:
-        noised = float(plan.alpha[0]) * given + plan.first_sigma * first
-        # All of it, or at full strength what is known of it: the rest is as fresh as without a picture.
-        x = noised if strength < 1 else x if known is None else jnp.where(known, noised, x)
+    x = plan.first_scale * first if given is None else given.first_state(plan, first)
     solution = solve(plan, denoise, x, per_example_noise(noise_keys, x), trajectory=bool(shown))
-    drawn = solution.x if known is None else jnp.where(known, given, solution.x)
+    drawn = solution.x if given is None else given.keep(solution.x)
     outputs = {name: drawn for name in sampler.makes}
     if shown == "trajectory":
         outputs |= {key: jnp.moveaxis(getattr(solution, key), 0, 1) for key in ("states", "estimates")}
         if sampler.first_stage is not None:
             outputs["states"] = outputs["states"] / plan.state_scales[:, None, None, None]
-    outputs = sampler.show(frozen, outputs)
+    outputs = sampler.show(frozen, outputs, request)
     if shown == "attention":
         maps = caption_maps(sampler.model, process, params["denoiser"], cond, plan, solution.states)
         outputs["attention"] = maps

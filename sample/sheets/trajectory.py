@@ -40,8 +40,11 @@ def draw_trajectory(trained: TrainedSampler, order: Order, num: int, moments: in
     if moments < 2:
         raise UserError(f"--trajectory={moments} must be at least 2: noise and the sample")
     rows = order_rows(trained, order)
+    request = sampler.request(**rows, **order.settings)
+    if request["strength"] == 0:
+        raise UserError("strength 0 runs no step that could be shown; choose more")
     outputs = draw_outputs(dataclasses.replace(trained, chunk=_CHUNK), order, rows, num, trajectory=True)
-    plan = sampler.plan(sampler.request(**order.settings)["steps"])
+    plan = sampler.plan(request["steps"], request["strength"])
     states = outputs["states"]
     if sampler.first_stage is None:  # of latents they are divided before they are decoded
         states = states / plan.state_scales[:, None, None, None]

@@ -12,6 +12,7 @@ from PIL import Image
 from cli.errors import UserError
 from data.preprocess import center_square
 from sample.__main__ import main
+from sample.conditions import Order, make_conditions, order_rows
 from sample.sheets.grid import to_uint8
 from sample.trained import TrainedSampler
 
@@ -185,6 +186,28 @@ def test_a_diffusion_changes_a_picture_where_a_mask_is_white(diffusion_run, draw
     same, _, settings = draw(*command, "--strength=0")
     np.testing.assert_array_equal(same[0], picture)
     assert settings["strength"] == 0 and "mask" not in settings
+
+
+def test_a_mask_is_cut_with_its_picture(diffusion_run, tmp_path):
+    """It marks a corner of wide pictures, whose central squares are seen."""
+    trained = TrainedSampler.open(diffusion_run("captions"))
+    pixels, mask = np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8), np.zeros((64, 128), np.uint8)
+    mask[:16, :48] = 255  # of that the columns from 32 are in the square
+    names = [f"{tmp_path}/{name}.png" for name in ("large", "small", "whole", "half", "square", "tall")]
+    arrays = (pixels, pixels[::2, ::2], mask, mask[::2, ::2], mask[:, :64], mask.T)
+    for name, array in zip(names, arrays, strict=True):
+        Image.fromarray(array).save(name)
+    conditions, corner = make_conditions(["x"], images=names[:2]), np.zeros((32, 32), bool)
+    corner[:8, :8] = True
+    for name in names[2:4]:
+        rows = order_rows(trained, Order(conditions, mask=name))
+        assert [row.tolist() for row in rows["mask"]] == [corner.tolist()] * 2
+    for name in names[4:]:
+        with pytest.raises(
+            UserError, match="has .* pixels, and the picture .*large.png 64 x 128; a mask lies on its"
+        ) as e:
+            order_rows(trained, Order(conditions, mask=name))
+        assert "\n" not in str(e.value)
 
 
 def test_a_mask_is_of_a_picture(diffusion_run, debug_run, tmp_path):

@@ -17,6 +17,7 @@ from models.autoencoder import posterior
 from sample import first_stage
 from sample.first_stage import FirstStage
 from sample.samplers.diffusion import DiffusionSampler
+from sample.sheets.grid import to_uint8
 from train.objectives.contract import example_keys
 from train.objectives.diffusion import DiffusionObjective
 from weights.sources import load_frozen, resolve_frozen
@@ -154,22 +155,44 @@ def test_a_diffusion_learns_latents_and_draws_pictures():
     np.testing.assert_allclose(outputs["estimates"][0, 0], nothing[0], atol=1e-5)
 
 
-def test_a_given_picture_is_its_reconstruction_and_known_latents_stay():
+def test_a_given_picture_is_its_reconstruction_at_strength_0():
     sampler = DiffusionSampler.from_config(latent_config())
     stage, frozen = opened(KL)
     params = {"denoiser": random_parameters(sampler.model)}
-    images, mask = np.asarray(pictures()), np.zeros((3, 8, 8), bool)
-    mask[:, 3, 5] = True  # of one latent, (1, 2)
+    images = np.asarray(pictures())
     mean = jax.jit(functools.partial(stage.mean, frozen))(images / np.float32(127.5) - 1)
     same = sampler(params, {}, frozen, sampler.request(image=images, strength=0.0), KEYS)["image"]
     np.testing.assert_allclose(same, jax.jit(functools.partial(stage.decode, frozen))(mean), atol=1e-5)
 
-    request = {"image": jnp.asarray(images), "mask": jnp.asarray(mask)}
-    given, known = sampler.given(frozen, request)
-    np.testing.assert_allclose(given, mean, atol=1e-5)
-    assert known.shape == (3, 4, 4, 1) and [int(i) for i in np.flatnonzero(~known[0])] == [1 * 4 + 2]
     with pytest.raises(UserError, match="pictures are 4 x 4, this run's are 8 x 8"):
         sampler.request(image=images[:, :4, :4])
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpm_solver_multistep"])
+def test_inpainting_keeps_known_latents_and_pixels(solver, monkeypatch):
+    sampler = DiffusionSampler.from_config(latent_config())
+    stage, frozen = opened(KL)
+    params = {"denoiser": random_parameters(sampler.model)}
+    images, mask, drawn = np.asarray(pictures()), np.zeros((3, 8, 8), bool), np.zeros((3, 4, 4), bool)
+    mask[:, 3:5, 5], drawn[:, 1:3, 2] = True, True  # two pixels, of one latent each
+    decoded, decode = [], FirstStage.decode
+
+    def recorded(stage, frozen, z):
+        images = decode(stage, frozen, z)
+        jax.debug.callback(lambda *both: decoded.append([np.asarray(each) for each in both]), z, images)
+        return images
+
+    monkeypatch.setattr(FirstStage, "decode", recorded)
+    request = sampler.request(image=images, mask=mask, sampler=solver, steps=3)
+    image = np.asarray(sampler(params, {}, frozen, request, KEYS)["image"])
+    jax.effects_barrier()
+    ((z, whole),) = decoded
+    mean = np.asarray(jax.jit(functools.partial(stage.mean, frozen))(images / np.float32(127.5) - 1))
+    np.testing.assert_allclose(z[~drawn], mean[~drawn], atol=1e-5)
+    assert np.abs(z - mean)[drawn].min() > 1e-3
+    np.testing.assert_array_equal(to_uint8(image)[~mask], images[~mask])
+    np.testing.assert_allclose(image[mask], whole[mask], atol=1e-6)
+    assert np.abs(to_uint8(whole)[~mask].astype(int) - images[~mask]).mean() > 10  # what is laid over
 
 
 @pytest.mark.parametrize(

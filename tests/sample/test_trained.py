@@ -16,7 +16,6 @@ from sample.__main__ import main
 from sample.command import draw_samples
 from sample.conditions import Order, make_conditions
 from sample.embedding import ClipEmbedder
-from sample.files import read_fitted
 from sample.trained import TrainedSampler
 
 
@@ -74,14 +73,15 @@ def test_a_tokenizer_run_reconstructs_pictures(stage1, tmp_path):
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
     main([f"--run={stage1}", f"--image={tmp_path}/red.png", f"--out={tmp_path}/grid.png", f"--files={tmp_path}/out"])
     assert (tmp_path / "out" / "00000.png").is_file()
-    assert read_fitted(str(tmp_path / "red.png"), 32).shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize("transform", [center_square, clip_evaluation])
-def test_picture_files_are_seen_as_evaluation_sees_pictures(tmp_path, transform):
+@pytest.mark.parametrize(("name", "transform"), [("dvae_training", center_square), ("clip_training", clip_evaluation)])
+def test_pictures_are_seen_as_evaluation_sees_them(stage1, name, transform):
+    trained = TrainedSampler.open(stage1)
+    with trained.config.unlocked():
+        trained.config.data.transform = name
     pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "noise.png")
-    assert (read_fitted(str(tmp_path / "noise.png"), 32, transform) == transform(pixels, 32, None)).all()
+    np.testing.assert_array_equal(trained.picture_rows([pixels])["image"][0], transform(pixels, 32, None))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Pictures of denoising: what each column and row shows, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from cli.errors import UserError
 from sample.__main__ import main
@@ -45,6 +48,20 @@ def test_there_are_no_more_columns_than_moments(drawn):
     trained, order, result = drawn
     all_of_them = draw_trajectory(trained, order, 1, 50).picture
     assert all_of_them.width - result.picture.width == 2 * 104  # 4 steps and the sample
+
+
+def test_a_picture_that_is_changed_is_shown_from_its_own_first_step(diffusion_run, tmp_path):
+    trained = TrainedSampler.open(diffusion_run("captions"))
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "red.png")
+    settings = {"sampler": "ddim", "steps": 4, "strength": 0.5}
+    order = Order(make_conditions(["x"], images=[f"{tmp_path}/red.png"]), settings=settings)
+    result = draw_trajectory(trained, order, 1, 50)
+    whole = draw_trajectory(trained, dataclasses.replace(order, settings={**settings, "strength": 1.0}), 1, 50)
+    assert whole.picture.width - result.picture.width == 2 * 104 and result.settings["strength"] == 0.5
+    plain = draw(trained, order, order_rows(trained, order), 1).images
+    assert np.abs(result.images.astype(int) - plain).max() <= 1
+    with pytest.raises(UserError, match="strength 0 runs no step that could be shown"):
+        draw_trajectory(trained, dataclasses.replace(order, settings={"strength": 0.0}), 1, 50)
 
 
 def test_mistakes_get_a_line(diffusion_run, debug_run, tmp_path):
