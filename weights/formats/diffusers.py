@@ -31,7 +31,7 @@ from weights.formats.diffusers_blocks import attention_rules, residual_rules, tr
 from weights.formats.diffusers_pipeline import GUIDANCE, STEPS, check_parts, is_whole, pipeline_files, read_text_part
 from weights.formats.diffusers_scheduler import read_scheduler
 from weights.formats.dit import dit_run
-from weights.formats.runs import AUTOENCODER_OPTIONS, check_latents, denoiser_run
+from weights.formats.runs import AUTOENCODER_OPTIONS, captioner_run, check_latents, denoiser_run
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -416,7 +416,7 @@ def _read(origin: Origin, subfolder: str = "", latent_scale: str = "", tokenizer
         fields = diffusers_text_decoder.text_decoder_fields(origin.json(CONFIG))
         tensors = read_weights(origin, WEIGHTS, diffusers_text_decoder.IGNORED)
         params = diffusers_text_decoder.text_decoder_from_diffusers(create_model(**fields), tensors)
-        return Converted({"objective": "", "models": {"captioner": fields}}, {"captioner": params})
+        return captioner_run(fields, params)
     if dit is None and kind == diffusers_unidiffuser.CLASS and origin.find(unidiffuser_pipeline.TEXT_DECODER):
         return unidiffuser_pipeline.read_pipeline(origin, WEIGHTS)
     if dit is None and kind == diffusers_unidiffuser.CLASS:

@@ -1,8 +1,9 @@
 """UniDiffuser's captioner as diffusers has it, `UniDiffuserTextDecoder`: config and tensors to ours, and back.
 
 The traps of that format: its GPT-2 computes the exact GELU where its config says "gelu", as all published folders do,
-while the authors' code has GPT-2's own with the same weights; and its class saves no safetensors, while what it loads
-must hold the head beside the table of embeddings that it is.
+while the authors' code has GPT-2's own with the same weights; its class saves no safetensors, while what it loads
+must hold the head beside the table of embeddings that it is; and nothing in it says which id ends captions, so that it
+is taken for the last one, as published.
 """
 
 from collections.abc import Mapping
@@ -64,10 +65,11 @@ def text_decoder_config(model: Captioner) -> dict[str, Any]:
     Raises:
       UserError: if there is none.
     """
+    problems = lost_end(model)
     if model.mapper != "bottleneck":
-        raise UserError(
-            f"this captioner cannot be written for diffusers: its mapper is {model.mapper!r}, theirs a bottleneck"
-        )
+        problems.append(f"its mapper is {model.mapper!r}, theirs a bottleneck")
+    if problems:
+        raise UserError(f"this captioner cannot be written for diffusers: {'; '.join(problems)}")
     return {
         "_class_name": CLASS,
         "prefix_length": model.prefix_length,
@@ -82,6 +84,14 @@ def text_decoder_config(model: Captioner) -> dict[str, Any]:
         "activation_function": activation_name(model.activation),
         "layer_norm_epsilon": 1e-5,
     }
+
+
+def lost_end(model: Captioner) -> list[str]:
+    """Why other projects' files would make captions of a captioner end otherwise; [] if they do not."""
+    last = model.text_vocab_size - 1
+    if model.text_end_id in (None, last):
+        return []
+    return [f"its text_end_id is {model.text_end_id}, and their captions end with the last id, {last}"]
 
 
 def text_decoder_from_diffusers(model: Captioner, tensors: Mapping[str, np.ndarray]) -> Tree:

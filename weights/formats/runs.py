@@ -48,6 +48,15 @@ def clip_run(origin: Origin, fields: Mapping[str, Any], params: Tree, variables:
     )
 
 
+def captioner_run(fields: Mapping[str, Any], params: Tree) -> Converted:
+    """A captioner alone, part `captioner`: no file of other projects says which CLIP it reads with."""
+    note = (
+        "it names no CLIP, and any that is as large is taken: set config.frozen.clip.source to the one that it was "
+        f"trained with; its captions are taken to end with the last id, {fields['text_end_id']}"
+    )
+    return Converted({"objective": "", "models": {"captioner": dict(fields)}}, {"captioner": params}, notes=(note,))
+
+
 def denoiser_run(
     fields: Mapping[str, Any],
     params: Tree,

@@ -7,7 +7,7 @@ is CompVis's (`compvis.py`), the CLIPs are OpenAI's.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from weights.files.layout import CONVOLUTION, Form, Layout, Rule, Tensors, Tree,
 from weights.files.origin import Origin, WeightsFile, read_weights
 from weights.formats import diffusers_text_decoder as text_decoder
 from weights.formats.contract import Converted, Files, Format, Network
+from weights.formats.runs import captioner_run
 
 WEIGHTS = ("uvit.safetensors", "uvit_v1.pth", "uvit_v0.pth", "caption_decoder.safetensors", "caption_decoder.pth")
 TEXT_LENGTH = 77
@@ -138,7 +139,7 @@ def to_unidiffuser(model: UniDiffuser, params: Tree) -> Tensors:
 def to_caption_decoder(model: Captioner, params: Tree) -> Tensors:
     """The same of a captioner."""
     wanted = {"prefix_length": TEXT_LENGTH, "heads": model.width // HEAD_WIDTH, "activation": "gelu_tanh"}
-    _check("captioner", model, {**wanted, "mapper": "bottleneck"})
+    _check("captioner", model, {**wanted, "mapper": "bottleneck"}, text_decoder.lost_end(model))
     tensors = text_decoder.text_decoder_to_diffusers(params)
     return {re.sub(r"^transformer\.", "gpt.", name): tensor for name, tensor in tensors.items()}
 
@@ -150,11 +151,14 @@ def _shape(tensors: Mapping[str, Any], name: str, rank: int) -> tuple[int, ...]:
     return found
 
 
-def _check(what: str, model: Any, wanted: Mapping[str, Any]) -> None:
+def _check(what: str, model: Any, wanted: Mapping[str, Any], problems: Sequence[str] = ()) -> None:
     problems = [
-        f"its {field} is {getattr(model, field)!r}, theirs {value!r}"
-        for field, value in wanted.items()
-        if getattr(model, field) != value
+        *problems,
+        *(
+            f"its {field} is {getattr(model, field)!r}, theirs {value!r}"
+            for field, value in wanted.items()
+            if getattr(model, field) != value
+        ),
     ]
     if problems:
         raise UserError(f"this {what} cannot be written for its authors' code: {'; '.join(problems)}")
@@ -175,7 +179,7 @@ def _read(origin: Origin) -> Converted:
     named = {re.sub(r"^gpt\.", "transformer.", name): np.asarray(array) for name, array in tensors.items()}
     fields = captioner_fields(named)
     params = text_decoder.text_decoder_from_diffusers(create_model(**fields), named)
-    return Converted({"objective": "", "models": {"captioner": fields}}, {"captioner": params})
+    return captioner_run(fields, params)
 
 
 def _write(network: Network) -> Files:

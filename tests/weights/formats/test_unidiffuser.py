@@ -35,7 +35,7 @@ CAPTIONER |= {"feature_width": 6, "prefix_length": 77, "mapper": "bottleneck", "
         (CAPTIONER, "caption_decoder.safetensors"),
     ],
 )
-def test_networks_in_and_out_again(fields, file, tmp_path):
+def test_networks_in_and_out_again(fields, file, tmp_path, capsys):
     model = models.create_model(**fields)
     network = Network(model, random_parameters(model), {})
     write = FORMATS["unidiffuser"].write
@@ -47,13 +47,26 @@ def test_networks_in_and_out_again(fields, file, tmp_path):
         tensors = {f"module.{name}": tensor for name, tensor in {**tensors, **others}.items()}
     write_tensors(tmp_path / file, tensors)
     convert([f"--input={tmp_path / file}", f"--output={tmp_path}/ours"])
+    assert ("it names no CLIP" in capsys.readouterr().out) == (fields is CAPTIONER)
     run, part = Run.open(tmp_path / "ours"), fields["name"]
     assert models.create_model(**run.config.models[part]) == model
     jax.tree.map(np.testing.assert_array_equal, run.load().params[part], network.params)
     convert(["--to=unidiffuser", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
+    if fields is CAPTIONER:
+        convert(["--to=diffusers", f"--run={tmp_path}/ours", f"--output={tmp_path}/theirs"])
+        convert([f"--input={tmp_path}/theirs", f"--output={tmp_path}/again"])
+        assert "it names no CLIP" in capsys.readouterr().out
     (back,) = (tmp_path / "back").iterdir()
     for name, tensor in read_tensors(back).items():
         np.testing.assert_array_equal(tensor, tensors.get(name, tensors.get(f"module.{name}")))
+
+
+@pytest.mark.parametrize("form", ["unidiffuser", "diffusers"])
+def test_captions_that_end_otherwise_do_not_go_out(form):
+    write = FORMATS[form].write
+    assert write is not None
+    with pytest.raises(UserError, match="its text_end_id is 7, and their captions end with the last id, 8"):
+        write(Network(models.create_model(**{**CAPTIONER, "text_end_id": 7}), {}, {}))
 
 
 @pytest.mark.parametrize(("kinds", "theirs", "diffusers"), [(0, 416, 480), (2, 418, 482)])
