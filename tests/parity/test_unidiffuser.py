@@ -152,3 +152,16 @@ def test_a_whole_pipeline_becomes_a_run_that_encodes_as_it_does_and_goes_back(pi
         for key, tensor in network.state_dict().items():
             if not key.startswith("transformer.pos_embed"):  # which nothing reads
                 np.testing.assert_array_equal(back.state_dict()[key].numpy(), tensor.numpy())
+
+    theirs, ours = (
+        DPMSolverMultistepScheduler.from_pretrained(path / "scheduler") for path in (folder, tmp_path / "back")
+    )
+    known = [{k: v for k, v in scheduler.config.items() if not k.startswith("_")} for scheduler in (theirs, ours)]
+    assert known[0] == known[1]  # the same that published folders have
+    ours.set_timesteps(50)
+    assert (int(ours.timesteps[0]), int(ours.timesteps[-1])) == (999, 20)
+    # What they tell the network is one less than here, for the same noise.
+    numbers, process = jnp.asarray(ours.timesteps.numpy(), jnp.float32), sampler.process
+    np.testing.assert_array_equal(process.network_time(numbers), ours.timesteps.numpy() + 1)
+    schedule = process.schedule
+    np.testing.assert_allclose(schedule.sigma(numbers) / schedule.alpha(numbers), ours.sigmas[:-1].numpy(), rtol=1e-4)

@@ -7,6 +7,10 @@
     text_decoder    `UniDiffuserTextDecoder`, see `diffusers_text_decoder.py`
     scheduler       of the process; solvers are the authors', not its own
 
+The library's pipeline tells a network the number of a noise among T, 0 to T - 1, where the authors' code and training
+here tell 1 to T: one less for the same noise, with published folders too. A scheduler finds the noise by what it tells,
+and has no key that parts the two. A side that is given has time 0, and one that is noise alone T, in both.
+
 The two towers become one part `clip`, in which the text's projection, that nothing reads, is 0. Tokenizers are files of
 text beside: both are read where they are there, and neither is written.
 """
@@ -145,7 +149,7 @@ def _scheduler(config: ConfigDict) -> dict[str, Any]:
             f"config.scales is {scales}, and diffusers' UniDiffuserPipeline multiplies no latents; give "
             "--part=unidiffuser to write the network alone"
         )
-    # The times that the network is fed are the pipeline's own: 1 to T, as here.
+    # `time_shift` has no key; see the module's docstring.
     usual = {"sampler": "dpm_solver_multistep", "times": "published", "spacing": "linspace"}
     document = scheduler_config({**config.process.to_dict(), "time_shift": 0}, usual)
     return {**document, "algorithm_type": "dpmsolver++", "solver_order": 3, "solver_type": "midpoint"}

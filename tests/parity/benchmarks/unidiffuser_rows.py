@@ -19,7 +19,8 @@ from updates import (
 
 SIZES = {
     "toy": {"image_size": 4, "patch_size": 2, "width": 32, "depth": 2, "heads": 2, "text_length": 3},
-    # That of configs/scenes/unidiffuser.py, and one with more heads and layers.
+    # Layers and latents of configs/scenes/unidiffuser.py, whose captions are 24 tokens of 16 numbers and not 12 of 64;
+    # and one with more heads and layers.
     "scenes": {"image_size": 8, "patch_size": 1, "width": 128, "depth": 4, "heads": 4, "text_length": 12},
     "medium": {"image_size": 16, "patch_size": 2, "width": 384, "depth": 8, "heads": 6, "text_length": 77},
     # Version 1 as published.
