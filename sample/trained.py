@@ -22,6 +22,7 @@ from data.tokenizer import Tokenizer
 from models import MODELS
 from sample.arguments import idle_settings
 from sample.first_stage import PART as FIRST_STAGE
+from sample.guide import check_guide
 from sample.samplers import create_sampler
 from sample.samplers.contract import besides
 from weights.run import TOKENIZER, Run, RunWeights
@@ -111,18 +112,17 @@ class TrainedSampler:
           step: of its checkpoint; None for the newest.
 
         Raises:
-          UserError: if there is no such run or checkpoint, or this one cannot be guided by it.
+          UserError: if there is no such run or checkpoint, or this one cannot be guided by it, see `sample.guide`.
         """
         other = TrainedSampler.open(folder, step=step, dtype=self.dtype)
         if not hasattr(self.sampler, "guided_by"):
             raise UserError(f"{self.run.folder} is a run of {self.config.objective}, which no second run guides")
-        files = [run.folder / TOKENIZER for run in (self.run, other.run)]
-        if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
-            raise UserError(f"{folder} reads captions with another tokenizer than {self.run.folder}")
+        sampler = self.sampler.guided_by(other.sampler)
+        check_guide(self, other)
         weights = {"params": other.weights.params, "frozen": other.frozen}
         return dataclasses.replace(
             self,
-            sampler=self.sampler.guided_by(other.sampler),
+            sampler=sampler,
             frozen={**self.frozen, "guide": weights},
             guide={"guide_run": str(folder), "guide_step": other.weights.step, "guide_ema": other.weights.ema},
         )

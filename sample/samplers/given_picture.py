@@ -73,6 +73,10 @@ def chosen_strength(image: Any, mask: Any, overrides: Mapping[str, Any]) -> floa
     strength = float(overrides.get("strength", STRENGTH if mask is None else 1.0))
     if not 0 <= strength <= 1:
         raise UserError(f"strength={strength} is impossible; use 0, the picture itself, to 1, a fresh one")
+    if mask is not None and strength == 0:
+        raise UserError("a mask has no effect with strength 0, which changes nothing; leave out one of them")
+    if mask is not None and not mask.any():
+        raise UserError("the mask is black all over, so nothing would be drawn; make it white where to draw")
     return strength
 
 

@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -17,6 +19,8 @@ from sample.command import draw_samples
 from sample.conditions import Order, make_conditions
 from sample.embedding import ClipEmbedder
 from sample.trained import TrainedSampler
+from weights.checkpoint import CheckpointStore
+from weights.run import CHECKPOINTS, TOKENIZER
 
 
 @pytest.fixture
@@ -138,15 +142,26 @@ def test_mistakes_of_reranking(folder, clip_folder):
             main([*command, *extra])
 
 
-def test_a_guide_without_effect_is_refused_and_one_with_is_recorded(diffusion_run):
-    folder = diffusion_run("captions")
-    guided = TrainedSampler.open(folder).guided_by(folder)
-    assert guided.describe(0, {})["guide_ema"] is False and guided.describe(0, {})["guide_step"] == 4
+def test_a_guide_without_effect_is_refused_and_one_with_is_recorded(diffusion_run, tmp_path):
+    folder, worse = diffusion_run("captions"), tmp_path / "worse"
+    trained = TrainedSampler.open(folder)
+    with pytest.raises(UserError, match="captions has the very weights of .*captions, so it has no effect"):
+        trained.guided_by(folder)
+    shutil.copytree(folder, worse)
+    store = CheckpointStore(worse / CHECKPOINTS)
+    params = jax.tree.map(lambda leaf: 0.5 * leaf, trained.weights.params)
+    store.save(6, {"params": params, "variables": {}})
+    store.close()
+    guided = trained.guided_by(worse)
+    assert guided.describe(0, {})["guide_ema"] is False and guided.describe(0, {})["guide_step"] == 6
     guided.check_settings({}, {"guidance": (1.0, 3.0)})
     with pytest.raises(UserError, match="--guide_run has no effect, as guidance 1 means none"):
         guided.check_settings({"guidance": 1.0})
     with pytest.raises(UserError, match="keeps no moving average, of which --ema=1 is"):
         guided.run.check_average(1.0)
+    (worse / TOKENIZER).unlink()
+    with pytest.raises(UserError, match="worse has no tokenizer.json that would say which ids it reads"):
+        trained.guided_by(worse)
 
 
 def test_a_run_that_reads_framed_text_is_asked_with_an_end():

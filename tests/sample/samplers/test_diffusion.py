@@ -205,8 +205,10 @@ def test_what_a_mask_does_not_say_stays(drawer, solver):
         ({"mask": np.ones((4, 8, 8), bool)}, "mask is of a picture to change"),
         ({"image": PICTURES, "strength": 1.5}, "strength=1.5 is impossible; use 0"),
         ({"image": PICTURES[:, :4]}, "pictures are 4 x 8, this run's are 8 x 8"),
+        ({"image": PICTURES, "mask": np.ones((4, 8, 8), bool), "strength": 0.0}, "mask has no effect with strength 0"),
+        ({"image": PICTURES, "mask": np.zeros((4, 8, 8), bool)}, "the mask is black all over"),
     ],
-    ids=["strength alone", "mask alone", "impossible strength", "another size"],
+    ids=["strength alone", "mask alone", "impossible strength", "another size", "mask and strength 0", "black mask"],
 )
 def test_pictures_and_masks_go_together(drawer, given, message):
     with pytest.raises(UserError, match=message):
