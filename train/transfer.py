@@ -15,7 +15,7 @@ from train.state import TrainState, start_average
 from train.trainable import trained_params, trained_patterns
 from weights import power_averages
 from weights.sources import place_whole
-from weights.starts import is_based, load_bases, starts_of
+from weights.starts import is_based, load_bases, other_stages, starts_of
 
 Tree = Any
 
@@ -24,7 +24,8 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
     """Replaces `state.params[part]` by the weights that `config.initialize.<part>` names, if any; "random" is none.
 
     An entry with a path `at`, such as "vision_adapter/language", is of a network within a part; its name is free. A
-    network may make some of the parameters in such a place of another kind's, by its method `adopt`.
+    network may make some of the parameters in such a place of another kind's, by its method `adopt`. A warning says
+    where the weights learned beside other frozen networks, see `weights.starts.other_stages`.
 
     Variables, such as what was measured of latents, come along where the run has such; a warning says so where not.
 
@@ -45,6 +46,8 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
         if at not in params:
             raise UserError(f"config.initialize.{name}: this objective trains {', '.join(params)}")
         part = start.load(config)
+        for line in other_stages(start, config) if is_first() else ():
+            print(f"warning: {line}", flush=True)
         if inner:
             whole = dict(params[at])
             params[at] = whole

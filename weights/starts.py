@@ -16,11 +16,23 @@ from cli.errors import UserError
 from cli.locations import Location
 from models import MODELS, create_model
 from weights.files.layout import model_shapes
+from weights.fingerprint import differing
 from weights.lora import LORA
 from weights.run import Run, model_of
-from weights.sources import RANDOM, Part, differing_fields, find_source, load_part, model_within, trained_model
+from weights.sources import (
+    RANDOM,
+    Part,
+    differing_fields,
+    find_source,
+    load_part,
+    model_within,
+    resolve_frozen,
+    trained_model,
+)
 
 Tree = Any
+
+_STAGES = ("first_stage", "dvae", "text", "clip")  # frozen networks whose outputs others learn, as configs call them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +129,52 @@ def starts_of(config: ConfigDict) -> list[Start]:
         if entry.source not in ("", RANDOM)
     ]
     return sorted(found, key=lambda start: start.at.count("/"))
+
+
+def other_stages(start: Start, config: ConfigDict) -> list[str]:
+    """Says which frozen networks the trained weights of a start learned beside, and the run has others in place of.
+
+    Latents, tokens or features of another network are other data, though their shapes agree.
+
+    Args:
+      start: of the run.
+      config: of the run, its frozen parts resolved.
+
+    Returns:
+      A line for each.
+    """
+    source, ours, lines = start.source(), config.get("frozen", {}), []
+    for name in _STAGES if start.part != "text" else ():  # what reads captions sees none of them
+        theirs, told = source.config.frozen.get(name), f"config.initialize.{start.name}: {start.entry.source} learned"
+        if name == "first_stage" and (theirs is None) != (name not in ours) and not source.converted:
+            kinds = ("latents", "pixels") if name in ours else ("pixels", "latents")
+            lines.append(f"{told} {kinds[1]}, and this run learns {kinds[0]}")
+        if theirs is None or name not in ours:
+            continue
+        found = _differing_stage(theirs, ours[name], source.folder, latents=name == "first_stage")
+        if found:
+            lines.append(
+                f"{told} with {name} of {theirs.source} at step {theirs.get('step', 0)}, and config.frozen.{name} is "
+                f"of {ours[name].source} at step {ours[name].get('step', 0)}: {'; '.join(found)}; take the former, "
+                "unless it is to learn anew what these make"
+            )
+    return lines
+
+
+def _differing_stage(theirs: ConfigDict, ours: ConfigDict, near: Location, latents: bool) -> list[str]:
+    """What a frozen part of a run folder computes otherwise than one of this run, by the entries of both configs."""
+    found = ConfigDict({"frozen": {"stage": theirs.to_dict()}})
+    try:
+        resolve_frozen(found, near)
+        entry = found.frozen.stage
+        if theirs.get("run", entry.get("run")) != entry.get("run"):
+            return [f"which of them it was cannot be told, as another run is at {entry.source} now"]
+        if all(entry.get(key) == ours.get(key) for key in ("source", "run", "step", "part")):
+            return differing_fields(model_of(entry), model_of(ours))  # such as how latents are scaled
+        parts = [dataclasses.replace(load_part(each), model=model_of(each)) for each in (entry, ours)]
+        return differing(*parts, latents)
+    except UserError as error:
+        return [f"they cannot be compared, as {error}"]
 
 
 def bases_of(config: ConfigDict) -> list[Start]:

@@ -12,13 +12,16 @@ from ml_collections import ConfigDict
 from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
 from configs.common import get_defaults
+from models import create_model
 from sample.trained import TrainedSampler
 from train.loop import train
 from train.state import create_state
 from train.transfer import initialize_parts
 from weights.pretrained import write_pretrained
 from weights.run import Run
-from weights.sources import Part, random_part
+from weights.sources import Part, random_part, resolve_frozen
+
+from ..models.random_parameters import random_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,6 +106,39 @@ def test_a_unet_goes_on_with_larger_pictures(tmp_path):
         UserError, match="is another network than config.models.denoiser: norm_epsilon: 1e-05, not 1e-06"
     ):
         initialize_parts(run, state, lambda params: {})
+
+
+def test_a_denoiser_goes_on_in_its_own_latents_or_with_a_warning(tmp_path, capsys):
+    stage = {"name": "autoencoder_kl", "image_size": 8, "width": 4, "multipliers": (1,), "blocks": 1, "groups": 2}
+    stage |= {"latent_channels": 2, "latent_scale": 0.5}
+    model = {"name": "point_denoiser", "width": 4, "depth": 1}
+    params = random_parameters(create_model(**model))
+    for name, seed in (("own", 0), ("copy", 0), ("other", 1)):
+        trees = {"autoencoder": random_parameters(create_model(**stage), seed)}
+        described = {"objective": "autoencoder", "models": {"autoencoder": stage}}
+        write_pretrained(tmp_path / name, described, trees, {}, provenance={"format": "made up", "name": name})
+    frozen = {**stage, "source": str(tmp_path / "own"), "part": "autoencoder", "step": 0}
+    described = {"objective": "diffusion", "models": {"denoiser": model}, "frozen": {"first_stage": frozen}}
+    write_pretrained(tmp_path / "run", described, {"denoiser": params}, {}, provenance={})
+
+    def warned(source="own", of=None, **fields) -> str:
+        run = get_defaults()
+        run.models.denoiser = ConfigDict(model)
+        run.initialize.denoiser = ConfigDict({"source": str(tmp_path / (of or "run")), "part": "denoiser"})
+        if source:
+            run.frozen.first_stage = ConfigDict({**frozen, "source": str(tmp_path / source), **fields})
+        resolve_frozen(run)
+        initialize_parts(run, create_state({"denoiser": params}, {}, {}, averaged={}), lambda params: {})
+        return capsys.readouterr().out
+
+    assert warned() == warned("copy") == ""
+    said = warned("other")
+    assert said.startswith("warning: config.initialize.denoiser: ") and said.count("\n") == 1
+    assert f"first_stage of {tmp_path}/own at step 0" in said
+    assert f"config.frozen.first_stage is of {tmp_path}/other at step 0: other weights" in said
+    assert "latent_scale: 0.5, not 0.25" in warned(latent_scale=0.25)
+    shutil.rmtree(tmp_path / "own")
+    assert "they cannot be compared, as the source" in warned("copy")
 
 
 @pytest.mark.slow
