@@ -1,5 +1,8 @@
 """Defaults that every experiment starts from, and the reading of a config's argument."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs.mesh_rules import WHOLE
@@ -111,6 +114,28 @@ def muon_of(hidden: str) -> tuple[dict[str, str | float], ...]:
     Jordan et al. 2024 keep it to hidden layers too: first and last ones, embeddings, biases and scales have AdamW.
     """
     return {"pattern": hidden, "transform": "muon", "b1": 0.95}, {"pattern": ".*"}
+
+
+def get_process(schedule: Mapping[str, Any], latents: bool = False) -> ConfigDict:
+    """Returns the `config.process` of a diffusion, with every key; see `diffusion.process.Process`.
+
+    Args:
+      schedule: {name, fields} of one in `diffusion.schedule`.
+      latents: whether it is of what a first stage makes, and brings to a deviation of 1.
+    """
+    return ConfigDict(
+        {
+            "schedule": dict(schedule),
+            "prediction": "eps",
+            "variance": "small",  # of a chain's reverse steps
+            "weighting": "uniform",
+            "gamma": 5.0,  # of the other weightings
+            "times": "uniform",  # how training draws t
+            "time_shift": 0,  # 1 for networks that are fed steps from 1
+            "sigma_data": 1.0 if latents else 0.5,  # of prediction edm; 0.5 is that of pixels (Karras et al. 2022)
+            "clip": False,
+        }
+    )
 
 
 def get_diffusion_sampling(sampler: str, steps: int, guidance: float = 1.0) -> ConfigDict:

@@ -303,8 +303,9 @@ class Autoencoder(nn.Module):
         """Raises ValueError if the network cannot be built."""
         if self.latent_scale is None and self.latent_shift:
             raise ValueError(f"latent_shift={self.latent_shift} needs a latent_scale; without one both are measured")
-        if self.latent_scale is not None and not self.latent_scale > 0:
-            raise ValueError(f"latent_scale={self.latent_scale} must be above 0")
+        scale: Any = self.latent_scale
+        if scale is not None and not (isinstance(scale, int | float) and scale > 0):
+            raise ValueError(f"latent_scale={scale!r} must be above 0")
         check_remat(self.remat)
         levels = len(self.multipliers)
         if not levels:

@@ -1,5 +1,6 @@
 """The pages a reader follows: links and anchors, files and commands that they name, the front page's size."""
 
+import contextlib
 import functools
 import importlib
 import re
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cli.config import load_config
+from cli.config import flatten, load_config
+from cli.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 FRONT, INDEX = ROOT / "README.md", ROOT / "docs" / "README.md"
@@ -134,6 +136,29 @@ def test_commands_on_pages_exist(name: str):
         if files:
             # A loop's variable, or an ellipsis, is no value to be checked.
             load_config([argument for argument in config if re.search(r"=[^$]+$", argument)])
+
+
+@functools.cache
+def keys_of_configs() -> frozenset[str]:
+    """Every key, and every group of keys, of some config that ships, of some argument that its docstring names."""
+    found: set[str] = set()
+    for path in (ROOT / "configs").glob("*/[a-z]*.py"):
+        docstring = path.read_text(encoding="utf-8").split('"""')[1]
+        for argument in ("", *set(re.findall(r"`(\w+)`", docstring))):
+            with contextlib.suppress(UserError):  # other things stand between backticks, too
+                for key in flatten(load_config([f"--config={path}:{argument}"])):
+                    parts = key.split(".")
+                    found |= {".".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
+def test_keys_on_pages_exist(name: str):
+    """What a page calls config.a.b can be set in some config: <name> and * stand for any part."""
+    text, keys = (ROOT / name).read_text(encoding="utf-8"), keys_of_configs()
+    named = {each.rstrip(".") for each in re.findall(r"\bconfig\.([a-z_]+\.[a-z_0-9.]+)", text)}
+    missing = [key for key in named if key not in keys and key != "json"]
+    assert missing == []
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])  # which names what was, too

@@ -14,6 +14,7 @@ from data.points import is_points
 from models.dalle import Dalle
 from sample.arguments import idle_settings
 from sample.samplers.from_config import build_network
+from train.objectives.autoencoder import AutoencoderObjective
 from train.optimizer import READ_BY_SCHEDULE, READ_BY_TRANSFORM
 
 _ENDLESS_BETAS = ("cosine", "sohl_dickstein")  # chains that have no `start` and `end`
@@ -22,7 +23,7 @@ _ENDLESS_BETAS = ("cosine", "sohl_dickstein")  # chains that have no `start` and
 def unread_keys(config: ConfigDict) -> list[str]:
     """A line for each key whose value is not the default and has no effect; it names the key and the reason."""
     found = [*_of_optimizer(config.optimizer), *_of_average(config.ema), *_of_data(config), *_of_process(config)]
-    found += [*_of_lora(config.lora), *_of_dalle(config)]
+    found += [*_of_lora(config.lora), *_of_dalle(config), *_of_first_stage(config)]
     found += [
         (f"config.sample.{key}", config.sample[key], why) for key, why in idle_settings({}, config.sample.to_dict())
     ]
@@ -102,13 +103,23 @@ def _of_process(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
     process = config.get("process") or {}
     if process.get("weighting", "uniform") == "uniform" and process.get("gamma", 5.0) != 5.0:
         yield "config.process.gamma", process["gamma"], "weighting 'uniform' has none"
-    if process.get("prediction", "eps") != "edm" and process.get("sigma_data", 0.5) != 0.5:
+    usual = 1.0 if "first_stage" in config.frozen or is_points(config.data.dataset) else 0.5
+    if process.get("prediction", "eps") != "edm" and process.get("sigma_data", usual) != usual:
         yield "config.process.sigma_data", process["sigma_data"], "prediction 'edm' alone is told it"
     schedule = process.get("schedule") or {}
     if schedule.get("kind", "linear") in _ENDLESS_BETAS:
         for key, default in (("start", 1e-4), ("end", 2e-2)):
             if schedule.get(key, default) != default:
                 yield f"config.process.schedule.{key}", schedule[key], f"kind {schedule['kind']!r} has none"
+
+
+def _of_first_stage(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
+    usual = AutoencoderObjective.measured_examples
+    if config.objective != "autoencoder" or config.loss.get("measured_examples", usual) == usual:
+        return
+    if config.models.autoencoder.get("latent_scale") is not None:
+        why = "config.models.autoencoder.latent_scale says what latents are multiplied by, and nothing is measured"
+        yield "config.loss.measured_examples", config.loss.measured_examples, why
 
 
 def _of_dalle(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:

@@ -160,7 +160,14 @@ def _check_trained_on(config: ConfigDict, part: str, source: Run) -> None:
 
 
 def _said_scale(entry: ConfigDict, trained: dict[str, Any], folder: str) -> dict[str, float]:
-    """Those of `_SCALE_FIELDS` that the network has and an entry sets."""
+    """Those of `_SCALE_FIELDS` that the network has and an entry sets: without a scale, none."""
+    if entry.get("latent_scale") is None:
+        if entry.get("latent_shift"):
+            raise UserError(
+                f"part {entry.part!r}: latent_shift is {entry.latent_shift} without a latent_scale, and without one "
+                f"both are as {folder} has them; set latent_scale too"
+            )
+        return {}
     known = MODELS[trained["name"]].__dataclass_fields__
     said = {key: entry[key] for key in _SCALE_FIELDS if key in known and entry.get(key) is not None}
     theirs = create_model(**trained) if said and not entry.get("run", "") else None  # once, when a run begins

@@ -21,7 +21,7 @@ Arguments: `cifar10` (default), `debug` (seconds; on scenes).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
+from configs.common import check_argument, get_defaults, get_diffusion_sampling, get_process, make_debug
 from configs.mesh_rules import UNET
 
 
@@ -60,8 +60,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.implementation = "auto"
     config.models.denoiser.dtype = "float32"
 
-    config.process = ConfigDict()
-    config.process.schedule = ConfigDict({"name": "discrete", "kind": "linear", "steps": 1000})
+    config.process = get_process({"name": "discrete", "kind": "linear", "steps": 1000})
     config.process.schedule.start = 1e-4
     config.process.schedule.end = 0.02
     config.process.prediction = "eps"

@@ -29,7 +29,7 @@ the squared error. Guidance is of three of the four channels, as there. What dif
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
+from configs.common import check_argument, get_defaults, get_diffusion_sampling, get_process, make_debug
 from configs.mesh_rules import DIT, WHOLE_FIRST_STAGE
 from configs.paper import first_stage
 
@@ -80,13 +80,12 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.implementation = "auto"
     config.models.denoiser.dtype = "bfloat16"
 
-    config.process = ConfigDict()
     if "sit" in argument:
-        config.process.schedule = ConfigDict({"name": "flow"})
+        config.process = get_process({"name": "flow"}, latents=True)
         config.process.prediction = "flow"
         config.sample = get_diffusion_sampling("flow_sde", steps=250, guidance=1.5)
     else:
-        config.process.schedule = ConfigDict({"name": "discrete", "kind": "linear", "steps": 1000})
+        config.process = get_process({"name": "discrete", "kind": "linear", "steps": 1000}, latents=True)
         config.process.schedule.start = 1e-4
         config.process.schedule.end = 0.02
         config.process.prediction = "eps"

@@ -101,6 +101,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.loss.kl_weight = 1e-6
     config.loss.discriminator_weight = weight
     config.loss.discriminator_start = start
+    config.loss.measured_examples = 10_000  # pictures whose latents are measured at each save
 
     config.optimizer.b1 = 0.5
     config.optimizer.b2 = 0.9
@@ -133,7 +134,8 @@ def get_frozen(argument: str, source: str, latent_scale: float) -> ConfigDict:
     Args:
       argument: of this file.
       source: the run folder or converted one that it comes from, whose sizes then replace these; "random" for `debug`.
-      latent_scale: what its latents are multiplied by, also where the source says something else.
+      latent_scale: what its latents are multiplied by, also where the source says something else, with a latent_shift
+        of 0 before.
     """
     stage = get_model(argument)
     stage.latent_scale = latent_scale
@@ -158,9 +160,10 @@ def get_model(argument: str) -> ConfigDict:
     model.latent_channels = channels
     model.groups = 32
     model.dtype = "bfloat16"
+    model.latent_scale = 1.0 if codes else None  # None for what is measured
+    model.latent_shift = 0.0
     if codes:
         model.vocab_size = codes
-        model.latent_scale = 1.0
     return model
 
 

@@ -31,7 +31,7 @@ as known:
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
+from configs.common import check_argument, get_defaults, get_diffusion_sampling, get_process, make_debug
 from configs.mesh_rules import FIRST_STAGE, UNET
 from configs.paper import clip_vit, first_stage
 
@@ -90,8 +90,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.implementation = "auto"
     config.models.denoiser.dtype = "bfloat16"
 
-    config.process = ConfigDict()
-    config.process.schedule = ConfigDict({"name": "discrete", "kind": "scaled_linear", "steps": 1000})
+    config.process = get_process({"name": "discrete", "kind": "scaled_linear", "steps": 1000}, latents=True)
     config.process.schedule.start = 0.00085
     config.process.schedule.end = 0.012
     config.process.prediction = "eps"

@@ -36,7 +36,7 @@ is not published. What differs, as far as known:
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, make_debug
+from configs.common import check_argument, get_defaults, get_process, make_debug
 from configs.mesh_rules import FIRST_STAGE, UNIDIFFUSER
 from configs.paper import captioner, first_stage
 
@@ -92,8 +92,7 @@ def get_config(argument: str = "") -> ConfigDict:
     model.remat = "full"
     model.dtype = "bfloat16"
 
-    config.process = ConfigDict()
-    config.process.schedule = ConfigDict({"name": "discrete", "kind": "scaled_linear", "steps": 1000})
+    config.process = get_process({"name": "discrete", "kind": "scaled_linear", "steps": 1000}, latents=True)
     config.process.schedule.start = 0.00085
     config.process.schedule.end = 0.012
     config.process.prediction = "eps"

@@ -35,7 +35,7 @@ All in latents can; guidance is 1 + s of the authors' s. What differs:
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug
+from configs.common import check_argument, get_defaults, get_diffusion_sampling, get_process, make_debug
 from configs.mesh_rules import UVIT, WHOLE_FIRST_STAGE
 from configs.paper import clip_vit, first_stage
 
@@ -119,8 +119,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.implementation = "auto"
     config.models.denoiser.dtype = "bfloat16"
 
-    config.process = ConfigDict()
-    config.process.schedule = ConfigDict({"name": "vp", "beta_min": 0.1, "beta_max": 20.0})
+    config.process = get_process({"name": "vp", "beta_min": 0.1, "beta_max": 20.0})
     config.process.prediction = "eps"
     config.process.clip = False
 
@@ -167,6 +166,7 @@ def _learn_latents(config: ConfigDict, argument: str) -> None:
     config.frozen.first_stage = first_stage.get_frozen("debug" if debug else "kl_f8", "pretrained/sd_vae", scale)
     config.models.denoiser.image_size //= 2 ** (len(config.frozen.first_stage.multipliers) - 1)
     config.models.denoiser.in_channels = config.frozen.first_stage.latent_channels
+    config.process.sigma_data = 1.0  # of prediction edm
     if not continuous:
         config.process.schedule = ConfigDict({"name": "discrete", "kind": "scaled_linear", "steps": 1000})
         config.process.schedule.start = 0.00085

@@ -43,6 +43,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.autoencoder.blocks = 1
     config.models.autoencoder.patch_size = 2
     config.models.autoencoder.latent_channels = 4
+    config.models.autoencoder.latent_scale = None  # what its latents are multiplied by; None for what is measured
+    config.models.autoencoder.latent_shift = 0.0  # what is subtracted before, beside a latent_scale
     config.models.autoencoder.groups = 8
     config.models.autoencoder.dtype = "float32"
     if quantized:
@@ -71,6 +73,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.loss.kl_weight = 1e-6
     config.loss.discriminator_weight = 0.5
     config.loss.discriminator_start = 800
+    config.loss.measured_examples = 10_000  # pictures whose latents are measured at each save
 
     config.optimizer.b1 = 0.5
     config.optimizer.b2 = 0.9

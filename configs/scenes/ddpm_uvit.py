@@ -19,7 +19,7 @@ read by a frozen CLIP; needs runs/clip), `debug` (seconds).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, get_diffusion_sampling, make_debug, muon_of
+from configs.common import check_argument, get_defaults, get_diffusion_sampling, get_process, make_debug, muon_of
 from configs.mesh_rules import UVIT
 from configs.scenes import clip
 
@@ -74,11 +74,9 @@ def get_training(pairs: bool) -> ConfigDict:
     config.models.text.layers = 2
     config.models.text.heads = 2
 
-    config.process = ConfigDict()
-    config.process.schedule = ConfigDict({"name": "discrete", "kind": "linear", "steps": 1000})
+    config.process = get_process({"name": "discrete", "kind": "linear", "steps": 1000})
     config.process.prediction = "x0"
     config.process.weighting = "clipped_snr"
-    config.process.gamma = 5.0
     config.process.clip = True
 
     config.loss.dropout = 0.1

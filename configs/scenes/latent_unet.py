@@ -60,6 +60,7 @@ def get_latent_training(argument: str) -> ConfigDict:
     config.process.schedule = ConfigDict({"name": "flow"})
     config.process.times = "logit_normal"
     config.process.clip = False
+    config.process.sigma_data = 1.0  # of prediction edm: that of latents as the first stage scales them
     config.data.latent_moments = ""  # "auto" or a folder: those that scripts.precompute stored
     config.steps = 5500
     config.checkpoint.every = 500

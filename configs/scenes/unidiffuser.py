@@ -22,7 +22,7 @@ Arguments: `single32` (default), `debug` (seconds; needs no other run).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, make_debug, muon_of
+from configs.common import check_argument, get_defaults, get_process, make_debug, muon_of
 from configs.mesh_rules import FIRST_STAGE, UNIDIFFUSER
 from configs.scenes import autoencoder, captioner
 
@@ -71,13 +71,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.unidiffuser.remat = "none"
     config.models.unidiffuser.dtype = "float32"
 
-    config.process = ConfigDict()
-    config.process.schedule = ConfigDict(
-        {"name": "discrete", "kind": "scaled_linear", "steps": 1000, "start": 8.5e-4, "end": 0.012}
-    )
+    chain = {"name": "discrete", "kind": "scaled_linear", "steps": 1000, "start": 8.5e-4, "end": 0.012}
+    config.process = get_process(chain, latents=True)
     config.process.prediction = "x0"  # the paper's is eps, of uniform weights
     config.process.weighting = "clipped_snr"
-    config.process.gamma = 5.0
     config.process.time_shift = 1
 
     # What latents are multiplied by: 0 for what is measured of so many examples before the first update.

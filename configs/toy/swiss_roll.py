@@ -16,7 +16,7 @@ sampler of Karras et al. 2022; `debug` (seconds).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, get_diffusion_sampling
+from configs.common import check_argument, get_defaults, get_diffusion_sampling, get_process
 from configs.mesh_rules import WHOLE
 
 
@@ -35,18 +35,12 @@ def get_config(argument: str = "") -> ConfigDict:
     config.models.denoiser.width = 128
     config.models.denoiser.depth = 3
 
-    config.process = ConfigDict()
-    config.process.schedule = ConfigDict()
-    if argument in ("vp", "flow", "edm"):
-        config.process.schedule.name = argument
-    else:
-        config.process.schedule.name = "discrete"
-        config.process.schedule.kind = "sohl_dickstein"
-        config.process.schedule.steps = 40
+    chain = {"name": "discrete", "kind": "sohl_dickstein", "steps": 40}
+    config.process = get_process({"name": argument} if argument in ("vp", "flow", "edm") else chain)
+    config.process.sigma_data = 1.0  # of prediction edm
     config.process.prediction = argument if argument in ("x0", "v", "flow", "edm") else "eps"
     if argument == "edm":
         config.process.times = "log_normal"
-        config.process.sigma_data = 1.0
 
     config.loss.dropout = 0.0
 

@@ -59,6 +59,8 @@ def build_process(config: ConfigDict) -> Process:
     fields = config.process.to_dict()
     if not isinstance(schedule := fields.pop("schedule", None), dict):
         raise UserError("config.process.schedule names no schedule of noise; give it, such as {'name': 'discrete'}")
+    if fields.get("prediction") != "edm":
+        fields.pop("sigma_data", None)  # which nothing else is told, so that equal processes have equal fields
     try:
         return Process(create_schedule(**schedule), **fields)
     except (TypeError, ValueError) as error:

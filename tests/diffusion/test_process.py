@@ -1,13 +1,19 @@
 """Predictions and their meaning, weights, times, and what is refused."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from cli.config import load_config
 from diffusion.process import PREDICTIONS, Process
 from diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
+from sample.samplers.from_config import build_process
 
+ROOT = Path(__file__).resolve().parents[2]
 CHAIN = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
 ZERO_SNR = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012, zero_terminal_snr=True)
 SCHEDULES = (CHAIN, VPSchedule(), SubVPSchedule(), VESchedule(sigma_max=5.0), FlowSchedule(), EDMSchedule())
@@ -126,6 +132,25 @@ def test_edm_s_network_sees_and_makes_unit_variance():
     drawn = np.log(process.draw_time((jnp.arange(10_000) + 0.5) / 10_000))
     assert (drawn.mean(), drawn.std()) == pytest.approx((-1.2, 1.2), abs=0.01)
     assert process.progress(jnp.array([0.002, 0.4, 80.0])).tolist() == pytest.approx([0, 0.5, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["scenes/ddpm_unet.py", "scenes/latent_unet.py", "paper/dit.py:sit_s2"])
+def test_edm_is_told_the_deviation_of_pixels_or_of_latents(name, rows):
+    """Karras et al. 2022, table 1, with sigma_data 0.5 for pixels in [-1, 1] and 1 for latents as they are scaled."""
+    options = [f"--config={ROOT}/configs/{name}", "--config.process.prediction=edm"]
+    config = load_config(options)
+    with config.unlocked():
+        config.process.schedule = ConfigDict({"name": "edm"})
+        config.process.times, config.process.clip = "log_normal", False
+        config.process.weighting = "uniform"
+    process, sigma_data = build_process(config), 0.5 if "ddpm" in name else 1.0
+    (x_0, eps), sigma = rows, jnp.array([0.02, 1.0, 40.0])
+    level, total = sigma[:, None, None], sigma[:, None, None] ** 2 + sigma_data**2
+    x_t = x_0 + level * eps
+    c_skip, c_out = sigma_data**2 / total, level * sigma_data / np.sqrt(total)
+    np.testing.assert_allclose(process.network_input(x_t, sigma), x_t / np.sqrt(total), rtol=1e-5)
+    np.testing.assert_allclose(process.data(eps, x_t, sigma), c_skip * x_t + c_out * eps, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(process.target(x_0, eps, sigma), (x_0 - c_skip * x_t) / c_out, rtol=1e-3, atol=1e-4)
 
 
 def test_the_denoiser_estimates_the_data(rows):

@@ -44,6 +44,10 @@ LDM_8_IMAGENET = {
     **{"image_size": 32, "in_channels": 4, "width": 256, "multipliers": (1, 2, 4), "attention_levels": (0, 1, 2)},
     **{"attention": "transformer", "head_width": 32, "context_width": 512},
 }
+LDM_8_CHURCHES = {
+    **{"image_size": 32, "in_channels": 4, "width": 192, "multipliers": (1, 2, 2, 4, 4)},
+    **{"attention_levels": (0, 1, 2, 3), "heads": 8, "scale_shift": True, "resampler": "residual"},
+}
 LDM_4_FFHQ = {
     **{"image_size": 64, "in_channels": 3, "width": 224, "multipliers": (1, 2, 3, 4), "attention_levels": (1, 2, 3)},
     **{"head_width": 32},
@@ -79,6 +83,7 @@ def count(tree) -> int:
             marks=pytest.mark.slow,
         ),
         pytest.param(LDM_8_IMAGENET, 394_984_196, id="LDM-8 ImageNet", marks=pytest.mark.slow),
+        pytest.param(LDM_8_CHURCHES, 294_966_916, id="LDM-8 LSUN churches", marks=pytest.mark.slow),
         pytest.param(LDM_4_FFHQ, 274_056_163, id="LDM-4 FFHQ", marks=pytest.mark.slow),
         pytest.param(LDM_TEXT, 872_300_484, id="LDM text to image", marks=pytest.mark.slow),
         pytest.param(STABLE_DIFFUSION_1, 859_520_964, id="Stable Diffusion 1"),

@@ -120,6 +120,28 @@ def test_how_a_frozen_part_computes_is_the_config_s_to_say(folder):
     assert config.frozen.clip.dtype == "bfloat16" and config.frozen.clip.implementation == "xla"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "scale"),
+    [
+        ([], (0.25, 0.5)),  # the folder's
+        (["latent_scale=0.3"], (0.0, 0.3)),
+        (["latent_scale=0.3", "latent_shift=0.1"], (0.1, 0.3)),
+    ],
+)
+def test_published_factors_of_a_first_stage_can_be_given(overrides, scale, tmp_path):
+    write(tmp_path / "stage", {**STAGE, "latent_shift": 0.25, "latent_scale": 0.5}, part="autoencoder")
+    options = [f"--config.frozen.first_stage.{each}" for each in (f"source={tmp_path}/stage", *overrides)]
+    config = load_config(["--config=configs/scenes/latent_dit.py", *options])
+    resolve_frozen(config)
+    entry = config.frozen.first_stage
+    assert (entry.latent_shift, entry.latent_scale) == scale
+    if not overrides:
+        config = load_config(["--config=configs/scenes/latent_dit.py", *options])
+        config.frozen.first_stage.latent_shift = 0.1
+        with pytest.raises(UserError, match="latent_shift is 0.1 without a latent_scale, .* set latent_scale too"):
+            resolve_frozen(config)
+
+
 STAGE = {"name": "autoencoder_kl", "image_size": 8, "width": 4, "multipliers": (1,), "blocks": 1, "groups": 2}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from cli.config import load_config
 from cli.errors import UserError
 from models.autoencoder import posterior
 from train.objectives.autoencoder import (
@@ -242,6 +243,13 @@ def test_lpips_stands_beside_every_pixel():
     errors = jnp.abs(images - outputs) + 0.7 * distance[:, None, None, None]
     assert float(nll) == pytest.approx(float(jnp.sum(errors / np.exp(0.3) + 0.3) / 2), rel=1e-5)
     np.testing.assert_allclose(terms["perceptual"], distance, rtol=1e-5)
+
+
+def test_published_factors_and_the_number_of_measured_pictures_can_be_given():
+    for more, scale, measured in (([], None, 64), (["--config.models.autoencoder.latent_scale=0.3"], 0.3, 0)):
+        options = ["--config=configs/scenes/autoencoder.py", "--config.loss.measured_examples=64", *more]
+        objective = AutoencoderObjective.from_config(load_config(options))
+        assert (objective.model.latent_scale, objective.measured) == (scale, measured)
 
 
 def test_a_quantized_one_means_over_pixels_and_draws_its_codes():
