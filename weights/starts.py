@@ -171,8 +171,8 @@ def _differing_stage(theirs: ConfigDict, ours: ConfigDict, near: Location, laten
             return [f"which of them it was cannot be told, as another run is at {entry.source} now"]
         if all(entry.get(key) == ours.get(key) for key in ("source", "run", "step", "part")):
             return differing_fields(model_of(entry), model_of(ours))  # such as how latents are scaled
-        parts = [dataclasses.replace(load_part(each), model=model_of(each)) for each in (entry, ours)]
-        return differing(*parts, latents)
+        one, other = (dataclasses.replace(load_part(each), model=model_of(each)) for each in (entry, ours))
+        return differing(one, other, latents)
     except UserError as error:
         return [f"they cannot be compared, as {error}"]
 
