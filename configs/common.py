@@ -1,8 +1,5 @@
 """Defaults that every experiment starts from, and the reading of a config's argument."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs.mesh_rules import WHOLE
@@ -116,7 +113,7 @@ def muon_of(hidden: str) -> tuple[dict[str, str | float], ...]:
     return {"pattern": hidden, "transform": "muon", "b1": 0.95}, {"pattern": ".*"}
 
 
-def get_process(schedule: Mapping[str, Any], latents: bool = False) -> ConfigDict:
+def get_process(schedule: dict[str, str | int | float], latents: bool = False) -> ConfigDict:
     """Returns the `config.process` of a diffusion, with every key; see `diffusion.process.Process`.
 
     Args:
