@@ -11,8 +11,8 @@ HUB = "hf:"
 def fetch_dataset(source: str) -> tuple[Path, Path]:
     """Returns the folder of a dataset's files, and the folder that the links in it may lead to.
 
-    What its cache on this machine lacks of it is fetched; where the hub cannot be reached, the cache is all there is.
-    HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN and the like are obeyed as huggingface_hub does.
+    What its cache on this machine lacks of it is said, with its size, and fetched; where the hub cannot be reached, the
+    cache is all there is. HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN and the like are obeyed as huggingface_hub does.
 
     Args:
       source: "hf:ORGANIZATION/NAME[@REVISION]".
@@ -24,12 +24,38 @@ def fetch_dataset(source: str) -> tuple[Path, Path]:
 
     name, _, revision = source.removeprefix(HUB).partition("@")
     if not hub.is_offline_mode():
-        print(f"{source}: fetching what the cache of the Hugging Face hub lacks", flush=True)
+        _say_what_is_fetched(source, name, revision or None)
     try:
         folder = Path(hub.snapshot_download(repo_id=name, repo_type="dataset", revision=revision or None)).resolve()
     except Exception as error:  # of the disk, and of whatever library the hub's own uses for the network
         raise hub_error(error, source, name, revision, kind="dataset", option="--source") from error
     return folder, folder.parent.parent
+
+
+def spell_size(size: int | None) -> str:
+    """A number of bytes as "3.438 GB" (10^9), or that the hub does not say it."""
+    if size is None:
+        return "of unknown size"
+    for unit, bytes_of_it in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= bytes_of_it:
+            return f"{size / bytes_of_it:.4g} {unit}"
+    return f"{size} bytes"
+
+
+def _say_what_is_fetched(source: str, name: str, revision: str | None) -> None:
+    """Prints how many files of a dataset are not in the cache, the first of them, and the size of all."""
+    import huggingface_hub as hub
+
+    try:
+        files = hub.snapshot_download(repo_id=name, repo_type="dataset", revision=revision, dry_run=True)
+    except Exception:  # what is wrong says the download itself, unless the cache is enough for it
+        return
+    wanted = [file for file in files if file.will_download]
+    if wanted:
+        sizes = [file.file_size for file in wanted if file.file_size is not None]
+        size = spell_size(sum(sizes) if len(sizes) == len(wanted) else None)
+        few = ", ".join(file.filename for file in wanted[:3]) + (", ..." if len(wanted) > 3 else "")
+        print(f"{source}: fetching {len(wanted)} of {len(files)} files, {size}: {few}", flush=True)
 
 
 def hub_error(

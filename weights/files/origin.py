@@ -11,7 +11,7 @@ from typing import Any
 from cli.errors import UserError
 from cli.locations import Location, in_store, local_copy, locate
 from cli.text_files import read_text
-from data.hub import HUB, hub_error
+from data.hub import HUB, hub_error, spell_size
 from weights.files.tensors import Tensors, check_finite, read_tensors, unwrapped
 
 
@@ -139,6 +139,7 @@ class WeightsFile(Origin):
 class HubRepository(Origin):
     """A repository of the Hugging Face hub; its files are fetched one by one into the hub's own cache.
 
+    Each that is not there is said with its size before it is fetched.
     HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN and the like are obeyed as huggingface_hub does.
     """
 
@@ -172,6 +173,10 @@ class HubRepository(Origin):
         # Every file from the commit of the first one, though somebody pushes meanwhile.
         revision = self._commit or self.revision
         try:
+            asked = hub.hf_hub_download(self.repository, name, revision=revision, dry_run=True)
+            if asked.will_download:
+                origin = f"{HUB}{self.repository}@{asked.commit_hash}"
+                print(f"{origin}: fetching {name}, {spell_size(asked.file_size)}", flush=True)
             path = Path(hub.hf_hub_download(self.repository, name, revision=revision))
         except errors.EntryNotFoundError as error:
             # Offline, what is cached is all there is; otherwise the cache was asked because the hub did not answer.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, errors
+from huggingface_hub import DryRunFileInfo, constants, errors
 
 from cli.errors import UserError
 from data import folder
@@ -127,17 +127,29 @@ def test_what_the_hub_answers_is_one_line(error: Exception, message: str, hub_ca
         read_source("hf:org/none@v2")
 
 
-def test_what_the_cache_lacks_is_fetched(hub_cache: Path, read_source, monkeypatch):
+def test_what_the_cache_lacks_is_said_and_fetched(hub_cache: Path, read_source, monkeypatch, capsys):
     snapshot = hub_cache / "datasets--org--pets" / "snapshots" / ("a" * 40)
 
-    def download(**asked: object) -> str:
-        if not asked.get("local_files_only"):  # the cache alone cannot tell
-            (snapshot / "data" / "more.parquet").write_bytes((snapshot / "data" / "train.parquet").read_bytes())
+    names = ("data/train.parquet", "data/more.parquet")
+    said = []
+
+    def download(**asked: object) -> str | list[DryRunFileInfo]:
+        if asked.get("dry_run"):
+            cached = [(snapshot / name).exists() for name in names]
+            return [
+                DryRunFileInfo("a" * 40, 1_234_567, name, str(snapshot / name), there, not there)
+                for name, there in zip(names, cached, strict=True)
+            ]
+        said.append(capsys.readouterr().out)
+        (snapshot / "data" / "more.parquet").write_bytes((snapshot / "data" / "train.parquet").read_bytes())
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     kept, _ = read_source("hf:org/pets")
     assert len(kept) == 12
+    assert "hf:org/pets: fetching 1 of 2 files, 1.235 MB: data/more.parquet" in said[0]
+    read_source("hf:org/pets")
+    assert "fetching" not in said[1]
 
 
 @pytest.mark.parametrize(

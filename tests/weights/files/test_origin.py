@@ -1,11 +1,15 @@
 """Files of a folder, of one file, and of a hub repository in its local cache; no test reaches the network."""
 
+import contextlib
+import hashlib
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import DryRunFileInfo, constants
 
 from cli.errors import UserError
 from weights.files.origin import (
@@ -78,18 +82,96 @@ def test_a_network_that_is_down_is_told_from_a_missing_file(cached, monkeypatch)
             open_origin("hf:tiny/clip").find("tokenizer.json")
 
 
+@contextlib.contextmanager
+def serving(files, monkeypatch):
+    """A hub of these files of "tiny/clip" on this machine, as its own library asks one: what HEAD and GET answer."""
+    got = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            prefix, _, name = self.path.lstrip("/").partition("/resolve/")
+            revision, _, name = name.partition("/")
+            there = prefix == "tiny/clip" and revision in ("main", COMMIT) and name in files
+            self.send_response(200 if there else 404)
+            self.send_header("X-Repo-Commit", COMMIT)
+            if there:
+                self.send_header("ETag", f'"{hashlib.sha1(files[name]).hexdigest()}"')
+            else:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(files[name]) if there else 0))
+            self.end_headers()
+            return files[name] if there else b""
+
+        def do_GET(self):
+            got.append(self.path.rpartition("/")[2])
+            self.wfile.write(self.do_HEAD())
+
+        def log_message(self, format, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    try:
+        yield got
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_what_is_fetched_is_said_with_its_size_before_and_is_there_offline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    files = {"config.json": b"{}", "unet/model.bin": bytes(12345)}
+    with serving(files, monkeypatch) as got:
+        said, download = [], huggingface_hub.hf_hub_download
+
+        def listening(*arguments, **keywords):
+            if not keywords.get("dry_run"):
+                said.append((capsys.readouterr().out, list(got)))
+            return download(*arguments, **keywords)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", listening)
+        origin = open_origin("hf:tiny/clip")
+        assert origin.find("none.json", "config.json").read_bytes() == b"{}"
+        assert origin.find("unet/model.bin").read_bytes() == files["unet/model.bin"]
+        assert said == [
+            (f"hf:tiny/clip@{COMMIT}: fetching config.json, 2 bytes\n", []),
+            (f"hf:tiny/clip@{COMMIT}: fetching unet/model.bin, 12.35 kB\n", ["config.json"]),
+        ]
+        again = open_origin("hf:tiny/clip")
+        assert again.find("config.json") and again.find("unet/model.bin") and got == ["config.json", "model.bin"]
+    offline = open_origin("hf:tiny/clip")
+    assert offline.find("none.json", "config.json") and offline.find("unet/model.bin").read_bytes()
+    assert "fetching" not in capsys.readouterr().out and offline.describe() == f"hf:tiny/clip@{COMMIT}"
+
+
 def test_all_files_are_of_the_first_one_s_commit(cached, monkeypatch):
     asked = []
 
-    def download(repository, name, revision):
+    def download(repository, name, revision, dry_run=False):
         asked.append((repository, name, revision))
-        return str(cached / "config.json")
+        path = str(cached / "config.json")
+        return DryRunFileInfo(COMMIT, 2, name, path, True, False) if dry_run else path
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     origin = HubRepository("tiny/clip", "v1")
     origin.find("config.json")
     origin.find("model.safetensors")
-    assert asked == [("tiny/clip", "config.json", "v1"), ("tiny/clip", "model.safetensors", COMMIT)]
+    assert (
+        asked[::2]
+        == asked[1::2]
+        == [
+            ("tiny/clip", "config.json", "v1"),
+            ("tiny/clip", "model.safetensors", COMMIT),
+        ]
+    )
 
 
 def test_tensors_that_are_spread_over_files_are_read_together(tmp_path):
