@@ -199,6 +199,10 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
 def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
     """Prompts and the negative one with their weights, in as many chunks as the longest needs; prints the weights.
 
+    A prompt and the negative one are read in as many chunks as the longer of the two needs, the other filled up with
+    empty ones. Where prompts differ in that, "contexts" says how many each has: what it is filled up with beside longer
+    prompts is not seen, so that its picture is the same whatever else is asked for.
+
     Raises:
       UserError: if there are no prompts, one is empty, brackets do not match, or the run reads captions otherwise.
     """
@@ -206,7 +210,8 @@ def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
     reader = getattr(context, "model", None)  # frozen or tuned
     if not isinstance(reader, Clip | ClipText) or any(condition.prompt is None for condition in order.conditions):
         raise UserError("--prompt_weights and --long_prompts are of prompts that a CLIP reads; leave them out")
-    if order.long_prompts and hasattr(trained.sampler.model, "context_length"):
+    denoisers = [one.model for one in (trained.sampler, trained.sampler.guide) if one is not None]
+    if order.long_prompts and any(hasattr(model, "context_length") for model in denoisers):
         raise UserError("--long_prompts needs a denoiser that reads any number of tokens, such as a UNet; leave it out")
     prompts = [str(condition.prompt) for condition in order.conditions]
     prompts += [] if order.negative_prompt is None else [order.negative_prompt]
@@ -225,6 +230,9 @@ def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
     if order.negative_prompt is not None:
         rows |= {f"negative{end}": np.repeat(rows[f"text{end}"][count:], count, axis=0) for end in ("", "_weights")}
     rows |= {name: rows[name][:count] for name in ("text", "text_weights")}
+    contexts = np.maximum(chunks[:count], max(chunks[count:], default=1)).astype(np.int32)
+    if order.long_prompts and contexts.min() < contexts.max():
+        rows["contexts"] = contexts
     return rows if order.prompt_weights else {name: row for name, row in rows.items() if "weights" not in name}
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from models.clip import Clip
 from models.clip_text import ClipText
+from models.layers.attention import KeyLengths
 from sample.prompts import MOST
 from sample.samplers.from_config import build_network
 
@@ -82,13 +83,21 @@ def create_text_context(config: ConfigDict, width: int | None) -> TextContext | 
     return TextContext(model, part, ends + (pad,) * (model.text_length - 2), frozen=not trained)
 
 
-def weigh(tokens: Float[Array, "b l d"], weights: Float[Array, "b l"]) -> Float[Array, "b l d"]:
+def weigh(
+    tokens: Float[Array, "b l d"], weights: Float[Array, "b l"], seen: KeyLengths | None = None
+) -> Float[Array, "b l d"]:
     """Features times the weights of their tokens, scaled so that each caption's mean is what it was.
 
     Where features of both signs cancel, so that the scale is none that weights from 1 / `MOST` to `MOST` lead to among
     features of one sign, nothing is scaled: it would grow without bound, or turn all signs.
+
+    Args:
+      tokens: the features.
+      weights: of each token.
+      seen: how many of each caption's tokens its mean is of; None for all.
     """
     weighed = tokens * weights[..., None]
-    before, after = (jnp.mean(each, axis=(1, 2), keepdims=True) for each in (tokens, weighed))
+    where = None if seen is None else seen.dense(tokens.shape[1])[:, 0, 0, :, None]
+    before, after = (jnp.mean(each, axis=(1, 2), keepdims=True, where=where) for each in (tokens, weighed))
     scale = before / after
     return (weighed * jnp.where((scale >= 1 / MOST) & (scale <= MOST), scale, 1)).astype(tokens.dtype)

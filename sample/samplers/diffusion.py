@@ -28,6 +28,7 @@ from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
 from diffusion.solver_choice import make_plan
 from models.conditioning import Conditioning
+from models.layers.attention import KeyLengths
 from sample.attention_maps import caption_maps, has_caption_attention
 from sample.first_stage import FirstStage, check_denoiser
 from sample.samplers.diffusion_settings import CHURN, NUMBERS, Steps, check_numbers
@@ -240,6 +241,7 @@ class DiffusionSampler:
         mask: Bool[np.ndarray, "b H W"] | None = None,
         text_weights: Float[np.ndarray, "b l"] | None = None,
         negative_weights: Float[np.ndarray, "b l"] | None = None,
+        contexts: Int[np.ndarray, " b"] | None = None,
         **overrides: Any,
     ) -> Request:
         """A request for pictures, one for each key.
@@ -252,6 +254,7 @@ class DiffusionSampler:
           mask: where they are drawn anew; all other pixels stay. None changes all of them.
           text_weights: how much the tokens of `text` count, see `weigh`; None for all alike.
           negative_weights: the same of `negative`.
+          contexts: how many contexts of a row's captions are seen, where these are several long; None for all.
           **overrides: of the defaults, those of `Steps`; guidance, rescale, guidance_start, guidance_stop;
             strength, of pictures that are given, from 0, which returns them, to 1, which draws fresh ones where there
             is no mask; trajectory=True for what the network saw and estimated on the way; and attention=True for what
@@ -281,6 +284,8 @@ class DiffusionSampler:
         for name, weights in (("text_weights", text_weights), ("negative_weights", negative_weights)):
             if weights is not None:
                 rows[name] = np.asarray(weights, np.float32)
+        if contexts is not None:
+            rows["contexts"] = np.asarray(contexts, np.int32)
         if image is not None:
             rows["image"] = np.asarray(image)
         if mask is not None:
@@ -363,12 +368,14 @@ class DiffusionSampler:
 
     def conditioning(self, params: Tree, frozen: Tree, rows: Mapping[str, Array]) -> Conditioning:
         """What the denoiser is told of rows that have `text` (and perhaps its `text_features`), `label`, or both."""
-        tokens = rows.get("text_features")
+        tokens, seen = rows.get("text_features"), None
         if tokens is None and self.text is not None:
             tokens = self.text(params, frozen, rows["text"])
+        if self.text is not None and "contexts" in rows:
+            seen = KeyLengths(rows["contexts"] * len(self.text.blank))
         if tokens is not None and "weights" in rows:
-            tokens = weigh(tokens, rows["weights"])
-        return Conditioning(tokens=tokens, label=rows["label"] if self.classes else None)
+            tokens = weigh(tokens, rows["weights"], seen)
+        return Conditioning(tokens=tokens, mask=seen, label=rows["label"] if self.classes else None)
 
     def blank_features(self, params: Tree, frozen: Tree) -> Float[Array, "1 l d"]:
         """The features of the caption that says nothing."""
@@ -457,7 +464,7 @@ def _draw(
         still = {key: given.data[:, None] for key in ("states", "estimates")} if shown == "trajectory" else {}
         return sampler.show(frozen, {**{name: given.data for name in sampler.makes}, **still}, request)
     plan = sampler.plan(steps, strength)
-    rows = {key: request[key] for key in ("text", "label") if key in request}
+    rows = {key: request[key] for key in ("text", "label", "contexts") if key in request}
     if "text_weights" in request:
         rows["weights"] = request["text_weights"]
     chunks = rows["text"].shape[1] // len(sampler.text.blank) if sampler.text is not None and "text" in rows else 1
@@ -467,9 +474,8 @@ def _draw(
     if guided and guide is not None:
         weakly_told = guide.conditioning(weak["params"], weak["frozen"], guide.blank(rows, count))
     elif guided:
-        negative = {"text": request["negative"]} if "negative" in request else {}
-        if "negative_weights" in request:
-            negative["weights"] = request["negative_weights"]
+        given_rows = {"text": "negative", "weights": "negative_weights", "contexts": "contexts"}
+        negative = {key: request[name] for key, name in given_rows.items() if name in request}
         if sampler.null_label is None and "label" in rows:
             negative["label"] = rows["label"]
         told = interleave(cond, sampler.conditioning(params, frozen, sampler.blank(negative, count, chunks)))

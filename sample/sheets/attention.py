@@ -96,9 +96,10 @@ def draw_attention(trained: TrainedSampler, order: Order, num: int) -> tuple[Dra
         dataclasses.replace(trained, chunk=min(trained.chunk, _CHUNK)), order, rows, num, attention=True
     )
     images, weights = to_uint8(outputs["image"]), outputs["attention"]
-    sheets = []
+    sheets, length = [], trained.config.data.text_length
     for place, condition in enumerate(order.conditions):
-        tokens = read_tokens(trained.tokenizer_for([]), rows["text"][place], trained.config.data.text_length)
+        seen = rows["contexts"][place] * length if "contexts" in rows else rows["text"].shape[1]
+        tokens = read_tokens(trained.tokenizer_for([]), rows["text"][place, :seen], length)
         chosen = slice(place * num, (place + 1) * num)
         sheets += _tables(str(condition), images[chosen], weights[chosen], tokens)
     labels = [str(condition) for condition in order.conditions for _ in range(num)]

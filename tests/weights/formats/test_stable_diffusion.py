@@ -13,9 +13,12 @@ import pytest
 from cli.errors import UserError
 from sample.__main__ import main as sample
 from sample.command import draw_samples
-from sample.conditions import Condition, Made, Order, make_conditions, order_rows
+from sample.conditions import Condition, Made, Order, draw_outputs, make_conditions, order_rows
 from sample.embedding import ClipEmbedder
 from sample.samplers import create_sampler
+from sample.sheets.attention import draw_attention, read_tokens
+from sample.sheets.axes import Axis
+from sample.sheets.sweep import make_cells
 from sample.trained import CHUNK, TrainedSampler
 from scripts.convert import main as convert
 from weights.files.origin import Folder
@@ -419,6 +422,34 @@ def test_prompts_with_weights_and_beyond_the_context(ours, tmp_path, capsys):
     order_rows(trained, Order(parts, prompt_weights=True))
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: only the first 8 tokens count of 'red cat red cat red cat'"]
+
+
+def test_a_prompt_draws_the_same_picture_beside_a_longer_one(ours, monkeypatch):
+    """Empty chunks that fill its text up are seen neither by the denoiser nor in the mean that weights keep."""
+    trained = TrainedSampler.open(ours, chunk=2)
+    short, long = "a (red:1.5) cat", "red cat red cat red cat red cat"
+    settings = {"sampler": "ddim", "steps": 2}
+
+    def drawn(*prompts):
+        order = Order(make_conditions(prompts), 3, settings, "a cat", prompt_weights=True, long_prompts=True)
+        rows = order_rows(trained, order)
+        return order, rows, draw_outputs(trained, order, rows, 1, attention=True)
+
+    (_, rows, alone), (order, padded, both) = drawn(short), drawn(short, long)
+    assert rows["text"].shape == (1, LENGTH) and "contexts" not in rows
+    assert padded["text"].shape == (2, 2 * LENGTH) and padded["contexts"].tolist() == [1, 2]
+    np.testing.assert_allclose(both["image"][0], alone["image"][0], atol=1e-4)
+    np.testing.assert_allclose(both["attention"][0, ..., :LENGTH], alone["attention"][0], atol=1e-5)
+    assert not both["attention"][0, ..., LENGTH:].any() and both["attention"][1, ..., LENGTH:].all()
+    # The sheet of maps has no cells for what is not seen, and a cell of a sweep is drawn as the prompt alone.
+    read = []
+    monkeypatch.setattr(
+        "sample.sheets.attention.read_tokens", lambda *told: read.append(len(told[1])) or read_tokens(*told)
+    )
+    draw_attention(trained, order, 1)
+    assert read == [LENGTH, 2 * LENGTH]
+    cells = make_cells(trained, order, (Axis("prompt", (short, long)),))
+    assert [cell.rows["text"].shape[1] for cell in cells] == [LENGTH, 2 * LENGTH]
 
 
 def test_a_text_tower_that_is_tuned_reads_weights_and_long_prompts_too(ours, tmp_path):
