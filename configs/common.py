@@ -41,6 +41,7 @@ def get_defaults() -> ConfigDict:
     config.models = ConfigDict()  # {part: {name, fields of the network}}
     config.frozen = ConfigDict()  # {part: {name, fields..., source, part}}: networks that are used, not trained
     config.initialize = ConfigDict()  # {part: {source, part}}: where fine-tuning starts
+    config.relearn = ()  # keys, such as "process.prediction", in which a source's process may differ from this run's
     config.trainable = (".*",)  # patterns of the paths that are trained; all other parameters stay as they start
 
     config.lora = ConfigDict()  # pairs of small matrices are trained beside kernels that stay as they are

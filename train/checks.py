@@ -1,8 +1,10 @@
 """What would otherwise fail late, found before anything is built: each check raises UserError with one line."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from cli.config import flatten
@@ -12,12 +14,16 @@ from data.llama_tokenizer import LlamaTokenizer, words_of
 from data.pipeline import Stream
 from data.points import is_points
 from data.tokenizer import Tokenizer
+from diffusion.process import Process
+from diffusion.schedule import SCHEDULES, DiscreteSchedule
 from models import MODELS
+from sample.samplers.from_config import build_process
 from train.distributed.sharding import check_pattern, check_rules
 from train.health import MODES
 from train.optimizer import complete_rules
 from train.step_profile import WARM_UP
 from weights.power_averages import exponent
+from weights.starts import Start, starts_of
 
 _NUMBERS = {
     **dict.fromkeys(("steps", "batch_size", "data.max_tiles"), "[1, inf)"),
@@ -29,6 +35,11 @@ _NUMBERS = {
 
 # Objective -> parts whose sizes of pictures and captions it compares itself: CLIP's are resized and padded.
 _COMPARED_ELSEWHERE = {"captioner": ("clip",), "unidiffuser": ("clip", "first_stage", "unidiffuser")}
+
+# Parts that learn what a process says.
+_DENOISERS = ("denoiser", "unidiffuser")
+# Of schedules: where times end, which changes nothing of what a network says of those between.
+_ENDS = ("time_min", "time_max", "sigma_min", "sigma_max")
 
 
 def check_config(config: ConfigDict) -> None:
@@ -185,3 +196,65 @@ def check_classes(config: ConfigDict, stream: Stream) -> None:
                 + (" and config.loss.dropout needs one for none" if needed > stream.classes else "")
                 + f"; set it to {needed}"
             )
+
+
+def check_starts(config: ConfigDict) -> None:
+    """Raises UserError where a network begins with what it learned on another process than the run's.
+
+    Its estimates would be taken for others than they are, of v for noise, say. What `config.relearn` names may differ:
+    that is learned anew, and a line says so.
+    """
+    idle = set(config.relearn)
+    for start in starts_of(config):
+        differing = _differing_process(config, start)
+        named = {key: {each for each in config.relearn if f"{key}.".startswith(f"{each}.")} for key in differing}
+        idle.difference_update(*named.values())
+        said = {key: f"{key}: {theirs!r}, not {ours!r}" for key, (theirs, ours) in differing.items()}
+        source = f"config.initialize.{start.name}: {start.entry.source}"
+        if refused := [key for key in differing if not named[key]]:
+            settable = {f"process.{key}" for key in flatten(config.process)}
+            flags = " ".join(f"--config.{key}={differing[key][0]}" for key in refused)
+            enough = settable.issuperset(refused) and "process.schedule.name" not in refused
+            where = flags if enough else "the same in the config's file"
+            keys = "".join(f"'{key}'," for key in differing)
+            raise UserError(
+                f"{source} was trained on another process than this run's: {'; '.join(said[key] for key in refused)}; "
+                f'set {where}, or learn the process of this run anew with --config.relearn="({keys})"'
+            )
+        if said:
+            print(f"{source} was trained on another process, which is learned anew: {'; '.join(said.values())}")
+    if idle:
+        print(f"warning: config.relearn names {', '.join(sorted(idle))}, in which no source differs")
+
+
+def _differing_process(config: ConfigDict, start: Start) -> dict[str, tuple[Any, Any]]:
+    """Key of the config -> (the source's value, the run's) of what a network would learn otherwise."""
+    if start.at not in _DENOISERS or "process" not in config:
+        return {}
+    source = start.source()
+    if "process" not in source.config:
+        print(f"{source.folder} does not tell on which process it was trained; that of this run is taken for it")
+        return {}
+    try:
+        processes = build_process(source.config), build_process(config)
+    except UserError as error:
+        raise UserError(f"config.initialize.{start.name}: {source.folder} or this run: {error}") from error
+    theirs, ours = (_learned(process) for process in processes)
+    chains = [process.schedule for process in processes if isinstance(process.schedule, DiscreteSchedule)]
+    if len(chains) == 2 and np.array_equal(chains[0].alpha_bar, chains[1].alpha_bar):
+        theirs |= {key: value for key, value in ours.items() if key.startswith("process.schedule.")}
+    shared = [key for key in ours if key in theirs]
+    return {key: (theirs[key], ours[key]) for key in shared if theirs[key] != ours[key]}
+
+
+def _learned(process: Process) -> dict[str, Any]:
+    """What tells which function a network learns, by its key in a config; of a schedule first which one it is.
+
+    Not how it is trained (weighting, times) or sampled (variance, clip); learned variances are in the channels.
+    """
+    names = {kind: name for name, kind in SCHEDULES.items()}
+    fields = {key: value for key, value in dataclasses.asdict(process.schedule).items() if key not in _ENDS}
+    fields = {"name": names[type(process.schedule)], **fields}
+    found = {f"process.schedule.{key}": value for key, value in fields.items()}
+    found |= {"process.prediction": process.prediction, "process.time_shift": process.time_shift}
+    return found | ({"process.sigma_data": process.sigma_data} if process.prediction == "edm" else {})

@@ -21,7 +21,7 @@ from data.batch_reader import BatchReader
 from data.pipeline import Stream, open_stream
 from data.tokenizer import Tokenizer
 from sample.sheets.grid import draw_grid
-from train.checks import check_classes, check_config, check_parts, check_profile, check_whole_batches
+from train.checks import check_classes, check_config, check_parts, check_profile, check_starts, check_whole_batches
 from train.distributed.mesh import make_mesh, place_batch, process_rows
 from train.distributed.preemption import StopSignal
 from train.distributed.processes import all_agree, from_first, is_first
@@ -96,6 +96,8 @@ def _open(config: ConfigDict, workdir: Location, store: CheckpointStore) -> tupl
             for name in store.unfinished():
                 print(f"warning: {store.folder / name} was not finished when the run ended; it is not used", flush=True)
             pin_sources(config, workdir, resuming=bool(steps))
+            if not steps:
+                check_starts(config)
             open_workdir(workdir, config, resuming=bool(steps))
             copy_tokenizers(config, workdir, resuming=bool(steps))
             return to_json(config), steps

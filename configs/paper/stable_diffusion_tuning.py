@@ -9,8 +9,8 @@ example scripts of the diffusers library have it for Stable Diffusion; Rombach e
     python -m sample --run=runs/sd15_lora --prompt="..." --num=4 --out=grid.png
 
 Arguments: `v1` (default; pairs of rank 4 beside the UNet of pretrained/sd15), `v1_text` (and beside the text tower),
-`v1_full` (the whole UNet, with a moving average), `v2` (as `v1`, of pretrained/sd21, which predicts v), `debug`
-(seconds; random networks).
+`v1_full` (the whole UNet, with a moving average), `v2`, `v2_text`, `v2_full` (likewise, of pretrained/sd21, which
+predicts v), `debug` (seconds; random networks).
 
 Of rank 4 the pairs have 797,184 parameters beside the UNet of version 1, and 294,912 beside its text tower. Rates are
 those of the scripts: 1e-4 for pairs and 1e-5 for all. Captions are left out of one example in ten;
@@ -22,14 +22,19 @@ from ml_collections import ConfigDict
 from configs.common import check_argument
 from configs.paper import stable_diffusion
 
-ARGUMENTS = ("v1", "v1_text", "v1_full", "v2", "debug")
+ARGUMENTS = ("v1", "v1_text", "v1_full", "v2", "v2_text", "v2_full", "debug")
+# Fields of a UNet that a pipeline may have otherwise than the published ones, beside those that have a size here.
+USUAL = {
+    **{"out_channels": None, "transformer_depth": 1, "linear_projection": False, "num_classes": 0, "time_width": None},
+    **{"sine_first": False, "last_period": False, "scale_shift": False, "downsample_padding": (1, 1), "dropout": 0.0},
+    "norm_epsilon": 1e-5,
+}
 
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the experiment."""
     argument = check_argument(argument, ARGUMENTS)
-    debug = argument == "debug"
-    config = stable_diffusion.get_config("debug" if debug else "v2_512" if argument == "v2" else "v1_512")
+    config = stable_diffusion.get_config("debug" if argument == "debug" else f"{argument[:2]}_512")
     config = config.copy_and_resolve_references()
     with config.unlocked():
         _tune(config, argument)
@@ -38,13 +43,16 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def _tune(config: ConfigDict, argument: str) -> None:
+    version, _, trained = argument.partition("_")
+    config.models.denoiser.update({**USUAL, **config.models.denoiser.to_dict()})
+    config.process.schedule.zero_terminal_snr = False
     config.process.weighting = "uniform"
     config.process.gamma = 5.0  # of the weighting min_snr
     config.loss.dropout = 0.1
     config.sample.update({"times": "published", "offset": 1, "end": "first"})  # as the published pipelines
-    config.optimizer.schedule.peak = 1e-5 if argument == "v1_full" else 1e-4
-    config.ema.decay = 0.9999 if argument == "v1_full" else 0.0
-    config.lora.rank = 0 if argument == "v1_full" else 4
+    config.optimizer.schedule.peak = 1e-5 if trained == "full" else 1e-4
+    config.ema.decay = 0.9999 if trained == "full" else 0.0
+    config.lora.rank = 0 if trained == "full" else 4
     if argument == "debug":
         return
     config.data.dataset = "folder/pictures"
@@ -59,7 +67,7 @@ def _tune(config: ConfigDict, argument: str) -> None:
     config.evaluate.previews = 4
     config.log.every = 10
     source = "pretrained/sd15"
-    if argument == "v2":
+    if version == "v2":
         source = "pretrained/sd21"
         config.process.prediction = "v"
         config.data.image_size = 768
@@ -67,9 +75,10 @@ def _tune(config: ConfigDict, argument: str) -> None:
     config.data.tokenizer = f"{source}/tokenizer.json"
     config.frozen.first_stage.source = config.frozen.text.source = config.initialize.denoiser.source = source
     config.frozen.first_stage.part = "first_stage"
-    if argument == "v1_text":
+    if trained == "text":
         config.models.text = ConfigDict(
             {k: v for k, v in config.frozen.text.items() if k not in ("source", "part", "step")}
         )
+        config.models.text.text_heads = None  # width / 64
         del config.frozen.text
         config.initialize.text = ConfigDict({"source": source, "part": "text"})

@@ -12,6 +12,7 @@ from models import create_model
 from sample.samplers.diffusion import DiffusionSampler
 from train.objectives.autoencoder import AutoencoderObjective
 from train.optimizer import create_optimizer
+from weights.formats.diffusers_unet import unet_fields
 from weights.run import model_of
 
 KL_F8, CLIP_L14 = 83_653_863, 123_060_480
@@ -152,3 +153,29 @@ def test_parts_of_stable_diffusion_follow_one_another():
     assert config.frozen.text.text_pad_id == config.frozen.text.text_end_id == 49_407
     _, schedule = create_optimizer(config.optimizer, {"denoiser": {"kernel": jnp.ones(3)}}, config.steps)
     assert [float(schedule(step)) for step in (0, 5000, 10_000, 224_999)] == pytest.approx([0, 5e-5, 1e-4, 1e-4])
+
+
+def test_both_versions_of_stable_diffusion_are_tuned_alike():
+    names = ("v1", "v1_text", "v1_full", "v2", "v2_text", "v2_full")
+    configs = {name: read(f"stable_diffusion_tuning.py:{name}") for name in names}
+    for name, config in configs.items():
+        version, _, trained = name.partition("_")
+        second = version == "v2"
+        source = "pretrained/sd21" if second else "pretrained/sd15"
+        entries = [*config.initialize.values(), *config.frozen.values()]
+        assert {entry.source for entry in entries} == {source} and config.data.tokenizer.startswith(source)
+        assert (config.process.prediction, config.data.image_size) == (("v", 768) if second else ("eps", 512))
+        full = trained == "full"
+        assert (config.lora.rank, config.ema.decay) == ((0, 0.9999) if full else (4, 0.0))
+        assert config.optimizer.schedule.peak == (1e-5 if full else 1e-4)
+        assert set(config.models) == ({"denoiser", "text"} if trained == "text" else {"denoiser"})
+        text = config.models.text if trained == "text" else config.frozen.text
+        assert (text.text_width, text.text_layers, text.text_pad_id) == ((1024, 23, 0) if second else (768, 12, 49_407))
+
+
+@pytest.mark.parametrize(("version", "heads"), [("v1", 8), ("v2", [5, 10, 20, 20])])
+def test_what_a_pipeline_s_unet_may_have_otherwise_can_be_set(version, heads):
+    document = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "attention_head_dim": heads}
+    fields = unet_fields({**document, "cross_attention_dim": 768})
+    settable = set(read(f"stable_diffusion_tuning.py:{version}").models.denoiser)
+    assert set(fields) - settable == {"resampler"}  # "convolution" beside transformers

@@ -147,6 +147,12 @@ def test_a_run_that_was_interrupted_ends_as_the_uninterrupted_one_and_may_move(r
         train(pairs_on(copies / "elsewhere", "steps=5"), copy.folder)
 
 
+def test_pairs_are_not_added_to_what_learned_another_process(base, tmp_path):
+    with pytest.raises(UserError, match="config.initialize.denoiser: .*base was trained on another process"):
+        train(pairs_on(base, "process.prediction=x0"), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_pairs_are_added_to_a_run_of_pairs_as_to_any(run, tmp_path):
     train(pairs_on(run, "steps=2", "lora.rank=1"), tmp_path / "run")
     before, after = (flat(Run.open(folder).load().params) for folder in (run, tmp_path / "run"))
