@@ -85,6 +85,9 @@ def _parse(arguments: Sequence[str], formats: Any) -> argparse.Namespace:
 
 def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     """Writes a run folder."""
+    from ml_collections import ConfigDict
+
+    from sample.samplers.from_config import build_process
     from weights.files.origin import Leniency, open_origin
     from weights.formats.contract import refuse_unread
     from weights.lora import LORA
@@ -97,6 +100,11 @@ def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     form = formats[options.source or _recognize(origin, formats)]
     refuse_unread(form.name, **{name: value for name, value in options.given.items() if name not in form.options})
     read = form.read(origin, **options.given)
+    if "process" in read.config:
+        try:
+            build_process(ConfigDict(read.config))
+        except UserError as error:
+            raise UserError(f"{origin.describe()} has the scheduler of no diffusion: {error}") from error
     provenance = {"format": form.name, "input": origin.describe(), **options.given}
     provenance |= {"ignore_keys": ignored} if ignored else {}
     provenance |= {NONFINITE: True} if options.allow_nonfinite else {}
@@ -122,7 +130,8 @@ def _recognize(origin: Any, formats: Any) -> str:
     """
     found = [name for name, form in formats.items() if form.recognizes(origin)]
     if len(found) != 1:
-        looks = f"looks like {' and '.join(found)}" if found else "looks like none of the formats"
+        limits = f" by its files{origin.limits()}" if origin.limits() else ""
+        looks = f"looks like {' and '.join(found) or 'none of the formats'}{limits}"
         raise UserError(f"{origin.describe()} {looks}; say which it is with --source={'|'.join(found or formats)}")
     return found[0]
 
@@ -275,7 +284,7 @@ def _write_pretrained(run: Any, options: argparse.Namespace) -> None:
     for entry in config["initialize"].values():
         entry |= {"source": "", "step": 0, "run": ""}
     defaults = json.loads(to_json(get_defaults()))
-    config |= {key: defaults[key] for key in ("lora", "trainable")}
+    config |= {key: defaults[key] for key in ("lora", "trainable", "relearn")}
     write_pretrained(
         output,
         config,

@@ -1,5 +1,6 @@
 """Schedules, times, and whole trajectories of samplers beside those of diffusers, with an exact denoiser."""
 
+import inspect
 import json
 
 import diffusers
@@ -15,7 +16,7 @@ from diffusion.process import Process
 from diffusion.schedule import DiscreteSchedule, EDMSchedule, create_schedule
 from diffusion.solver_choice import SOLVERS
 from diffusion.times import continuous_grid, discrete_grid
-from weights.formats.diffusers_scheduler import SAMPLERS, read_scheduler
+from weights.formats.diffusers_scheduler import SAMPLERS, _table, read_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = DiscreteSchedule("scaled_linear", start=0.00085, end=0.012)
@@ -242,3 +243,4 @@ def test_schedulers_are_read(kind, settings, tmp_path):
     assert process.prediction == ("v" if settings else "eps")
     assert process.clip == config.get("clip_sample", False)
     assert sampling["sampler"] in SOLVERS and config["_class_name"] == kind
+    assert set(_table(kind)) == set(inspect.signature(type(scheduler).__init__).parameters) - {"self"}

@@ -76,7 +76,8 @@ def read_pipeline(origin: Origin, weights: tuple[str, ...]) -> Converted:
     trees["captioner"] = text_decoder.text_decoder_from_diffusers(create_model(**words), tensors)
     clip, trees["clip"] = _read_clip(part("text_encoder"), part("image_encoder"), part("clip_image_processor"))
     # Of the solver only its noise is taken; which order it has plays no part.
-    process, _ = read_scheduler({**part("scheduler").json("scheduler_config.json"), "solver_order": 2})
+    scheduler = part("scheduler").json("scheduler_config.json")
+    process, _ = read_scheduler({key: 2 if key == "solver_order" else value for key, value in scheduler.items()})
     frozen = {"first_stage": stage.config["models"]["autoencoder"], "clip": clip, "captioner": words}
     return unidiffuser_run(part("clip_tokenizer"), part("text_tokenizer"), fields, trees, frozen, process)
 

@@ -235,10 +235,7 @@ def dit_run(
     notes: tuple[str, ...] = (),
     dropout: float = DROPOUT,
 ) -> Converted:
-    """A DiT as a run; see `denoiser_run`. Its channels tell how it was trained; at `dropout` 0 no class is for none."""
-    learned_variance = fields["out_channels"] == 2 * fields["in_channels"]
-    if process is not None and learned_variance:
-        process = {**process, "variance": "learned"}
+    """A DiT as a run; see `denoiser_run`. At `dropout` 0 no class is for none."""
     run = denoiser_run(fields, params, process, sample, first_stage, notes)
     run.config["loss"] = {"dropout": dropout}
     return run

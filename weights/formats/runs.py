@@ -94,6 +94,9 @@ def denoiser_run(
         notes += ("its files do not tell the process that it was trained on, so that it cannot be sampled",)
         return Converted(config, trees, tokenizer=tokenizer, notes=notes)
     process = dict(process)
+    # The channels tell, whatever the scheduler reads.
+    if fields.get("out_channels") == 2 * fields.get("in_channels", 0):
+        process["variance"] = "learned"
     if first_stage is not None and process.get("clip"):
         process["clip"] = False
         notes += ("its scheduler cuts estimates off at -1 and 1, which latents are not: that is left out",)
