@@ -38,8 +38,8 @@ from sample.trained import TrainedSampler
 from scripts.convert import main as convert
 from weights.formats import clip_text, compvis, compvis_pipeline, open_clip
 from weights.formats.clip_text import clip_text_fields
-from weights.formats.diffusers import unet_config, unet_fields, unet_from_diffusers, unet_layout
 from weights.formats.diffusers_autoencoder import autoencoder_fields, autoencoder_layout
+from weights.formats.diffusers_unet import unet_config, unet_fields, unet_from_diffusers, unet_layout
 from weights.run import Run
 
 from ..models.random_parameters import random_parameters

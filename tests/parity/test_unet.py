@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 import models
 from models.conditioning import Conditioning
 from scripts.convert import main as convert
-from weights.formats.diffusers import unet_fields, unet_from_diffusers, unet_to_diffusers
+from weights.formats.diffusers_unet import unet_fields, unet_from_diffusers, unet_to_diffusers
 from weights.run import Run
 
 SMALL = {"sample_size": 16, "block_out_channels": (32, 64, 64), "norm_num_groups": 8, "layers_per_block": 1}

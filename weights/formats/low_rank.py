@@ -28,7 +28,7 @@ from weights.files.layout import Layout, Tensors
 from weights.files.origin import Origin
 from weights.formats import clip_text
 from weights.formats.contract import Adaptation, Converted, Tree
-from weights.formats.diffusers import unet_layout
+from weights.formats.diffusers_unet import unet_layout
 from weights.lora import LORA, Kernel, kernels_of
 from weights.run import OWN, Run, model_of
 from weights.sources import resolve_frozen

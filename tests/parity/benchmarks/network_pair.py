@@ -124,8 +124,8 @@ def torch_network(model: Any, params: Any) -> Any:
     from models.dit import DiT
     from models.layers.embeddings import grid_embedding
     from models.uvit import UViT
-    from weights.formats.diffusers import unet_config, unet_to_diffusers
     from weights.formats.diffusers_dit import dit_config, dit_to_diffusers
+    from weights.formats.diffusers_unet import unet_config, unet_to_diffusers
     from weights.formats.uvit import LAYOUT
 
     model = model.clone(dtype=jnp.float32)

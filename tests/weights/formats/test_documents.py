@@ -9,10 +9,10 @@ from cli.errors import UserError
 from weights.files.fields import IDLE, fixed, flag, group, read_fields, real, several, whole, word
 from weights.files.layout import model_shapes
 from weights.formats import (
-    diffusers,
     diffusers_autoencoder,
     diffusers_dit,
     diffusers_scheduler,
+    diffusers_unet,
     dit,
     open_clip,
     transformers,
@@ -27,7 +27,7 @@ from ..unet_samples import ADM, STABLE_DIFFUSION_1
 
 
 def unet(fields):
-    return diffusers.unet_config(models.create_model(**fields))
+    return diffusers_unet.unet_config(models.create_model(**fields))
 
 
 def open_clip_document(fields):
@@ -47,11 +47,11 @@ MLLAMA = mllama.mllama_config(models.create_model("vision_adapter", **SIZES, **T
 FIRST_STAGE = {"image_size": 16, "width": 8, "multipliers": (1, 2), "groups": 4, "latent_scale": 0.5}
 # Name -> (a document as it is written, what reads it, its table).
 DOCUMENTS = {
-    "UNet2DModel": (unet(ADM), diffusers.unet_fields, diffusers._TABLES[diffusers.PLAIN]),
+    "UNet2DModel": (unet(ADM), diffusers_unet.unet_fields, diffusers_unet._TABLES[diffusers_unet.PLAIN]),
     "UNet2DConditionModel": (
         unet(STABLE_DIFFUSION_1),
-        diffusers.unet_fields,
-        diffusers._TABLES[diffusers.CONDITION],
+        diffusers_unet.unet_fields,
+        diffusers_unet._TABLES[diffusers_unet.CONDITION],
     ),
     **{
         name: (

@@ -7,7 +7,7 @@ import pytest
 
 import models
 from cli.errors import UserError
-from weights.formats.diffusers import unet_config, unet_fields, unet_from_diffusers, unet_to_diffusers
+from weights.formats.diffusers_unet import unet_config, unet_fields, unet_from_diffusers, unet_to_diffusers
 
 from ...models.random_parameters import random_parameters
 from ..clip_samples import assert_same_trees
