@@ -81,9 +81,11 @@ def hub_error(
 
     match error:
         case errors.LocalEntryNotFoundError():
+            # A repository need not have every file that is looked for, and only the hub tells.
+            cached = "set HF_HUB_OFFLINE=1 to go on with the files that are, " if kind == "repository" else ""
             return UserError(
                 f"{what} is not in the cache of the Hugging Face hub, or in part, and the hub cannot be reached; check "
-                f"the network, or fetch it elsewhere and give the folder as {option}"
+                f"the network, {cached}or fetch it elsewhere and give the folder as {option}"
             )
         case errors.GatedRepoError():
             return UserError(f"{HUB}{repository} is gated; accept its terms on the hub and log in with `hf auth login`")

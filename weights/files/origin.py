@@ -52,10 +52,8 @@ class Origin(abc.ABC):
         """
         path = self.find(*names)
         if path is None:
-            one_of = "one of " if len(names) > 1 else ""
-            raise UserError(
-                f"{self.describe()} has no {one_of}{', '.join(names)}{self._limits()}; give another --input"
-            )
+            none = "none of" if len(names) > 1 else "no"
+            raise UserError(f"{self.describe()} has {none} {', '.join(names)}{self.limits()}; give another --input")
         return path
 
     def json(self, *names: str) -> dict[str, Any]:
@@ -83,7 +81,7 @@ class Origin(abc.ABC):
         """Whether a file lies where the origin is, links followed."""
         return True
 
-    def _limits(self) -> str:
+    def limits(self) -> str:
         """Why a file may not have been found though there is one; continues a sentence."""
         return ""
 
@@ -161,7 +159,8 @@ class HubRepository(Origin):
         """
         return next((path for name in names if (path := self._fetch(name)) is not None), None)
 
-    def _limits(self) -> str:
+    def limits(self) -> str:
+        """That it is the cache where files are looked for, if it is."""
         import huggingface_hub as hub
 
         return " in the hub's cache, and HF_HUB_OFFLINE is set" if hub.is_offline_mode() else ""
@@ -218,8 +217,9 @@ class Subfolder(Origin):
     def _owns(self, path: Path) -> bool:
         return self.origin._owns(path)
 
-    def _limits(self) -> str:
-        return self.origin._limits()
+    def limits(self) -> str:
+        """Those of the outer origin."""
+        return self.origin.limits()
 
 
 def open_origin(text: str, leniency: Leniency = STRICT) -> Origin:

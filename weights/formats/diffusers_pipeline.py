@@ -83,8 +83,8 @@ def read_tokenizer(origin: Origin, path: str = "") -> Tokenizer:
                 break
         else:
             raise UserError(
-                f"{origin.describe()} has no {' and no '.join(names[0] for names in _VOCABULARIES)}; give CLIP's "
-                "vocabulary as --tokenizer"
+                f"{origin.describe()} has no {' and no '.join(names[0] for names in _VOCABULARIES)}{origin.limits()}; "
+                "give CLIP's vocabulary as --tokenizer"
             )
     file, pad = _TOKENIZER_CONFIG, END
     config = origin.json(file) if origin.find(file) is not None else {}
@@ -119,6 +119,8 @@ def check_parts(origin: Origin, read: Mapping[str, bool]) -> tuple[str, ...]:
       UserError: if a part that the index names is not there, or is none that is converted.
     """
     path = origin.find(INDEX)
+    if path is None and (limits := origin.limits()):
+        raise UserError(f"{origin.describe()} has no {INDEX}{limits}, which says what parts it has; fetch all of it")
     index = peek_json(path) if path is not None else {}
     named = {
         part for part, classes in index.items() if isinstance(classes, list | tuple) and any(each for each in classes)
@@ -126,7 +128,7 @@ def check_parts(origin: Origin, read: Mapping[str, bool]) -> tuple[str, ...]:
     if missing := sorted(part for part, found in read.items() if part in named and not found):
         raise UserError(
             f"{origin.describe()} names {', '.join(missing)} in {INDEX}, and there is no such folder with a config of "
-            "a class that is converted; fetch it too"
+            f"a class that is converted{origin.limits()}; fetch it too"
         )
     if unknown := sorted(named - {*_PARTS, *_LEFT_OUT}):
         raise UserError(f"{origin.describe()} has parts that are not converted: {', '.join(unknown)}")

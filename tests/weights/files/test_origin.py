@@ -47,7 +47,7 @@ def test_a_hub_s_files_are_found_in_its_cache(cached, revision):
     assert origin.find("none.json", "config.json") == cached / "config.json"
     assert origin.describe() == f"hf:tiny/clip@{COMMIT}"
     assert origin.find("none.json") is None
-    with pytest.raises(UserError, match=f"hf:tiny/clip@{COMMIT} has no one of a.json, b.json"):
+    with pytest.raises(UserError, match=f"hf:tiny/clip@{COMMIT} has none of a.json, b.json"):
         origin.require("a.json", "b.json")
 
 
@@ -72,7 +72,8 @@ def test_an_unknown_repository_or_revision_is_missing_offline(cached):
 def test_a_network_that_is_down_is_told_from_a_missing_file(cached, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     fail(monkeypatch, huggingface_hub.errors.LocalEntryNotFoundError("no connection"))
-    with pytest.raises(UserError, match="tokenizer.json of hf:tiny/clip is not in the cache .* hub cannot be reached"):
+    said = "tokenizer.json of hf:tiny/clip is not in the cache .* hub cannot be reached; .*, set HF_HUB_OFFLINE=1 to"
+    with pytest.raises(UserError, match=said):
         open_origin("hf:tiny/clip").find("tokenizer.json")
     fail(monkeypatch, huggingface_hub.errors.EntryNotFoundError("404"))
     assert open_origin("hf:tiny/clip").find("tokenizer.json") is None

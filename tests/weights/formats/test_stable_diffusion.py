@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from cli.errors import UserError
 from sample.__main__ import main as sample
@@ -35,6 +36,7 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
+EULER = {"_class_name": "EulerDiscreteScheduler"}
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +94,11 @@ def change_json(path, **changes):
     ("file", "changes", "message"),
     [
         ("scheduler/scheduler_config.json", {"gamma": 1}, "gamma: not known here"),
-        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas is True; it must be False"),
+        ("scheduler/scheduler_config.json", {**EULER, "use_karras_sigmas": True}, "use_karras_sigmas is True; it must"),
         ("scheduler/scheduler_config.json", {"timestep_spacing": "even"}, "timestep_spacing is 'even'; it must be one"),
-        ("scheduler/scheduler_config.json", {"final_sigmas_type": "sigma_min"}, "final_sigmas_type is 'sigma_min'"),
+        ("scheduler/scheduler_config.json", {**EULER, "final_sigmas_type": "sigma_min"}, "final_sigmas_type is"),
+        ("scheduler/scheduler_config.json", {**EULER, "rescale_betas_zero_snr": True}, "where a chain ends in noise"),
+        ("scheduler/scheduler_config.json", {"beta_end": 1.0}, "has the scheduler of no diffusion: .* end=1.0 is"),
         ("text_encoder/config.json", {"model_type": "t5"}, "the text encoder is of model_type 't5'"),
         ("text_encoder/config.json", {"vocab_size": 100}, "has 100 ids, and its tokenizer uses 5"),
         (
@@ -485,3 +489,28 @@ def test_pictures_are_compared_with_prompts_without_brackets(ours, monkeypatch):
     drawn = draw_samples(trained, order, 2, ClipEmbedder(trained))
     assert compared == ["a red cat", "a red cat", "a (cat)", "a (cat)"]
     assert drawn.records[0]["prompt"] == "a (red:1.3) cat"
+
+
+@pytest.mark.parametrize(
+    ("missing", "flags", "message"),
+    [
+        ("unet/config.json", (), "none of the formats by its files in the hub's cache, and HF_HUB_OFFLINE is set"),
+        ("unet/config.json", ("--source=diffusers",), "has none of unet/config.json, config.json in the hub's cache"),
+        ("unet", ("--source=diffusers",), "has none of unet/config.json, config.json in the hub's cache"),
+        (f"unet/{WEIGHTS['unet']}", (), "unet/ has none of diffusion_pytorch_model.safetensors, .* in the hub's cache"),
+        ("vae/config.json", (), "names vae in model_index.json, .* converted in the hub's cache, and HF_HUB_OFFLINE"),
+        ("tokenizer", (), "tokenizer/ has no merges.txt and no tokenizer.json in the hub's cache"),
+        ("model_index.json", (), "has no model_index.json in the hub's cache, .* says what parts it has"),
+    ],
+)
+def test_what_the_hub_s_cache_lacks_is_named(missing, flags, message, theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--tiny--sd", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(theirs[0], repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    gone = repository / "snapshots" / commit / missing
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    with pytest.raises(UserError, match=message):
+        convert(["--input=hf:tiny/sd", f"--output={tmp_path}/ours", *flags])
