@@ -54,7 +54,8 @@ SETTINGS: Mapping[str, Setting] = {
     "keep_rows": Setting(int, "rows of tokens kept of an --image to complete; default: half of them", besides=True),
     "strength": Setting(
         float,
-        "how much a diffusion changes an --image: 0 not at all, 1 all of it; default: 0.8, with a --mask 1",
+        "how much a diffusion changes an --image: 0 not at all, 1 all of it; default: 0.8, with a --mask 1; of a "
+        "UniDiffuser, which describes it without either",
         besides=True,
     ),
     "sampler": Setting(str, "such as ddpm, ddim, dpm_solver_multistep; a wrong one lists them all", _DIFFUSION),

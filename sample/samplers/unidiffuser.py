@@ -5,13 +5,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
@@ -35,6 +35,7 @@ from sample.samplers.captioner import (
 )
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
+from sample.samplers.given_picture import GivenPicture, chosen_strength, known_places, lay_over
 from sample.samplers.llama import check_questions, end_of_texts
 from sample.samplers.unidiffuser_modes import MODES, PICTURE, TEXT, Latents, draw_latents, drawn_names, normal_latents
 
@@ -45,6 +46,7 @@ UNCONDITIONAL = ("noise", "empty")
 NOISE = ("authors", "diffusers")
 
 MEASURED = ("clip", "text")  # latents that have no scale of their own
+CHANGING = ("text_to_image", "image")  # modes in which a picture that is given may be changed
 
 # Numbers that a key is folded with, one for each use.
 _FIRST, _FRESH, _POSTERIOR, _WORDS, _SECOND = range(5)
@@ -169,6 +171,11 @@ class UniDiffuserSampler:
         return True
 
     @property
+    def may_read(self) -> dict[str, dict[str, Any]]:
+        """The rows that a user may give besides: where a picture is to be changed, which strength says without it."""
+        return {"mask": {"strength": 1.0}}
+
+    @property
     def makes(self) -> tuple[str, ...]:
         """What outputs may hold."""
         return ("image", "text")
@@ -199,20 +206,25 @@ class UniDiffuserSampler:
         self,
         text: Int[np.ndarray, "b l"] | None = None,
         image: UInt8[np.ndarray, "b H W 3"] | None = None,
+        mask: Bool[np.ndarray, "b H W"] | None = None,
         **overrides: Any,
     ) -> Request:
         """A request for a picture, a caption, or both, for each key.
 
         Args:
           text: ids of captions, framed, 0 behind.
-          image: pictures.
-          **overrides: of `settings`.
+          image: pictures to describe; with a strength or a mask to change, as `text` says if there is any.
+          mask: where they are drawn anew; all other pixels stay.
+          **overrides: of `settings`, and strength, of pictures to change: from 0, their reconstructions, to 1, fresh
+            ones where there is no mask.
 
         Raises:
           UserError: on an unknown override, an impossible value, or rows that the mode does not read.
         """
-        choices, captions, guidance, kind = self._changed(overrides)
-        given = [name for name, row in (("text", text), ("image", image)) if row is not None]
+        strength = chosen_strength(image, mask, overrides)
+        told = [name for name, row in (("text", text), ("image", image), ("mask", mask)) if row is not None]
+        given, settings = self._read(told, overrides)
+        choices, captions, guidance, kind = self._changed(settings)
         modes: tuple[str, ...] = (choices.mode,)
         if not choices.mode:
             modes = tuple({"text": "text_to_image", "image": "image_to_text"}[name] for name in given) or ("joint",)
@@ -227,6 +239,8 @@ class UniDiffuserSampler:
             if image.shape[1:] != (side, side, 3):
                 raise UserError(f"pictures are {list(image.shape[1:])}, this run's {[side, side, 3]}")
             rows["image"] = np.asarray(image)
+        if mask is not None:
+            rows["mask"] = np.asarray(mask)
         return {
             **rows,
             "modes": modes,
@@ -235,6 +249,7 @@ class UniDiffuserSampler:
             "guidance": np.float32(guidance),
             "data_type": np.int32(kind),
             **captions.numbers,
+            **({"strength": strength} if _changes(told, overrides) else {}),
         }
 
     def __call__(
@@ -253,17 +268,24 @@ class UniDiffuserSampler:
           {"image": float [b H W 3] in [-1, 1], "text": int32 [b l], 0 behind the end}, those of them that the mode
           makes; a variation also what is between.
         """
-        static = (request["modes"], request["choices"], request["captions"], float(request["guidance"]) != 1.0)
-        told = {name: value for name, value in request.items() if name not in ("modes", "choices", "captions")}
-        return _draw(self, *static, params["unidiffuser"], self.factors(variables), frozen, told, keys)
+        static = ("modes", "choices", "captions", "strength")
+        told = {name: value for name, value in request.items() if name not in static}
+        modes, choices, program, strength = (request.get(name) for name in static)
+        guided = float(request["guidance"]) != 1.0
+        return _draw(
+            *(self, modes, choices, program, guided, strength),
+            *(params["unidiffuser"], self.factors(variables), frozen, told, keys),
+        )
 
-    def plan(self, choices: Choices) -> Plan:
-        """The plan of a solver.
+    def plan(self, choices: Choices, strength: float = 1.0) -> Plan:
+        """The plan of a solver; of its last steps, see `make_plan`.
 
         Raises:
           ValueError: if there is no such sampler or spacing, or the steps are impossible.
         """
-        return make_plan(self.process.schedule, choices.sampler, choices.steps, spacing=choices.spacing)
+        return make_plan(
+            self.process.schedule, choices.sampler, choices.steps, spacing=choices.spacing, strength=strength
+        )
 
     @property
     def statistics(self) -> dict[str, Array]:
@@ -291,6 +313,15 @@ class UniDiffuserSampler:
         """CLIP embeddings of pictures."""
         return clip_pictures(self.clip, collections_of(frozen["clip"]), from_uint8(images))
 
+    def given(self, frozen: Tree, factors: Tree, request: Mapping[str, Array], strength: float) -> GivenPicture:
+        """What a solver has of a picture to change: mean latents, known where the mask says so, and its embedding."""
+        z = self.first_stage.mean(frozen, from_uint8(request["image"]))
+        data = {"image": z, **scaled({"clip": self.embed(frozen, request["image"])}, factors)}
+        known = None
+        if "mask" in request:  # of another picture there is another embedding
+            known = {"image": known_places(request["mask"], *z.shape[1:3]), "clip": jnp.zeros((len(z), 1), bool)}
+        return GivenPicture(data, known, strength)
+
     def write(
         self, frozen: Tree, latents: Latents, program: tuple[int, int], numbers: dict[str, Array], keys: Array
     ) -> Int[Array, "b l"]:
@@ -301,6 +332,22 @@ class UniDiffuserSampler:
             return captioner.apply({"params": params}, latents["text"], length, method="prefill_latents")
 
         return write_captions(captioner, params, prefill, program, numbers, self.end_id, keys)
+
+    def _read(self, told: Collection[str], overrides: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        """The rows that a mode is to read, and settings with that mode where one of the rows is a picture to change.
+
+        Raises:
+          UserError: if the mode that is chosen changes none.
+        """
+        settings = {name: value for name, value in overrides.items() if name != "strength"}
+        given = [name for name in ("text", "image") if name in told]
+        if _changes(told, overrides):
+            given.remove("image")
+            mode = settings.get("mode", self.choices.mode) or CHANGING[not given]
+            if mode not in CHANGING:
+                raise UserError(f"mode {mode} changes no picture; leave out strength and mask, or the mode")
+            settings["mode"] = mode
+        return given, settings
 
     def _changed(self, overrides: Mapping[str, Any]) -> tuple[Choices, CaptionSettings, float, int]:
         """Settings with others, guidance and the kind of data last; raises UserError unless they are possible."""
@@ -330,21 +377,25 @@ class UniDiffuserSampler:
         return choices, captions, guidance, kind
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _draw(
     sampler: UniDiffuserSampler,
     modes: tuple[str, ...],
     choices: Choices,
     program: tuple[int, int],
     guided: bool,
+    strength: float | None,
     params: Tree,
     factors: dict[str, Array],
     frozen: Tree,
     request: Request,
     keys: Array,
 ) -> dict[str, Array]:
-    """The compiled program of `UniDiffuserSampler.__call__`."""
-    plan, shapes, outputs = sampler.plan(choices), sampler.shapes, {}
+    """The compiled program of `UniDiffuserSampler.__call__`; `strength` is None where no picture is to be changed."""
+    change = None if strength is None else sampler.given(frozen, factors, request, strength)
+    if change is not None and strength == 0:
+        return {"image": lay_over(sampler.first_stage.decode(frozen, change.data["image"]), request)}
+    plan, shapes, outputs = sampler.plan(choices, strength or 1.0), sampler.shapes, {}
     numbers = {name: request[name] for name in ("temperature", "top_k", "top_p", "length_penalty")}
     folded = [jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in range(_SECOND + 1)]
 
@@ -370,7 +421,9 @@ def _draw(
         if guidance is not None and mode == "text_to_image" and choices.unconditional == "empty":
             blank = jnp.array([sampler.clip.text_end_id - 1, sampler.clip.text_end_id], jnp.int32)
             empty = scaled(sampler.encode_text(frozen, jnp.broadcast_to(blank, (len(keys), 2))), factors)["text"]
-        return draw_latents(network, sampler.process, plan, mode, first, told, own_keys, guidance, empty, kept, shapes)
+        return draw_latents(
+            network, sampler.process, plan, mode, first, told, own_keys, guidance, empty, kept, shapes, change
+        )
 
     def given(row: str) -> Latents:
         if row == "text":
@@ -389,11 +442,16 @@ def _draw(
         else:
             drawn = draw(mode, told, keys)
         if "image" in drawn:
-            outputs["image"] = sampler.first_stage.decode(frozen, drawn["image"])
+            outputs["image"] = lay_over(sampler.first_stage.decode(frozen, drawn["image"]), request)
         if "text" in drawn:
             words = {"text": drawn["text"] / factors["text"]}
             outputs["text"] = sampler.write(frozen, words, program, numbers, folded[_WORDS])
     return outputs
+
+
+def _changes(told: Collection[str], overrides: Mapping[str, Any]) -> bool:
+    """Whether a request changes the picture that it holds, in place of describing it."""
+    return "image" in told and ("mask" in told or "strength" in overrides)
 
 
 def scaled(latents: Latents, factors: Mapping[str, Array]) -> Latents:

@@ -18,6 +18,8 @@ uncond + w (cond - uncond), where the paper has w = 1 + s. All calls of a step a
 
 "Noise" is drawn anew at every step, as the authors' code does; diffusers keeps that of "image" and "text", and draws a
 caption's first state as the captioner's latents of noise. Both are `noise="diffusers"`.
+
+A picture may be given to be changed in text_to_image and image, see `sample.samplers.given_picture`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,7 @@ from jaxtyping import Array, Float, Key
 from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
 from models.unidiffuser import PictureAndText
+from sample.samplers.given_picture import GivenPicture
 
 Latents = dict[str, Array]  # some of "image", "clip" and "text"
 Network = Callable[[PictureAndText, Array, Array], PictureAndText]
@@ -121,6 +124,7 @@ def draw_latents(
     empty: Float[Array, "b l z"] | None = None,
     kept: Latents | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    given: GivenPicture | None = None,
 ) -> Latents:
     """Runs a solver in one mode.
 
@@ -136,6 +140,7 @@ def draw_latents(
       empty: see there.
       kept: noise of the sides that say nothing, where it is not drawn anew at every step.
       shapes: of an example's latents, those that are neither drawn nor told among them.
+      given: a picture to change, of what is drawn; the plan is then of its strength.
     """
     schedule = process.schedule
     last = process.network_time(jnp.float32(schedule.time_range[1]))
@@ -150,11 +155,13 @@ def draw_latents(
         times = jnp.broadcast_to(t, keys.shape)
         fresh = kept if kept is not None else fresh_noise(t)
         outputs = predict(network, mode, x, process.network_time(times), last, told, fresh, guidance, empty)
-        return {name: process.data(outputs[name].astype(jnp.float32), x[name], times) for name in x}
+        estimates = {name: process.data(outputs[name].astype(jnp.float32), x[name], times) for name in x}
+        return estimates if given is None else given.keep(estimates)
 
-    x = jax.tree.map(lambda leaf: plan.first_scale * leaf, first)
+    x = jax.tree.map(lambda leaf: plan.first_scale * leaf, first) if given is None else given.first_state(plan, first)
     noise_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _STEPS)
-    return solve(plan, denoise, x, per_example_noise(noise_keys, x)).x
+    drawn = solve(plan, denoise, x, per_example_noise(noise_keys, x)).x
+    return drawn if given is None else given.keep(drawn)
 
 
 def normal_latents(keys: Key[Array, "b"], shapes: Mapping[str, tuple[int, ...]]) -> Latents:

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from cli.errors import UserError
 from data.preprocess import center_square
 from sample.__main__ import main
 from sample.conditions import Order, make_conditions, order_rows
+from sample.conditions import draw as draw_order
 from sample.sheets.grid import to_uint8
 from sample.trained import TrainedSampler
 
@@ -186,6 +188,42 @@ def test_a_diffusion_changes_a_picture_where_a_mask_is_white(diffusion_run, draw
     same, _, settings = draw(*command, "--strength=0")
     np.testing.assert_array_equal(same[0], picture)
     assert settings["strength"] == 0 and "mask" not in settings
+
+
+def test_a_unidiffuser_changes_a_picture_as_strength_and_mask_say(debug_run, tmp_path):
+    trained = TrainedSampler.open(debug_run("scenes/unidiffuser.py"), chunk=1)
+    pixels, white = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8), np.zeros((32, 32), bool)
+    white[9:24, 4:20] = True
+    picture, mask = f"{tmp_path}/picture.png", f"{tmp_path}/mask.png"
+    Image.fromarray(pixels).save(picture)
+    Image.fromarray(white.astype(np.uint8) * 255).save(mask)
+    conditions, settings = make_conditions(["a red circle"], images=[picture]), {"steps": 2}
+    for solver in ("dpm_solver_singlestep", "ddpm"):
+        order = Order(conditions, settings={**settings, "sampler": solver}, mask=mask)
+        made = draw_order(trained, order, order_rows(trained, order), 1)
+        assert made.texts is None and order.describe(trained)["strength"] == 1.0
+        np.testing.assert_array_equal(made.images[0][~white], pixels[~white])
+        assert np.abs(made.images[0].astype(int) - pixels)[white].mean() > 20
+    same = Order(make_conditions(images=[picture]), settings={"strength": 0.0})
+    made = draw_order(trained, same, order_rows(trained, same), 1)
+    decoded = reconstruct(trained.sampler.first_stage, trained.frozen, pixels[None])
+    assert np.abs(made.images.astype(int) - decoded).max() <= 1
+
+    for told, settings, message in [
+        (make_conditions(images=[picture]), {"mode": "image_to_text"}, "mode image_to_text changes no picture"),
+        (make_conditions(images=[picture]), {"guidance": 3.0}, "mode image is told nothing that guidance"),
+        (make_conditions(["x"]), {}, "strength is of a picture to change; give one, --image=FILE"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            order_rows(trained, Order(told, settings={"strength": 0.5, **settings}))
+
+
+def reconstruct(stage, frozen, pixels):
+    """The first stage's pictures of pictures, whole numbers."""
+    image = jnp.asarray(pixels / np.float32(127.5) - 1)
+    return to_uint8(np.asarray(jax.jit(lambda image: stage.decode(frozen, stage.mean(frozen, image)))(image))).astype(
+        int
+    )
 
 
 def test_a_mask_is_cut_with_its_picture(diffusion_run, tmp_path):

@@ -11,6 +11,7 @@ from diffusion.process import Process
 from diffusion.schedule import DiscreteSchedule
 from diffusion.solver_choice import make_plan
 from models.unidiffuser import PictureAndText
+from sample.samplers.given_picture import GivenPicture
 from sample.samplers.unidiffuser_modes import draw_latents, drawn_names, normal_latents, predict
 
 SHAPES = {"image": (1, 1, 1), "clip": (1,), "text": (1, 1)}
@@ -99,6 +100,39 @@ def test_noise_of_a_side_that_says_nothing_is_drawn_anew_at_every_time_unless_it
     assert all(float(t_text[0]) == LAST for _, _, t_text in network.calls)
     texts = np.stack([np.ravel(x.text) for x, _, _ in network.calls])
     assert len(np.unique(texts)) == (2 if kept else 8)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("solver", ["dpm_solver_singlestep", "ddpm"])
+def test_a_picture_is_changed_from_its_own_noisy_state_and_what_is_known_of_it_stays(solver, strength):
+    """Of two examples the first one's latent is known; embeddings never are."""
+    network, keys = Recorder(), jax.random.split(jax.random.key(0), 2)
+    plan = make_plan(PROCESS.schedule, solver, 4, spacing="time", strength=strength)
+    first = normal_latents(keys, {name: SHAPES[name] for name in ("image", "clip")})
+    data = {"image": jnp.full((2, 1, 1, 1), 0.7), "clip": jnp.full((2, 1), -0.4)}
+    known = {"image": jnp.array([True, False]).reshape(2, 1, 1, 1), "clip": jnp.zeros((2, 1), bool)}
+    given = GivenPicture(data, known, strength)
+    with jax.disable_jit():
+        out = draw_latents(network, PROCESS, plan, "image", first, {}, keys, shapes=SHAPES, given=given)
+    states = [x for x, _, _ in network.calls]
+    assert len(states) == 4 * strength
+    noisy = {name: plan.alpha[0] * data[name] + plan.sigma[0] * first[name] for name in data}
+    begun = noisy if strength < 1 else {name: plan.first_scale * first[name] for name in data}
+    np.testing.assert_allclose(states[0].image[0], noisy["image"][0], rtol=1e-5)
+    np.testing.assert_allclose(states[0].image[1], begun["image"][1], rtol=1e-5)
+    np.testing.assert_allclose(states[0].clip, begun["clip"], rtol=1e-5)
+    np.testing.assert_array_equal(out["image"][0], data["image"][0])
+    assert abs(out["image"][1] - data["image"][1]) > 1e-2 and np.abs(out["clip"] - data["clip"]).min() > 1e-2
+    if strength == 1:  # as fresh as without a picture, unless something is known of it
+        with jax.disable_jit():
+            draws = [
+                draw_latents(Recorder(), PROCESS, plan, "image", first, {}, keys, shapes=SHAPES, given=one)
+                for one in (None, GivenPicture(data, None, 1.0))
+            ]
+        jax.tree.map(np.testing.assert_array_equal, *draws)
+    if solver == "dpm_solver_singlestep":  # draws no noise of its own
+        for state, alpha, sigma in zip(states, plan.alpha, plan.sigma, strict=True):
+            np.testing.assert_allclose(state.image[0], alpha * 0.7 + sigma * first["image"][0], atol=1e-5)
 
 
 def test_fifty_steps_are_at_the_authors_times():
