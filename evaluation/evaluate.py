@@ -27,7 +27,7 @@ from evaluation.features.metrics import (
     feature_makers,
     reconstructs,
 )
-from evaluation.points import POINT_METRICS, default_point_metrics, point_values
+from evaluation.points import LIKELIHOOD, POINT_METRICS, default_point_metrics, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record, check_finite, keep_picture
 from evaluation.text_perplexity import TEXT_PERPLEXITY, text_perplexity
@@ -41,8 +41,18 @@ from evaluation.written_captions import (
 )
 from sample.samplers.diffusion import DiffusionSampler
 from sample.samplers.llama import LlamaSampler
+from sample.samplers.unidiffuser_modes import choose_modes
 from sample.sheets.grid import draw_grid, to_uint8
-from sample.trained import TrainedSampler
+from sample.trained import TrainedSampler, refuse_idle
+
+# Metrics of runs that draw captions, describe pictures and draw pairs: the rows that each of their calls is told.
+_TOLD: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    **dict.fromkeys(("caption_accuracy", *SCORED), (("text",),)),
+    **{WRITTEN: (("image",),), CAPTION_SCORES: (("image",),)},
+    **{AGREEMENT: ((),), ROUND_TRIP: (("text",), ("image",))},
+}
+# Those that draw nothing, and so read no setting of it.
+_DRAW_NOTHING = (CAPTION_LOSS, ANSWER_PERPLEXITY, TEXT_PERPLEXITY, LIKELIHOOD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +150,43 @@ def _told(trained: TrainedSampler) -> str:
     return " (told classes, no captions)" if "label" in reads else " (told nothing)"
 
 
+def check_mode(trained: TrainedSampler, names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of metrics without a mode, which follows from what each of them tells the run.
+
+    Args:
+      trained: the run.
+      names: the metrics.
+      settings: overrides of `config.sample`.
+
+    Raises:
+      UserError: if they hold a mode, and a metric asks for another.
+    """
+    mode = settings.get("mode")
+    for name in names if mode else ():
+        for told in _TOLD.get(name, ()):
+            (asked,) = choose_modes("", told)
+            if mode != asked:
+                raise UserError(f"{name} asks the run for mode {asked}, and --mode={mode} is given; leave it out")
+    return {**{name: value for name, value in settings.items() if name != "mode"}, **trained.inferred}
+
+
+def idle_in(trained: TrainedSampler, names: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Settings that have no effect on any of some metrics in any of some cells, each with the reason.
+
+    Args:
+      trained: the run.
+      names: the metrics.
+      cells: overrides of `config.sample`, without a mode.
+
+    Raises:
+      UserError: if a setting is impossible.
+    """
+    drawn = [name for name in names if name not in _DRAW_NOTHING]
+    if not drawn:
+        return dict.fromkeys(trained.config.sample, f"{' and '.join(names)} draw{'s' * (len(names) == 1)} nothing")
+    return trained.idle(*((told, cell) for cell in cells for name in drawn for told in _TOLD.get(name, ((),))))
+
+
 def evaluate_run(
     trained: TrainedSampler,
     metrics: Sequence[str],
@@ -190,10 +237,12 @@ def evaluate_run(
 
     if not checked:
         trained.check_settings(settings, besides=False)
-    settings = {**trained.inferred, **settings}
+    settings = check_mode(trained, names, settings)
+    if not checked:
+        refuse_idle(idle_in(trained, names, [settings]), settings)
     for split in () if "point" in sampler.makes else splits:
         _check_records(trained, names, split, num)
-    provenance, records, failed = _provenance(trained, num, seed, settings), [], []
+    records, failed = [], []
 
     def attempt(tried: Sequence[str], split: str, work: Callable[[], Any]) -> Any:
         try:
@@ -205,7 +254,7 @@ def evaluate_run(
     def add(name: str, split: str, make: Callable[[], Record]) -> None:
         found = attempt([name], split, lambda: check_finite(make()))
         if found is not None:
-            records.append({"metric": name, "split": split, **provenance, **found})
+            records.append({"metric": name, "split": split, **_provenance(trained, name, num, seed, settings), **found})
             keep(records[-1])
 
     for split in splits:
@@ -317,7 +366,7 @@ def _reconstruction(trained: TrainedSampler, split: str, num: int) -> Record:
 
 def _spell(trained: TrainedSampler, seed: int, settings: Mapping[str, Any]) -> list[str]:
     """What a picture's name says of a cell: weights and seed where they are not the usual ones, and all settings."""
-    weights, told = trained.weights, dict(settings)
+    weights, told = trained.weights, {name: value for name, value in settings.items() if name != "mode"}
     if weights.step != trained.run.latest_step():
         told["step"] = weights.step
     if weights.ema is not True and (weights.ema or trained.run.config.ema.decay):
@@ -327,9 +376,14 @@ def _spell(trained: TrainedSampler, seed: int, settings: Mapping[str, Any]) -> l
     return [f"{key}_{value}" for key, value in told.items()]
 
 
-def _provenance(trained: TrainedSampler, num: int, seed: int, settings: Mapping[str, Any]) -> Record:
-    data = trained.config.data
-    drawing = {"seed": seed, **trained.config.sample, **settings, **trained.guide} if trained.config.sample else {}
+def _provenance(trained: TrainedSampler, name: str, num: int, seed: int, settings: Mapping[str, Any]) -> Record:
+    """What a metric is computed with: settings that it has no use for, and a mode, which it chooses, are none of it."""
+    data, drawing = trained.config.data, {}
+    if trained.config.sample:
+        idle = {"mode", *idle_in(trained, [name], [settings])}
+        chosen = {**trained.config.sample, **settings}
+        guide = {} if name in _DRAW_NOTHING else trained.guide
+        drawing = {"seed": seed, **{key: value for key, value in chosen.items() if key not in idle}, **guide}
     return {
         "num": num,
         **trained.weights.record,

@@ -17,7 +17,8 @@ from models.conditioning import Conditioning
 from sample.samplers.diffusion import DiffusionSampler
 from sample.trained import TrainedSampler
 
-POINT_METRICS = ("energy_distance", "likelihood")
+LIKELIHOOD = "likelihood"
+POINT_METRICS = ("energy_distance", LIKELIHOOD)
 
 _BLOCK = 2000  # points that are compared with as many others at once
 

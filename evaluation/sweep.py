@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cli.errors import UserError
-from evaluation.evaluate import Tools, evaluate_run
+from evaluation.evaluate import Tools, applicable_metrics, check_mode, evaluate_run, idle_in
 from evaluation.records import Record, write_records
 from sample.arguments import average_of
 from sample.sheets.axes import Axis, spell
-from sample.trained import TrainedSampler
+from sample.trained import TrainedSampler, refuse_idle
 
 # Axes that choose weights; all others are overrides of `config.sample`, but the seed.
 _WEIGHTS = ("step", "ema")
@@ -53,13 +53,18 @@ def evaluate_cells(
     # The weights vary slowest, so that each are read once.
     names = sorted(values, key=lambda name: name not in _WEIGHTS)
     cells = [dict(zip(names, cell, strict=True)) for cell in itertools.product(*(values[name] for name in names))]
+    computed = metrics or applicable_metrics(trained, splits[0], tools.clip)[0]
+    drawings: list[dict[str, Any]] = []
     for cell in cells:
         own = {name: value for name, value in cell.items() if name not in (*_WEIGHTS, "seed")}
         try:
             trained.run.check_average(cell.get("ema", 0.0), cell.get("step", trained.weights.step))
-            trained.check_request({**settings, **own})
+            drawings.append(check_mode(trained, computed, {**settings, **own}))
+            trained.check_request(drawings[-1])
         except UserError as error:
             raise UserError(f"{_title(cell)}: {error}" if len(cells) > 1 else str(error)) from None
+    if computed:
+        refuse_idle(idle_in(trained, computed, drawings), *drawings)
     failed: list[str] = []
     opened, weights = trained, {}
     for number, cell in enumerate(cells):

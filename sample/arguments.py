@@ -44,8 +44,10 @@ SETTINGS: Mapping[str, Setting] = {
         "of a UniDiffuser: text_to_image, image_to_text, joint, image, text, image_variation, text_variation; default: "
         "what --prompt and --image ask for",
     ),
-    "unconditional": Setting(str, "of a UniDiffuser: what guidance leads away from, noise or the empty caption"),
-    "noise": Setting(str, "of a UniDiffuser: whose habits of drawing it, authors or diffusers"),
+    "unconditional": Setting(
+        str, "of a UniDiffuser: what guidance of a picture of a caption leads away from, noise or empty"
+    ),
+    "noise": Setting(str, "of a UniDiffuser: whose habits of drawing it, authors or diffusers; not in text_to_image"),
     "data_type": Setting(
         int,
         "of a UniDiffuser that tells kinds of data apart (version 1): 0 draws as pairs of the web, 1 as others; "
@@ -80,6 +82,7 @@ SETTINGS: Mapping[str, Setting] = {
 _IDLE = {
     **{"rescale": (0.0, "guidance", 1.0), "guidance_start": (0.0, "guidance", 1.0)},
     **{"guidance_stop": (1.0, "guidance", 1.0), "guided_channels": (0, "guidance", 1.0)},
+    "unconditional": ("noise", "guidance", 1.0),
     **{"churn_min": (0.0, "churn", 0.0), "churn_max": (0.0, "churn", 0.0), "churn_noise": (1.0, "churn", 0.0)},
     "length_penalty": (1.0, "beams", 0),
     **{"top_k": (0, "temperature", 0.0), "top_p": (1.0, "temperature", 0.0)},

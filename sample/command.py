@@ -1,19 +1,19 @@
 """What `python -m sample` draws."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
-from sample.conditions import Made, Order, draw, given_pictures, order_rows, write_out
+from sample.conditions import Made, Order, draw, find_sources, given_pictures, order_rows, record_sources, write_out
 from sample.embedding import ClipEmbedder
 from sample.files import Samples
-from sample.sheets.grid import COLUMNS, behind_given, draw_grid, given_columns
+from sample.sheets.grid import COLUMNS, behind_given, beside_given, draw_grid, given_columns, pair_columns
 from sample.sheets.points import draw_point_run
-from sample.trained import TrainedSampler
+from sample.trained import TrainedSampler, refuse_idle
 
 _SHOWN = ("image", "text", "point")  # of what samplers make
 
@@ -42,8 +42,9 @@ def draw_samples(
 ) -> Drawn:
     """Makes `num` samples of each condition, a row of the grid each (several rows beyond eight).
 
-    A condition's picture stands before the pictures that are made of it, or over the texts. Texts are printed, a single
-    one as it comes.
+    A condition's picture stands before the pictures that are made of it, or over the texts that are; where there are
+    both, before each of the pictures, over its own text. A text that is made of a picture never stands under another.
+    Texts are printed, a single one as it comes.
 
     Args:
       trained: the run that draws.
@@ -53,9 +54,11 @@ def draw_samples(
       keep: how many it keeps of each prompt, best first; 0 for all.
 
     Raises:
-      UserError: if the run does not read such conditions, a prompt is empty or a setting is impossible.
+      UserError: if the run does not read such conditions, a prompt is empty, or a setting is impossible or has no
+        effect.
     """
     rows, count = order_rows(trained, order), len(order.conditions)
+    refuse_idle(trained.idle(order.call), order.settings)
     if clip is not None and (order.conditions[0].prompt is None or "image" not in trained.sampler.makes):
         raise UserError(f"{trained.run.folder} draws no captions, and --rerank compares with these; leave it out")
     if count == num == 1 and trained.sampler.makes == ("text",) and hasattr(trained.sampler, "stream"):
@@ -64,10 +67,12 @@ def draw_samples(
         made = draw(trained, order, rows, num)
         if made.images is None:  # what was said is read here, too
             print("\n".join(made.texts or ()))
-    records = order.records(num)
+    sources = find_sources(trained, order, rows)
+    records = [{**record, **record_sources(sources)} for record in order.records(num)]
     pictured = "image" in rows and made.images is not None
+    unnamed = "reconstruction" if trained.sampler.reads == ("image",) else "variation"
     labels = [
-        str(dataclasses.replace(condition, image=None) if pictured else condition)
+        str(dataclasses.replace(condition, image=None)) or unnamed if pictured else str(condition)
         for condition in order.conditions
         for _ in range(num)
     ]
@@ -85,7 +90,7 @@ def draw_samples(
             "rerank_step": clip.trained.weights.step,
             "candidates": num,
         }
-    grid = draw_made(order, made, labels, shown, given_pictures(rows))
+    grid = draw_made(order, made, labels, shown, given_pictures(rows), sources)
     return Drawn(made.images, made.texts, records, description, grid)
 
 
@@ -101,7 +106,12 @@ def draw_figure(trained: TrainedSampler, order: Order, num: int) -> Drawn:
 
 
 def draw_made(
-    order: Order, made: Made, labels: Sequence[str], num: int, told: UInt8[np.ndarray, "c h w 3"] | None
+    order: Order,
+    made: Made,
+    labels: Sequence[str],
+    num: int,
+    told: UInt8[np.ndarray, "c h w 3"] | None,
+    sources: Mapping[str, str],
 ) -> Image.Image:
     """The grid of `num` samples of each condition.
 
@@ -111,6 +121,7 @@ def draw_made(
       labels: of each.
       num: of each condition.
       told: the picture of each condition, if they hold one.
+      sources: see `sample.conditions.find_sources`; {} of a run without such.
     """
     count, texts = len(order.conditions), made.texts
     columns = min(num, COLUMNS) if num > 1 else min(count, COLUMNS)
@@ -119,8 +130,14 @@ def draw_made(
         return draw_grid(images, columns=columns, labels=labels if any(labels) else None, texts=texts)
     if told is None:
         return draw_grid(made.images, columns=columns, labels=labels if any(labels) else None, texts=texts)
-    images = behind_given(list(told), list(made.images), num, None)
     given = [str(dataclasses.replace(condition, prompt=None, label=None)) for condition in order.conditions]
-    names = behind_given(given, [label or "reconstruction" for label in labels], num, "")
+    if texts is not None and sources.get("text") == "given":
+        repeated = [place for place in range(count) for _ in range(num)]
+        images = beside_given([told[place] for place in repeated], list(made.images), num, None)
+        names = beside_given([given[place] for place in repeated], labels, num, "")
+        under = beside_given(texts, [""] * len(texts), num, "")
+        return draw_grid(images, columns=pair_columns(num), labels=names, texts=under)
+    images = behind_given(list(told), list(made.images), num, None)
+    names = behind_given(given, labels, num, "")
     under = behind_given([""] * count, texts or [""] * len(labels), num, "")
     return draw_grid(images, columns=given_columns(num), labels=names, texts=under)

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sample.files import read_mask
 from sample.prompts import Weighted, encode_prompts, parse_weights, plain
 from sample.samplers.contract import besides
 from sample.sheets.grid import side_by_side, to_uint8
-from sample.trained import Rows, TrainedSampler
+from sample.trained import Call, Rows, TrainedSampler
 
 # Rows of a request (see `sample.samplers.contract`) that a user may give: what they are called, and the option.
 _GIVEN = {
@@ -108,20 +108,31 @@ class Order:
     prompt_weights: bool = False
     long_prompts: bool = False
 
-    def describe(self, trained: TrainedSampler) -> dict[str, Any]:
-        """Run, step, seed and the settings of the sampler, those of the run's config included."""
+    def describe(self, trained: TrainedSampler, idle: Collection[str] | None = None) -> dict[str, Any]:
+        """Run, step, seed and the settings of the sampler, those of the run's config included.
+
+        Args:
+          trained: the run.
+          idle: settings that had no effect, which are left out; None for those that have none on `call`.
+        """
         texts = {"negative_prompt": self.negative_prompt, "mask": self.mask}
         told: dict[str, Any] = {name: value for name, value in texts.items() if value is not None}
         told |= {name: True for name in ("prompt_weights", "long_prompts") if getattr(self, name)}
         may_read = besides(trained.sampler)
         brought = {name: value for row in self.rows for name, value in may_read.get(row, {}).items()}
-        return trained.describe(self.seed, {**brought, **self.settings, **told})
+        idle = trained.idle(self.call) if idle is None else idle
+        return trained.describe(self.seed, {**brought, **self.settings, **told}, idle)
 
     @property
     def rows(self) -> tuple[str, ...]:
         """The rows of a request that it fills."""
         more = {"negative": self.negative_prompt, "mask": self.mask}
         return (*self.conditions[0].rows, *(row for row, value in more.items() if value is not None))
+
+    @property
+    def call(self) -> Call:
+        """What the sampler is told, for what looks at settings."""
+        return self.rows, self.settings
 
     def captions(self, num: int = 1) -> list[str]:
         """The prompt of each of `num` samples of each condition as others read it, without weights; [] without any."""
@@ -234,6 +245,22 @@ def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
     if order.long_prompts and contexts.min() < contexts.max():
         rows["contexts"] = contexts
     return rows if order.prompt_weights else {name: row for name, row in rows.items() if "weights" not in name}
+
+
+def find_sources(trained: TrainedSampler, order: Order, rows: Rows) -> dict[str, str]:
+    """What of the outputs is made of the other side, {"image" or "text": "given" or "made"}; see `contract`."""
+    if not hasattr(trained.sampler, "made_of"):
+        return {}
+    return trained.sampler.made_of(trained.sampler.request(**rows, **order.settings))
+
+
+def record_sources(sources: Mapping[str, str]) -> dict[str, str]:
+    """What a record says of `find_sources`: "file_of" and "text_of", each the name of another entry of the record."""
+    names = {
+        "image": ("file_of", {"given": "prompt", "made": "text"}),
+        "text": ("text_of", {"given": "image", "made": "file"}),
+    }
+    return {names[output][0]: names[output][1][how] for output, how in sources.items()}
 
 
 def given_pictures(rows: Rows) -> UInt8[np.ndarray, "c h w 3"] | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from weights.run import TOKENIZER, Run, RunWeights
 from weights.sources import load_frozen, resolve_frozen
 
 Rows = dict[str, np.ndarray]
+Call = tuple[Collection[str], Mapping[str, Any]]  # names of the rows that are told, and overrides of `config.sample`
 
 # One size for every command, so that a picture comes out of the same program whichever command draws it. Diffusions,
 # and whatever else reads or makes large pictures by a first stage, take as many as have the pixels of 64 of 64 x 64,
@@ -199,8 +200,25 @@ class TrainedSampler:
         if self.guide and all(weight == 1 for weight in guidance):
             raise UserError("--guide_run has no effect, as guidance 1 means none; choose another --guidance")
 
+    def idle(self, *calls: Call) -> dict[str, str]:
+        """Settings, also of the run's config, that have no effect in any of several calls, each with the reason.
+
+        Those that are what they would be without an effect, as a rescale of 0, are none of them.
+
+        Raises:
+          UserError: if a call is impossible.
+        """
+        found = []
+        for told, settings in calls:
+            idle = dict(idle_settings({}, {**self.config.sample.to_dict(), **settings}))
+            found.append(idle | (self.sampler.idle(told, settings) if hasattr(self.sampler, "idle") else {}))
+        return {name: why for name, why in found[0].items() if all(name in idle for idle in found)} if found else {}
+
     def check_request(self, settings: Mapping[str, Any]) -> None:
         """Looks at the values of overrides, as a request for one output of each row that records may have would.
+
+        Args:
+          settings: the overrides; of a sampler with modes without one.
 
         Raises:
           UserError: if one is impossible, alone or beside the others.
@@ -219,12 +237,20 @@ class TrainedSampler:
             rows |= self.picture_rows([np.zeros((side, side, 3), np.uint8)])
         self.sampler.request(**rows, **{**self.inferred, **settings})
 
-    def describe(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Which weights these are, and all settings of their sampler, those of the run's config included."""
+    def describe(self, seed: int, settings: Mapping[str, Any], idle: Collection[str] = ()) -> dict[str, Any]:
+        """Which weights these are, and the settings of their sampler, those of the run's config included.
+
+        Args:
+          seed: of what is drawn.
+          settings: overrides of `config.sample`, and what else was told.
+          idle: settings that had no effect, which are left out.
+        """
         weights = {"run": str(self.run.folder), **self.weights.record}
         size = {} if self.shape is None else {"size": f"{self.shape[0]}x{self.shape[1]}"}
         size |= {"dtype": self.dtype} if self.dtype else {}
-        return {**weights, **self.guide, **size, "seed": seed, **self.config.sample.to_dict(), **settings}
+        drawing = {**self.config.sample.to_dict(), **settings}
+        drawing = {name: value for name, value in drawing.items() if name not in idle}
+        return {**weights, **self.guide, **size, "seed": seed, **drawing}
 
     def program(self, rows: Rows, **settings: Any) -> Hashable:
         """What a request is compiled for: requests that agree in it share a program, whatever their number.
@@ -354,3 +380,16 @@ class TrainedSampler:
                 self._check_finite(chunks[-1])
                 bar.update(min(self.chunk, count - start))
         return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}
+
+
+def refuse_idle(idle: Mapping[str, str], *given: Mapping[str, Any]) -> None:
+    """Raises UserError if a setting that was given has no effect.
+
+    Args:
+      idle: those that have none, each with the reason.
+      given: overrides of `config.sample`, of each cell of a sweep.
+    """
+    for settings in given:
+        for name, value in settings.items():
+            if name in idle:
+                raise UserError(f"{name}={value} has no effect, as {idle[name]}; leave it out")

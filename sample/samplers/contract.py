@@ -22,6 +22,15 @@ another has an attribute `writes_with`: the name of the other one's file in the 
 A sampler that reads rows and may be told none of them has an attribute `needs_none`, which is True.
 
 A sampler that may be told more than what makes its data has an attribute `may_read`: see `besides`.
+
+A sampler of which not every call reads every setting has a method
+
+    idle(told, overrides) -> {setting: reason}       those that a request with rows of these names does not read
+
+and one that makes pictures of texts and texts of pictures in one call
+
+    made_of(request) -> {"image" or "text": "given" or "made"}      of which text or picture each of them is made, where
+                                                                    it is made of one: that in the row, or the output
 """
 
 from collections.abc import Mapping

@@ -11,7 +11,7 @@ A picture may be given, see `sample.samplers.given_picture`.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -31,7 +31,7 @@ from models.conditioning import Conditioning
 from models.layers.attention import KeyLengths
 from sample.attention_maps import caption_maps, has_caption_attention
 from sample.first_stage import FirstStage, check_denoiser
-from sample.samplers.diffusion_settings import CHURN, NUMBERS, Steps, check_numbers
+from sample.samplers.diffusion_settings import CHURN, NUMBERS, Steps, check_numbers, unread_times
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
 from sample.samplers.given_picture import STRENGTH, GivenPicture, chosen_strength, known_places, lay_over
@@ -231,6 +231,20 @@ class DiffusionSampler:
     def settings(self) -> dict[str, Any]:
         """The keys of `config.sample`, with their values."""
         return {**dataclasses.asdict(self.defaults), **{key: getattr(self, key) for key in NUMBERS}}
+
+    def idle(self, told: Collection[str], overrides: Mapping[str, Any]) -> dict[str, str]:
+        """Settings that a request does not read, each with the reason; see `sample.samplers.contract`.
+
+        Args:
+          told: names of the rows that it holds, which change nothing here.
+          overrides: of `settings`, and strength.
+
+        Raises:
+          UserError: on an unknown override or an impossible value.
+        """
+        del told
+        steps, _ = self._settings({name: value for name, value in overrides.items() if name != "strength"})
+        return unread_times(steps, self.plan)
 
     def request(
         self,

@@ -3,10 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from cli.errors import UserError
+from diffusion.plan import Plan
 
 CHURN = ("churn", "churn_min", "churn_max", "churn_noise")
 NUMBERS = ("guidance", "rescale", "guidance_start", "guidance_stop")
+_OF_SOME_TIMES: Mapping[str, object] = {"offset": 0, "end": "clean"}  # each with its value without effect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,3 +58,22 @@ def check_numbers(numbers: Mapping[str, float]) -> None:
     for name, possible, advice in checks:
         if not possible(numbers[name]):
             raise UserError(f"{name}={numbers[name]} is impossible; {advice}")
+
+
+def unread_times(steps: Steps, plan: Callable[[Steps], Plan]) -> dict[str, str]:
+    """Settings of times that a solver has no use for, each with the reason.
+
+    Args:
+      steps: the settings.
+      plan: what the solver makes of them.
+    """
+    unread: dict[str, str] = {}
+    for name, without in _OF_SOME_TIMES.items():
+        if getattr(steps, name) == without:
+            continue
+        plans = [plan(each) for each in (steps, dataclasses.replace(steps, **{name: without}))]
+        pairs = zip(*([getattr(one, field.name) for field in dataclasses.fields(one)] for one in plans), strict=True)
+        if all(np.array_equal(given, other) for given, other in pairs):
+            spacing = f" with spacing {steps.spacing}" if steps.spacing else ""
+            unread[name] = f"the times of {steps.sampler}{spacing} are the same without it"
+    return unread

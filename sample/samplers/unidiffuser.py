@@ -37,7 +37,19 @@ from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
 from sample.samplers.given_picture import GivenPicture, chosen_strength, known_places, lay_over
 from sample.samplers.llama import check_questions, end_of_texts
-from sample.samplers.unidiffuser_modes import MODES, PICTURE, TEXT, Latents, draw_latents, drawn_names, normal_latents
+from sample.samplers.unidiffuser_modes import (
+    MODES,
+    PICTURE,
+    TEXT,
+    Latents,
+    choose_modes,
+    draw_latents,
+    drawn_names,
+    made_of,
+    normal_latents,
+    stages,
+    unread_settings,
+)
 
 Tree = Any
 Request = dict[str, Any]
@@ -225,12 +237,7 @@ class UniDiffuserSampler:
         told = [name for name, row in (("text", text), ("image", image), ("mask", mask)) if row is not None]
         given, settings = self._read(told, overrides)
         choices, captions, guidance, kind = self._changed(settings)
-        modes: tuple[str, ...] = (choices.mode,)
-        if not choices.mode:
-            modes = tuple({"text": "text_to_image", "image": "image_to_text"}[name] for name in given) or ("joint",)
-        elif given != [row for row in (MODES[choices.mode],) if row is not None]:
-            reads = MODES[choices.mode] or "nothing"
-            raise UserError(f"mode {choices.mode} reads {reads}, and {' and '.join(given) or 'nothing'} is given")
+        modes = choose_modes(choices.mode, given)
         rows: Request = {}
         if text is not None:
             rows["text"] = check_questions(text, self.clip.text_vocab_size, self.clip.text_end_id)
@@ -276,6 +283,25 @@ class UniDiffuserSampler:
             *(self, modes, choices, program, guided, strength),
             *(params["unidiffuser"], self.factors(variables), frozen, told, keys),
         )
+
+    def made_of(self, request: Request) -> dict[str, str]:
+        """What of the outputs is made of the other side, see `sample.samplers.contract`."""
+        return {name: how for mode in request["modes"] for name, how in made_of(mode).items()}
+
+    def idle(self, told: Collection[str], overrides: Mapping[str, Any]) -> dict[str, str]:
+        """Settings that a request does not read, each with the reason; see `sample.samplers.contract`.
+
+        Args:
+          told: names of the rows that it holds.
+          overrides: of `settings`, and strength.
+
+        Raises:
+          UserError: as of `request`.
+        """
+        given, settings = self._read(told, overrides)
+        choices, captions, guidance, kind = self._changed(settings)
+        idle = unread_settings(choose_modes(choices.mode, given), guidance, tuple(dataclasses.asdict(captions)))
+        return idle | ({"data_type": "this network tells no kinds of data apart"} if kind < 0 else {})
 
     def plan(self, choices: Choices, strength: float = 1.0) -> Plan:
         """The plan of a solver; of its last steps, see `make_plan`.
@@ -364,8 +390,6 @@ class UniDiffuserSampler:
         guidance = float(overrides.get("guidance", self.guidance))
         if not 0 <= guidance < float("inf"):
             raise UserError(f"guidance={guidance} is impossible; 1 means none, more follows what is given more")
-        if choices.mode in ("image", "text") and guidance != 1 and "guidance" in overrides:
-            raise UserError(f"mode {choices.mode} is told nothing that guidance could lead to; leave guidance out")
         kind = _find_kind(self.model, "data_type", overrides.get("data_type", -1), self.data_type)
         most = self.captioner.length - self.captioner.prefix_length + 1
         if captions.caption_length > most:
@@ -433,14 +457,9 @@ def _draw(
     for mode in modes:
         row = MODES[mode]
         told: Latents = {} if row is None else given(row)
-        if mode == "image_variation":
-            between = draw("image_to_text", told, keys)
-            drawn = {**between, **draw("text_to_image", between, folded[_SECOND])}
-        elif mode == "text_variation":
-            between = draw("text_to_image", told, keys)
-            drawn = {**between, **draw("image_to_text", between, folded[_SECOND])}
-        else:
-            drawn = draw(mode, told, keys)
+        drawn: Latents = {}
+        for stage, stage_keys in zip(stages(mode), (keys, folded[_SECOND]), strict=False):
+            drawn |= draw(stage, drawn or told, stage_keys)
         if "image" in drawn:
             outputs["image"] = lay_over(sampler.first_stage.decode(frozen, drawn["image"]), request)
         if "text" in drawn:

@@ -22,12 +22,13 @@ caption's first state as the captioner's latents of noise. Both are `noise="diff
 A picture may be given to be changed in text_to_image and image, see `sample.samplers.given_picture`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from cli.errors import UserError
 from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
 from models.unidiffuser import PictureAndText
@@ -43,6 +44,56 @@ MODES: Mapping[str, str | None] = {
     **{"image_variation": "image", "text_variation": "text"},
 }
 _STEPS = 1  # what the keys of solvers' own noise are folded with
+
+
+def choose_modes(mode: str, told: Collection[str]) -> tuple[str, ...]:
+    """The modes of a request that holds rows of these names: the one that is chosen, or with "" what they ask for.
+
+    Raises:
+      UserError: if the chosen one reads others.
+    """
+    given = [name for name in ("text", "image") if name in told]
+    if not mode:
+        return tuple({"text": "text_to_image", "image": "image_to_text"}[name] for name in given) or ("joint",)
+    if given != [row for row in (MODES[mode],) if row is not None]:
+        reads, shown = MODES[mode] or "nothing", " and ".join(given) or "nothing"
+        raise UserError(f"mode {mode} reads {reads}, and {shown} is given")
+    return (mode,)
+
+
+def stages(mode: str) -> tuple[str, ...]:
+    """The modes that a mode is made of, each of which is told what the one before it drew; itself, if of one alone."""
+    both = ("image_to_text", "text_to_image")
+    return {"image_variation": both, "text_variation": both[::-1]}.get(mode, (mode,))
+
+
+def made_of(mode: str) -> dict[str, str]:
+    """What a mode makes of the other side, {"image" or "text": "given", or "made" where it drew that side, too}."""
+    made = {"text_to_image": "image", "image_to_text": "text"}
+    return {made[one]: how for one, how in zip(stages(mode), ("given", "made"), strict=False) if one in made}
+
+
+def unread_settings(modes: Sequence[str], guidance: float, captions: Sequence[str]) -> dict[str, str]:
+    """Settings that modes of one request do not read, each with the reason.
+
+    Args:
+      modes: of the request.
+      guidance: w.
+      captions: the settings that say how a caption is written.
+    """
+    asked, named = {stage for mode in modes for stage in stages(mode)}, f"mode {' and '.join(modes)}"
+    idle: dict[str, str] = {}
+    if not any(TEXT[0] in drawn_names(stage) for stage in asked):
+        idle |= dict.fromkeys(captions, f"{named} writes no caption")
+    if asked <= {"image", "text"} and guidance != 1:
+        idle["guidance"] = f"{named} is told nothing that guidance could lead to"
+    if "text_to_image" not in asked:
+        idle["unconditional"] = f"{named} draws no picture of a caption"
+    elif guidance == 1:
+        idle["unconditional"] = "guidance 1 means none"
+    if asked == {"text_to_image"}:
+        idle["noise"] = f"{named} begins with no noise of a caption"
+    return idle
 
 
 def drawn_names(mode: str) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def draw_attention(trained: TrainedSampler, order: Order, num: int) -> tuple[Dra
         chosen = slice(place * num, (place + 1) * num)
         sheets += _tables(str(condition), images[chosen], weights[chosen], tokens)
     labels = [str(condition) for condition in order.conditions for _ in range(num)]
-    grid = draw_made(order, Made(images, None), labels, num, rows.get("image"))
+    grid = draw_made(order, Made(images, None), labels, num, rows.get("image"), {})
     drawn = Drawn(images, None, order.records(num), order.describe(trained), grid)
     return drawn, _stack(sheets)
 

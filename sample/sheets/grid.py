@@ -105,6 +105,28 @@ def behind_given(given: Sequence[Any], made: Sequence[Any], num: int, blank: Any
     return places
 
 
+def beside_given(given: Sequence[Any], made: Sequence[Any], num: int, blank: Any) -> list[Any]:
+    """What was given, each entry before the one that was made beside it, in rows of `pair_columns(num)`.
+
+    Args:
+      given: pictures, or what stands under them, as many as were made.
+      made: `num` for each condition.
+      num: how many.
+      blank: fills the last row of each condition, so that the next one begins a row.
+    """
+    places: list[Any] = []
+    for start in range(0, len(made), num):
+        part = slice(start, start + num)
+        places += [one for pair in zip(given[part], made[part], strict=True) for one in pair]
+        places += [blank] * (-2 * num % pair_columns(num))
+    return places
+
+
+def pair_columns(num: int) -> int:
+    """Columns of `num` pairs of what was given and what was made."""
+    return min(2 * num, COLUMNS)
+
+
 def side_by_side(pictures: UInt8[np.ndarray, "c *i h w 3"]) -> UInt8[np.ndarray, "c h w2 3"]:
     """One picture for each condition: of several that are shown together, these in a row."""
     return pictures if pictures.ndim == 4 else np.concatenate(list(pictures.swapaxes(0, 1)), axis=2)

@@ -11,7 +11,7 @@ from cli.errors import UserError
 from sample.command import Drawn
 from sample.conditions import Order, order_rows
 from sample.sheets.grid import draw_grid, to_uint8
-from sample.trained import TrainedSampler
+from sample.trained import TrainedSampler, refuse_idle
 
 Leg = tuple[UInt8[np.ndarray, "n h w 3"], None] | tuple[None, list[str]]
 
@@ -67,7 +67,8 @@ def draw_round_trip(trained: TrainedSampler, order: Order, num: int, legs: int) 
       what the last leg made; records also hold the captions on the way.
 
     Raises:
-      UserError: if the run does not go both ways, or what begins is no prompt and no picture.
+      UserError: if the run does not go both ways, what begins is no prompt and no picture, or a setting has no effect
+        on any leg.
     """
     sides, sampler = {"text", "image"}, trained.sampler
     if not (sides <= set(sampler.reads) and sides <= set(sampler.makes)) or trained.tokenizer is None:
@@ -78,6 +79,10 @@ def draw_round_trip(trained: TrainedSampler, order: Order, num: int, legs: int) 
         raise UserError("a round trip goes from one side to the other; leave --mode out")
     order = dataclasses.replace(order, settings={**order.settings, **trained.inferred})
     rows = {name: np.repeat(value, num, axis=0) for name, value in order_rows(trained, order).items()}
+    (begins_with,) = order.rows
+    calls = [((side,), order.settings) for side in (begins_with, *(sides - {begins_with}))[:legs]]
+    idle = trained.idle(*calls)
+    refuse_idle(idle, order.settings)
     count, indices = len(order.conditions) * num, list(range(num)) * len(order.conditions)
     records = [{**record, "captions": []} for record in order.records(num)]
     begins = [str(condition) for condition in order.conditions for _ in range(num)]
@@ -93,4 +98,5 @@ def draw_round_trip(trained: TrainedSampler, order: Order, num: int, legs: int) 
     told = [words if place % len(columns) == 0 else "" for place, (_, words) in enumerate(cells)]
     made = ["" if place % len(columns) == 0 else words for place, (_, words) in enumerate(cells)]
     grid = draw_grid([picture for picture, _ in cells], columns=len(columns), labels=told, texts=made)
-    return Drawn(images, texts, records, {**order.describe(trained), "round_trip": legs}, grid)
+    settings = {**order.describe(trained, idle), "round_trip": legs}
+    return Drawn(images, texts, records, settings, grid)

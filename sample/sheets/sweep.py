@@ -17,12 +17,21 @@ from cli.errors import UserError
 from cli.locations import Location, in_store, write_whole
 from data.scenes import find_world, parse_caption
 from data.scenes.grader import SceneGrader
-from sample.conditions import Condition, Made, Order, draw, given_pictures, order_rows
+from sample.conditions import Condition, Made, Order, draw, find_sources, given_pictures, order_rows, record_sources
 from sample.embedding import ClipEmbedder
 from sample.files import Samples, write_picture
 from sample.sheets.axes import TEXTS, Axis, spell
-from sample.sheets.grid import COLUMNS, behind_given, draw_grid, draw_mosaic, draw_table, given_columns
-from sample.trained import Rows, TrainedSampler
+from sample.sheets.grid import (
+    COLUMNS,
+    behind_given,
+    beside_given,
+    draw_grid,
+    draw_mosaic,
+    draw_table,
+    given_columns,
+    pair_columns,
+)
+from sample.trained import Rows, TrainedSampler, refuse_idle
 
 TABLE = "sweep.csv"
 MEASURES = ("seconds", "pictures", "pictures_per_second", "accuracy", "clip_score", "diversity")
@@ -37,11 +46,13 @@ class Cell:
       values: of each axis, by its name.
       order: what is drawn.
       rows: what the sampler is told.
+      sources: see `sample.conditions.find_sources`.
     """
 
     values: dict[str, Any]
     order: Order
     rows: Rows
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +101,8 @@ def run_sweep(
       clip: scores the pictures, if there is one.
 
     Raises:
-      UserError: if a cell is impossible, before any is drawn, or a file cannot be written.
+      UserError: if a cell is impossible, or a setting has an effect in none, before any is drawn, or a file cannot be
+        written.
     """
     check_axes(trained, axes)
     cells = make_cells(trained, order, axes)
@@ -110,14 +122,15 @@ def run_sweep(
         title = ", ".join(f"{name}={spell(value)}" for name, value in cell.values.items())
         print(f"cell {number + 1} of {len(cells)}: {title}: {seconds:.2f} s", flush=True)
         done.append(made)
-        records += [{**cell.values, **record} for record in cell.order.records(num)]
+        records += [{**cell.values, **record, **record_sources(cell.sources)} for record in cell.order.records(num)]
         page.append(_draw_cell(cell, made, num))
         if len(page) == per_page:
             name, heading = _page_name(out, axes, number // per_page), _page_title(cell, axes)
             write_picture(name, _draw_page(page, axes[:2], heading))
             pages.append(name)
             page = []
-    settings = {**order.describe(trained), "sweep": {axis.name: list(axis.values) for axis in axes}}
+    idle = trained.idle(*(cell.order.call for cell in cells))
+    settings = {**order.describe(trained, idle), "sweep": {axis.name: list(axis.values) for axis in axes}}
     settings = {name: value for name, value in settings.items() if name not in names}
     images = [made.images for made in done if made.images is not None]
     said = tuple(text for made in done for text in made.texts or ())
@@ -129,7 +142,7 @@ def make_cells(trained: TrainedSampler, order: Order, axes: Sequence[Axis]) -> l
     """All cells, those of a page together, row by row; each is checked.
 
     Raises:
-      UserError: if a cell is impossible.
+      UserError: if a cell is impossible, or a setting has an effect in none.
     """
     cells = []
     known: dict[Hashable, Rows] = {}  # captions are encoded once
@@ -141,7 +154,8 @@ def make_cells(trained: TrainedSampler, order: Order, axes: Sequence[Axis]) -> l
             if told not in known:
                 known[told] = order_rows(trained, cell)
             trained.sampler.request(**known[told], **cell.settings)
-            cells.append(Cell(values, cell, known[told]))
+            cells.append(Cell(values, cell, known[told], find_sources(trained, cell, known[told])))
+    refuse_idle(trained.idle(*(cell.order.call for cell in cells)), *(cell.order.settings for cell in cells))
     return cells
 
 
@@ -275,6 +289,10 @@ def _draw_cell(cell: Cell, made: Made, num: int) -> Image.Image:
         if told is None:
             return draw_mosaic(images, columns=columns)
         return draw_mosaic(behind_given(list(told), list(images), num, None), columns=given_columns(num))
+    if images is not None and told is not None and made.texts is not None and cell.sources.get("text") == "given":
+        pictures = beside_given(list(np.repeat(told, num, axis=0)), list(images), num, None)
+        texts = beside_given(made.texts, [""] * len(made.texts), num, "")
+        return draw_grid(pictures, columns=pair_columns(num), texts=texts, min_side=64)
     if images is None and told is not None:
         images = np.repeat(told, num, axis=0)
     pictures = [None] * len(made.texts or ()) if images is None else list(images)

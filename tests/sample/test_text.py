@@ -124,6 +124,19 @@ class Translator:
         return {"text": sayings[color]}
 
 
+class Both(Translator):
+    """The same, both ways in one call."""
+
+    def made_of(self, request):
+        return {output: "given" for output, row in (("image", "text"), ("text", "image")) if row in request}
+
+    def __call__(self, params, variables, frozen, request, keys):
+        outputs = {}
+        for row in request:
+            outputs |= super().__call__(params, variables, frozen, {row: request[row]}, keys)
+        return outputs
+
+
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
     """`make_run(Namer)`: a run folder of the sampler, which is in the registry while the test lasts."""
@@ -206,6 +219,33 @@ def test_a_run_may_make_pictures_and_text(make_run, tmp_path, capsys):
     inked = np.flatnonzero(is_ink(grid[8 + 128 :]).any(axis=0))
     assert inked.min() < 136 < 144 <= inked.max()  # under both
     assert "2 pictures with texts" in capsys.readouterr().out
+
+
+def inked_cells(grid: np.ndarray) -> list[bool]:
+    """Of cells in one row: whether a text that was made stands under the picture."""
+    return [is_ink(grid[8 + 128 :, left : left + 128]).any() for left in range(8, grid.shape[1] - 8, 136)]
+
+
+def test_a_text_of_the_given_picture_stands_under_that_and_not_under_what_a_prompt_drew(make_run, pictures, tmp_path):
+    command = [f"--run={make_run(Both)}", f"--image={pictures[1]}", "--prompt=a red picture", "--num=2"]
+    main([*command, f"--out={tmp_path}/g.png", f"--files={tmp_path}/f"])
+    for sample in written(tmp_path / "f"):
+        assert (sample["prompt"], sample["text"]) == ("a red picture", "a blue picture")
+        assert (sample["file_of"], sample["text_of"]) == ("prompt", "image")
+        with Image.open(tmp_path / "f" / sample["file"]) as picture:
+            assert picture.getpixel((3, 3)) == (0, 255, 0)
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    assert [tuple(grid[72, left].tolist()) for left in range(72, 72 + 4 * 136, 136)] == [(0, 0, 255), (0, 255, 0)] * 2
+    assert inked_cells(grid) == [True, False] * 2
+
+
+def test_cells_of_a_sweep_show_the_given_picture_over_its_text(make_run, pictures, tmp_path):
+    command = [f"--run={make_run(Both)}", f"--image={pictures[1]}", "--sweep=prompt=a red picture,a green picture"]
+    main([*command, "--num=1", f"--out={tmp_path}/g.png", f"--files={tmp_path}/f"])
+    assert all((one["file_of"], one["text_of"]) == ("prompt", "image") for one in written(tmp_path / "f"))
+    page = np.asarray(Image.open(tmp_path / "g.png"))
+    counts = [(page == color).all(axis=-1).sum() for color in ((0, 0, 255), (0, 255, 0))]
+    assert counts == [3 * 64 * 64, 64 * 64]  # the given one in both cells; what is drawn of a green one is blue
 
 
 def test_text_may_be_written_with_another_tokenizer_than_prompts_are_read_with(make_run, tmp_path, monkeypatch):

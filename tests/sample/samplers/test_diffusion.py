@@ -316,3 +316,16 @@ def test_captions_may_be_read_by_a_frozen_clip():
     np.testing.assert_allclose(
         np.asarray(sampler(params, {}, frozen, sampler.request(blank), same)["image"]), untold, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"sampler": "ddim", "end": "first"}, set()),
+        ({"sampler": "ddpm", "end": "first"}, {"end"}),
+        ({"sampler": "ddim", "offset": 1, "spacing": "leading"}, set()),
+        ({"sampler": "ddim", "offset": 1, "spacing": "trailing"}, {"offset"}),
+    ],
+)
+def test_settings_of_times_that_a_solver_has_no_use_for_are_known(drawer, settings, unread):
+    assert drawer[0].idle((), {**settings, "steps": 5}).keys() == unread

@@ -1,5 +1,6 @@
 """What UniDiffuser's network is asked in each mode, and samples of a pair of Gaussians against their distribution."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cli.errors import UserError
+from configs.scenes import unidiffuser
 from diffusion.process import Process
 from diffusion.schedule import DiscreteSchedule
 from diffusion.solver_choice import make_plan
-from models.unidiffuser import PictureAndText
+from models.unidiffuser import PictureAndText, UniDiffuser
+from sample.first_stage import FirstStage
+from sample.samplers import create_sampler
 from sample.samplers.given_picture import GivenPicture
-from sample.samplers.unidiffuser_modes import draw_latents, drawn_names, normal_latents, predict
+from sample.samplers.unidiffuser import Scales, UniDiffuserSampler
+from sample.samplers.unidiffuser_modes import MODES, draw_latents, drawn_names, made_of, normal_latents, predict
 
 SHAPES = {"image": (1, 1, 1), "clip": (1,), "text": (1, 1)}
 PROCESS = Process(DiscreteSchedule("scaled_linear", 1000, 8.5e-4, 0.012), time_shift=1)
@@ -201,3 +207,133 @@ def test_guidance_one_is_none_and_guidance_zero_ignores_what_is_given():
     ignored = drawn("text_to_image", keys, given_caption(1.6, 64), 0.0)
     np.testing.assert_allclose(ignored, drawn("text_to_image", keys, given_caption(-2.0, 64), 0.0), atol=1e-5)
     np.testing.assert_allclose(ignored, drawn("image", keys, {}), atol=1e-5)
+
+
+class Optimal(UniDiffuser):
+    """The optimal network of the pair, without parameters."""
+
+    def apply(self, variables, x, t_image, t_text, data_type):
+        return optimal(x, t_image, t_text)
+
+
+class Same(FirstStage):
+    """Latents are pictures."""
+
+    def decode(self, frozen, z):
+        return z
+
+
+def coded(bytes_or_ids):
+    return (jnp.asarray(bytes_or_ids, jnp.float32) - 128) / 50
+
+
+class PairSampler(UniDiffuserSampler):
+    """The sampler of the pair: a picture's first pixel holds its two numbers, a caption's first word its one."""
+
+    @property
+    def shapes(self):
+        return SHAPES
+
+    def encode_text(self, frozen, text):
+        return {"text": coded(text[:, 1])[:, None, None]}
+
+    def encode_image(self, frozen, images, keys):
+        return {"image": coded(images[:, :1, :1, :1]), "clip": coded(images[:, 0, 0, 1:2])}
+
+    def write(self, frozen, latents, program, numbers, keys):
+        return latents["text"]
+
+
+@functools.cache
+def pair_sampler():
+    sampler = create_sampler(unidiffuser.get_config("debug"))
+    parts = {field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)}
+    sizes = {field.name for field in dataclasses.fields(sampler.model)} - {"parent", "name"}
+    parts["model"] = Optimal(**{name: getattr(sampler.model, name) for name in sizes})
+    parts |= {"process": LONG, "first_stage": Same(sampler.first_stage.model), "scales": Scales()}
+    return PairSampler(**parts)
+
+
+IMAGE, CAPTION = (198, 83), 208  # 1.4 and -0.9, and 1.6
+
+
+def called(mode, count, caption=CAPTION, **settings):
+    """{"image": [count], "text": [count]}, those of them that a call of the sampler makes."""
+    sampler, told = pair_sampler(), {}
+    if MODES[mode] == "text":
+        told = {"text": np.tile(np.array([351, caption, 352], np.int32), (count, 1))}
+    elif MODES[mode] == "image":
+        pixels = np.zeros((1, 32, 32, 3), np.uint8)
+        pixels[0, 0, 0, :2] = IMAGE
+        told = {"image": np.broadcast_to(pixels, (count, 32, 32, 3))}
+    request = sampler.request(**told, mode=mode, **settings)
+    outputs = sampler({"unidiffuser": {}}, {}, {}, request, jax.random.split(jax.random.key(3), count))
+    return {name: np.asarray(value).reshape(count) for name, value in outputs.items()}
+
+
+def regression(of, on):
+    """(how the expectation of some numbers follows others, what variance is left)."""
+    gain = COVARIANCE[np.ix_(of, on)] @ np.linalg.inv(COVARIANCE[np.ix_(on, on)])
+    return gain, COVARIANCE[np.ix_(of, of)] - gain @ COVARIANCE[np.ix_(on, of)]
+
+
+@pytest.mark.parametrize("mode", ["image_variation", "text_variation"])
+def test_variations_of_a_gaussian_pair_are_drawn_by_way_of_the_other_side(mode):
+    first, second, given = ([2], [0, 1], [1.4, -0.9]) if mode == "image_variation" else ([0, 1], [2], [1.6])
+    (gain, left), (back, rest) = regression(first, second), regression(second, first)
+    shift = gain @ (np.array(given) - MEAN[second])  # of the side between, from which the given one's copy is drawn
+    mean, covariance = np.zeros(3), np.zeros((3, 3))
+    mean[first], mean[second] = MEAN[first] + shift, MEAN[second] + back @ shift
+    covariance[np.ix_(first, first)], covariance[np.ix_(second, second)] = left, rest + back @ left @ back.T
+    covariance[np.ix_(second, first)] = back @ left
+    covariance[np.ix_(first, second)] = (back @ left).T
+    out = called(mode, 8192, steps=100, guidance=1.0)
+    samples = np.stack([out["image"], out["text"]], axis=1)
+    np.testing.assert_allclose(samples.mean(axis=0), mean[[0, 2]], atol=0.05)
+    np.testing.assert_allclose(np.cov(samples.T), covariance[np.ix_([0, 2], [0, 2])], atol=0.06)
+
+
+@pytest.mark.parametrize("mode", ["text_to_image", "image_to_text", "joint"])
+def test_of_a_call_guidance_one_is_none_and_guidance_zero_draws_each_side_alone(mode):
+    plain = called(mode, 64, steps=20, guidance=1.0)
+    one = called(mode, 64, steps=20, guidance=np.nextafter(np.float32(1), np.float32(2)))  # by the guided program
+    zero = called(mode, 64, steps=20, guidance=0.0)
+    for name in plain:
+        np.testing.assert_allclose(one[name], plain[name], atol=1e-4)
+        alone = called(name, 64, steps=20, guidance=1.0)[name]  # modes are named as what they draw
+        np.testing.assert_allclose(zero[name], alone, atol=1e-5)
+        assert np.abs(plain[name] - alone).max() > 0.1
+
+
+CAPTIONS = {"temperature", "top_k", "top_p", "beams", "length_penalty", "caption_length"}
+IDLE = {
+    "text_to_image": {*CAPTIONS, "noise"},
+    "image_to_text": {"unconditional"},
+    "joint": {"unconditional"},
+    "image": {*CAPTIONS, "unconditional", "guidance"},
+    "text": {"unconditional", "guidance"},
+    "image_variation": set(),
+    "text_variation": set(),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_settings_that_a_mode_does_not_read_are_known(mode):
+    sampler, told = pair_sampler(), [row for row in (MODES[mode],) if row is not None]
+    always = {"data_type"}  # of which this network knows no kinds
+    assert set(sampler.idle(told, {"mode": mode, "guidance": 2.0})) == IDLE[mode] | always
+    unguided = set(sampler.idle(told, {"mode": mode, "guidance": 1.0}))
+    assert unguided == IDLE[mode] - {"guidance"} | {"unconditional"} | always
+    with pytest.raises(UserError, match=f"mode {mode} reads"):
+        sampler.idle(("text", "image"), {"mode": mode})
+
+
+def test_what_is_made_of_what_is_known():
+    sampler = pair_sampler()
+    assert set(sampler.idle(("text", "image"), {"guidance": 2.0})) == {"data_type"}
+    assert sampler.made_of({"modes": ("text_to_image", "image_to_text")}) == {"image": "given", "text": "given"}
+    made = {mode: made_of(mode) for mode in MODES}
+    assert made.pop("image_variation") == {"text": "given", "image": "made"}
+    assert made.pop("text_variation") == {"image": "given", "text": "made"}
+    assert made.pop("text_to_image") == {"image": "given"} and made.pop("image_to_text") == {"text": "given"}
+    assert not any(made.values())

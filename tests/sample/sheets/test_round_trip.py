@@ -1,4 +1,4 @@
-"""Round trips, and evaluation, of a run whose config has a mode of its own."""
+"""Round trips, and evaluation, of a run whose config has a mode of its own; and settings that a mode does not read."""
 
 import dataclasses
 import json
@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 
 from cli.config import load_config, to_json
+from cli.errors import UserError
 from data.pipeline import load_tokenizer
 from evaluation.caption_accuracy import captioned_pictures
-from evaluation.evaluate import evaluate_run
+from evaluation.evaluate import Tools, evaluate_run
+from evaluation.sweep import evaluate_cells
+from sample.command import draw_samples
 from sample.conditions import Order, make_conditions
 from sample.samplers import create_sampler
+from sample.sheets.axes import Axis
 from sample.sheets.round_trip import draw_round_trip
+from sample.sheets.sweep import make_cells
 from sample.trained import TrainedSampler
 from weights.run import Run, RunWeights
 
@@ -76,3 +81,73 @@ def test_a_trip_is_of_what_the_first_caption_says(joint_run):
     witness = Witness(**{field.name: getattr(joint_run, field.name) for field in dataclasses.fields(joint_run)})
     (record,) = evaluate_run(witness, ("round_trip",), ("validation",), 4, 0, {})
     assert record["values"] == {"all": 0.75, "leg_1": 1.0, "leg_2": 0.75} and record["counted"]["all"] == 4
+
+
+CAPTIONS = {"temperature", "top_k", "top_p", "beams", "length_penalty", "caption_length"}
+KINDS = {"data_type"}  # of which the network tells none apart
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        (["a"], {"mode": "", "beams": 5}, "beams=5 has no effect, as mode text_to_image writes no caption; "),
+        (["a"], {"mode": "text_to_image", "noise": "diffusers"}, "begins with no noise of a caption"),
+        (["a"], {"mode": "", "unconditional": "empty", "guidance": 1.0}, "as guidance 1 means none"),
+        ([], {"unconditional": "empty"}, "mode joint draws no picture of a caption"),
+        ([], {"mode": "text", "guidance": 3.0}, "mode text is told nothing that guidance could lead to"),
+    ],
+)
+def test_a_setting_that_the_mode_does_not_read_is_refused_before_anything_is_drawn(
+    joint_run, monkeypatch, prompts, settings, message
+):
+    monkeypatch.delattr(Blank, "__call__")
+    monkeypatch.delattr(TrainedSampler, "__call__")
+    with pytest.raises(UserError, match=message):
+        draw_samples(joint_run, Order(make_conditions(prompts), settings=settings), 1)
+
+
+def test_settings_that_were_not_read_are_not_written_down(joint_run):
+    drawn = draw_samples(joint_run, Order(make_conditions(["a"]), settings={"mode": "", "guidance": 1.0}), 1)
+    assert joint_run.config.sample.keys() - drawn.settings.keys() == {*CAPTIONS, "noise", "unconditional", *KINDS}
+    assert drawn.records[0]["file_of"] == "prompt" and "text_of" not in drawn.records[0]
+    drawn = draw_samples(joint_run, Order(make_conditions()), 1)
+    assert joint_run.config.sample.keys() - drawn.settings.keys() == {"unconditional", *KINDS}
+    assert not {"file_of", "text_of"} & drawn.records[0].keys()
+
+
+def test_one_leg_or_cell_that_reads_a_setting_is_enough(joint_run):
+    begin = Order(make_conditions(["a"]), settings={"caption_length": 4})
+    assert draw_round_trip(joint_run, begin, num=1, legs=2).settings["caption_length"] == 4
+    with pytest.raises(UserError, match="caption_length=4 has no effect"):
+        draw_round_trip(joint_run, begin, num=1, legs=1)
+    order = Order(make_conditions(), settings={"guidance": 3.0})
+    assert len(make_cells(joint_run, order, [Axis("mode", ("text", "joint"))])) == 2
+    with pytest.raises(UserError, match=r"guidance=3.0 has no effect"):
+        make_cells(joint_run, order, [Axis("mode", ("text", "image"))])
+
+
+def evaluated(run, metrics, settings, axes=()):
+    done = []
+    evaluate_cells(run, lambda *_: run, axes, metrics, ("validation",), 4, 0, settings, Tools(), done)
+    return done
+
+
+def test_a_mode_may_be_named_that_the_metric_asks_for(joint_run):
+    (named,) = evaluated(joint_run, ("agreement",), {"mode": "joint"})
+    (plain,) = evaluated(joint_run, ("agreement",), {})
+    assert named == plain and "mode" not in plain
+    with pytest.raises(UserError, match="agreement asks the run for mode joint, and --mode=text is given; "):
+        evaluated(joint_run, ("agreement",), {"mode": "text"})
+    with pytest.raises(UserError, match="mode=text: agreement asks the run for mode joint"):
+        evaluated(joint_run, ("agreement",), {}, (Axis("mode", ("joint", "text")),))
+    with pytest.raises(UserError, match="caption_accuracy asks the run for mode text_to_image, and --mode=joint"):
+        evaluated(joint_run, (), {"mode": "joint"})
+
+
+def test_records_of_metrics_hold_what_they_were_computed_with(joint_run):
+    drawn, written = evaluated(joint_run, ("caption_accuracy", "written_captions"), {"caption_length": 4})
+    assert joint_run.config.sample.keys() - drawn.keys() == {*CAPTIONS, "noise", "mode", *KINDS}
+    assert joint_run.config.sample.keys() - written.keys() == {"unconditional", "mode", *KINDS}
+    assert written["caption_length"] == 4
+    with pytest.raises(UserError, match="caption_length=4 has no effect, as mode text_to_image writes no caption"):
+        evaluated(joint_run, ("caption_accuracy",), {"caption_length": 4})

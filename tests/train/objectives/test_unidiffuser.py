@@ -135,5 +135,3 @@ def test_a_mode_reads_what_it_is_of_and_is_inferred_from_what_is_given():
         sampler.request(image=image, mode="text_variation")
     with pytest.raises(UserError, match="mode joint reads nothing, and text is given"):
         sampler.request(text, mode="joint")
-    with pytest.raises(UserError, match="told nothing that guidance could lead to"):
-        sampler.request(mode="text", guidance=3.0)
