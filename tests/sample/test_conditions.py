@@ -13,6 +13,7 @@ from PIL import Image
 from cli.errors import UserError
 from data.preprocess import center_square
 from sample.__main__ import main
+from sample.command import draw_samples
 from sample.conditions import Order, make_conditions, order_rows
 from sample.conditions import draw as draw_order
 from sample.sheets.grid import to_uint8
@@ -211,11 +212,13 @@ def test_a_unidiffuser_changes_a_picture_as_strength_and_mask_say(debug_run, tmp
 
     for told, settings, message in [
         (make_conditions(images=[picture]), {"mode": "image_to_text"}, "mode image_to_text changes no picture"),
-        (make_conditions(images=[picture]), {"guidance": 3.0}, "mode image is told nothing that guidance"),
         (make_conditions(["x"]), {}, "strength is of a picture to change; give one, --image=FILE"),
     ]:
         with pytest.raises(UserError, match=message):
             order_rows(trained, Order(told, settings={"strength": 0.5, **settings}))
+    guided = Order(make_conditions(images=[picture]), settings={"strength": 0.5, "guidance": 3.0})
+    with pytest.raises(UserError, match="guidance=3.0 has no effect, as mode image is told nothing that guidance"):
+        draw_samples(trained, guided, 1)
 
 
 def reconstruct(stage, frozen, pixels):
