@@ -6,7 +6,7 @@ and the next state is a linear combination
     x_{i+1} = a_i y_i + sum_j b_ij m_{i-j} + c_i z_i,
 
 where y_i is the state that the step starts from (x_i, or an earlier one within a step of several stages) and z_i is
-noise. `diffusion.solvers` makes the plans of the samplers; `solve` runs any of them.
+noise. `diffusion.solvers` makes the plans of the samplers; `solve` runs any of them, `advance` some steps of one.
 
 Solvers of the noise estimates e_i = (x_i - alpha_i m_i) / sigma_i add multiples of their changes d_i = e_i - e_{i-1},
 each of which is a combination of m_{i-1} - m_i and earlier changes. States and noise estimates themselves would be
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 State = Any  # an array or a pytree of arrays
 Denoise = Callable[[State, Array], Any]  # (x_t, t []) -> estimate of x_0; with learned variances, (x_0, fraction)
 Past = tuple[State, ...]
+Progress = tuple[State, State, Past, Past]  # x_i, y_i, m_{i-1} and so on, d_{i-1} and so on
 Noise = Callable[[Array], State]  # step -> standard normal, of the state's shapes
 
 
@@ -134,8 +135,55 @@ def solve(plan: Plan, denoise: Denoise, x: State, noise: Noise | None = None, *,
     Raises:
       ValueError: if the plan draws noise and none is given.
     """
+
+    def body(progress: Progress, row: dict[str, Array]) -> tuple[Progress, Any]:
+        progress, shown = _step(plan, denoise, noise, progress, row)
+        return progress, shown if trajectory else None
+
+    (x, *_), shown = jax.lax.scan(body, begin(plan, x, noise), _rows(plan))
+    return Solution(x, *shown) if trajectory else Solution(x)
+
+
+def begin(plan: Plan, x: State, noise: Noise | None = None) -> Progress:
+    """Where a sampler is before its first step, for `advance`. Arguments and errors are those of `solve`."""
     if plan.stochastic and noise is None:
         raise ValueError("this sampler draws noise; give it noise=")
+    if plan.first_noise and noise is not None:
+        x = _combine([(1.0, x), (plan.first_noise, noise(jnp.asarray(-1)))])
+    zeros = jax.tree.map(jnp.zeros_like, x)
+    depth = plan.model.shape[1]
+    kept = depth if plan.corrector is not None else depth - 1
+    known = 0 if plan.of_change is None else plan.of_change.shape[1]
+    return x, x, (zeros,) * kept, (zeros,) * known
+
+
+def advance(
+    plan: Plan, denoise: Denoise, progress: Progress, first: Any, stop: Any, noise: Noise | None = None
+) -> Progress:
+    """Some steps of what `solve` runs, for whoever looks in between.
+
+    Args:
+      plan: see there.
+      denoise: see there.
+      progress: of `begin`, or of the steps before.
+      first: the first of them; int32 [], which may be traced: one program then does any of them.
+      stop: the one behind the last, likewise.
+      noise: see there.
+
+    Returns:
+      Where the sampler is then; its first part is the state.
+    """
+    rows = _rows(plan)
+
+    def body(step: Array, progress: Progress) -> Progress:
+        row = {name: jax.lax.dynamic_index_in_dim(value, step, keepdims=False) for name, value in rows.items()}
+        return _step(plan, denoise, noise, progress, row)[0]
+
+    return jax.lax.fori_loop(first, stop, body, progress)
+
+
+def _rows(plan: Plan) -> dict[str, Array]:
+    """What the plan says of each step."""
     columns: dict[str, Any] = {
         "step": np.arange(plan.evaluations, dtype=np.int32),
         **{name: getattr(plan, name) for name in ("t", "alpha", "sigma", "state", "model", "noise")},
@@ -143,44 +191,40 @@ def solve(plan: Plan, denoise: Denoise, x: State, noise: Noise | None = None, *,
     }
     optional = {name: getattr(plan, name) for name in ("corrector", "log_variance", "change", "of_change")}
     columns |= {name: value for name, value in optional.items() if value is not None}
-    rows = {
+    return {
         name: jnp.asarray(value, jnp.float32 if value.dtype == np.float64 else value.dtype)
         for name, value in columns.items()
     }
-    if plan.first_noise and noise is not None:
-        x = _combine([(1.0, x), (plan.first_noise, noise(jnp.asarray(-1)))])
-    depth = plan.model.shape[1]
 
-    def body(carry: tuple[State, State, Past, Past], row: dict[str, Array]) -> tuple[Any, Any]:
-        x, y, past, changes = carry
-        m, fraction = denoise(x, row["t"]), None
-        if plan.log_variance is not None:
-            m, fraction = m
-        shown = (x, m) if trajectory else None
-        if plan.change is not None:
-            less = jax.tree.map(jnp.subtract, past[0], m)
-            changes = (_combine(list(zip(row["change"], (less, *changes), strict=True))), *changes[:-1])
-        if plan.corrector is not None:
-            x = _combine(list(zip(row["corrector"], (x, y, m, *past), strict=True)))
-        past = (m, *past)
-        y = jax.tree.map(lambda new, old: jnp.where(row["starts"], new, old), x, y)
-        terms = [(row["state"], y), *((row["model"][j], past[j]) for j in range(depth))]
-        if plan.of_change is not None:
-            terms += list(zip(row["of_change"], changes, strict=True))
-        if plan.stochastic and noise is not None:
-            drawn = noise(row["step"])
-            if fraction is not None:
-                low, high = row["log_variance"]
-                scale = jax.tree.map(lambda part: jnp.exp((part * high + (1 - part) * low) / 2), fraction)
-                drawn = jax.tree.map(jnp.multiply, scale, drawn)
-            terms.append((row["noise"], drawn))
-        return (_combine(terms), y, past[: len(carry[2])], changes), shown
 
-    zeros = jax.tree.map(jnp.zeros_like, x)
-    kept = depth if plan.corrector is not None else depth - 1
-    known = 0 if plan.of_change is None else plan.of_change.shape[1]
-    (x, *_), shown = jax.lax.scan(body, (x, x, (zeros,) * kept, (zeros,) * known), rows)
-    return Solution(x, *shown) if trajectory else Solution(x)
+def _step(
+    plan: Plan, denoise: Denoise, noise: Noise | None, progress: Progress, row: dict[str, Array]
+) -> tuple[Progress, tuple[State, State]]:
+    """One step: where the sampler is behind it; and the state and estimate that it saw."""
+    x, y, past, changes = progress
+    before = len(past)
+    m, fraction = denoise(x, row["t"]), None
+    if plan.log_variance is not None:
+        m, fraction = m
+    shown = (x, m)
+    if plan.change is not None:
+        less = jax.tree.map(jnp.subtract, past[0], m)
+        changes = (_combine(list(zip(row["change"], (less, *changes), strict=True))), *changes[:-1])
+    if plan.corrector is not None:
+        x = _combine(list(zip(row["corrector"], (x, y, m, *past), strict=True)))
+    past = (m, *past)
+    y = jax.tree.map(lambda new, old: jnp.where(row["starts"], new, old), x, y)
+    terms = [(row["state"], y), *((row["model"][j], past[j]) for j in range(plan.model.shape[1]))]
+    if plan.of_change is not None:
+        terms += list(zip(row["of_change"], changes, strict=True))
+    if plan.stochastic and noise is not None:
+        drawn = noise(row["step"])
+        if fraction is not None:
+            low, high = row["log_variance"]
+            scale = jax.tree.map(lambda part: jnp.exp((part * high + (1 - part) * low) / 2), fraction)
+            drawn = jax.tree.map(jnp.multiply, scale, drawn)
+        terms.append((row["noise"], drawn))
+    return (_combine(terms), y, past[:before], changes), shown
 
 
 def per_example_noise(keys: Array, x: State) -> Noise:

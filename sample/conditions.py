@@ -234,9 +234,7 @@ def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:
     text, weights, chunks = encode_prompts(trained.tokenizer_for(captions), parts, length)
     if not order.long_prompts:
         text, weights = text[:, :length], weights[:, :length]
-        for caption, needed in zip(captions, chunks, strict=True):
-            if needed > 1:
-                trained.warn_of_cut(caption)
+        trained.warn_of_cut([caption for caption, needed in zip(captions, chunks, strict=True) if needed > 1])
     count, rows = len(order.conditions), {"text": text, "text_weights": weights}
     if order.negative_prompt is not None:
         rows |= {f"negative{end}": np.repeat(rows[f"text{end}"][count:], count, axis=0) for end in ("", "_weights")}

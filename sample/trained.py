@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cli.errors import UserError
 from cli.locations import Location
@@ -23,6 +21,7 @@ from models import MODELS
 from sample.arguments import idle_settings
 from sample.first_stage import PART as FIRST_STAGE
 from sample.guide import check_guide
+from sample.progress import DrawingBar
 from sample.samplers import create_sampler
 from sample.samplers.contract import besides
 from weights.run import TOKENIZER, Run, RunWeights
@@ -292,9 +291,11 @@ class TrainedSampler:
             raise UserError("the prompt is empty; describe a picture, for example --prompt='a small red circle'")
         return self.tokenizer
 
-    def warn_of_cut(self, caption: str) -> None:
-        """Says that a caption is too long."""
-        print(f"warning: only the first {self.config.data.text_length} tokens count of {caption!r}", flush=True)
+    def warn_of_cut(self, captions: Sequence[str]) -> None:
+        """Says that captions are too long: a line for all, which names the first; none where there are none."""
+        if captions:
+            of = repr(captions[0]) + (f" and of {len(captions) - 1} more" if len(captions) > 1 else "")
+            print(f"warning: only the first {self.config.data.text_length} tokens count of {of}", flush=True)
 
     def encode(self, captions: Sequence[str]) -> Rows:
         """Tokenizes captions for a request: {"text": int32 [n l]}.
@@ -304,9 +305,8 @@ class TrainedSampler:
         """
         tokenizer = self.tokenizer_for(captions)
         encoded = [tokenizer.encode(caption, self.config.data.text_length) for caption in captions]
-        for caption, one in zip(captions, encoded, strict=True):
-            if one.truncated:
-                self.warn_of_cut(caption)
+        cut = [caption for caption, one in zip(captions, encoded, strict=True) if one.truncated]
+        self.warn_of_cut(tuple(dict.fromkeys(cut)))
         return {"text": np.stack([one.ids for one in encoded])}
 
     def decode(self, ids: Int[np.ndarray, "n l"]) -> tuple[str, ...]:
@@ -339,17 +339,6 @@ class TrainedSampler:
             ids.append(int(token[0]))
             yield np.array(ids, np.int32)
 
-    def _bar(self, count: int, settings: Mapping[str, Any]) -> tqdm:
-        """A bar over what is drawn, on the standard error of a terminal alone.
-
-        All steps of a chunk are one compiled program, which nothing interrupts: finished chunks move the bar.
-        """
-        steps = settings.get("steps", self.config.sample.get("steps"))
-        each = f" of {steps} steps" if steps else ""
-        return tqdm(
-            total=count, desc=f"drawing {count}{each}", disable=None, leave=False, mininterval=0, file=sys.stderr
-        )
-
     def __call__(self, rows: Rows, *, seed: int, indices: Sequence[int], **settings: Any) -> Rows:
         """Samples one output for each row.
 
@@ -368,17 +357,20 @@ class TrainedSampler:
         """
         check_seed("seed", seed)
         count, numbers = len(indices), np.asarray(indices, np.int32)
-        chunks = []
-        with self._bar(count, settings) as bar:
-            for start in range(0, count, self.chunk):
+        chunks, starts = [], range(0, count, self.chunk)
+        with DrawingBar(count, len(starts)) as bar:
+            for start in starts:
                 places = np.minimum(np.arange(start, start + self.chunk), count - 1)
                 keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers[places])
                 part = {name: value[places] for name, value in rows.items()}
                 request = self.sampler.request(**part, **settings)
-                outputs = self.sampler(self.weights.params, self.weights.variables, self.frozen, request, keys)
+                watched = bar.shown and hasattr(self.sampler, "evaluations")
+                bar.begin(self.sampler.evaluations(request) if watched else 0)
+                given = (self.weights.params, self.weights.variables, self.frozen, request, keys)
+                outputs = self.sampler(*given, **({"moved": bar.moved} if watched else {}))
                 chunks.append(jax.device_get(outputs))
                 self._check_finite(chunks[-1])
-                bar.update(min(self.chunk, count - start))
+                bar.drew(min(self.chunk, count - start))
         return {name: np.concatenate([chunk[name] for chunk in chunks])[:count] for name in chunks[0]}
 
 

@@ -31,6 +31,9 @@ and one that makes pictures of texts and texts of pictures in one call
 
     made_of(request) -> {"image" or "text": "given" or "made"}      of which text or picture each of them is made, where
                                                                     it is made of one: that in the row, or the output
+
+A sampler that can say how far it is has `evaluations(request)`, how many steps it says, and its calls take `moved`,
+which is told how many of them are done.
 """
 
 from collections.abc import Mapping

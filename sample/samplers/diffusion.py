@@ -10,8 +10,8 @@ A picture may be given, see `sample.samplers.given_picture`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,14 +23,14 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from diffusion.guidance import Guidance, interleave, pairs, separate
-from diffusion.plan import Plan, per_example_noise, solve
+from diffusion.plan import Plan
 from diffusion.process import Process
 from diffusion.solver_choice import make_plan
 from models.conditioning import Conditioning
 from models.layers.attention import KeyLengths
-from sample.attention_maps import caption_maps, has_caption_attention
+from sample.attention_maps import has_caption_attention
 from sample.first_stage import FirstStage, check_denoiser
+from sample.samplers import diffusion_program
 from sample.samplers.diffusion_settings import CHURN, NUMBERS, Steps, check_numbers, unread_times
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
@@ -40,6 +40,7 @@ from sample.text_context import TextContext, create_text_context, weigh
 Tree = Any
 Request = dict[str, Any]
 
+PARTS = 20  # that the steps of a request which is watched are done in, about
 _SHOWN = ("attention", "trajectory")  # what a request may ask for beside the samples, one of them
 
 
@@ -321,7 +322,13 @@ class DiffusionSampler:
         }
 
     def __call__(
-        self, params: Tree, variables: Tree, frozen: Tree, request: Request, keys: Key[Array, "b"]
+        self,
+        params: Tree,
+        variables: Tree,
+        frozen: Tree,
+        request: Request,
+        keys: Key[Array, "b"],
+        moved: Callable[[int], None] | None = None,
     ) -> dict[str, Array]:
         """Draws one sample for each key; sample i depends on its condition and key alone.
 
@@ -332,6 +339,8 @@ class DiffusionSampler:
             network, and "guide" and "first_stage" where there are such.
           request: from `request`.
           keys: one for each sample.
+          moved: is told how many of the steps that `evaluations` counts are done, about `PARTS` times; what is drawn is
+            the same.
 
         Returns:
           {"image" (or "point"): float [b ...]}; with a trajectory also "states" and "estimates", [b s ...], of a
@@ -342,7 +351,28 @@ class DiffusionSampler:
         guided = (self.conditional or self.guide is not None) and float(request["guidance"]) != 1.0
         shown = next((key for key in _SHOWN if request.get(key)), "")
         arrays = {key: value for key, value in request.items() if key not in ("steps", "strength", *_SHOWN)}
-        return _draw(self, request["steps"], request["strength"], guided, shown, params, frozen, arrays, keys)
+        static = (self, request["steps"], request["strength"], guided)
+        count = 0 if moved is None else self.evaluations(request)
+        if moved is None or not count:
+            return diffusion_program.draw(*static, shown, params, frozen, arrays, keys)
+        given = (params, frozen, arrays, keys)
+        start, progress = diffusion_program.begin(*static, *given)
+        each = math.ceil(count / PARTS)
+        for first in range(0, count, each):
+            ends = np.int32(first), np.int32(min(first + each, count))
+            progress = diffusion_program.advance(*static, *given, start, progress, *ends)
+            jax.block_until_ready(progress)
+            moved(int(ends[1]))
+        return diffusion_program.end(*static[:3], frozen, arrays, start, progress)
+
+    def evaluations(self, request: Request) -> int:
+        """How many steps a request says that it has done; 0 where it says nothing of them.
+
+        That is so where a picture stays as it is, and where what is shown of the way is kept for the end.
+        """
+        if request["strength"] == 0 or any(request.get(key) for key in _SHOWN):
+            return 0
+        return self.plan(request["steps"], request["strength"]).evaluations
 
     def plan(self, steps: Steps, strength: float = 1.0) -> Plan:
         """The plan of a solver on this process; of its last steps, see `make_plan`.
@@ -457,77 +487,3 @@ class DiffusionSampler:
             self.plan(steps, strength or 1.0)  # at 0 nothing is solved
         except (TypeError, ValueError) as error:
             raise UserError(f"sampler {steps.sampler!r} with {steps.steps} steps: {error}") from error
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _draw(
-    sampler: DiffusionSampler,
-    steps: Steps,
-    strength: float,
-    guided: bool,
-    shown: str,
-    params: Tree,
-    frozen: Tree,
-    request: Request,
-    keys: Array,
-) -> dict[str, Array]:
-    """The compiled program of `DiffusionSampler.__call__`; `shown` is one of `_SHOWN`, or ""."""
-    process, count = sampler.process, len(keys)
-    given = sampler.given(frozen, request, strength)
-    if given is not None and strength == 0:
-        still = {key: given.data[:, None] for key in ("states", "estimates")} if shown == "trajectory" else {}
-        return sampler.show(frozen, {**{name: given.data for name in sampler.makes}, **still}, request)
-    plan = sampler.plan(steps, strength)
-    rows = {key: request[key] for key in ("text", "label", "contexts") if key in request}
-    if "text_weights" in request:
-        rows["weights"] = request["text_weights"]
-    chunks = rows["text"].shape[1] // len(sampler.text.blank) if sampler.text is not None and "text" in rows else 1
-    cond = sampler.conditioning(params, frozen, sampler.blank(rows, count))
-    told, guide = cond, sampler.guide
-    weak, weakly_told = frozen.get("guide"), None
-    if guided and guide is not None:
-        weakly_told = guide.conditioning(weak["params"], weak["frozen"], guide.blank(rows, count))
-    elif guided:
-        given_rows = {"text": "negative", "weights": "negative_weights", "contexts": "contexts"}
-        negative = {key: request[name] for key, name in given_rows.items() if name in request}
-        if sampler.null_label is None and "label" in rows:
-            negative["label"] = rows["label"]
-        told = interleave(cond, sampler.conditioning(params, frozen, sampler.blank(negative, count, chunks)))
-    guidance = Guidance(request["guidance"], request["rescale"], request["guidance_start"], request["guidance_stop"])
-
-    def denoise(x_t: Array, t: Array) -> Any:
-        def network(x: Array, time: Array) -> Array:
-            if not guided:
-                return sampler.check_output(sampler.model.apply({"params": params["denoiser"]}, x, time, told), x)
-            if guide is not None:
-                strong = sampler.model.apply({"params": params["denoiser"]}, x, time, told)
-                both = strong, guide.model.apply({"params": weak["params"]["denoiser"]}, x, time, weakly_told)
-            else:
-                both = separate(sampler.model.apply({"params": params["denoiser"]}, pairs(x), pairs(time), told))
-            for output in both:
-                sampler.check_output(output, x)
-            guided_channels = steps.guided_channels or x.shape[-1]  # learned variances are behind them
-            return guidance.of_first(guided_channels, *both, 1 - process.progress(t))
-
-        estimate = process.denoiser(network)(x_t, t)
-        if given is not None:
-            data, *fraction = estimate if isinstance(estimate, tuple) else (estimate,)
-            estimate = (given.keep(data), *fraction) if fraction else given.keep(data)
-        # A fixed variance is the plan's own; the network's idea of it is asked for in ancestral sampling alone.
-        return estimate[0] if process.variance == "learned" and plan.log_variance is None else estimate
-
-    first = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), sampler.sample_shape))(keys)
-    noise_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 1)
-    x = plan.first_scale * first if given is None else given.first_state(plan, first)
-    solution = solve(plan, denoise, x, per_example_noise(noise_keys, x), trajectory=bool(shown))
-    drawn = solution.x if given is None else given.keep(solution.x)
-    outputs = {name: drawn for name in sampler.makes}
-    if shown == "trajectory":
-        outputs |= {key: jnp.moveaxis(getattr(solution, key), 0, 1) for key in ("states", "estimates")}
-        if sampler.first_stage is not None:
-            outputs["states"] = outputs["states"] / plan.state_scales[:, None, None, None]
-    outputs = sampler.show(frozen, outputs, request)
-    if shown == "attention":
-        maps = caption_maps(sampler.model, process, params["denoiser"], cond, plan, solution.states)
-        outputs["attention"] = maps
-    return outputs

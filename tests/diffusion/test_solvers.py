@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion import solvers
-from diffusion.plan import per_example_noise, solve
+from diffusion.plan import advance, begin, per_example_noise, solve
 from diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, SubVPSchedule, VESchedule, VPSchedule
 from diffusion.solver_choice import SOLVERS, make_plan
 from diffusion.times import TimeGrid, continuous_grid, discrete_grid
@@ -380,6 +380,20 @@ def test_a_trajectory_has_what_the_network_saw_and_said(gaussian):
 
 
 GRID = discrete_grid(DiscreteSchedule(), 6)
+
+
+@pytest.mark.parametrize("name", ["heun", "plms", "unipc_3", "ddpm"])
+def test_steps_in_parts_end_where_all_of_them_do(gaussian, name):
+    grid = continuous_grid(VP, 7, "log_snr", time_min=1e-3)
+    plan = PLANS[name](grid) if name in PLANS else solvers.ddpm(GRID)
+    denoise, x = gaussian.denoiser(VP), jnp.linspace(-1, 1, 6).reshape(2, 3)
+    noise = per_example_noise(jax.random.split(jax.random.key(0), 2), x)
+    part = jax.jit(lambda progress, first, stop: advance(plan, denoise, progress, first, stop, noise))
+    progress = begin(plan, x, noise)
+    for first in range(0, plan.evaluations, 4):
+        progress = part(progress, first, min(first + 4, plan.evaluations))
+    assert part._cache_size() == 1
+    np.testing.assert_allclose(progress[0], jax.jit(lambda x: solve(plan, denoise, x, noise).x)(x), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

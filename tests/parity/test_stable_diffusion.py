@@ -28,7 +28,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import sample.samplers.diffusion
+import sample.samplers.diffusion_program
 from cli.errors import UserError
 from diffusion.process import Process
 from diffusion.schedule import DiscreteSchedule
@@ -121,13 +121,13 @@ def step_by_step(monkeypatch):
     latents = []
     decode = FirstStage.decode
     monkeypatch.setattr(FirstStage, "decode", lambda self, frozen, z: (latents.append(z), decode(self, frozen, z))[1])
-    draw = sample.samplers.diffusion._draw.__wrapped__
+    draw = sample.samplers.diffusion_program.draw.__wrapped__
 
     def eager(*arguments):
         *others, request, keys = arguments
         return draw(*others, jax.tree.map(jnp.asarray, request), keys)
 
-    monkeypatch.setattr(sample.samplers.diffusion, "_draw", eager)
+    monkeypatch.setattr(sample.samplers.diffusion_program, "draw", eager)
     monkeypatch.setattr(jax.lax, "scan", scan_step_by_step)
     return latents
 

@@ -109,7 +109,10 @@ def test_long_prompts_are_cut_with_a_warning(folder, capsys):
     trained = TrainedSampler.open(folder)
     ids = trained.encode(["a red circle " * 20])["text"]
     assert ids.shape == (1, 12) and np.count_nonzero(ids) == 12
-    assert "only the first 12 tokens" in capsys.readouterr().out
+    caption = "a red circle " * 20
+    trained.encode([caption, "a blue star " * 20, "a star", caption])
+    one, two = capsys.readouterr().out.splitlines()
+    assert one == f"warning: only the first 12 tokens count of {caption!r}" and two == f"{one} and of 1 more"
 
 
 def test_a_clip_keeps_the_pictures_that_it_finds_nearest(folder, clip_folder, tmp_path):
@@ -173,9 +176,11 @@ def test_a_run_that_reads_framed_text_is_asked_with_an_end():
     assert asked["text"].tolist() == [[0, 0, 0, trained.tokenizer.end_id]] and asked["temperature"] == 1.0
 
 
-def test_a_terminal_shows_how_much_is_drawn_and_a_file_does_not(folder, monkeypatch):
-    """Of three chunks: as each is done. What is drawn is the same."""
-    trained = TrainedSampler.open(folder, chunk=1)
+@pytest.mark.parametrize(("kind", "shows"), [("dalle", ["3/3"]), ("diffusion", ["12/12", "2/3 drawn", "steps/s"])])
+def test_a_terminal_shows_how_much_is_drawn_and_a_file_does_not(kind, shows, folder, diffusion_run, monkeypatch):
+    """Of three chunks: as each is done, of a diffusion each step. What is drawn is the same."""
+    trained = TrainedSampler.open(folder if kind == "dalle" else diffusion_run("captions"), chunk=1)
+    settings = {} if kind == "dalle" else {"steps": 4}
     rows = trained.encode(["a red circle"] * 3)
 
     class Terminal(io.StringIO):
@@ -185,7 +190,7 @@ def test_a_terminal_shows_how_much_is_drawn_and_a_file_does_not(folder, monkeypa
     drawn = []
     for stream in (io.StringIO(), Terminal()):
         monkeypatch.setattr("sys.stderr", stream)
-        drawn.append((trained(rows, seed=0, indices=range(3)), stream.getvalue()))
+        drawn.append((trained(rows, seed=0, indices=range(3), **settings), stream.getvalue()))
     (plain, silent), (shown, bar) = drawn
-    assert silent == "" and "drawing 3" in bar and "3/3" in bar
+    assert silent == "" and "drawing 3" in bar and all(text in bar for text in shows)
     np.testing.assert_array_equal(shown["image"], plain["image"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sample.samplers.diffusion
+import sample.samplers.diffusion_program
 from cli.errors import EXIT_OK, UserError
 from configs.scenes import clip, ddpm_uvit
 from sample.__main__ import main
@@ -104,10 +104,10 @@ def test_a_text_tower_alone_reads_the_same(trained):
 
 def test_prompts_seeds_and_guidance_compile_nothing_new(trained):
     draw(trained, ["a small red circle", "a blue star"], guidance=2.0)
-    programs = sample.samplers.diffusion._draw._cache_size()
+    programs = sample.samplers.diffusion_program.draw._cache_size()
     draw(trained, ["a green cross", "a red star"], seed=7, indices=(3, 9), guidance=5.0, rescale=0.5)
     draw(trained, ["a green cross"], seed=7, indices=(3,), guidance=1.5)
-    assert sample.samplers.diffusion._draw._cache_size() == programs
+    assert sample.samplers.diffusion_program.draw._cache_size() == programs
 
 
 def test_the_command_draws_with_it(folder, tmp_path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sample.samplers.diffusion
+import sample.samplers.diffusion_program
 from cli.errors import UserError
 from configs.paper import uvit
 from configs.scenes import clip, ddpm_uvit
@@ -45,12 +45,12 @@ def drawer():
     leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, noise, strict=True)]
     params = jax.tree.unflatten(structure, leaves)
 
-    def draw(text=TEXT, which=None, **settings):
+    def draw(text=TEXT, which=None, moved=None, **settings):
         chosen = keys() if which is None else keys()[which]
         rows = text if which is None or text is None else text[which]
         return {
             name: np.asarray(value)
-            for name, value in sampler(params, {}, {}, sampler.request(rows, **settings), chosen).items()
+            for name, value in sampler(params, {}, {}, sampler.request(rows, **settings), chosen, moved).items()
         }
 
     return sampler, draw
@@ -92,11 +92,33 @@ def test_no_caption_is_the_blank_one(drawer):
 def test_prompts_seeds_and_guidance_compile_nothing_new(drawer):
     _, draw = drawer
     draw(guidance=3.0, negative=TEXT)
-    before = sample.samplers.diffusion._draw._cache_size()
+    before = sample.samplers.diffusion_program.draw._cache_size()
     draw(np.roll(TEXT, 1, axis=0), guidance=7.5, negative=TEXT, rescale=0.7, guidance_start=0.1, guidance_stop=0.9)
-    assert sample.samplers.diffusion._draw._cache_size() == before
+    assert sample.samplers.diffusion_program.draw._cache_size() == before
     draw(guidance=3.0, negative=TEXT, steps=5)
-    assert sample.samplers.diffusion._draw._cache_size() == before + 1
+    assert sample.samplers.diffusion_program.draw._cache_size() == before + 1
+
+
+def test_who_watches_the_steps_gets_the_same_pictures(drawer):
+    """To the bit, by programs that no number of steps at a time, prompt or guidance compiles anew."""
+    _, draw = drawer
+    programs = [getattr(sample.samplers.diffusion_program, name) for name in ("begin", "advance", "end")]
+    picture = {"image": np.full((4, 8, 8, 3), 200, np.uint8), "mask": np.tri(8, dtype=bool)[None].repeat(4, axis=0)}
+    for settings, expected in (
+        ({"sampler": "ddpm", "steps": 25, "guidance": 1.5}, [*range(2, 26, 2), 25]),
+        ({"sampler": "unipc", "steps": 3, "guidance": 3.0, "negative": np.roll(TEXT, 2, axis=0)}, [1, 2, 3]),
+        ({"sampler": "ddim", "steps": 4, "guidance": 3.0, "strength": 0.5, **picture}, [1, 2]),
+    ):
+        steps = []
+        watched = draw(moved=steps.append, **settings)["image"]
+        np.testing.assert_array_equal(watched, draw(**settings)["image"])
+        assert steps == expected
+        compiled = [program._cache_size() for program in programs]
+        draw(np.roll(TEXT, 1, axis=0), moved=steps.append, **{**settings, "guidance": 2 * settings["guidance"]})
+        assert [program._cache_size() for program in programs] == compiled
+    steps = []
+    draw(moved=steps.append, steps=3, trajectory=True)  # kept for the end
+    assert not steps
 
 
 def test_a_guided_step_is_one_call_on_both_halves(drawer, monkeypatch):
@@ -119,7 +141,7 @@ def test_a_guided_step_is_one_call_on_both_halves(drawer, monkeypatch):
             "text": sampler.text.model.init(jax.random.key(0), jnp.asarray(TEXT))["params"],
         }
     )
-    draw = sample.samplers.diffusion._draw.__wrapped__
+    draw = sample.samplers.diffusion_program.draw.__wrapped__
     jax.eval_shape(functools.partial(draw, sampler, request["steps"], 1.0, True, ""), trees, {}, arrays, keys())
     assert sizes == [8]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sample.samplers.diffusion
+import sample.samplers.diffusion_program
 from cli.errors import UserError
 from data.scenes.grader import SceneGrader
 from evaluation.caption_accuracy import captioned_pictures
@@ -27,12 +27,12 @@ def swept(diffusion_run, tmp_path_factory):
     run, folder = diffusion_run("captions"), tmp_path_factory.mktemp("sweep")
     (folder / "captions.txt").write_text("\n".join(PROMPTS))
     calls, call = [], TrainedSampler.__call__
-    before = sample.samplers.diffusion._draw._cache_size()
+    before = sample.samplers.diffusion_program.draw._cache_size()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainedSampler, "__call__", lambda self, rows, **k: calls.append(k) or call(self, rows, **k))
         arguments = ["--sweep=guidance=2,3.5,5", "--sweep=seed=0,1", f"--sweep=prompt=@{folder}/captions.txt"]
         main([f"--run={run}", *arguments, "--num=2", "--steps=2", f"--out={folder}/a.png", f"--files={folder}/files"])
-    return run, folder, sample.samplers.diffusion._draw._cache_size() - before, calls
+    return run, folder, sample.samplers.diffusion_program.draw._cache_size() - before, calls
 
 
 def table(folder):
