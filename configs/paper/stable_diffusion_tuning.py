@@ -12,9 +12,10 @@ Arguments: `v1` (default; pairs of rank 4 beside the UNet of pretrained/sd15), `
 `v1_full` (the whole UNet, with a moving average), `v2`, `v2_text`, `v2_full` (likewise, of pretrained/sd21, which
 predicts v), `debug` (seconds; random networks).
 
-Of rank 4 the pairs have 797,184 parameters beside the UNet of version 1, and 294,912 beside its text tower. Rates are
-those of the scripts: 1e-4 for pairs and 1e-5 for all. Captions are left out of one example in ten;
-`--config.process.weighting=min_snr` weighs steps as Hang et al. 2023. Hardware, time and quality: not measured here.
+Of rank 4 the pairs have 797,184 parameters beside the UNet of version 1 and 294,912 beside its text tower, of version 2
+829,952 and 753,664. Rates are those of the scripts: 1e-4 for pairs and 1e-5 for all. Captions are left out of one
+example in ten; `--config.process.weighting=min_snr` weighs steps as Hang et al. 2023. Hardware, time and quality: not
+measured here.
 """
 
 from ml_collections import ConfigDict
