@@ -10,7 +10,7 @@ A picture may be given, see `sample.samplers.given_picture`.
 """
 
 import dataclasses
-import math
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -40,7 +40,7 @@ from sample.text_context import TextContext, create_text_context, weigh
 Tree = Any
 Request = dict[str, Any]
 
-PARTS = 20  # that the steps of a request which is watched are done in, about
+BETWEEN = 0.2  # seconds between two looks at a request that is watched, about: each look costs some milliseconds
 _SHOWN = ("attention", "trajectory")  # what a request may ask for beside the samples, one of them
 
 
@@ -339,8 +339,8 @@ class DiffusionSampler:
             network, and "guide" and "first_stage" where there are such.
           request: from `request`.
           keys: one for each sample.
-          moved: is told how many of the steps that `evaluations` counts are done, about `PARTS` times; what is drawn is
-            the same.
+          moved: is told how many of the steps that `evaluations` counts are done, each `BETWEEN` seconds or each step
+            if that takes longer; what is drawn is the same.
 
         Returns:
           {"image" (or "point"): float [b ...]}; with a trajectory also "states" and "estimates", [b s ...], of a
@@ -357,12 +357,14 @@ class DiffusionSampler:
             return diffusion_program.draw(*static, shown, params, frozen, arrays, keys)
         given = (params, frozen, arrays, keys)
         start, progress = diffusion_program.begin(*static, *given)
-        each = math.ceil(count / PARTS)
-        for first in range(0, count, each):
-            ends = np.int32(first), np.int32(min(first + each, count))
-            progress = diffusion_program.advance(*static, *given, start, progress, *ends)
+        done, each = 0, 1
+        while done < count:
+            before, stop = time.perf_counter(), min(done + each, count)
+            progress = diffusion_program.advance(*static, *given, start, progress, np.int32(done), np.int32(stop))
             jax.block_until_ready(progress)
-            moved(int(ends[1]))
+            each = max(1, int(BETWEEN * (stop - done) / max(time.perf_counter() - before, 1e-9)))
+            done = stop
+            moved(done)
         return diffusion_program.end(*static[:3], frozen, arrays, start, progress)
 
     def evaluations(self, request: Request) -> int:
