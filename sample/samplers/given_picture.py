@@ -76,7 +76,7 @@ def chosen_strength(image: Any, mask: Any, overrides: Mapping[str, Any]) -> floa
     if mask is not None and strength == 0:
         raise UserError("a mask has no effect with strength 0, which changes nothing; leave out one of them")
     if mask is not None and not mask.any():
-        raise UserError("the mask is black all over, so nothing would be drawn; make it white where to draw")
+        raise UserError("the mask is black all over what is seen of its picture; make it white where to draw")
     return strength
 
 

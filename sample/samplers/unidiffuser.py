@@ -418,7 +418,7 @@ def _draw(
     """The compiled program of `UniDiffuserSampler.__call__`; `strength` is None where no picture is to be changed."""
     change = None if strength is None else sampler.given(frozen, factors, request, strength)
     if change is not None and strength == 0:
-        return {"image": lay_over(sampler.first_stage.decode(frozen, change.data["image"]), request)}
+        return {"image": sampler.first_stage.decode(frozen, change.data["image"])}
     plan, shapes, outputs = sampler.plan(choices, strength or 1.0), sampler.shapes, {}
     numbers = {name: request[name] for name in ("temperature", "top_k", "top_p", "length_penalty")}
     folded = [jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in range(_SECOND + 1)]

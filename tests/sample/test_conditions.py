@@ -249,6 +249,10 @@ def test_a_mask_is_cut_with_its_picture(diffusion_run, tmp_path):
         ) as e:
             order_rows(trained, Order(conditions, mask=name))
         assert "\n" not in str(e.value)
+    mask[:, 32:] = 0  # what is left of it is cut off with the picture
+    Image.fromarray(mask).save(names[2])
+    with pytest.raises(UserError, match="the mask is black all over what is seen of its picture"):
+        order_rows(trained, Order(conditions, mask=names[2]))
 
 
 def test_a_mask_is_of_a_picture(diffusion_run, debug_run, tmp_path):
