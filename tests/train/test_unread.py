@@ -52,6 +52,7 @@ def test_shipped_configs_say_nothing(name, argument):
         ("paper/ddpm", ["process.schedule.kind=cosine", "process.schedule.end=0.1"], ["process.schedule.end=0.1"]),
         ("toy/swiss_roll", ["sample.rescale=0.7"], ["config.sample.rescale=0.7"]),
         ("scenes/ddpm_uvit", ["sample.rescale=0.7"], []),
+        ("scenes/unidiffuser", ["sample.guidance=1.0", "sample.unconditional=empty"], ["config.sample.unconditional="]),
         ("scenes/dalle", ["models.dalle.conv_kernel=5"], ["config.models.dalle.conv_kernel=5"]),
         ("scenes/dalle", ["models.dalle.conv_edge=clip"], ["config.models.dalle.conv_edge='clip'"]),
         ("scenes/dalle", ["models.dalle.conv_kernel=5", "models.dalle.attention=conv"], []),
