@@ -118,12 +118,13 @@ def get_process(schedule: dict[str, str | int | float], latents: bool = False) -
     """Returns the `config.process` of a diffusion, with every key; see `diffusion.process.Process`.
 
     Args:
-      schedule: {name, fields} of one in `diffusion.schedule`.
+      schedule: {name, fields} of one in `diffusion.schedule`; the last step of a chain keeps data unless they say not.
       latents: whether it is of what a first stage makes, and brings to a deviation of 1.
     """
+    chain = {"zero_terminal_snr": False} if schedule["name"] == "discrete" else {}
     return ConfigDict(
         {
-            "schedule": dict(schedule),
+            "schedule": {**chain, **schedule},
             "prediction": "eps",
             "variance": "small",  # of a chain's reverse steps
             "weighting": "uniform",

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -292,12 +293,26 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<24}{text}" for name, text in lines.items())
 
 
+# Keys that recipes give since there are rows of them -> values with which the step is what it was without.
+_ADDED = {
+    r"process\.variance\.": ("small",),
+    r"process\.(weighting|times)\.": ("uniform",),
+    r"process\.gamma\.": (5.0,),
+    r"process\.time_shift\.": (0,),
+    r"process\.schedule\.zero_terminal_snr\.": (False,),
+    r"process\.sigma_data\.": (0.5, 1.0),  # of prediction edm, which has no row
+    r".*\.latent_shift\.": (0.0,),
+    r".*\.latent_scale\.": (None,),
+    r"loss\.measured_examples\.": (10_000,),  # at a save
+}
+
+
 def row_hashes(config: Any) -> str:
     """Two short hashes: of what the compiled step depends on in the config, and of that with the compiler's versions.
 
     Where data lies, how often a run is saved, evaluated or logged, and which run a frozen stage comes from make no
-    difference to the step. Nor do keys at their default, so that a key that a later version adds leaves rows valid; and
-    on a TPU an attention that is chosen is the plain one.
+    difference to the step. Nor do keys at their default, so that a key that a later version adds leaves rows valid; one
+    that recipes alone have is in `_ADDED`. And on a TPU an attention that is chosen is the plain one.
     """
     apart = ("group.", "seed.", "log.", "checkpoint.", "evaluate.", "wandb.", "sample.", "initialize.")
     defaults = flatten(get_defaults())
@@ -309,6 +324,7 @@ def row_hashes(config: Any) -> str:
         and not (key.startswith("data.") and key not in ("data.image_size.", "data.text_length."))
         and not (key.startswith("frozen.") and key.endswith((".source.", ".step.")))
         and not (key.endswith(".implementation.") and value in ("auto", "xla"))
+        and not any(re.fullmatch(added, key) and value in idle for added, idle in _ADDED.items())
     }
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu") if importlib.util.find_spec(name)]
     return f"{_short_hash(kept)} {_short_hash([kept, versions])}"

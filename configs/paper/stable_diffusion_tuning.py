@@ -46,7 +46,6 @@ def get_config(argument: str = "") -> ConfigDict:
 def _tune(config: ConfigDict, argument: str) -> None:
     version, _, trained = argument.partition("_")
     config.models.denoiser.update({**USUAL, **config.models.denoiser.to_dict()})
-    config.process.schedule.zero_terminal_snr = False
     config.process.weighting = "uniform"
     config.process.gamma = 5.0  # of the weighting min_snr
     config.loss.dropout = 0.1

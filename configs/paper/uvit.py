@@ -168,7 +168,7 @@ def _learn_latents(config: ConfigDict, argument: str) -> None:
     config.models.denoiser.in_channels = config.frozen.first_stage.latent_channels
     config.process.sigma_data = 1.0  # of prediction edm
     if not continuous:
-        config.process.schedule = ConfigDict({"name": "discrete", "kind": "scaled_linear", "steps": 1000})
+        config.process.schedule = get_process({"name": "discrete", "kind": "scaled_linear", "steps": 1000}).schedule
         config.process.schedule.start = 0.00085
         config.process.schedule.end = 0.012
         config.process.time_shift = 1  # steps are counted from 1

@@ -136,3 +136,12 @@ def test_another_kind_of_schedule_takes_another_config(tmp_path):
     said = "process.schedule.name: 'vp', not 'edm'; .* set the same in the config's file, or learn"
     with pytest.raises(UserError, match=said):
         check_starts(edm)
+
+
+@pytest.mark.parametrize("name", ["paper/ddpm", "paper/uvit", "paper/latent_diffusion", "scenes/ddpm_uvit"])
+def test_every_recipe_of_a_chain_has_the_keys_that_are_named(name, tmp_path):
+    """Those of every field in which a chain's process may differ."""
+    argument = ":coco_s" if name == "paper/uvit" else ":debug"
+    config = started(tmp_path, name, OF_V, argument=argument)
+    with pytest.raises(UserError, match="set --config.process.schedule.zero_terminal_snr=True --config.process.pred"):
+        check_starts(config)
