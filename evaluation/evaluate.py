@@ -262,7 +262,7 @@ def evaluate_run(
         shared = names if "features" in sampler.makes else compared
         for name in names if shared is not names else ():
             if name not in compared:
-                add(name, split, functools.partial(_values_of, name, trained, split, num, seed, settings, tools))
+                add(name, split, functools.partial(_FOUND[name], _Asked(trained, split, num, seed, settings, tools)))
         if not shared:
             continue
         if shared is names:
@@ -277,35 +277,6 @@ def evaluate_run(
         rest = f"; {len(records)} others are kept" if records else ""
         raise UserError("; ".join(failed) + rest)
     return records
-
-
-def _values_of(
-    name: str, trained: TrainedSampler, split: str, num: int, seed: int, settings: Mapping[str, Any], tools: Tools
-) -> Record:
-    """What one metric finds that shares nothing with others."""
-    if name in SCORED:
-        return scorer_record(name, trained, cast(ClipScorer, tools.scorer), split, num, seed, settings)
-    if name == CAPTION_SCORES:
-        return caption_score_values(trained, split, num, seed, settings, tools.scorer)
-    if name == WRITTEN:
-        return written_values(trained, split, num, seed, settings)
-    if name == AGREEMENT:
-        return agreement_values(trained, num, seed, settings)
-    if name == ROUND_TRIP:
-        return round_trip_values(trained, split, num, seed, settings)
-    if name == ANSWERS:
-        return answer_values(trained, split, num, seed, settings)
-    if name == ANSWER_PERPLEXITY:
-        return answer_perplexity(trained, split, num)
-    if name == TEXT_PERPLEXITY:
-        return text_perplexity(trained, split, num)
-    if name == CAPTION_LOSS:
-        return caption_loss(trained, split, num, seed)
-    if name in POINT_METRICS:
-        return point_values(name, trained, split, num, seed, settings)
-    if name == "reconstruction":
-        return _reconstruction(trained, split, num)
-    return _caption_accuracy(trained, split, num, seed, settings)
 
 
 def _check_records(trained: TrainedSampler, names: Sequence[str], split: str, num: int) -> None:
@@ -392,3 +363,53 @@ def _provenance(trained: TrainedSampler, name: str, num: int, seed: int, setting
         else f"{data.dataset}/{dataset_folder(data.dataset, data.data_dir).name}",
         **drawing,
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What a metric is computed from on one split; see `evaluate_run`."""
+
+    trained: TrainedSampler
+    split: str
+    num: int
+    seed: int
+    settings: Mapping[str, Any]
+    tools: Tools
+
+    @property
+    def records(self) -> tuple[TrainedSampler, str, int]:
+        """What a metric takes that draws nothing."""
+        return self.trained, self.split, self.num
+
+    @property
+    def drawn(self) -> tuple[TrainedSampler, str, int, int, Mapping[str, Any]]:
+        """What one takes that draws."""
+        return *self.records, self.seed, self.settings
+
+
+# What each metric finds that shares nothing with others.
+_FOUND: Mapping[str, Callable[[_Asked], Record]] = {
+    "caption_accuracy": lambda asked: _caption_accuracy(*asked.drawn),
+    "reconstruction": lambda asked: _reconstruction(*asked.records),
+    CAPTION_LOSS: lambda asked: caption_loss(*asked.records, asked.seed),
+    CAPTION_SCORES: lambda asked: caption_score_values(*asked.drawn, asked.tools.scorer),
+    WRITTEN: lambda asked: written_values(*asked.drawn),
+    AGREEMENT: lambda asked: agreement_values(asked.trained, asked.num, asked.seed, asked.settings),
+    ROUND_TRIP: lambda asked: round_trip_values(*asked.drawn),
+    ANSWERS: lambda asked: answer_values(*asked.drawn),
+    ANSWER_PERPLEXITY: lambda asked: answer_perplexity(*asked.records),
+    TEXT_PERPLEXITY: lambda asked: text_perplexity(*asked.records),
+    **{
+        name: lambda asked, name=name: scorer_record(
+            name,
+            asked.trained,
+            cast(ClipScorer, asked.tools.scorer),
+            asked.split,
+            asked.num,
+            asked.seed,
+            asked.settings,
+        )
+        for name in SCORED
+    },
+    **{name: lambda asked, name=name: point_values(name, *asked.drawn) for name in POINT_METRICS},
+}
