@@ -101,6 +101,7 @@ def draw_figure(trained: TrainedSampler, order: Order, num: int) -> Drawn:
       UserError: if the run does not read such conditions, or a setting is impossible.
     """
     order_rows(trained, order)
+    refuse_idle(trained.idle(order.call), order.settings)
     figure = draw_point_run(trained, num, order.seed, order.settings)
     return Drawn(np.asarray(figure)[None], None, [{"points": num}], order.describe(trained), figure)
 

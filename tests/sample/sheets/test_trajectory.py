@@ -62,6 +62,9 @@ def test_a_picture_that_is_changed_is_shown_from_its_own_first_step(diffusion_ru
     assert np.abs(result.images.astype(int) - plain).max() <= 1
     with pytest.raises(UserError, match="strength 0 runs no step that could be shown"):
         draw_trajectory(trained, dataclasses.replace(order, settings={"strength": 0.0}), 1, 50)
+    unread = dataclasses.replace(order, settings={**settings, "sampler": "ddpm", "end": "first"})
+    with pytest.raises(UserError, match="end=first has no effect, as the times of ddpm are the same without it"):
+        draw_trajectory(trained, unread, 1, 50)
 
 
 def test_mistakes_get_a_line(diffusion_run, debug_run, tmp_path):
