@@ -46,7 +46,8 @@ def initialize_parts(config: ConfigDict, state: TrainState, init_optimizer: Call
         if at not in params:
             raise UserError(f"config.initialize.{name}: this objective trains {', '.join(params)}")
         part = start.load(config)
-        for line in other_stages(start, config) if is_first() else ():
+        lines = other_stages(start, config)  # on every process: reading checkpoints is collective
+        for line in lines if is_first() else ():
             print(f"warning: {line}", flush=True)
         if inner:
             whole = dict(params[at])

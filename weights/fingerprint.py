@@ -16,9 +16,15 @@ Tree = Any
 
 # Fields of networks that change neither their outputs nor their roundings.
 _SAME_OUTPUTS = {"implementation", "scan", "remat", "dropout", "logit_scale_init", "name", "parent"}
-# Of a first stage, what plays no part in the latents that it makes; and fields that decide no more of them.
+# Of a first stage, what plays no part in the latents that it makes; and fields that decide no more of them. The same of
+# a captioner, with those that make other prefixes than of latents.
 _DECODES = ("decoder", "post_quant", "codebook")
 _DECODING = ("image_size", "vocab_size")
+_WRITES = ("decode_prefix", "language")
+_WRITING = (
+    *("text_vocab_size", "length", "width", "depth", "heads", "mlp_hidden", "activation", "text_end_id"),
+    *("mapper_states", "mapper_depth", "mapper_heads"),
+)
 
 
 def fingerprint(part: Part) -> str:
@@ -36,6 +42,11 @@ def fingerprint(part: Part) -> str:
     return digest.hexdigest()
 
 
+def differing_networks(theirs: dict[str, Any], ours: dict[str, Any], latents: bool = False) -> list[str]:
+    """What `differing` says of the fields of two networks, {name, fields}, whose weights nobody need read for that."""
+    return differing_fields(theirs, ours, _read_back(ours)[1] if latents else ())
+
+
 def differing(theirs: Part, ours: Part, latents: bool = False) -> list[str]:
     """Says what one part computes otherwise than another: fields as `differing_fields` does, or "other weights".
 
@@ -44,16 +55,17 @@ def differing(theirs: Part, ours: Part, latents: bool = False) -> list[str]:
     Args:
       theirs: the one.
       ours: the other.
-      latents: of two first stages, whether their latents alone count, and not what is made of those.
+      latents: of two first stages, or two captioners, whether their latents alone count, and not what is made of those.
     """
-    if fields := differing_fields(theirs.model, ours.model, _DECODING if latents else ()):
+    if fields := differing_networks(theirs.model, ours.model, latents):
         return fields
+    idle = _read_back(ours.model)[0] if latents else ()
     leaves = []
     for part in (theirs, ours):
         measured = getattr(create_model(**part.model), "latent_scale", None) is None
         trees = {"params": part.params, **(part.variables if measured else {})}
         flat: dict[tuple[str, ...], Any] = flatten_dict(trees)
-        leaves.append({path: leaf for path, leaf in flat.items() if not (latents and path[1] in _DECODES)})
+        leaves.append({path: leaf for path, leaf in flat.items() if path[1] not in idle})
     same = leaves[0].keys() == leaves[1].keys() and all(_as_stored(leaf, leaves[1][p]) for p, leaf in leaves[0].items())
     return [] if same else ["other weights"]
 
@@ -63,6 +75,11 @@ def same_leaves(ours: Tree, theirs: Tree) -> bool:
     if jax.tree.structure(ours) != jax.tree.structure(theirs):
         return False
     return all(map(np.array_equal, *(map(jax.device_get, jax.tree.leaves(tree)) for tree in (ours, theirs))))
+
+
+def _read_back(model: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What reads a network's latents back: (modules, fields)."""
+    return (_WRITES, _WRITING) if model["name"] == "captioner" else (_DECODES, _DECODING)
 
 
 def _as_stored(a: Any, b: Any) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -16,7 +17,7 @@ from cli.errors import UserError
 from cli.locations import Location
 from models import MODELS, create_model
 from weights.files.layout import model_shapes
-from weights.fingerprint import differing
+from weights.fingerprint import differing, differing_networks
 from weights.lora import LORA
 from weights.run import Run, model_of
 from weights.sources import (
@@ -32,7 +33,9 @@ from weights.sources import (
 
 Tree = Any
 
-_STAGES = ("first_stage", "dvae", "text", "clip")  # frozen networks whose outputs others learn, as configs call them
+# Frozen networks whose outputs others learn, as configs call them; and those of which latents alone are learned.
+_STAGES = ("first_stage", "dvae", "text", "clip", "captioner")
+_LATENTS = ("first_stage", "captioner")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +154,7 @@ def other_stages(start: Start, config: ConfigDict) -> list[str]:
             lines.append(f"{told} {kinds[1]}, and this run learns {kinds[0]}")
         if theirs is None or name not in ours:
             continue
-        found = _differing_stage(theirs, ours[name], source.folder, latents=name == "first_stage")
+        found = _differing_stage(theirs, ours[name], source.folder, name in _LATENTS)
         if found:
             lines.append(
                 f"{told} with {name} of {theirs.source} at step {theirs.get('step', 0)}, and config.frozen.{name} is "
@@ -167,14 +170,20 @@ def _differing_stage(theirs: ConfigDict, ours: ConfigDict, near: Location, laten
     try:
         resolve_frozen(found, near)
         entry = found.frozen.stage
-        if theirs.get("run", entry.get("run")) != entry.get("run"):
+        if (begun := theirs.get("run", "")) and begun != entry.get("run"):  # "" of what lies in the same folder
             return [f"which of them it was cannot be told, as another run is at {entry.source} now"]
         if all(entry.get(key) == ours.get(key) for key in ("source", "run", "step", "part")):
             return differing_fields(model_of(entry), model_of(ours))  # such as how latents are scaled
-        one, other = (dataclasses.replace(load_part(each), model=model_of(each)) for each in (entry, ours))
-        return differing(one, other, latents)
+        if fields := differing_networks(model_of(entry), model_of(ours), latents):
+            return fields
+        return differing(_on_host(entry), _on_host(ours), latents)
     except UserError as error:
         return [f"they cannot be compared, as {error}"]
+
+
+def _on_host(entry: ConfigDict) -> Part:
+    """A frozen part in the host's memory: what is compared would stand on the device beside all that trains."""
+    return Part(model_of(entry), **jax.device_get(load_part(entry).trees()))
 
 
 def bases_of(config: ConfigDict) -> list[Start]:

@@ -19,7 +19,7 @@ from train.state import create_state
 from train.transfer import initialize_parts
 from weights.pretrained import write_pretrained
 from weights.run import Run
-from weights.sources import Part, random_part, resolve_frozen
+from weights.sources import Part, load_part, random_part, resolve_frozen
 
 from ..models.random_parameters import random_parameters
 
@@ -108,7 +108,7 @@ def test_a_unet_goes_on_with_larger_pictures(tmp_path):
         initialize_parts(run, state, lambda params: {})
 
 
-def test_a_denoiser_goes_on_in_its_own_latents_or_with_a_warning(tmp_path, capsys):
+def test_a_denoiser_goes_on_in_its_own_latents_or_with_a_warning(tmp_path, capsys, monkeypatch):
     stage = {"name": "autoencoder_kl", "image_size": 8, "width": 4, "multipliers": (1,), "blocks": 1, "groups": 2}
     stage |= {"latent_channels": 2, "latent_scale": 0.5}
     model = {"name": "point_denoiser", "width": 4, "depth": 1}
@@ -132,13 +132,58 @@ def test_a_denoiser_goes_on_in_its_own_latents_or_with_a_warning(tmp_path, capsy
         return capsys.readouterr().out
 
     assert warned() == warned("copy") == ""
+    # As scripts.convert --to=pretrained writes what lies beside a denoiser.
+    whole = {**stage, "source": ".", "part": "first_stage", "step": 0, "run": ""}
+    trees = {"denoiser": params, "first_stage": random_parameters(create_model(**stage), 0)}
+    described = {"models": {"denoiser": model}, "frozen": {"first_stage": whole}}
+    write_pretrained(tmp_path / "whole", described, trees, {}, provenance={})
+    assert warned("whole", of="whole", part="first_stage") == warned("copy", of="whole") == ""
+    assert ": other weights; take" in warned("other", of="whole")
     said = warned("other")
     assert said.startswith("warning: config.initialize.denoiser: ") and said.count("\n") == 1
     assert f"first_stage of {tmp_path}/own at step 0" in said
     assert f"config.frozen.first_stage is of {tmp_path}/other at step 0: other weights" in said
     assert "latent_scale: 0.5, not 0.25" in warned(latent_scale=0.25)
+    # Each process reads what is compared, as Orbax's are to read together; the first one speaks.
+    read = []
+    monkeypatch.setattr("weights.starts.load_part", lambda entry, *given: read.append(entry) or load_part(entry))
+    assert "latent_scale: 0.5, not 0.25" in warned("other", latent_scale=0.25) and len(read) == 1  # the denoiser
+    with monkeypatch.context() as another:
+        another.setattr("train.transfer.is_first", lambda: False)
+        assert warned("other") == "" and len(read) == 4
     shutil.rmtree(tmp_path / "own")
     assert "they cannot be compared, as the source" in warned("copy")
+
+
+def test_a_unidiffuser_goes_on_in_its_own_caption_latents_or_with_a_warning(tmp_path, capsys):
+    """What writes captions of those latents may be another one."""
+    captioner = {"name": "captioner", "text_vocab_size": 9, "length": 4, "width": 4, "depth": 1, "heads": 1}
+    captioner |= {"feature_width": 3, "prefix_length": 2, "mapper": "bottleneck", "latent_width": 2}
+    model = {"name": "point_denoiser", "width": 4, "depth": 1}
+    params = random_parameters(create_model(**model))
+    own = random_parameters(create_model(**captioner))
+    for name, module in (("own", ""), ("writes", "language"), ("other", "encode_prefix")):
+        moved = {**own, **({module: jax.tree.map(lambda leaf: leaf + 0.1, own[module])} if module else {})}
+        fields = {**captioner, "activation": "gelu" if name == "writes" else "gelu_tanh"}
+        described = {"objective": "captioner", "models": {"captioner": fields}}
+        write_pretrained(tmp_path / name, described, {"captioner": moved}, {}, provenance={"name": name})
+    entries = {
+        name: {**captioner, "source": str(tmp_path / name), "part": "captioner", "step": 0}
+        for name in ("own", "writes", "other")
+    }
+    described = {"models": {"unidiffuser": model}, "frozen": {"captioner": entries["own"]}}
+    write_pretrained(tmp_path / "run", described, {"unidiffuser": params}, {}, provenance={})
+    said = {}
+    for name, entry in entries.items():
+        run = get_defaults()
+        run.models.unidiffuser = ConfigDict(model)
+        run.initialize.unidiffuser = ConfigDict({"source": str(tmp_path / "run"), "part": "unidiffuser"})
+        run.frozen.captioner = ConfigDict(entry)
+        resolve_frozen(run)
+        initialize_parts(run, create_state({"unidiffuser": params}, {}, {}, averaged={}), lambda params: {})
+        said[name] = capsys.readouterr().out
+    assert said["own"] == said["writes"] == ""
+    assert f"config.frozen.captioner is of {tmp_path}/other at step 0: other weights" in said["other"]
 
 
 @pytest.mark.slow
