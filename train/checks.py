@@ -55,6 +55,8 @@ def check_config(config: ConfigDict) -> None:
         except (UserError, TypeError) as error:
             raise UserError(f"config.ema.lengths={tuple(config.ema.lengths)}: {error}") from None
     check_pattern("config.ema.paths", config.ema.paths)
+    if strange := [key for key in config.relearn if not isinstance(key, str)]:
+        raise UserError(f"config.relearn names {strange[0]!r}, which is no key; name some, such as ('process',)")
     for pattern in config.lora.paths:
         check_pattern("config.lora.paths", pattern)
     if config.lora.rank and not config.lora.paths:

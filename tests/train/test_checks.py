@@ -32,6 +32,11 @@ def test_patterns_are_checked(group, key, value, message):
         check_config(config)
 
 
+def test_a_process_is_learned_anew_by_keys():
+    with pytest.raises(UserError, match=r"config.relearn names 1, which is no key; name some, such as \('process',\)"):
+        check_config(load_config(["--config=configs/scenes/latent_uvit.py", "--config.relearn=(1,)"]))
+
+
 WORDS = mock.Mock(spec=Tokenizer, vocab_size=353, end_id=352, pad_id=0)
 
 
