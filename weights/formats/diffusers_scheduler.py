@@ -227,6 +227,9 @@ def scheduler_config(process: Mapping[str, Any], sample: Mapping[str, Any]) -> d
         config["skip_prk_steps"] = True
     if kind == _WITH_VARIANCE:
         config["variance_type"] = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}[variance]
+    clip = bool(process.get("clip", False))
     if "clip_sample" in read:
-        config["clip_sample"] = bool(process.get("clip", False))
+        config["clip_sample"] = clip
+    elif clip:
+        print(f"warning: a {kind} cuts no estimates off at -1 and 1, as the run does, and draws other pictures")
     return config

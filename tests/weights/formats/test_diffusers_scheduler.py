@@ -72,6 +72,15 @@ def test_a_class_is_written_that_computes_the_process(sampler, change, kind, cap
     assert read_scheduler(document)[0] == process
 
 
+@pytest.mark.parametrize(("sampler", "said"), [("euler", True), ("plms", True), ("ddim", False), ("heun", False)])
+def test_estimates_that_a_class_does_not_cut_off_are_said(sampler, said, capsys):
+    document = scheduler_config({**PROCESS, "clip": True}, {**SAMPLE, "sampler": sampler})
+    line = f"warning: a {document['_class_name']} cuts no estimates off at -1 and 1"
+    assert (line in capsys.readouterr().out, "clip_sample" in document) == (said, not said)
+    scheduler_config(PROCESS, {**SAMPLE, "sampler": sampler})
+    assert "cuts no estimates" not in capsys.readouterr().out
+
+
 def test_channels_tell_of_learned_variances_whatever_the_scheduler_reads():
     fields = {"image_size": 8, "num_classes": 0, "in_channels": 3, "out_channels": 6}
     process, sample = read_scheduler({"_class_name": "DDIMScheduler", "variance_type": "learned_range"})
