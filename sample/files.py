@@ -19,14 +19,14 @@ class Samples:
     """What was made, with what it came from.
 
     Attributes:
-      images: one picture a record; None of a run that makes no pictures.
-      texts: one text a record; None of a run that makes no text.
+      images: one picture a record, None for one without; None of a run that makes no pictures.
+      texts: one text a record, None for one without; None of a run that makes no text.
       records: prompt, label or picture file, seed and index of each.
       settings: run, step, seed and sampler settings of all of them.
     """
 
-    images: UInt8[np.ndarray, "n h w c"] | None
-    texts: tuple[str, ...] | None
+    images: UInt8[np.ndarray, "n h w c"] | list[UInt8[np.ndarray, "h w c"] | None] | None
+    texts: tuple[str | None, ...] | None
     records: list[dict[str, Any]]
     settings: dict[str, Any]
 
@@ -98,13 +98,15 @@ def write_files(folder: Location, samples: Samples) -> None:
         make_folder(folder)
         for number, record in enumerate(samples.records):
             written = {}
-            if samples.images is not None:
-                written["file"], image = f"{number:05d}.png", samples.images[number]
+            image = None if samples.images is None else samples.images[number]
+            if image is not None:
+                written["file"] = f"{number:05d}.png"
                 picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
                 write_whole(folder / written["file"], _encoded(picture, ".png"))
-            if samples.texts is not None:
-                written["text_file"], written["text"] = f"{number:05d}.txt", samples.texts[number]
-                write_whole(folder / written["text_file"], written["text"] + "\n")
+            text = None if samples.texts is None else samples.texts[number]
+            if text is not None:
+                written["text_file"], written["text"] = f"{number:05d}.txt", text
+                write_whole(folder / written["text_file"], text + "\n")
             records.append({**written, **record})
         text = json.dumps({"settings": samples.settings, "samples": records}, indent=2, ensure_ascii=False)
         write_whole(folder / "samples.json", text + "\n")

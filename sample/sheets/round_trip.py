@@ -67,14 +67,16 @@ def draw_round_trip(trained: TrainedSampler, order: Order, num: int, legs: int) 
       what the last leg made; records also hold the captions on the way.
 
     Raises:
-      UserError: if the run does not go both ways, what begins is no prompt and no picture, or a setting has no effect
-        on any leg.
+      UserError: if the run does not go both ways, what begins is no prompt and no picture, a picture is to be changed,
+        or a setting has no effect on any leg.
     """
     sides, sampler = {"text", "image"}, trained.sampler
     if not (sides <= set(sampler.reads) and sides <= set(sampler.makes)) or trained.tokenizer is None:
         raise UserError(f"{trained.run.folder} does not draw captions and describe pictures; leave out --round_trip")
     if legs < 1 or len(order.rows) != 1 or order.rows[0] not in sides:
         raise UserError("a round trip has 1 leg at least, and begins with --prompt or --image, one of the two")
+    if "strength" in order.settings:
+        raise UserError("a round trip describes its pictures and changes none; leave --strength out")
     if order.settings.get("mode"):
         raise UserError("a round trip goes from one side to the other; leave --mode out")
     order = dataclasses.replace(order, settings={**order.settings, **trained.inferred})

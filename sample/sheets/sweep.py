@@ -132,10 +132,13 @@ def run_sweep(
     idle = trained.idle(*(cell.order.call for cell in cells))
     settings = {**order.describe(trained, idle), "sweep": {axis.name: list(axis.values) for axis in axes}}
     settings = {name: value for name, value in settings.items() if name not in names}
-    images = [made.images for made in done if made.images is not None]
-    said = tuple(text for made in done for text in made.texts or ())
-    made = (np.concatenate(images) if images else None, said if texts else None)
-    return Sweep(*made, records, settings, tuple(pages), table)
+    # Cells of several modes may make different things: each record has those of its own cell.
+    counts = [num * len(cell.order.conditions) for cell in cells]
+    both = list(zip(done, counts, strict=True))
+    images = [one for made, count in both for one in ([None] * count if made.images is None else made.images)]
+    said = tuple(one for made, count in both for one in ([None] * count if made.texts is None else made.texts))
+    made = tuple(None if all(one is None for one in many) else many for many in (images, said))
+    return Sweep(made[0], made[1], records, settings, tuple(pages), table)
 
 
 def make_cells(trained: TrainedSampler, order: Order, axes: Sequence[Axis]) -> list[Cell]:

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cli.config import load_config, to_json
 from cli.errors import UserError
@@ -14,10 +15,11 @@ from evaluation.evaluate import Tools, evaluate_run
 from evaluation.sweep import evaluate_cells
 from sample.command import draw_samples
 from sample.conditions import Order, make_conditions
+from sample.files import write_files
 from sample.samplers import create_sampler
 from sample.sheets.axes import Axis
 from sample.sheets.round_trip import draw_round_trip
-from sample.sheets.sweep import make_cells
+from sample.sheets.sweep import make_cells, run_sweep
 from sample.trained import TrainedSampler
 from weights.run import Run, RunWeights
 
@@ -28,7 +30,7 @@ class Blank(TrainedSampler):
     def __call__(self, rows, *, seed, indices, **settings):
         modes = self.sampler.request(**rows, **settings)["modes"]
         count = len(indices)
-        made = {"text_to_image": ("image",), "image_to_text": ("text",), "joint": ("image", "text")}
+        made = {"text_to_image": ("image",), "image_to_text": ("text",), "joint": ("image", "text"), "text": ("text",)}
         blank = {"image": np.zeros((count, 32, 32, 3), np.float32), "text": np.zeros((count, 4), np.int32)}
         return {name: blank[name] for mode in modes for name in made[mode]}
 
@@ -64,6 +66,34 @@ def test_legs_follow_from_what_they_read(joint_run):
     drawn = draw_round_trip(joint_run, Order(make_conditions(["a red circle"])), num=2, legs=3)
     assert drawn.images.shape == (2, 32, 32, 3) and len(drawn.records[0]["captions"]) == 1
     assert drawn.settings["mode"] == ""
+
+
+def test_a_trip_changes_no_picture(joint_run, tmp_path):
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "red.png")
+    order = Order(make_conditions(images=[f"{tmp_path}/red.png"]), settings={"strength": 0.5})
+    with pytest.raises(UserError, match="a round trip describes its pictures and changes none; leave --strength out"):
+        draw_round_trip(joint_run, order, num=1, legs=2)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "axis", "files"),
+    [
+        ([], Axis("mode", ("text", "joint")), [{"text_file"}, {"file", "text_file"}]),
+        (["a red circle"], Axis("guidance", (1.0, 3.0)), [{"file"}, {"file"}]),
+    ],
+    ids=["of several modes", "of one that writes nothing"],
+)
+def test_each_record_of_a_sweep_has_what_its_own_cell_made(joint_run, tmp_path, prompts, axis, files):
+    order = Order(make_conditions(prompts), settings={} if axis.name == "mode" else {"mode": ""})
+    swept = run_sweep(joint_run, order, (axis,), 1, tmp_path / "grid.png")
+    write_files(tmp_path / "files", swept)
+    records = json.loads((tmp_path / "files" / "samples.json").read_text())["samples"]
+    assert [{name for name in ("file", "text_file") if name in record} for record in records] == files
+    assert all(
+        (tmp_path / "files" / record[name]).is_file()
+        for record, own in zip(records, files, strict=True)
+        for name in own
+    )
 
 
 def test_metrics_follow_from_what_they_tell(joint_run):
