@@ -34,7 +34,7 @@ from sample.samplers import diffusion_program
 from sample.samplers.diffusion_settings import CHURN, NUMBERS, Steps, check_numbers, unread_times
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
-from sample.samplers.given_picture import STRENGTH, GivenPicture, chosen_strength, known_places, lay_over
+from sample.samplers.given_picture import STAYS, STRENGTH, GivenPicture, chosen_strength, known_places, lay_over
 from sample.text_context import TextContext, create_text_context, weigh
 
 Tree = Any
@@ -238,13 +238,15 @@ class DiffusionSampler:
 
         Args:
           told: names of the rows that it holds, which change nothing here.
-          overrides: of `settings`, and strength.
+          overrides: of `settings`, and strength, with 0 of which none is read.
 
         Raises:
           UserError: on an unknown override or an impossible value.
         """
         del told
         steps, _ = self._settings({name: value for name, value in overrides.items() if name != "strength"})
+        if overrides.get("strength") == 0:
+            return dict.fromkeys(self.settings, STAYS)
         return unread_times(steps, self.plan)
 
     def request(

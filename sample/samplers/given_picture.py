@@ -23,6 +23,7 @@ from diffusion.plan import Plan, State
 from sample.samplers.dvae import from_uint8
 
 STRENGTH = 0.8  # of a picture that is given without a mask
+STAYS = "strength 0 runs no step"  # why nothing that says how a picture is drawn is read then
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from sample.samplers.captioner import (
 )
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
-from sample.samplers.given_picture import GivenPicture, chosen_strength, known_places, lay_over
+from sample.samplers.given_picture import STAYS, GivenPicture, chosen_strength, known_places, lay_over
 from sample.samplers.llama import check_questions, end_of_texts
 from sample.samplers.unidiffuser_modes import (
     MODES,
@@ -286,6 +286,8 @@ class UniDiffuserSampler:
 
     def made_of(self, request: Request) -> dict[str, str]:
         """What of the outputs is made of the other side, see `sample.samplers.contract`."""
+        if request.get("strength") == 0:
+            return {}
         return {name: how for mode in request["modes"] for name, how in made_of(mode).items()}
 
     def idle(self, told: Collection[str], overrides: Mapping[str, Any]) -> dict[str, str]:
@@ -293,13 +295,15 @@ class UniDiffuserSampler:
 
         Args:
           told: names of the rows that it holds.
-          overrides: of `settings`, and strength.
+          overrides: of `settings`, and strength, with 0 of which none is read but the mode.
 
         Raises:
           UserError: as of `request`.
         """
         given, settings = self._read(told, overrides)
         choices, captions, guidance, kind = self._changed(settings)
+        if _changes(told, overrides) and overrides.get("strength") == 0:
+            return dict.fromkeys(self.settings.keys() - {"mode"}, STAYS)
         idle = unread_settings(choose_modes(choices.mode, given), guidance, tuple(dataclasses.asdict(captions)))
         return idle | ({"data_type": "this network tells no kinds of data apart"} if kind < 0 else {})
 

@@ -14,7 +14,7 @@ from cli.errors import UserError
 from data.preprocess import center_square
 from sample.__main__ import main
 from sample.command import draw_samples
-from sample.conditions import Order, make_conditions, order_rows
+from sample.conditions import Order, find_sources, make_conditions, order_rows
 from sample.conditions import draw as draw_order
 from sample.sheets.grid import to_uint8
 from sample.trained import TrainedSampler
@@ -188,7 +188,9 @@ def test_a_diffusion_changes_a_picture_where_a_mask_is_white(diffusion_run, draw
     assert (settings["mask"], settings["strength"], records[0]["image"]) == (names[1], 1.0, names[0])
     same, _, settings = draw(*command, "--strength=0")
     np.testing.assert_array_equal(same[0], picture)
-    assert settings["strength"] == 0 and "mask" not in settings
+    assert settings["strength"] == 0 and not {"mask", "steps", "sampler", "guidance"} & settings.keys()
+    with pytest.raises(UserError, match="steps=2 has no effect, as strength 0 runs no step"):
+        draw(*command, "--strength=0", "--steps=2")
 
 
 def test_a_unidiffuser_changes_a_picture_as_strength_and_mask_say(debug_run, tmp_path):
@@ -205,8 +207,10 @@ def test_a_unidiffuser_changes_a_picture_as_strength_and_mask_say(debug_run, tmp
         assert made.texts is None and order.describe(trained)["strength"] == 1.0
         np.testing.assert_array_equal(made.images[0][~white], pixels[~white])
         assert np.abs(made.images[0].astype(int) - pixels)[white].mean() > 20
-    same = Order(make_conditions(images=[picture]), settings={"strength": 0.0})
+    same = Order(conditions, settings={"strength": 0.0})
     made = draw_order(trained, same, order_rows(trained, same), 1)
+    assert find_sources(trained, same, order_rows(trained, same)) == {}
+    assert set(trained.idle(same.call)) == set(trained.config.sample) - {"mode"}
     decoded = reconstruct(trained.sampler.first_stage, trained.frozen, pixels[None])
     assert np.abs(made.images.astype(int) - decoded).max() <= 1
 
