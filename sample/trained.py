@@ -292,9 +292,10 @@ class TrainedSampler:
         return self.tokenizer
 
     def warn_of_cut(self, captions: Sequence[str]) -> None:
-        """Says that captions are too long: a line for all, which names the first; none where there are none."""
+        """Says that captions are too long: a line for all, which names the first and counts each once."""
         if captions:
-            of = repr(captions[0]) + (f" and of {len(captions) - 1} more" if len(captions) > 1 else "")
+            more = len(set(captions)) - 1
+            of = repr(captions[0]) + (f" and of {more} more" if more else "")
             print(f"warning: only the first {self.config.data.text_length} tokens count of {of}", flush=True)
 
     def encode(self, captions: Sequence[str]) -> Rows:
@@ -305,8 +306,7 @@ class TrainedSampler:
         """
         tokenizer = self.tokenizer_for(captions)
         encoded = [tokenizer.encode(caption, self.config.data.text_length) for caption in captions]
-        cut = [caption for caption, one in zip(captions, encoded, strict=True) if one.truncated]
-        self.warn_of_cut(tuple(dict.fromkeys(cut)))
+        self.warn_of_cut([caption for caption, one in zip(captions, encoded, strict=True) if one.truncated])
         return {"text": np.stack([one.ids for one in encoded])}
 
     def decode(self, ids: Int[np.ndarray, "n l"]) -> tuple[str, ...]:

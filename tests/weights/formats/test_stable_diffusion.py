@@ -422,7 +422,7 @@ def test_prompts_with_weights_and_beyond_the_context(ours, tmp_path, capsys):
     cut = order_rows(trained, Order((Condition(long),), 0, {}, prompt_weights=True))
     assert cut["text"].shape == (1, LENGTH) and "only the first 8 tokens count" in capsys.readouterr().out
     # In parts it has 8 tokens, and together, as "cat", 6.
-    parts = make_conditions(["red cat red cat red (c:2)at", "red (cat:2)"])
+    parts = make_conditions(["red cat red cat red (c:2)at", "red cat red cat red (c:3)at", "red (cat:2)"])
     order_rows(trained, Order(parts, prompt_weights=True))
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: only the first 8 tokens count of 'red cat red cat red cat'"]
