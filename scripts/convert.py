@@ -3,7 +3,7 @@
 import argparse
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from cli import entry_point
@@ -29,6 +29,19 @@ formats:
 
 
 _PRETRAINED = "pretrained"
+
+# What configs call the networks that they train on from, and those that they use as they are; {part: entry}.
+_INITIALIZED = {
+    **{
+        part: part
+        for part in ("autoencoder", "captioner", "clip", "dalle", "denoiser", "discriminator", "dvae", "text")
+    },
+    **{"gpt2": "language", "llama": "language", "unidiffuser": "unidiffuser", "vision_adapter": "vision_adapter"},
+}
+_FROZEN = {
+    **{part: part for part in ("captioner", "clip", "dvae", "first_stage", "lpips", "text")},
+    "autoencoder": "first_stage",
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -114,12 +127,21 @@ def _convert_inward(options: argparse.Namespace, formats: Any) -> None:
     print(f"{output}: {form.name}; {parts}")
     for note in read.notes:
         print(note)
-    (part, *_) = read.params
     if LORA in read.params:
         print(f"use it as --run={output}; to train on from it, or to do without the other folder, --to={_PRETRAINED}")
         return
-    source = f"{part}.source={output}"
-    print(f"use it as --run={output}, or in configs: --config.initialize.{source}, --config.frozen.{source}")
+    uses = ", ".join(f"--config.{use}" for use in flags_of_parts(read.params, read.config["models"], output))
+    print(f"use it as --run={output}" + (uses and f", or in configs: {uses}"))
+
+
+def flags_of_parts(parts: Iterable[str], trained: Collection[str], folder: Any) -> Iterator[str]:
+    """The keys of configs, with values, that take each part of a folder, and its name where they look for another."""
+    for part in parts:
+        entries = [f"initialize.{_INITIALIZED[part]}"] if part in _INITIALIZED and part in trained else []
+        entries += [f"frozen.{_FROZEN[part]}"] if part in _FROZEN else []
+        for entry in entries:
+            named = part == "autoencoder" or part != "first_stage" and entry.endswith(f".{part}")
+            yield f"{entry}.source={folder}" + ("" if named else f" --config.{entry}.part={part}")
 
 
 def _recognize(origin: Any, formats: Any) -> str:

@@ -325,7 +325,10 @@ def read_config(folder: str | Location) -> ConfigDict:
     path = folder / CONFIG
     if not path.is_file():
         what = "is not a run folder (it has no config.json)" if folder.is_dir() else "does not exist"
-        raise UserError(f"{folder} {what}; train one with `python -m train --config=... --workdir={folder}`")
+        raise UserError(
+            f"{folder} {what}; train one with `python -m train --config=... --workdir={folder}`, or convert weights "
+            f"with `python -m scripts.convert --input=... --output={folder}`"
+        )
     try:
         text = read_text(path)
         if not isinstance(json.loads(text), dict):

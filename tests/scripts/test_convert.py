@@ -12,7 +12,7 @@ from cli.config import load_config, to_json
 from cli.errors import UserError
 from models import create_model
 from models.clip import IMAGE_MEAN, IMAGE_STD, Clip
-from scripts.convert import main
+from scripts.convert import flags_of_parts, main
 from train.state import create_state
 from train.transfer import initialize_parts
 from weights.checkpoint import CheckpointStore
@@ -73,6 +73,32 @@ def test_in_and_out_again(form, fields, tmp_path, capsys):
             assert back.keys() == tensors.keys()
             assert all((back[name] == tensors[name]).all() for name in tensors)
     assert len(list((tmp_path / "back").iterdir())) == (3 if form == "transformers" else 2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "config", "uses"),
+    [
+        (["clip"], "unidiffuser", ["initialize.clip.source=F", "frozen.clip.source=F"]),
+        (["autoencoder"], "unidiffuser", ["initialize.autoencoder.source=F", "frozen.first_stage.source=F"]),
+        (["gpt2"], "captioner", ["initialize.language.source=F --config.initialize.language.part=gpt2"]),
+        (["lpips"], "autoencoder", ["frozen.lpips.source=F"]),
+        (
+            ["denoiser", "first_stage"],
+            "latent_unet",
+            [
+                "initialize.denoiser.source=F",
+                "frozen.first_stage.source=F --config.frozen.first_stage.part=first_stage",
+            ],
+        ),
+    ],
+)
+def test_the_flags_that_are_printed_are_of_configs_and_take_the_part(parts, config, uses):
+    assert list(flags_of_parts(parts, parts[:1], "F")) == uses
+    argument = ":perceptual" if config == "autoencoder" else ""
+    kept = [f"--config.{use}" for use in uses if config != "unidiffuser" or use.startswith("frozen")]
+    loaded = load_config([f"--config=configs/scenes/{config}.py{argument}", *" ".join(kept).split()])
+    sources = {**loaded.initialize, **loaded.frozen}.values()
+    assert sorted(entry.part for entry in sources if entry.source == "F") == sorted(parts)
 
 
 def test_a_vocabulary_comes_along_or_is_named(tmp_path):
@@ -137,7 +163,9 @@ def test_the_unet_of_a_pipeline_in_and_out_again(tmp_path, capsys):
         ours = Run.open(tmp_path / name)
         assert ours.config.models.denoiser.to_dict() == STABLE_DIFFUSION_2
         assert_same_trees(ours.load().params["denoiser"], params)
-    assert "part 'denoiser', " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "part 'denoiser', " in said
+    assert said.endswith(f"--run={tmp_path}/same, or in configs: --config.initialize.denoiser.source={tmp_path}/same\n")
     main(["--to=diffusers", f"--run={tmp_path}/ours", f"--output={tmp_path}/back"])
     for path in (tmp_path / "theirs" / "unet").iterdir():
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes() or path.suffix == ".json"
