@@ -64,14 +64,17 @@ def unread_times(steps: Steps, plan: Callable[[Steps], Plan]) -> dict[str, str]:
     """Settings of times that a solver has no use for, each with the reason.
 
     Args:
-      steps: the settings.
+      steps: the settings, which are possible.
       plan: what the solver makes of them.
     """
     unread: dict[str, str] = {}
     for name, without in _OF_SOME_TIMES.items():
         if getattr(steps, name) == without:
             continue
-        plans = [plan(each) for each in (steps, dataclasses.replace(steps, **{name: without}))]
+        try:
+            plans = [plan(each) for each in (steps, dataclasses.replace(steps, **{name: without}))]
+        except ValueError:  # without it there is none, as of one published step that would begin where it ends
+            continue
         pairs = zip(*([getattr(one, field.name) for field in dataclasses.fields(one)] for one in plans), strict=True)
         if all(np.array_equal(given, other) for given, other in pairs):
             spacing = f" with spacing {steps.spacing}" if steps.spacing else ""

@@ -351,8 +351,9 @@ def test_captions_may_be_read_by_a_frozen_clip():
         ({"sampler": "ddim", "end": "first"}, set()),
         ({"sampler": "ddpm", "end": "first"}, {"end"}),
         ({"sampler": "ddim", "offset": 1, "spacing": "leading"}, set()),
+        ({"sampler": "ddim", "offset": 1, "times": "published", "end": "first", "steps": 1}, set()),
         ({"sampler": "ddim", "offset": 1, "spacing": "trailing"}, {"offset"}),
     ],
 )
 def test_settings_of_times_that_a_solver_has_no_use_for_are_known(drawer, settings, unread):
-    assert drawer[0].idle((), {**settings, "steps": 5}).keys() == unread
+    assert drawer[0].idle((), {"steps": 5, **settings}).keys() == unread
