@@ -61,12 +61,12 @@ def create_schedule(config: Mapping[str, Any], steps: int, name: str = "config.o
     if kind == "warmup_cosine":
         decay_steps = config["decay_steps"] or steps
         if warmup >= decay_steps:
-            raise UserError(f"the warm-up of {warmup} steps must be shorter than the schedule of {decay_steps} steps")
+            raise UserError(f"{name}.warmup_steps={warmup} must be below the {decay_steps} steps of the schedule")
         return optax.warmup_cosine_decay_schedule(
             0.0 if warmup else peak, peak, warmup, decay_steps, end_value=config["end"]
         )
     if warmup > steps:
-        raise UserError(f"the warm-up of {warmup} steps must not be longer than the run of {steps} steps")
+        raise UserError(f"{name}.warmup_steps={warmup} must not be above the {steps} steps of the run")
     flat = optax.constant_schedule(peak)
     rising = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), flat], [warmup]) if warmup else flat
     if kind == "constant" or not config["boundaries"]:

@@ -151,9 +151,9 @@ def test_a_constant_rate_is_warmed_up_too():
 
 
 def test_impossible_schedules_are_errors():
-    with pytest.raises(UserError, match="warm-up of 10 steps"):
+    with pytest.raises(UserError, match="warmup_steps=10 must be below the 10 steps of the schedule"):
         schedule(steps=10)
-    with pytest.raises(UserError, match="warm-up of 10 steps must not be longer than the run of 9"):
+    with pytest.raises(UserError, match="schedule.warmup_steps=10 must not be above the 9 steps of the run"):
         schedule(steps=9, name="constant")
     with pytest.raises(UserError, match="unknown schedule"):
         schedule(name="cosine")
