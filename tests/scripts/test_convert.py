@@ -299,7 +299,7 @@ def test_a_run_s_moving_average_is_what_goes_out(tmp_path):
         (["--to=dalle_mini", "--run=x"], "invalid choice: 'dalle_mini'"),
         (["--source=uvit", "--input={tmp}", "--tokenizer=y"], "--tokenizer says nothing of uvit"),
         (["--to=open_clip", "--run=x", "--tokenizer=y"], "--tokenizer cannot be given with --to"),
-        (["--source=diffusers", "--input={tmp}"], "has no config.json; give another"),
+        (["--source=diffusers", "--input={tmp}"], "has none of unet/config.json, config.json; give another"),
         (["--input={tmp}"], "looks like none of the formats; say which it is with --source=transformers|diffusers"),
         (["--source=openai", "--to=open_clip"], "--source cannot be given with --to"),
         (["--to=open_clip", "--run={tmp}/none"], "none does not exist"),
