@@ -14,6 +14,12 @@ def has_accelerator() -> bool:
     return any(glob.glob(pattern) for pattern in DEVICES)
 
 
+def runs_on_cpu() -> bool:
+    """True if JAX_PLATFORMS says so, or says nothing and the machine shows no accelerator."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return platforms == "cpu" if platforms else not has_accelerator()
+
+
 def has_tpu() -> bool:
     """True if there is a device file of a TPU, and the library to use it."""
     return any(glob.glob(pattern) for pattern in TPUS) and importlib.util.find_spec("libtpu") is not None

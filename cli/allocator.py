@@ -14,7 +14,7 @@ import os
 import re
 import sys
 
-from cli.accelerators import has_accelerator
+from cli.accelerators import runs_on_cpu
 
 # Tunable of glibc -> (value, the older variable that sets the same thing).
 TUNABLES = {
@@ -79,7 +79,7 @@ def _wanted() -> bool:
         os.environ.get(SWITCH, "") != "default"
         and _glibc() >= (2, 35)
         and "jax" not in sys.modules
-        and _runs_on_cpu()
+        and runs_on_cpu()
         and bool(sys.executable)
         # Not a prompt, a notebook, `-c` or standard input, nor a spawned worker, which imports the main module too.
         and getattr(main, "__name__", "") == "__main__"
@@ -95,9 +95,3 @@ def _glibc() -> tuple[int, int]:
     except (AttributeError, OSError, ValueError):
         found = None
     return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _runs_on_cpu() -> bool:
-    """True if JAX_PLATFORMS says so, or says nothing and the machine shows no accelerator."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    return platforms == "cpu" if platforms else not has_accelerator()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from cli.accelerators import spare_the_search_for_a_tpu
 from cli.compilation_cache import keep_compiled_programs
 from cli.errors import EXIT_OK, UserError
+from cli.xla_flags import convolve_with_eigen
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,6 +36,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """
     spare_the_search_for_a_tpu()
     keep_compiled_programs()
+    convolve_with_eigen()
     try:
         code = main(sys.argv[1:])
     except UserError as error:
