@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
-from models.layers import convolution, partitioning
+from models.layers import partitioning
 from models.layers.convolution import Conv
 
 CASES = {
