@@ -143,8 +143,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--size",
         type=_size,
         metavar="HxW",
-        help="of a diffusion that trained on several shapes (config.data.buckets), which to draw, height and width "
-        "(default: the network's own square)",
+        help="of a diffusion that trained on several shapes (config.data.buckets), which to draw, height and width in "
+        "pixels, also of one in latents (default: the network's own square)",
     )
     parser.add_argument(
         "--num",

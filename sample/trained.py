@@ -135,14 +135,17 @@ class TrainedSampler:
         """
         data, folder = self.config.data, self.run.folder
         said = f"--size={shape[0]}x{shape[1]}"
+        if not hasattr(self.sampler, "in_shape") or "image" not in self.sampler.makes:
+            raise UserError(
+                f"{said} is of a diffusion of pictures, and {folder} is a run of {self.config.objective} and makes "
+                f"{' and '.join(self.sampler.makes)}; leave it out"
+            )
         shapes = shapes_of(data.buckets)
         if not shapes:
             raise UserError(
-                f"{said} is of a run of config.data.buckets, and {folder} has none: it draws one shape, as its "
-                "positions may be learned; leave it out"
+                f"{said} is of a run of config.data.buckets, and {folder} has none: it draws {data.image_size} x "
+                f"{data.image_size} pixels alone, as its positions may be learned; leave it out"
             )
-        if not hasattr(self.sampler, "in_shape"):
-            raise UserError(f"{said} is of a diffusion, and {folder} is a run of {self.config.objective}; leave it out")
         if shape not in shapes:
             trained_on = ", ".join(f"{height}x{width}" for height, width in shapes)
             raise UserError(f"{said} is none of the shapes that {folder} trained on; choose one of {trained_on}")

@@ -39,7 +39,7 @@ from train.unread import unread_keys
 from train.workdir import copy_tokenizers, open_workdir, pin_sources, storage_errors, wandb_id
 from weights.checkpoint import CheckpointStore, UnreadableCheckpoint
 from weights.power_averages import AVERAGES
-from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, PROFILE, TOKENIZER, WRITES_WITH
+from weights.run import CHECKPOINTS, CONFIG, DONE, ENVIRONMENT, PROFILE, TOKENIZER, WRITES_WITH, read_metrics
 from weights.sources import load_frozen
 from weights.starts import starts_of
 
@@ -246,8 +246,9 @@ def _run(
         log.say(f"{'continuing at' if start else 'starting from'} step {start} of {config.steps} in {workdir}")
         for line in describe_held(config, state.params):
             log.say(line)
-        if not start:
+        if not start and not stop.noted:
             state = _measure_first(config, training, state, log.say)
+        unseen = from_first(lambda: not _has_evaluation(workdir, start))
 
         def write(pending: tuple[int, Any]) -> None:
             number, metrics = pending
@@ -256,25 +257,33 @@ def _run(
             row["examples_seen"] = seen + (number - start) * config.batch_size
             log.write(number, {**row, **clock.rate(number)})
 
+        def settle() -> None:
+            nonlocal pending
+            if pending is not None:
+                write(pending)
+                pending = None
+            health.settle(step)
+
         # ORDER OF EVENTS. Evaluation and saving come before the next batch is taken, so a checkpoint of step k says
         # all about step k: its rows are in the log, and the data stream goes on at its `examples_seen`. On resume at
-        # k both have been done. The metrics of an update are read one update later, while the device works on the
-        # next. Nothing is saved before the health of every update in it was read.
+        # k both have been done; but a run that is being stopped has seconds, and leaves the evaluation to the next
+        # start. The metrics of an update are read one update later, while the device works on the next. Nothing is
+        # saved before the health of every update in it was read.
         while True:
             last, stopping = step == config.steps, stop.is_due(step)
-            evaluation_due = (step > start or start == 0) and (last or step % config.evaluate.every == 0)
-            save_due = step > start and (last or stopping or step % config.checkpoint.every == 0)
+            evaluation_due = (step > start or unseen) and (last or (not stopping and step % config.evaluate.every == 0))
+            if evaluation_due:
+                settle()
+                with TraceAnnotation("evaluate"):
+                    values = _evaluate(training, state)
+                    if last or not stop.noted:
+                        log.write_evaluation(step, values, _previews(config, training, state))
+            stopping = stopping or stop.noted  # meanwhile
             if stopping and not last:
                 log.mark_preempting()
-            if evaluation_due or save_due:
-                if pending is not None:
-                    write(pending)
-                    pending = None
-                health.settle(step)
-            if evaluation_due:
-                with TraceAnnotation("evaluate"):
-                    log.write_evaluation(step, _evaluate(training, state), _previews(config, training, state))
+            save_due = step > start and (last or stopping or step % config.checkpoint.every == 0)
             if save_due:
+                settle()
                 with TraceAnnotation("save"):
                     wanted = getattr(program.objective, "measured", 0)
                     state = _measure(config, training, state, wanted, hurry=stopping and not last)
@@ -326,6 +335,11 @@ def _reader(config: ConfigDict, training: _Training, seen: int) -> BatchReader:
         read_ahead=config.data.read_ahead,
         processes=config.data.processes,
     )
+
+
+def _has_evaluation(workdir: Location, step: int) -> bool:
+    """Whether the log has the evaluation of the step that a run continues from."""
+    return step > 0 and any(row["step"] == step and "examples_seen" not in row for row in read_metrics(workdir))
 
 
 def _measure_first(

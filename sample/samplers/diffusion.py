@@ -197,9 +197,17 @@ class DiffusionSampler:
             except (ValueError, TypeError, FlaxError) as error:  # what networks of one shape raise
                 said = str(error).strip().splitlines()[0]
                 raise UserError(
-                    f"the denoiser does not take pictures of {shape[0]} x {shape[1]}: {said}; leave out --size"
+                    f"the denoiser does not take pictures of {shape[0]} x {shape[1]} pixels{self._in_latents(*shape)}: "
+                    f"{said}; leave out --size"
                 ) from error
         return sampler
+
+    def _in_latents(self, height: int, width: int) -> str:
+        """What so many pixels are to the denoiser, for messages; "" to one of pixels."""
+        if self.first_stage is None:
+            return ""
+        factor = self.first_stage.model.downsampling
+        return f", {height // factor} x {width // factor} latents"
 
     @property
     def _text_length(self) -> int:
@@ -450,7 +458,8 @@ class DiffusionSampler:
         factor = 1 if self.first_stage is None else self.first_stage.model.downsampling
         height, width = (side * factor for side in self.sample_shape[:2])
         if image.shape[1:3] != (height, width):
-            raise UserError(f"pictures are {image.shape[1]} x {image.shape[2]}, this run's are {height} x {width}")
+            given = f"pictures are {image.shape[1]} x {image.shape[2]} pixels"
+            raise UserError(f"{given}, this run's are {height} x {width} pixels{self._in_latents(height, width)}")
         return strength
 
     def _check_attention(self, told: bool, strength: float) -> None:

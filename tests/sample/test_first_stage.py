@@ -164,7 +164,7 @@ def test_a_given_picture_is_its_reconstruction_at_strength_0():
     same = sampler(params, {}, frozen, sampler.request(image=images, strength=0.0), KEYS)["image"]
     np.testing.assert_allclose(same, jax.jit(functools.partial(stage.decode, frozen))(mean), atol=1e-5)
 
-    with pytest.raises(UserError, match="pictures are 4 x 4, this run's are 8 x 8"):
+    with pytest.raises(UserError, match="pictures are 4 x 4 pixels, this run's are 8 x 8 pixels, 4 x 4 latents"):
         sampler.request(image=images[:, :4, :4])
 
 

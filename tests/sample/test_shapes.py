@@ -42,7 +42,7 @@ def test_other_shapes_are_refused_in_one_line(shaped_run, diffusion_run, tmp_pat
     for run, size, message in (
         (shaped_run, "24x32", "--size=24x32 is none of the shapes that .* trained on; choose one of 16x32, 32x16"),
         (shaped_run, "32", "--size: '32' is no height and width; such as 48x80"),
-        (diffusion_run("nothing"), "16x32", "of a run of config.data.buckets, and .* has none: it draws one shape"),
+        (diffusion_run("nothing"), "16x32", "config.data.buckets, and .* has none: it draws 32 x 32 pixels alone"),
     ):
         with pytest.raises(UserError, match=message) as error:
             main([f"--run={run}", f"--size={size}", f"--out={tmp_path}/grid.png"])
@@ -68,6 +68,6 @@ def test_learned_positions_are_of_one_shape():
     assert sampler("sincos_2d").in_shape((4, 12)).sample_shape == (4, 12, 3)
     for positions, shape in (("learned", (4, 12)), ("sincos_2d", (4, 10))):
         with pytest.raises(
-            UserError, match=f"the denoiser does not take pictures of 4 x {shape[1]}: .*leave out --size"
+            UserError, match=f"the denoiser does not take pictures of 4 x {shape[1]} pixels: .*leave out --size"
         ):
             sampler(positions).in_shape(shape)

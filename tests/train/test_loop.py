@@ -15,6 +15,7 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from train import loop
 from train.distributed.preemption import StopSignal
 from train.loop import train
 from train.metric_writer import RunLog
@@ -241,6 +242,24 @@ def test_clip_takes_rows_shorter_than_its_context(scenes_dir, tmp_path):
 def test_captions_that_end_otherwise_are_refused(scenes_dir, tmp_path, override, end):
     with pytest.raises(UserError, match=f"text_end_id is .* ends captions with {end}"):
         train(config(scenes_dir, f"--config.{override}", name="scenes/clip.py:debug"), tmp_path / "run")
+
+
+def test_a_run_that_is_stopped_leaves_its_evaluation_to_the_next_start(scenes_dir, whole, tmp_path, monkeypatch):
+    def rows(workdir):
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(workdir)]
+
+    workdir, evaluate = tmp_path / "run", loop._evaluate
+    with monkeypatch.context() as patch:  # during the first evaluation
+        patch.setattr(loop, "_evaluate", lambda *given: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*given))
+        assert train(config(scenes_dir, "--config.steps=6"), workdir) == EXIT_PREEMPTED
+        assert not rows(workdir) and not CheckpointStore(workdir / "checkpoints").steps()
+    with monkeypatch.context() as patch:  # before one
+        patch.setattr(StopSignal, "is_due", lambda stop, step: step == 2)
+        assert train(config(scenes_dir, "--config.steps=6"), workdir) == EXIT_PREEMPTED
+    assert CheckpointStore(workdir / "checkpoints").steps() == [2] and rows(workdir)[-1]["examples_seen"] == 16
+    assert train(config(scenes_dir, "--config.steps=6"), workdir) == EXIT_OK
+    assert rows(workdir) == rows(whole)
+    assert sorted((workdir / "samples").iterdir())[1].name == "00000002_reconstruction.png"
 
 
 def test_a_workdir_that_cannot_be_written_is_named(scenes_dir, tmp_path):

@@ -36,6 +36,11 @@ class StopSignal:
         if self._shared and multihost_utils.reached_preemption_sync_point(step):
             self.name = self.name or "SIGTERM"
             return True
+        return self.noted
+
+    @property
+    def noted(self) -> bool:
+        """Whether a signal has come; never with several processes, which hear of it by `is_due`, at the same step."""
         return not self._shared and self.name is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:

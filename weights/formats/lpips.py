@@ -1,8 +1,8 @@
 """LPIPS of the lpips package (github.com/richzhang/PerceptualSimilarity), with VGG-16: its parts to our parameters.
 
-The package holds the linear layers alone, `weights/v0.1/vgg.pth`; VGG-16 is a download of torchvision's,
-`vgg16-397923af.pth`. A state dict of the whole has both. Those of version 0.0 have the same names and shapes, and were
-trained on pictures that were not normalized: they are not told apart here.
+The package holds the linear layers alone, `lpips/weights/v0.1/vgg.pth` of its wheel; VGG-16 is a download of
+torchvision's, `vgg16-397923af.pth`. A state dict of the whole has both. Those of version 0.0 have the same names and
+shapes, and were trained on pictures that were not normalized: they are not told apart here.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from weights.formats.contract import Converted, Format
 
 VGG = tuple(f"{name}{suffix}" for name in ("vgg16-397923af", "vgg16") for suffix in (".pth", ".safetensors"))
 WHOLE = ("lpips.safetensors", "lpips.pth")
-LINS = ("vgg.pth", "weights/v0.1/vgg.pth")
+LINS = ("vgg.pth", "lpips/weights/v0.1/vgg.pth", "weights/v0.1/vgg.pth")
 
 
 def _places() -> dict[tuple[str, str], int]:
@@ -105,8 +105,8 @@ def read_lpips(origin: Origin, lins: str = "") -> Tensors:
         return named | read_weights(open_origin(str(Path(lins).expanduser())), LINS)
     if origin.find(*LINS) is None:
         raise UserError(
-            f"{origin.describe()} is VGG-16 without the linear layers of LPIPS; give --lins=FILE, weights/v0.1/vgg.pth "
-            "of the lpips package"
+            f"{origin.describe()} is VGG-16 without the linear layers of LPIPS; give --lins=FILE, "
+            "lpips/weights/v0.1/vgg.pth of the wheel of the lpips package"
         )
     return named | read_weights(origin, LINS)
 
@@ -133,5 +133,5 @@ FORMAT = Format(
     recognizes=_recognizes,
     read=_read,
     write=None,
-    options={"lins": "the linear layers of LPIPS, weights/v0.1/vgg.pth of the lpips package"},
+    options={"lins": "the linear layers of LPIPS, lpips/weights/v0.1/vgg.pth of the wheel of the lpips package"},
 )

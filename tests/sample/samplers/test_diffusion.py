@@ -231,7 +231,7 @@ def test_what_a_mask_does_not_say_stays(drawer, solver):
         ({"strength": 0.5}, "strength is of a picture to change; give one, --image=FILE"),
         ({"mask": np.ones((4, 8, 8), bool)}, "mask is of a picture to change"),
         ({"image": PICTURES, "strength": 1.5}, "strength=1.5 is impossible; use 0"),
-        ({"image": PICTURES[:, :4]}, "pictures are 4 x 8, this run's are 8 x 8"),
+        ({"image": PICTURES[:, :4]}, "pictures are 4 x 8 pixels, this run's are 8 x 8 pixels"),
         ({"image": PICTURES, "mask": np.ones((4, 8, 8), bool), "strength": 0.0}, "mask has no effect with strength 0"),
         ({"image": PICTURES, "mask": np.zeros((4, 8, 8), bool)}, "the mask is black all over"),
     ],
