@@ -15,7 +15,7 @@ PIP := $(RUN) pip --disable-pip-version-check --quiet
 DALL_E := DALL-E==0.1 dalle-pytorch==1.6.6 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check parity benchmark lock clean
+.PHONY: help demo test test-slow test-accelerator check parity benchmark lock clean
 .NOTPARALLEL:
 .SUFFIXES:
 
@@ -30,6 +30,9 @@ test: $(VENV)/.dev  ## the fast tests
 
 test-slow: $(VENV)/.dev  ## the slow tests: killed runs, many devices and processes, the TPU compiler, the demo and the notebook at debug size
 	@$(PYTEST) -m slow -n 2 --dist=worksteal
+
+test-accelerator: $(VENV)/.dev  ## the tests that need a GPU or TPU, where there is one (with the `cuda` or `tpu` extra)
+	@TESSERA_TESTS_ACCELERATOR=1 $(PYTEST) -m accelerator tests/test_accelerator.py
 
 check: $(VENV)/.dev  ## lint, formatting, types
 	@$(RUN) ruff check
@@ -88,7 +91,7 @@ lock:  ## write requirements.lock from setup.py, keeping versions that still fit
 	  "$$python" -m venv "$$folder" && \
 	  "$$folder/bin/python" -m pip --disable-pip-version-check --quiet install uv && \
 	  "$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --extra dev --extra drawings --extra parity \
-	    --custom-compile-command "make lock" $(ARGS) setup.py -o requirements.lock
+	    --extra cuda --extra tokamax --custom-compile-command "make lock" $(ARGS) setup.py -o requirements.lock
 
 clean:  ## remove .venv and what the tools left
 	rm -rf $(VENV) $(INCOMPLETE) .pytest_cache .ruff_cache build *.egg-info

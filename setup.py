@@ -37,6 +37,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "packaging>=24.0",
         "pillow>=11.0",
         "psutil>=6.0",
         "pyarrow>=18.0",
@@ -87,6 +88,8 @@ setup(
         ],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
+        # Kernels of attention that the benchmarks of a GPU measure beside this project's.
+        "tokamax": ["tokamax>=0.0.17; python_version >= '3.12'"],
         "tensorflow": ["tensorflow-cpu>=2.21"],
     },
 )

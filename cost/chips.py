@@ -99,6 +99,21 @@ GPUS = (
     (r"\bA10\b", 125e12, 62.5e12),
 )
 
+# Bytes a second between a GPU and its memory by the same data sheets; the first pattern that is in the name counts.
+GPU_MEMORY_RATES = (
+    (r"\bB200\b", 8000e9),
+    (r"\bH200\b", 4800e9),
+    (r"H100 NVL", 3900e9),
+    (r"H100 PCIe", 2000e9),
+    (r"\bH100\b", 3350e9),
+    (r"A100 80GB PCIe", 1935e9),
+    (r"A100\b.*\b80GB", 2039e9),
+    (r"\bA100\b", 1555e9),
+    (r"\bL40S?\b", 864e9),
+    (r"\bL4\b", 300e9),
+    (r"\bA10\b", 600e9),
+)
+
 
 # Memory of a GPU by its data sheet, which calls GB what `nvidia-smi` shows as about as many GiB.
 GPU_GIB = {
@@ -245,3 +260,13 @@ def published_peak(kind: str, dtype: str, cores: int = 0) -> Peak | None:
                 rate, name = (bfloat16, "bfloat16") if dtype == "bfloat16" else (tf32, "TF32")
                 return Peak(rate, f"{kind}: dense {name} peak by its data sheet")
     return None
+
+
+def published_memory_rate(kind: str) -> float | None:
+    """Bytes a second between a GPU and its memory by its vendor; None for one without a row, and for a slice of one.
+
+    Args:
+      kind: what JAX calls it (`device_kind`).
+    """
+    found = (rate for pattern, rate in GPU_MEMORY_RATES if re.search(pattern, kind))
+    return None if "MIG" in kind else next(found, None)

@@ -13,6 +13,14 @@ Record = Mapping[str, Any]
 # What makes a row another measurement: none of it may differ where a suite goes on.
 _SAME = ("row", "toy", "clock", "compiled", "commit", "dirty", "machine", "versions")
 
+# Columns of a table whose rows have such a figure: heading, unit, format.
+_SOMETIMES = {
+    "mfu": ("MFU", 1.0, ".1%"),
+    "memory_rate_share": ("of the memory's rate", 1.0, ".1%"),
+    "memory_bytes": ("peak memory, MiB", 2**-20, ",.0f"),
+    "compile_seconds": ("compilation, s", 1.0, ".0f"),
+}
+
 
 def read_records(path: Path) -> dict[str, Record]:
     """The newest record of each row, by the row's name, in the order of the file; {} without a file.
@@ -75,27 +83,38 @@ def write_table(page: Path, suite: str, records: Sequence[Record]) -> None:
 
 
 def format_table(records: Sequence[Record]) -> str:
-    """A table in Markdown, one line for each row and peer, and below it what the rows ran on."""
-    memory, mfu = (_any_side(records, key) for key in ("memory_bytes", "mfu"))
+    """A table in Markdown, one line for each row and peer, what was not a row, and below it what all ran on."""
+    rows = [record for record in records if "sides" in record]
+    shown = {key: column for key, column in _SOMETIMES.items() if _any_side(rows, key)}
     head = ["row", "this project, ms", "peer", "peer, ms", "ratio", "GFLOP/s"]
-    head += (["MFU"] if mfu else []) + (["peak memory, MiB"] if memory else []) + ["load", "on"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    head += [*(column for column, *_ in shown.values()), "load", "on"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"] if rows else []
     places: list[str] = []
+    others: list[str] = []
     for record in records:
         where = describe_machine(record)
         places += [where] if where not in places else []
+        if "sides" not in record:
+            others += [f"- {record['what']}: {describe_part(record)} ({_letter(places.index(where))})."]
+            continue
         (_, own), *peers = record["sides"].items()
         peers += [(label, {}) for label in record["failed"]]
         for number, (label, peer) in enumerate(peers or [("", {})]):
             cells = [record["what"] if not number else "", _milliseconds(own) if not number else ""]
             cells += [label, _failure(record, label) or _milliseconds(peer), _ratio(record, label)]
             cells.append(_both(own, peer, "flops_per_second", 1e-9, ".0f"))
-            cells += [_both(own, peer, "mfu", 1, ".1%")] if mfu else []
-            cells += [_both(own, peer, "memory_bytes", 2**-20, ",.0f")] if memory else []
+            cells += [_both(own, peer, key, unit, form) for key, (_, unit, form) in shown.items()]
             load = " to ".join(f"{each:.1f}" for each in record["load_average"])
             lines.append(f"| {' | '.join([*cells, load, _letter(places.index(where))])} |")
     noted = [f"{_letter(place)}: {where}." for place, where in enumerate(places)]
-    return "\n".join([*lines, "", *noted])
+    listed = ["", *others] if others else []
+    return "\n".join([*lines, *listed, "", *noted])
+
+
+def describe_part(record: Record) -> str:
+    """What a part of a suite found that is no row, what failed in it, and how long it took."""
+    failed = "".join(f"; {name} failed: {why}" for name, why in record["failed"].items())
+    return f"{record['result']}{failed}; {record['took']:.0f} s"
 
 
 def describe_machine(record: Record) -> str:

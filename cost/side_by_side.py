@@ -21,12 +21,16 @@ class Side:
       flops: counts the matrix FLOPs of a step, behind the windows; None where nobody does.
       compile_seconds: that it took before the first step; None where the first step compiles.
       memory: bytes that it occupies at its peak, asked after the windows; None where that is not known.
+      reads: counts the bytes that a step cannot but read of the device's memory; None where nobody does.
+      attention: the implementations of it in the compiled program (`cost.hlo.read_attention`); () where nobody looked.
     """
 
     run: Run
     flops: Callable[[], int] | None = None
     compile_seconds: float | None = None
     memory: Callable[[], int | None] | None = None
+    reads: Callable[[], int] | None = None
+    attention: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,7 @@ def measure_side_by_side(
     *,
     units: int = 1,
     peak: float | None = None,
+    memory_rate: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Times all sides.
@@ -61,11 +66,12 @@ def measure_side_by_side(
       effort: how much is measured.
       units: of what is counted, in one step: pictures in a call of a sampler, tokens of an answer.
       peak: FLOPs a second that the device can do, for MFU; None for none.
+      memory_rate: bytes a second that it can read, for the share of that; None for none.
       clock: seconds.
 
     Returns:
-      sides: {label: seconds of a unit {"median", "low", "high"}, and where known flops_per_second, mfu, memory_bytes,
-        compile_seconds}.
+      sides: {label: seconds of a unit {"median", "low", "high"}, and where known flops_per_second, mfu,
+        memory_rate_share, memory_bytes, compile_seconds, attention}.
       ratios: {label: a peer's seconds over this project's of the window before, median, low and high}: above 1 this
         project is faster.
       spread: the greatest of the peers' greatest window over least; of this project's where it has no peer.
@@ -91,7 +97,9 @@ def measure_side_by_side(
     spread, seconds = min(tried, key=lambda each: each[0])
     pairs = {label: zip(seconds[label], seconds[ours], strict=True) for label in peers}
     return {
-        "sides": {label: _figures(side, Spread.of(seconds[label]), units, peak) for label, side in sides.items()},
+        "sides": {
+            label: _figures(side, Spread.of(seconds[label]), units, peak, memory_rate) for label, side in sides.items()
+        },
         "ratios": {
             label: dataclasses.asdict(Spread.of([theirs / own for theirs, own in each]))
             for label, each in pairs.items()
@@ -117,16 +125,19 @@ def _warm_up(sides: Mapping[str, Side], steps: int) -> dict[str, str]:
     return failed
 
 
-def _figures(side: Side, seconds: Spread, units: int, peak: float | None) -> dict[str, Any]:
+def _figures(side: Side, seconds: Spread, units: int, peak: float | None, memory_rate: float | None) -> dict[str, Any]:
     """What is reported of one side."""
     memory = side.memory() if side.memory is not None else None
     rate = side.flops() / seconds.median if side.flops is not None else None
+    read = side.reads() / seconds.median if side.reads is not None else None
     figures = {
         "seconds": dataclasses.asdict(seconds.over(units)),
         "flops_per_second": rate,
         "mfu": rate / peak if rate is not None and peak else None,
+        "memory_rate_share": read / memory_rate if read is not None and memory_rate else None,
         "memory_bytes": memory,
         "compile_seconds": side.compile_seconds,
+        "attention": list(side.attention) or None,
     }
     return {name: value for name, value in figures.items() if value is not None}
 

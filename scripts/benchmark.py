@@ -24,11 +24,13 @@ needs a prepared dataset; none needs a run.
 Or, with --suite, measures a table of rows beside torch, diffusers, transformers and others (`make parity` installs
 them), both sides warmed up, with as many threads, windows in turn; and writes the table in docs/performance.md. Each
 row is saved when it is measured: started again, the suite goes on with the rows that this commit, machine and versions
-lack.
+lack. That of a GPU also runs the tests that need one, and trains on the embedded dataset and grades the pictures; it
+ends within --minutes.
 """
 _PARTS = ("step", "data", "sample", "decode")
 _OF_A_CONFIG = ("measure", "windows", "steps", "warmup", "distributed", "against", "json")
-_OF_A_SUITE = ("rows", "clock", "again", "no_compile", "toy", "results")
+_OF_A_SUITE = ("rows", "clock", "again", "no_compile", "toy", "results", "minutes", "prepare")
+_GPU_MINUTES = 12.0
 
 
 def main(arguments: Sequence[str]) -> int | None:
@@ -61,6 +63,16 @@ def main(arguments: Sequence[str]) -> int | None:
     suites.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
     suites.add_argument("--toy", action="store_true", help="toy sizes, a rehearsal; writes where --results says")
     suites.add_argument("--results", metavar="FOLDER", help="of the records (default docs/benchmarks)")
+    suites.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="leave out what would not be done by then, the most important first; 0 for no end (default: 12 with "
+        "--suite=gpu, else 0)",
+    )
+    suites.add_argument(
+        "--prepare", action="store_true", help="of --suite=gpu: print what its machine needs before, and how to get it"
+    )
     options, rest = parser.parse_known_args(arguments)
     unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # what is not None afterwards was given
     given, _ = parser.parse_known_args(arguments, unset)
@@ -72,6 +84,11 @@ def main(arguments: Sequence[str]) -> int | None:
     if options.suite:
         if rest:
             raise UserError(f"--suite has its own sizes; leave out {' '.join(rest)}")
+        if options.minutes is not None and not 0 <= options.minutes < 10_000:
+            raise UserError(f"--minutes={options.minutes:g} must be at least 0")
+        if options.prepare:
+            return _prepare(options.suite)
+        usual = _GPU_MINUTES if options.suite == "gpu" and not options.toy else 0.0
         return run_suite(
             options.suite,
             pattern=options.rows,
@@ -79,6 +96,7 @@ def main(arguments: Sequence[str]) -> int | None:
             clock=options.clock,
             compiled=not options.no_compile,
             again=options.again,
+            minutes=usual if options.minutes is None else options.minutes,
             results=Path(options.results) if options.results else None,
         )
     config = load_config(rest)
@@ -101,6 +119,15 @@ def main(arguments: Sequence[str]) -> int | None:
     if jax.process_index() == 0:
         print(json.dumps(report, indent=2) if options.json else format_report(report))
     return None
+
+
+def _prepare(suite: str) -> None:
+    """Answers `--prepare`."""
+    if suite != "gpu":
+        raise UserError("--prepare is of --suite=gpu; `make benchmark` installs what --suite=cpu needs")
+    from cost.gpu_machine import describe_preparation
+
+    print(describe_preparation())
 
 
 def benchmark(

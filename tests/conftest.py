@@ -24,9 +24,14 @@ def _version(package: str) -> tuple[int, ...]:
 
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # a worker has the environment of the process that started it, as below
+# "1": JAX takes the accelerator that the machine has; "rehearsal": the CPU stands in for one; "": for all other tests.
+ACCELERATOR = os.environ.get("TESSERA_TESTS_ACCELERATOR", "")
 
 if not WORKER:
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    if ACCELERATOR == "1":
+        os.environ.pop("JAX_PLATFORMS", None)  # with what there is comes the CPU, which is compared with
+    else:
+        os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["WANDB_MODE"] = "disabled"
     os.environ["MPLBACKEND"] = "agg"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's matrices are small here: threads would wait for each other
@@ -36,7 +41,8 @@ if not WORKER:
     quick += " --xla_cpu_parallel_codegen_split_count=1"
     if _version("jaxlib") <= (0, 10, 2):  # 0.12.0.1 has no such choice, and XLA aborts on a flag that it does not know
         quick += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
+    if ACCELERATOR != "1":  # whose compiler some of them would slow down too
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 
     # Programs that many tests compile are compiled once, also by the commands that tests start and by both suites of
     # `.ci/run`, which gives a folder for all; nobody's own cache is used.
@@ -77,8 +83,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what stands under tests/parity."""
+    """Marks what stands under tests/parity, and leaves out what needs an accelerator where none is asked for."""
     for item in items:
+        if item.get_closest_marker("accelerator") and not ACCELERATOR:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU or TPU, and this run is of the CPU"))
         if item.path.is_relative_to(PARITY):
             item.add_marker(pytest.mark.parity)
 

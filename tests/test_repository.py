@@ -85,7 +85,9 @@ def test_every_folder_of_code_is_a_package():
 
 
 @pytest.mark.parametrize(
-    "requirement", requirements("dev", "drawings", "parity"), ids=lambda requirement: requirement.name
+    "requirement",
+    requirements("dev", "drawings", "parity", "cuda", "tokamax"),
+    ids=lambda requirement: requirement.name,
 )
 def test_lock_has_what_setup_asks_for(requirement: Requirement):
     versions = locked_versions()[canonicalize_name(requirement.name)]
@@ -95,7 +97,9 @@ def test_lock_has_what_setup_asks_for(requirement: Requirement):
 def test_every_dependency_has_a_lower_bound():
     """Without one, continuous integration could not try the oldest versions that work."""
     unbounded = [
-        str(each) for each in requirements("dev", "drawings", "parity") if not re.search(">=|==", str(each.specifier))
+        str(each)
+        for each in requirements("dev", "drawings", "parity", "cuda", "tokamax")
+        if not re.search(">=|==", str(each.specifier))
     ]
     assert unbounded == []
 

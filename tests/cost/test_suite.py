@@ -7,7 +7,9 @@ import pytest
 
 from cli.errors import UserError
 from cost import suite as suites
+from cost.commands import OutOfTime
 from cost.suite import run_suite
+from cost.suite_parts import Part
 
 ON = {"suite": "cpu", "toy": False, "clock": "wall", "compiled": True, "commit": "abc", "dirty": False}
 ON |= {"machine": {"device": "a chip", "cores": 2}, "versions": {"jax": "1.2"}}
@@ -31,23 +33,28 @@ def suite(tmp_path):
     """Runs it over rows one, two, three; `suite.asked` are those that were measured, `suite.said` what was said."""
 
     class Suite:
-        asked, said = [], []
+        asked, said, limits = [], [], []
         answers: dict[str, Any] = {"one": record("one"), "two": record("two"), "three": record("three")}
+        plan: dict[str, Any] = {}
         page = tmp_path / "page.md"
         file = tmp_path / "cpu.jsonl"
+        now, takes = 0.0, 1.0
 
         def run(self, **options):
             self.asked.clear()
-            return run_suite("cpu", results=tmp_path, page=self.page, say=self.said.append, start=self.start, **options)
+            options = {"results": tmp_path, "page": self.page, "say": self.said.append, **options}
+            return run_suite("cpu", start=self.start, now=lambda: self.now, **options)
 
-        def start(self, arguments):
+        def start(self, arguments, seconds):
+            self.limits.append(seconds)
             if "--list" in arguments:
-                return {"rows": list(self.answers), "on": {**ON, "compiled": "--compiled" in arguments}}
+                return {"rows": list(self.answers), "plan": self.plan, "on": ON}
             name = next(each for each in arguments if each.startswith("--row=")).removeprefix("--row=")
             self.asked.append(name)
             if isinstance(self.answers[name], Exception):
                 raise self.answers[name]
-            return self.answers[name]
+            self.now += self.takes
+            return {**self.answers[name], "compiled": "--compiled" in arguments}
 
     suite = Suite()
     suite.page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
@@ -120,3 +127,67 @@ def test_what_cannot_be_is_said(suite):
     with pytest.raises(UserError, match="has no place for the table"):
         suite.run()
     assert suite.asked == []
+
+
+def test_what_no_longer_fits_is_left_out_and_torch_compile_comes_last(suite):
+    suite.plan = {
+        "one": {"seconds": 30.0, "compiles": True},
+        "two": {"seconds": 50.0, "compiles": False},
+        "three": {"seconds": 20.0, "compiles": True},
+    }
+    suite.takes = 30.0
+    assert suite.run(minutes=2.0) == 0
+    # Behind 90 s without torch.compile, one with it would take 60 of 30 s, and three 40.
+    assert suite.asked == ["one", "two", "three"] and suite.limits[1:] == [120.0, 90.0, 60.0]
+    assert any(line.startswith("4 of 5  one, torch.compile too: left out: it takes about 60 s") for line in suite.said)
+    assert suite.said[-1] == "2 of 5 left out for lack of time; the same command goes on with them"
+
+    assert suite.run(minutes=2.0) == 0  # the next start finds what is there, and has time for the rest
+    assert suite.asked == ["one", "three"]
+    assert [json.loads(line)["compiled"] for line in suite.file.read_text().splitlines()] == [True, False, True]
+    suite.said.clear()
+    suite.run(minutes=2.0)
+    assert suite.asked == [] and all("there already" in line for line in suite.said)
+
+
+def test_less_time_than_a_row_takes_goes_to_shorter_ones_behind_it(suite):
+    suite.plan = {name: {"seconds": seconds} for name, seconds in (("one", 50.0), ("two", 500.0), ("three", 60.0))}
+    suite.takes = 50.0
+    suite.answers["three"] = OutOfTime("stopped after 70 s")
+    assert suite.run(minutes=2.0, compiled=False) == 0
+    assert suite.asked == ["one", "three"]
+    assert "3 of 3  three: stopped after 70 s" in suite.said and suite.said[-1].startswith("2 of 3 left out")
+
+
+def test_parts_stand_where_they_say_and_below_the_table(suite):
+    def run(result, failed):
+        def found(toy, seconds):
+            suite.limits.append((toy, seconds))
+            suite.now += 7
+            return {"result": result, "figures": {}, "failed": failed, "noise": False, "date": "2026-01-02"}
+
+        return found
+
+    parts = [
+        Part("tests", "the tests", "", 10.0, run("2 passed, 1 failed", {"attention": "too far"})),
+        Part("trained", "a training", "two", 10.0, run("all right", {})),
+    ]
+    assert suite.run(parts=parts, minutes=60.0, compiled=False) == 1
+    names = [json.loads(line)["row"] for line in suite.file.read_text().splitlines()]
+    assert names == ["tests", "one", "two", "trained", "three"]
+    assert suite.limits[1] == (False, 3600.0)
+    text = suite.page.read_text()
+    assert "- the tests: 2 passed, 1 failed; attention failed: too far; 7 s (a)." in text
+    assert "- a training: all right; 7 s (a)." in text
+    suite.run(parts=parts, compiled=False)
+    assert suite.asked == [] and suite.limits[-1] == (False, None)  # what failed is done again
+    assert suite.run(parts=parts, compiled=False, pattern="trained") == 0
+
+
+def test_figures_that_only_some_rows_have_get_a_column(suite):
+    figures = {"mfu": 0.5, "memory_rate_share": 0.25, "memory_bytes": 2**31, "compile_seconds": 12.3}
+    suite.answers["two"]["sides"]["jax"].update(figures)
+    suite.run()
+    lines = suite.page.read_text().splitlines()
+    assert lines[2].endswith("| MFU | of the memory's rate | peak memory, MiB | compilation, s | load | on |")
+    assert any("| 50.0% | 25.0% | 2,048 | 12 | 0.5 to 0.8 | a |" in line for line in lines)

@@ -24,7 +24,7 @@ BENCHMARKS = Path(__file__).with_name("benchmarks")
 KINDS = (
     *("uvit_s_step", "ddpm_uvit_sampling", "autoencoder_step", "stable_diffusion_sampling", "unidiffuser_step"),
     *("unidiffuser_sampling", "llama_step", "vision_adapter_decoding", "clip_vit_b32_step", "dalle_step"),
-    "dalle_decoding",
+    *("dalle_decoding", "attention_dalle"),
 )
 ELSEWHERE = "first_stage_rows:moments"  # two steps that compile for half a minute; a test below has what it gives them
 
@@ -43,17 +43,24 @@ def suites(one_row):
     return importlib.import_module("rows").SUITES
 
 
+def rows_by_name(suites):
+    return {row.name: row for suite in ("gpu", "cpu") for row in suites[suite]}
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_row(name, one_row, suites, monkeypatch):
-    row = next(row for row in suites["cpu"] if row.name == name)
+    row = rows_by_name(suites)[name]
     case = row.case(importlib.import_module("updates").Peers(), True)
     built = SimpleNamespace(name=row.name, what=row.what, effort=row.effort, case=lambda *_: case)
     record = one_row.measure(built, "cpu", True, "processor", False)
     assert record["toy"] and record["row"] == name and len(record["commit"]) == 40
     assert {"jax", "torch"} <= record["versions"].keys()
-    (ours, figures), (peer, _) = record["sides"].items()
-    assert ours == "jax" and record["ratios"].keys() == {peer}
+    (ours, figures), (peer, _), *_ = record["sides"].items()
+    assert ours == "jax" and peer in record["ratios"]
     assert 0 < figures["seconds"]["low"] <= figures["seconds"]["high"]
+    assert record["failed"].keys() <= {"tokamax"}, record["failed"]  # which is installed where a GPU is measured
+    reads = case.sides["jax"].reads
+    assert reads is None or reads() > 0
     flops = case.sides["jax"].flops
     if flops is not None and row.make in {row.make for row in suites["gpu"]}:
         monkeypatch.setattr(attention, "choose_attention", lambda *_: pytest.fail("inside a kernel nobody can count"))
@@ -71,7 +78,8 @@ def test_every_row_of_both_suites_has_a_network_and_a_function(suites):
             for sizes in (row.sizes, {**row.sizes, **row.toy}):
                 network = sizes.get("network", "toy_unet")
                 assert network in networks or Path(network).is_file()
-    assert sorted(row.make for row in suites["cpu"] if row.name in KINDS) == sorted(kinds - {ELSEWHERE})
+    tried = [row.make for name, row in rows_by_name(suites).items() if name in KINDS]
+    assert sorted(tried) == sorted(kinds - {ELSEWHERE})
     for fields in networks.values():
         create_model(**fields)
 

@@ -132,7 +132,25 @@ def jax_decoding(size: Size, batch_size: int, dtype: str) -> Side:
     inputs = [jax.numpy.zeros(x.shape, x.dtype) for x in sampler.model.example_inputs(1)]
     params = {"dalle": jax.jit(sampler.model.init)(jax.random.key(0), *inputs)["params"]}
     request = sampler.request(np.random.default_rng(0).integers(1, size.text_vocab, (batch_size, size.text)))
-    return our_calls(sampler, params, {}, frozen, request, jax.random.split(jax.random.key(0), batch_size))
+    keys = jax.random.split(jax.random.key(0), batch_size)
+    read = decoding_bytes(sampler.model, batch_size, params["dalle"])
+    return our_calls(sampler, params, {}, frozen, request, keys, reads=lambda: read)
+
+
+def decoding_bytes(model: Any, batch_size: int, params: Any) -> int:
+    """What drawing a batch of pictures cannot but read of memory, in the dtype of the computation.
+
+    For each image token all kernels of the blocks and of the image's head, and keys and values of the positions before
+    it. Tables, of which a row is read, the caption's own pass and the image tokenizer are left out.
+    """
+    import jax
+
+    blocks = {name: tree for name, tree in params.items() if name.startswith("blocks") or name == "image_head"}
+    weights = sum(leaf.size for leaf in jax.tree.leaves(blocks))
+    steps = model.image_length - 1  # the last token is chosen and never read
+    positions = sum(model.text_block + step for step in range(steps)) * batch_size
+    cached = 2 * model.depth * (model.head_dim or model.width // model.heads) * model.heads
+    return jax.numpy.dtype(model.dtype).itemsize * (steps * weights + positions * cached)
 
 
 def torch_step(size: Size, batch_size: int, peers: Peers, compiled: bool) -> Side:

@@ -45,7 +45,7 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def training(peers: Peers, network: str, batch_size: int, length: int = 0) -> Case:
+def training(peers: Peers, network: str, batch_size: int, length: int = 0, attention: str = "auto") -> Case:
     """Updates of both: the squared error of the noise of given states, backward, AdamW.
 
     Args:
@@ -53,12 +53,13 @@ def training(peers: Peers, network: str, batch_size: int, length: int = 0) -> Ca
       network: a name of `NETWORKS`, or a config whose denoiser it is.
       batch_size: of a step.
       length: tokens of the context; 0 for a network without one.
+      attention: what ours attends with; another than "auto" is measured alone, beside the row that has it.
     """
     import jax.numpy as jnp
     import numpy as np
     import torch
 
-    pair = _pair(peers, network, batch_size, length)
+    pair = _pair(peers, network, batch_size, length, attention)
     x_t, t, told = pair.inputs()
     eps = np.random.default_rng(3).normal(size=(*x_t.shape[:-1], _channels(pair.model))).astype(np.float32)
 
@@ -81,7 +82,8 @@ def training(peers: Peers, network: str, batch_size: int, length: int = 0) -> Ca
         return their_updates(pair.network, their_loss, compiled=compiled, device=pair.device, train=train)
 
     ours = our_updates(loss_of(pair), {"denoiser": pair.params}, batch, plain=loss_of(pair.plain()))
-    return Case({"jax": ours, **peers.sides(_library(pair), their_side)}, dtype=peers.dtype)
+    theirs = peers.sides(_library(pair), their_side) if attention == "auto" else {}
+    return Case({"jax": ours, **theirs}, dtype=peers.dtype)
 
 
 def sampling(peers: Peers, network: str, batch_size: int, steps: int, length: int = 0) -> Case:
@@ -158,9 +160,9 @@ def sampling(peers: Peers, network: str, batch_size: int, steps: int, length: in
     return Case({"jax": ours, **peers.sides(_library(pair), their_side)}, units=batch_size, dtype=peers.dtype)
 
 
-def _pair(peers: Peers, network: str, batch_size: int, length: int) -> Pair:
+def _pair(peers: Peers, network: str, batch_size: int, length: int, attention: str = "auto") -> Pair:
     fields = NETWORKS[network] if network in NETWORKS else read_network(network)
-    return Pair.create(fields, batch_size=batch_size, length=length, device=peers.device)
+    return Pair.create(fields, batch_size=batch_size, length=length, device=peers.device, attention=attention)
 
 
 def _channels(model: Any) -> int:

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent), str(ROOT / "tests" / "mo
 
 from cli.allocator import reexec_with_fast_allocator  # noqa: E402
 
-_LIBRARIES = ("jax", "flax", "torch", "diffusers", "transformers", "open-clip-torch", "dalle-pytorch")
+_LIBRARIES = ("jax", "flax", "tokamax", "torch", "diffusers", "transformers", "open-clip-torch", "dalle-pytorch")
 
 
 def main() -> None:
@@ -45,7 +45,8 @@ def main() -> None:
     rows = SUITES[options.suite]
     if options.list:
         on = describe(options.suite, options.toy, options.clock, options.compiled)
-        found: Any = {"rows": [row.name for row in rows], "on": on}
+        plan = {row.name: {"seconds": row.seconds, "compiles": row.compiles} for row in rows}
+        found: Any = {"rows": [*plan], "plan": plan, "on": on}
     else:
         if importlib.util.find_spec("torch") is None:
             sys.exit("the peers of this suite need torch and friends: `make parity` installs them")
@@ -68,6 +69,7 @@ def measure(row: Any, suite: str, toy: bool, clock: str, compiled: bool) -> dict
     import jax
     from updates import Peers
 
+    from cost.chips import published_memory_rate
     from cost.peak_flops import peak_flops
     from cost.side_by_side import CLOCKS, Effort, measure_side_by_side
 
@@ -75,8 +77,10 @@ def measure(row: Any, suite: str, toy: bool, clock: str, compiled: bool) -> dict
     case = row.case(Peers("cuda" if gpu else "cpu", compiled), toy)
     effort = Effort(windows=2, steps=1, warmup=1, attempts=1) if toy else row.effort
     peak = peak_flops(jax.local_devices()[0], case.dtype).flops if gpu else None
+    memory_rate = published_memory_rate(jax.local_devices()[0].device_kind) if gpu else None
     sides = {label: dataclasses.replace(side, flops=None) if toy else side for label, side in case.sides.items()}
-    report = measure_side_by_side(sides, effort, units=case.units, peak=peak, clock=CLOCKS[clock])
+    rates = {"peak": peak, "memory_rate": memory_rate}
+    report = measure_side_by_side(sides, effort, units=case.units, **rates, clock=CLOCKS[clock])
     now = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"row": row.name, "what": row.what, **describe(suite, toy, clock, compiled), "date": now, **report}
 

@@ -27,6 +27,8 @@ class Row:
       sizes: arguments of that.
       toy: those that differ at toy size.
       effort: how much is measured.
+      seconds: about what it takes on one H100, without torch.compile: a guess, of which a suite with little time asks.
+      compiles: whether torch.compile has something to do in it.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Row:
     sizes: Mapping[str, Any]
     toy: Mapping[str, Any]
     effort: Effort = USUAL
+    seconds: float = 60.0
+    compiles: bool = True
 
     def case(self, peers: Peers, toy: bool) -> Case:
         """Both sides, ready to run."""
@@ -51,7 +55,7 @@ _TOY_CLIP = {"config": "configs/paper/clip_vit.py:debug", "batch_size": 2, "over
 def _denoiser(name: str, what: str, toy: Mapping[str, Any], effort: Effort = USUAL, **sizes: Any) -> Row:
     kind = "sampling" if "steps" in sizes else "training"
     toy = {**toy, **({"steps": 2} if kind == "sampling" else {})}
-    return Row(name, what, f"denoiser_rows:{kind}", sizes, toy, effort)
+    return Row(name, what, f"denoiser_rows:{kind}", sizes, toy, effort, compiles="attention" not in sizes)
 
 
 CPU = (
@@ -171,6 +175,14 @@ CPU = (
 
 _GPU = Effort(windows=5, steps=5, warmup=3, attempts=2)
 _GPU_ONCE = Effort(windows=3, steps=1, warmup=1, attempts=2)
+_TOY_ATTENTION = {"batch_size": 1, "length": 8, "heads": 2, "width": 8}
+
+
+def _attention(name: str, what: str, **sizes: Any) -> Row:
+    """Of kernels, none of which torch.compile changes."""
+    return Row(name, what, "attention_rows:training", sizes, _TOY_ATTENTION, _GPU, seconds=35.0, compiles=False)
+
+
 # In order of what is missed most if a machine goes away. Sizes are of one GPU with 80 GB.
 GPU = (
     _denoiser(
@@ -181,7 +193,7 @@ GPU = (
     _denoiser("uvit_l_step", "U-ViT-L/2, batch 32, a training step", _TOY_UVIT, _GPU, network="uvit_l", batch_size=32),
     Row(
         "clip_vit_b32_step", "CLIP ViT-B/32, batch 512, a training step", "clip_rows:training",
-        {"config": "configs/paper/clip_vit.py", "batch_size": 512}, _TOY_CLIP, _GPU,
+        {"config": "configs/paper/clip_vit.py", "batch_size": 512}, _TOY_CLIP, _GPU, seconds=40.0,
     ),
     Row(
         "dalle_1b_step", "DALL-E 1.3 B, 24 layers of 2048, 256 + 1024 tokens, batch 4, a training step",
@@ -189,24 +201,45 @@ GPU = (
     ),
     Row(
         "dalle_1b_decoding_1", "... drawing with the cache, a picture of 1", "dalle_rows:decoding",
-        {"size": "1.3b", "batch_size": 1, "measured": False}, {"size": "toy"}, _GPU_ONCE,
+        {"size": "1.3b", "batch_size": 1, "measured": False}, {"size": "toy"}, _GPU_ONCE, 45.0, compiles=False,
     ),
     Row(
         "dalle_1b_decoding_32", "... drawing with the cache, a picture of 32", "dalle_rows:decoding",
-        {"size": "1.3b", "batch_size": 32, "measured": False}, {"size": "toy", "batch_size": 2}, _GPU_ONCE,
+        {"size": "1.3b", "batch_size": 32, "measured": False}, {"size": "toy", "batch_size": 2}, _GPU_ONCE, 60.0,
+        compiles=False,
     ),
     _denoiser(
         "sd_sampling", "Stable Diffusion 1's UNet at 512 x 512 pixels, 50 steps, guided, a picture of 4", _TOY_UNET,
         _GPU_ONCE, network="sd", batch_size=4, length=77, steps=50,
     ),
-    Row(
-        "unidiffuser_step", "UniDiffuser version 1, batch 8, a training step", "unidiffuser_rows:training",
-        {"size": "v1", "batch_size": 8}, {"size": "toy", "batch_size": 2}, _GPU,
+    _attention(
+        "attention_sd", "attention of Stable Diffusion's 4096 positions, 8 heads of 40, batch 8, with gradients",
+        batch_size=8, length=4096, heads=8, width=40,
+    ),
+    _attention(
+        "attention_dit", "... of DiT-XL/2: 256 positions, 16 heads of 72, batch 32",
+        batch_size=32, length=256, heads=16, width=72,
+    ),
+    _attention(
+        "attention_dalle", "... of DALL-E 1.3 B, causal: 1280 positions, 16 heads of 128, batch 4",
+        batch_size=4, length=1280, heads=16, width=128, causal=True,
     ),
     _denoiser("uvit_h_step", "U-ViT-H/2, batch 32, a training step", _TOY_UVIT, _GPU, network="uvit_h", batch_size=32),
     Row(
         "clip_vit_l14_step", "CLIP ViT-L/14, batch 128, a training step", "clip_rows:training",
         {"config": "configs/paper/clip_vit.py:l14", "batch_size": 128}, _TOY_CLIP, _GPU,
+    ),
+    _denoiser(
+        "dit_xl_plain_step", "DiT-XL/2, batch 32, a training step with plain attention", _TOY_DIT, _GPU,
+        network="dit_xl", batch_size=32, attention="xla",
+    ),
+    _denoiser(
+        "sd_unet_plain_step", "Stable Diffusion 1's UNet, batch 8, a training step with plain attention", _TOY_UNET,
+        _GPU, network="sd", batch_size=8, length=77, attention="xla",
+    ),
+    Row(
+        "unidiffuser_step", "UniDiffuser version 1, batch 8, a training step", "unidiffuser_rows:training",
+        {"size": "v1", "batch_size": 8}, {"size": "toy", "batch_size": 2}, _GPU,
     ),
 )  # fmt: skip
 

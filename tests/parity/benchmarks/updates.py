@@ -131,16 +131,10 @@ def our_updates(
 
 def our_program(step: Callable[..., Any], state: Any, *others: Any, flops: Callable[[], int] | None = None) -> Side:
     """A step that takes its state and returns the next one first, jitted already or not."""
-    import time
-
     import jax
 
-    from cost.measured import program_bytes
-
-    begun = time.perf_counter()
     jitted: Any = step if hasattr(step, "lower") else jax.jit(step, donate_argnums=0)
-    compiled = jitted.lower(state, *others).compile()
-    compile_seconds = time.perf_counter() - begun
+    compiled, known = _compile(jitted, state, *others)
 
     def run(count: int) -> None:
         nonlocal state
@@ -148,10 +142,41 @@ def our_program(step: Callable[..., Any], state: Any, *others: Any, flops: Calla
             state, *_ = compiled(state, *others)
         jax.block_until_ready(state)
 
-    return Side(run, flops, compile_seconds, lambda: program_bytes(compiled.memory_analysis()))
+    return Side(run, flops, **known)
 
 
-def our_calls(function: Callable[..., Any], *arguments: Any, flops: Callable[[], int] | None = None) -> Side:
+def our_function(function: Callable[..., Any], *arguments: Any, flops: Callable[[], int] | None = None) -> Side:
+    """Calls of a function that is compiled here."""
+    import jax
+
+    compiled, known = _compile(jax.jit(function), *arguments)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            jax.block_until_ready(compiled(*arguments))
+
+    return Side(run, flops, **known)
+
+
+def _compile(jitted: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """The program, and what is known of it before it runs: fields of a `Side`."""
+    import time
+
+    from cost.hlo import read_attention
+    from cost.measured import program_bytes
+
+    begun = time.perf_counter()
+    compiled = jitted.lower(*arguments).compile()
+    known = {"compile_seconds": time.perf_counter() - begun, "attention": read_attention(compiled.as_text())}
+    return compiled, {**known, "memory": lambda: program_bytes(compiled.memory_analysis())}
+
+
+def our_calls(
+    function: Callable[..., Any],
+    *arguments: Any,
+    flops: Callable[[], int] | None = None,
+    reads: Callable[[], int] | None = None,
+) -> Side:
     """Calls of a function that compiles itself."""
     import jax
 
@@ -159,7 +184,7 @@ def our_calls(function: Callable[..., Any], *arguments: Any, flops: Callable[[],
         for _ in range(count):
             jax.block_until_ready(function(*arguments))
 
-    return Side(run, flops)
+    return Side(run, flops, reads=reads)
 
 
 def their_updates(
