@@ -15,6 +15,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+LOCKED = ("dev", "drawings", "parity", "cuda", "tokamax")  # extras whose versions requirements.lock gives
 
 
 def setup_arguments() -> dict[str, ast.expr]:
@@ -86,7 +87,7 @@ def test_every_folder_of_code_is_a_package():
 
 @pytest.mark.parametrize(
     "requirement",
-    requirements("dev", "drawings", "parity", "cuda", "tokamax"),
+    requirements(*LOCKED),
     ids=lambda requirement: requirement.name,
 )
 def test_lock_has_what_setup_asks_for(requirement: Requirement):
@@ -96,11 +97,7 @@ def test_lock_has_what_setup_asks_for(requirement: Requirement):
 
 def test_every_dependency_has_a_lower_bound():
     """Without one, continuous integration could not try the oldest versions that work."""
-    unbounded = [
-        str(each)
-        for each in requirements("dev", "drawings", "parity", "cuda", "tokamax")
-        if not re.search(">=|==", str(each.specifier))
-    ]
+    unbounded = [str(each) for each in requirements(*LOCKED) if not re.search(">=|==", str(each.specifier))]
     assert unbounded == []
 
 

@@ -83,7 +83,7 @@ def torch_side(arrays: list[Any], causal: bool, peers: Peers) -> tuple[Side, Any
 
     use_all_cores()
     kind = torch.bfloat16 if peers.gpu else torch.float32
-    tensors = [torch.from_numpy(each).to(peers.device, kind).transpose(1, 2).contiguous() for each in arrays]
+    tensors = [torch.tensor(each).to(peers.device, kind).transpose(1, 2).contiguous() for each in arrays]
     *inputs, given = tensors
     for each in inputs:
         each.requires_grad_()
