@@ -97,16 +97,15 @@ def _train_and_grade(runs: Path, toy: bool, seconds: float | None) -> Result:
 
     begun, variant = time.monotonic(), ":debug" if toy else ""
 
-    def left() -> float | None:
-        return None if seconds is None else seconds - (time.monotonic() - begun)
+    def left(reserve: float = 0.0) -> float | None:
+        return None if seconds is None else seconds - reserve - (time.monotonic() - begun)
 
     def start(*arguments: str, limit: float | None, patience: float = 0.0, codes: tuple[int, ...] = (EXIT_OK,)) -> None:
         run_command([sys.executable, "-m", *arguments], limit, patience=patience, codes=codes)
 
     start("scripts.prepare", "--dataset=scenes/single32", limit=left())
-    budget = _TRAINING_SECONDS
-    if seconds is not None:
-        budget = min(budget, left() - _GRADING_SECONDS)
+    there_is = left(reserve=_GRADING_SECONDS)
+    budget = _TRAINING_SECONDS if there_is is None else min(_TRAINING_SECONDS, there_is)
     stages: dict[str, Any] = {}
     source = f"--config.frozen.first_stage.source={runs / 'autoencoder'}"
     for name, flags in (("autoencoder", ()), ("latent_unet", (source,))):
