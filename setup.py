@@ -44,6 +44,7 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "scipy>=1.14",
+        "simplejpeg>=1.9",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.21",
         "tqdm>=4.67",

@@ -1,7 +1,7 @@
 """Batches of a stream, read ahead by threads or by processes.
 
-Threads suffice where reading is little work: Pillow decodes without the interpreter's lock. Processes share no lock at
-all, and leave that of the training process alone. Batches are the same, to the bit, whoever reads them.
+Threads suffice where reading is little work: pictures are decoded without the interpreter's lock. Processes share no
+lock at all, and leave that of the training process alone. Batches are the same, to the bit, whoever reads them.
 """
 
 import collections

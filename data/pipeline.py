@@ -20,7 +20,7 @@ from data.buckets import BucketOrder, choose_buckets, shapes_of
 from data.dialogues import SCENES, check_dialogues, encode_dialogue, make_dialogue
 from data.llama_tokenizer import LlamaTokenizer
 from data.picture_sizes import picture_sizes
-from data.pictures import open_picture, read_picture
+from data.pictures import load_picture, read_picture
 from data.precomputed import MADE_OF, StoredField
 from data.preprocess import TRANSFORMS, choose_caption, transform_pair
 from data.records import CAPTIONS, PLACE, dataset_folder, open_records
@@ -109,7 +109,7 @@ def picture_reader(config: ConfigDict) -> Callable[[bytes], Any]:
     draft = config.draft and config.get("max_tiles", 1) == 1
     # What is kept is kept as pixels, which take less; otherwise Pillow's image is spared a copy.
     return functools.partial(
-        read_picture if config.cache else open_picture,
+        read_picture if config.cache else load_picture,
         size=transform_pair(config.transform).draft_side(longest) if draft else 0,
     )
 

@@ -23,6 +23,7 @@ from data import drawings, scenes
 from data.bounded_cache import BoundedCache
 from data.fields import captions_of, find_image_field, find_text_field, no_captions
 from data.pictures import PictureError, as_rgb, read_picture
+from data.record_parser import RecordParser
 from data.storage import INFO
 from data.tally import DAMAGED, INCOMPLETE, Tally
 
@@ -138,10 +139,7 @@ class RecordSource:
         self.require_fields(needs)
         chosen = {self._image, self._text, *needs, *(self._stored if fields is None else fields)}
         kept = {name: feature for name, feature in self._stored.items() if name in chosen}
-        self._features = tfds.features.FeaturesDict(kept)
-        # TFDS' own decoder takes a file's numbers for colors, whatever they stand for.
-        files = [name for name, feature in kept.items() if isinstance(feature, tfds.features.Image)]
-        self._decoders = {name: tfds.decode.SkipDecoding() for name in files} or None
+        self._parser = RecordParser(kept)
         self._cache: BoundedCache[dict[str, Any]] | None = None
         if cache:
             self._cache = BoundedCache(CACHE_BYTES, 0, _bytes_of, drops=False)
@@ -229,7 +227,7 @@ class RecordSource:
         )
 
     def _decode(self, raw: Any) -> dict[str, Any]:
-        stored: Any = self._features.deserialize_example_np(raw, decoders=self._decoders)
+        stored = self._parser.parse(raw)
         record = {name: value for name, value in stored.items() if name not in (self._image, self._text)}
         if self._text is not None:
             record[CAPTIONS] = captions_of(stored[self._text])

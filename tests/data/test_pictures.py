@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageCms, PngImagePlugin
 
 from data import pictures
-from data.pictures import PictureError, read_picture
+from data.pictures import PictureError, load_picture, open_picture, read_picture
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -28,6 +29,13 @@ def halves() -> np.ndarray:
     picture = np.zeros((8, 16, 3), np.uint8)
     picture[:, :8], picture[:, 8:] = RED, BLUE
     return picture
+
+
+def turned(orientation: int) -> bytes:
+    """EXIF that says how a picture is to be turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
 
 
 def png(header: tuple[int, int, int, int], rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -174,6 +182,57 @@ def test_inks_and_other_color_spaces():
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     measured = ImageCms.profileToProfile(Image.new("RGB", (16, 16), (200, 90, 40)), rgb, lab, outputMode="LAB")
     assert np.abs(read_picture(file(measured, "TIFF")).astype(int) - (200, 90, 40)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({"subsampling": 0}, True),
+        ({"subsampling": 1, "quality": 30}, True),
+        ({"subsampling": 2}, True),
+        ({"progressive": True}, True),
+        ({"restart_marker_rows": 1}, True),
+        ({"keep_rgb": True}, True),
+        ({"exif": b"damaged"}, True),
+        ({"exif": turned(1)}, True),
+        ({"exif": turned(6)}, False),
+    ],
+    ids=str,
+)
+def test_a_plain_jpeg_has_the_pixels_that_pillow_gives(monkeypatch, options, plain):
+    picture = np.random.default_rng(0).integers(0, 256, (37, 51, 3), np.uint8).cumsum(axis=1).astype(np.uint8)
+    data = file(picture, "JPEG", **options)
+    pixels = load_picture(data)
+    assert isinstance(pixels, np.ndarray) == plain
+    assert (np.asarray(pixels) == np.asarray(open_picture(data))).all() and np.ptp(pixels) > 200
+    if plain:
+        with pytest.raises(ValueError, match="read-only"):
+            pixels[0, 0, 0] = 1
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 37 * 51 - 1)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)  # the limit comes before it
+    with pytest.raises(PictureError, match="51 x 37 pixels are more|37 x 51 pixels are more"):
+        load_picture(data)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_jpegs_are_left_to_pillow(mode):
+    data = file(Image.fromarray(halves()).convert(mode), "JPEG")
+    pixels = load_picture(data)
+    assert isinstance(pixels, Image.Image) and (np.asarray(pixels) == np.asarray(open_picture(data))).all()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-200], lambda data: data[:700] + b"\xff\xd8" + data[702:]])
+def test_of_a_damaged_jpeg_pillow_decides(damage):
+    data = damage(file(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), "JPEG"))
+    with pytest.raises(ValueError, match=r"."):
+        simplejpeg.decode_jpeg(data)
+    results = []
+    for read in (load_picture, open_picture):
+        try:
+            results.append(np.asarray(read(data)).tolist())
+        except PictureError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
 
 
 def test_a_large_jpeg_is_decoded_smaller_when_little_is_wanted():
