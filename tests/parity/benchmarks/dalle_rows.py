@@ -97,6 +97,7 @@ def read_config(size: Size, batch_size: int, dtype: str) -> Any:
         config.loss.caption_dropout = 0.0
         config.sample.update({"guidance": 1.0, "temperature": 1.0, "top_k": size.image_vocab // 10, "top_p": 1.0})
         config.ema.decay = 0.0
+        config.optimizer.rules = ({"pattern": ".*"},)  # AdamW for every kernel, as the peer has it; the recipe has Muon
     return config
 
 
