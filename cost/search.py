@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,9 +28,9 @@ class Candidate:
     """One way to run a step.
 
     Attributes:
-      topology: the slice.
-      chips: of the slice.
-      devices: of the slice.
+      topology: the slice; "" for GPUs.
+      chips: of the slice, or GPUs.
+      devices: of the slice, or GPUs.
       fsdp: over how many devices parameters are split, if the rules of the mesh split any.
       microbatches: parts of a batch.
       remat: recomputation of all trained networks that know it; "" if none does.
@@ -47,18 +47,20 @@ class Candidate:
 
     def overrides(self) -> tuple[str, ...]:
         """What to add to a command line."""
-        mesh = {"topology": self.topology, "data": -1, "fsdp": self.fsdp, "microbatches": self.microbatches}
         return (
-            *(f"--config.mesh.{key}={value}" for key, value in mesh.items()),
+            *(f"--config.mesh.{key}={value}" for key, value in self._mesh().items()),
             *(f"--config.models.{part}.remat={self.remat}" for part in self.parts),
         )
 
     def apply(self, config: ConfigDict) -> ConfigDict:
         """A copy of the experiment with the same."""
         config = config.copy_and_resolve_references()
-        mesh = {"topology": self.topology, "data": -1, "fsdp": self.fsdp, "microbatches": self.microbatches}
-        config.update({"mesh": mesh, "models": {part: {"remat": self.remat} for part in self.parts}})
+        config.update({"mesh": self._mesh(), "models": {part: {"remat": self.remat} for part in self.parts}})
         return config
+
+    def _mesh(self) -> dict[str, Any]:
+        topology = {"topology": self.topology} if self.topology else {}
+        return {**topology, "data": -1, "fsdp": self.fsdp, "microbatches": self.microbatches}
 
 
 @runtime_checkable
@@ -71,6 +73,10 @@ class Shapes(Protocol):
 
     def temporary_bytes(self, config: ConfigDict, devices: int) -> int:
         """Of a device, estimated."""
+        ...
+
+    def step_flops(self) -> int:
+        """Of all devices, without what is computed a second time."""
         ...
 
 
@@ -108,6 +114,18 @@ class Store:
 
 
 def candidates(config: ConfigDict, chip: Chip, most_chips: int) -> list[list[Candidate]]:
+    """`ways` on the slices of a chip.
+
+    Args:
+      config: an experiment.
+      chip: the kind.
+      most_chips: of a slice.
+    """
+    sizes = [(f"{chip.name}:{topology}", math.prod(map(int, topology.split("x")))) for topology in chip.topologies]
+    return ways(config, [(topology, chips, chips * chip.devices) for topology, chips in sizes if chips <= most_chips])
+
+
+def ways(config: ConfigDict, slices: Iterable[tuple[str, int, int]]) -> list[list[Candidate]]:
     """Ways to run a step, a list a slice: the smallest slice first, and in it what computes the least again.
 
     Parameters are split over one device, all of the slice, or as many as the config says; not at all where its rules
@@ -115,22 +133,20 @@ def candidates(config: ConfigDict, chip: Chip, most_chips: int) -> list[list[Can
 
     Args:
       config: an experiment.
-      chip: the kind.
-      most_chips: of a slice.
+      slices: topology, chips and devices of each.
     """
     parts = tuple(sorted(part for part, network in config.models.items() if "remat" in network))
     splits = any("fsdp" in axes for _, axes in config.mesh.rules)
     found = []
-    for topology in chip.topologies:
-        chips = math.prod(int(side) for side in topology.split("x"))
-        devices, tensor = chips * chip.devices, config.mesh.tensor
-        if chips > most_chips or devices % tensor:
+    for topology, chips, devices in slices:
+        tensor = config.mesh.tensor
+        if devices % tensor:
             continue
         most = devices // tensor
         fsdp = sorted({size for size in (1, config.mesh.fsdp, most) if most % size == 0}) if splits else [1]
         found.append(
             [
-                Candidate(f"{chip.name}:{topology}", chips, devices, size, microbatches, remat, parts)
+                Candidate(topology, chips, devices, size, microbatches, remat, parts)
                 for remat, microbatches, size in itertools.product(
                     _REMAT if parts else ("",), sorted({*_MICROBATCHES, config.mesh.microbatches}), fsdp
                 )
@@ -144,7 +160,7 @@ def search(
     config: ConfigDict,
     slices: list[list[Candidate]],
     *,
-    hbm_bytes: int,
+    chip: Chip,
     shapes: Shapes,
     compile_step: Callable[[ConfigDict, str], Report],
     key: Callable[[ConfigDict], str],
@@ -157,10 +173,13 @@ def search(
     even if it is off by its factor; and, once something fits a slice, what recomputes more or takes more parts there,
     neither of which lowers the bound, or anything if products already are what bounds it.
 
+    Once a slice holds the step, the largest follow, which as a rule are the fastest; those of which products alone take
+    longer than the best step so far are left out.
+
     Args:
       config: an experiment.
       slices: of `candidates`.
-      hbm_bytes: of a device.
+      chip: the kind of the slices.
       shapes: arithmetic.
       compile_step: (config, topology) -> report of `scripts.fit`.
       key: config -> what identifies a question.
@@ -170,16 +189,22 @@ def search(
     Returns:
       what fits.
     """
-    fitting = []
-    for ways in slices:
+    fitting, waiting = [], list(slices)
+    while waiting:
+        on_slice = waiting.pop(-1 if fitting else 0)
+        if fitting:
+            least = shapes.step_flops() / (on_slice[0].devices * chip.flops)
+            if least >= fastest(fitting)[1]["bound"]["seconds"]:
+                say(on_slice[0], f"no way is faster: products alone take {least:.4g} s; nor on smaller slices")
+                break
         best: tuple[Candidate, Report] | None = None
-        for way in ways:
+        for way in on_slice:
             same = best and (way.remat, way.microbatches) == (best[0].remat, best[0].microbatches)
             if best and (not same or best[1]["bound"]["by"] == "compute"):
                 break
             changed = way.apply(config)
             try:
-                report = _answer(changed, way, hbm_bytes, shapes, compile_step, key, store)
+                report = _answer(changed, way, chip.hbm_bytes, shapes, compile_step, key, store)
             except UserError as error:
                 say(way, f"impossible: {error}")
                 continue

@@ -7,6 +7,8 @@ import jax
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cost.compiled import step_flops
+from cost.flops import plain_config
 from cost.temporaries import program_temporary_bytes
 from train.distributed.mesh import AXES, check_batch_size
 from train.distributed.sharding import shardings
@@ -21,12 +23,14 @@ class StepShapes:
     Args:
       config: an experiment; its mesh is of no account.
       device: any; nothing is put on it.
+      fused_attention: whether programs are taken to have that of GPUs, which keeps its scores to itself.
     """
 
-    def __init__(self, config: ConfigDict, device: jax.Device):
-        self._config, self._device = config, device
+    def __init__(self, config: ConfigDict, device: jax.Device, fused_attention: bool = False):
+        self._config, self._device, self._fused_attention = config, device, fused_attention
         self._programs: dict[str, Program] = {}
         self._traced = {}
+        self._flops: int | None = None
 
     def argument_bytes(self, config: ConfigDict, devices: int) -> int:
         """Bytes of the step's arguments on each of so many devices, by their shapes.
@@ -59,15 +63,22 @@ class StepShapes:
             for leaf, sharding in zip(jax.tree.leaves(trained), jax.tree.leaves(whole), strict=True)
         }
         split = functools.partial(split_of, kinds, mesh.shape["data"] * mesh.shape["fsdp"])
-        return program_temporary_bytes(self._traced[key].jaxpr, split)
+        return program_temporary_bytes(self._traced[key].jaxpr, split, self._fused_attention)
+
+    @functools.cached_property
+    def _alone(self) -> jax.sharding.Mesh:
+        return jax.make_mesh((1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 3, devices=[self._device])
+
+    def step_flops(self) -> int:
+        """Matrix FLOPs of the step over all devices, without what is computed a second time to save memory."""
+        if self._flops is None:
+            self._flops = step_flops(_on_one(plain_config(self._config, recompute=False)), self._alone)
+        return self._flops
 
     def _program(self, config: ConfigDict) -> Program:
         key = _key(config)
         if key not in self._programs:
-            alone = config.copy_and_resolve_references()
-            alone.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
-            mesh = jax.make_mesh((1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 3, devices=[self._device])
-            self._programs[key] = create_program(alone, mesh)
+            self._programs[key] = create_program(_on_one(config), self._alone)
         return self._programs[key]
 
 
@@ -89,6 +100,12 @@ def split_of(kinds: dict[tuple[int, ...], int], rows: int, shape: tuple[int, ...
 
 def _key(config: ConfigDict) -> str:
     return repr((config.mesh.microbatches, [network.get("remat") for network in config.models.values()]))
+
+
+def _on_one(config: ConfigDict) -> ConfigDict:
+    alone = config.copy_and_resolve_references()
+    alone.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
+    return alone
 
 
 def _abstract_mesh(config: ConfigDict, devices: int) -> jax.sharding.AbstractMesh:

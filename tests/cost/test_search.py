@@ -23,8 +23,8 @@ def config_of(batch_size=16, splits=True):
 class Machine:
     """Memory and time of a step, in the place of arithmetic and compiler: gibibytes and seconds."""
 
-    def __init__(self, state, activations, by="compute"):
-        self.state, self.activations, self.by = state, activations, by
+    def __init__(self, state, activations, by="compute", products=3):
+        self.state, self.activations, self.by, self.products = state, activations, by, products
         self.compiled = []
 
     def argument_bytes(self, config, devices):
@@ -33,6 +33,9 @@ class Machine:
     def temporary_bytes(self, config, devices):
         kept = {"none": 1, "dots": 0.5, "full": 0.1}[config.models.net.remat]
         return int(self.activations * GIB * kept / devices / config.mesh.microbatches)
+
+    def step_flops(self):
+        return int(self.products * CHIP.flops)
 
     def compile(self, config, topology):
         sides = topology.split(":")[1].split("x")
@@ -53,7 +56,7 @@ def run(machine, path, most=16, **options):
     fitting = search(
         config,
         candidates(config, CHIP, most),
-        hbm_bytes=CHIP.hbm_bytes,
+        chip=CHIP,
         shapes=machine,
         compile_step=machine.compile,
         key=lambda changed: str((changed.mesh.to_dict(), changed.models.to_dict())),
@@ -106,8 +109,18 @@ def test_a_slice_is_done_once_nothing_can_be_faster_on_it(tmp_path):
     assert fastest(fitting)[0].fsdp == 1
 
 
+def test_the_largest_slice_follows_the_fewest_and_spares_what_cannot_be_faster(tmp_path):
+    """16 chips take 3.01 / 16 s or more; products alone take 3 / 8 on 8, and hardly anything if there are few."""
+    fitting, said = run(machine := Machine(state=1, activations=1), tmp_path / "a.json")
+    assert [topology for topology, *_ in machine.compiled] == ["v5e:1x1", "v5e:4x4"]
+    assert (cheapest(fitting)[0].chips, fastest(fitting)[0].chips) == (1, 16)
+    assert said[-1][0].topology == "v5e:2x4" and said[-1][1].startswith("no way is faster: products alone take 0.375 s")
+    run(machine := Machine(state=1, activations=1, products=0.5), tmp_path / "b.json")
+    assert [topology for topology, *_ in machine.compiled] == ["v5e:1x1", "v5e:4x4", "v5e:2x4", "v5e:2x2"]
+
+
 def test_a_search_that_was_cut_goes_on(tmp_path):
-    path, machine = tmp_path / "deep" / "answers.json", Machine(state=40, activations=60)
+    path, machine = tmp_path / "deep" / "answers.json", Machine(state=40, activations=60, products=0)
     compile_step, budget = machine.compile, 2
 
     def cut(config, topology):
@@ -122,7 +135,7 @@ def test_a_search_that_was_cut_goes_on(tmp_path):
     fitting, said = run(machine, path)
     assert len(machine.compiled) == len(set(machine.compiled))  # none twice
     assert sum("kept from before" in outcome for _, outcome in said) == budget
-    assert [way for way, _ in fitting] == [way for way, _ in run(Machine(40, 60), tmp_path / "new.json")[0]]
+    assert [way for way, _ in fitting] == [way for way, _ in run(Machine(40, 60, products=0), tmp_path / "new.json")[0]]
     path.write_text("[1]")
     with pytest.raises(UserError, match="not a search's file of answers"):
         Store(path)

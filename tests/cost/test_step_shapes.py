@@ -7,7 +7,8 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
-from cost.compiled import shard_bytes
+from cost.compiled import shard_bytes, step_flops
+from cost.flops import plain_config
 from cost.step_shapes import StepShapes
 from cost.temporaries import temporary_bytes
 from train.distributed.mesh import make_mesh
@@ -26,6 +27,9 @@ def test_one_trace_answers_for_every_mesh():
     assert shapes.argument_bytes(config, 4) == whole - batch + batch // 4
     with program.in_mesh():
         assert shapes.temporary_bytes(config, 1) == temporary_bytes(program.train_step, *arguments)
+
+    recomputed = step_flops(plain_config(config), program.mesh)  # a forward pass more: a quarter of it at most
+    assert 0.75 * recomputed <= shapes.step_flops() < recomputed
 
     copied, split = shapes.temporary_bytes(config, 4), config.copy_and_resolve_references()
     split.mesh.fsdp = 2

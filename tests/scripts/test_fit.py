@@ -1,6 +1,8 @@
 """The command that compiles for a TPU without one: its table, its errors, and the real compiler."""
 
+import importlib.metadata
 import json
+import math
 import os
 import re
 import subprocess
@@ -14,6 +16,9 @@ from cli.errors import UserError
 from cost import gpu_memory
 from cost.answering import fit_answers
 from cost.chips import GIB
+from cost.fit_report import COLUMNS, fit_table, format_report, row_hashes, table_row
+from cost.scaling import COLUMNS as SCALING_COLUMNS
+from cost.scaling import TURNS, Point, scaling_table, turns_table
 from scripts import fit
 from scripts.describe import describe
 
@@ -69,51 +74,37 @@ REFUSED = {"fits": False, "memory_bytes": 96 * GIB, "argument_bytes": None, "col
 @pytest.fixture
 def page(tmp_path):
     path = tmp_path / "page.md"
-    rule = "|---" * len(fit.COLUMNS) + "|"
-    path.write_text(f"# Title\n\nText.\n\n| {' | '.join(fit.COLUMNS)} |\n{rule}\n\nMore text.\n")
+    rule = "|---" * len(COLUMNS) + "|"
+    path.write_text(f"# Title\n\nText.\n\n| {' | '.join(COLUMNS)} |\n{rule}\n\nMore text.\n")
     return path
 
 
 def test_a_row_says_what_the_report_says():
-    row = fit.table_row(report_of())
+    row = table_row(report_of())
     assert row["data x fsdp x tensor"] == "2 x 2 x 1" and row["microbatches"] == "3"
     assert row["parameters"] == "12.29 B" and row["memory / HBM, GiB"] == "12.00 / 15.75"
     assert (row["fits"], row["PFLOPs a step"], row["sent, GB"]) == ("yes", "2.5", "3.5")
     assert (row["bound"], row["MFU at bound"]) == ("3.8 s, compute", "83%")
     assert (row["compiled in"], row["jax, libtpu"]) == ("61 s", "1.2.3, 4.5.6")
-    refused = fit.table_row(report_of(**REFUSED))
+    refused = table_row(report_of(**REFUSED))
     assert (refused["fits"], refused["memory / HBM, GiB"]) == ("no", "96.00 / 15.75")
     assert refused["bound"] == refused["sent, GB"] == refused["MFU at bound"] == "-"
 
 
 def test_a_report_says_by_how_much_a_step_fits_or_not():
-    text = fit.format_report(report_of())
+    text = format_report(report_of())
     assert "12.00 GiB of 15.75 GiB: fits, 3.75 GiB left" in text
     assert "3.8 s, by compute" in text and "83.4% (compiled, not run)" in text
-    text = fit.format_report(report_of(**REFUSED))
+    text = format_report(report_of(**REFUSED))
     assert "96.00 GiB of 15.75 GiB: does not fit: 80.25 GiB too much" in text and "MFU" not in text
-
-
-def test_a_table_is_written_a_row_at_a_time(page):
-    first, other = (fit.table_row(report_of(topology=topology)) for topology in ("v5e:2x2", "v6e:2x2"))
-    fit.write_row(page, first)
-    fit.write_row(page, other)
-    assert fit.read_table(page) == [first, other]
-    changed = fit.table_row(report_of(compile_seconds=9.0))
-    fit.write_row(page, changed)
-    assert fit.read_table(page) == [changed, other]
-    assert fit.find_row(page, CONFIG, "v6e:2x2") == other
-    assert fit.find_row(page, CONFIG, "v4:2x2x1") is None
-    lines = page.read_text().splitlines()
-    assert lines[:3] == ["# Title", "", "Text."] and lines[-2:] == ["", "More text."]
 
 
 @pytest.mark.parametrize(("changes", "code"), [({}, 0), (REFUSED, 1)])
 def test_a_row_that_still_holds_is_not_compiled_again(page, capsys, changes, code):
     arguments = [f"--config={CONFIG}", "--config.mesh.fsdp=2"]
-    hashes = fit.row_hashes(load_config(arguments))
+    hashes = row_hashes(load_config(arguments))
     name = f"{CONFIG} --config.mesh.fsdp=2"
-    fit.write_row(page, fit.table_row(report_of(config=name, hashes=hashes, **changes)))
+    fit_table(page).write(table_row(report_of(config=name, hashes=hashes, **changes)))
     before = page.read_text()
     assert fit.main([*arguments, f"--table={page}"]) == code
     assert capsys.readouterr().out.startswith("cached: ")
@@ -126,22 +117,22 @@ KERNELS = ("auto", "xla", "splash")
 
 
 def test_a_hash_follows_what_the_compiled_step_depends_on():
-    hashes = fit.row_hashes(config_of())
+    hashes = row_hashes(config_of())
     apart = ("log.every=7", "seed=3", "data.data_dir=/d", "frozen.dvae.source=runs/x", "checkpoint.keep=9")
-    assert fit.row_hashes(config_of(*(f"--config.{each}" for each in apart))) == hashes
+    assert row_hashes(config_of(*(f"--config.{each}" for each in apart))) == hashes
     for each in ("batch_size=8", "models.dalle.width=64", "mesh.fsdp=2", "data.image_size=64", "optimizer.b1=0.5"):
-        of_config, of_all = fit.row_hashes(config_of(f"--config.{each}")).split()
+        of_config, of_all = row_hashes(config_of(f"--config.{each}")).split()
         assert of_config not in hashes and of_all not in hashes
-    kernels = {name: fit.row_hashes(config_of(f"--config.models.dalle.implementation={name}")) for name in KERNELS}
+    kernels = {name: row_hashes(config_of(f"--config.models.dalle.implementation={name}")) for name in KERNELS}
     assert kernels["auto"] == kernels["xla"] == hashes != kernels["splash"]  # the choice on a TPU is the plain one
-    topology = fit.row_hashes(config_of("--config.mesh.topology=v6e:2x2"))
+    topology = row_hashes(config_of("--config.mesh.topology=v6e:2x2"))
     assert topology != hashes
 
 
 def test_a_hash_follows_the_compilers_versions(monkeypatch):
-    of_config, of_all = fit.row_hashes(config_of()).split()
-    monkeypatch.setattr(fit.importlib.metadata, "version", lambda name: "9.9")
-    new_config, new_all = fit.row_hashes(config_of()).split()
+    of_config, of_all = row_hashes(config_of()).split()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
+    new_config, new_all = row_hashes(config_of()).split()
     assert new_config == of_config and new_all != of_all
 
 
@@ -157,11 +148,21 @@ def test_mistakes_are_one_line(page, monkeypatch):
     for arguments in (("--decode", "--gpu=24"), ("--decode", f"--table={page}"), ("--decode=-1",)):
         with pytest.raises(UserError, match="of 0 or more questions, goes without --gpu, --search and --table"):
             fit.main([f"--config={CONFIG}", *arguments])
+    with pytest.raises(UserError, match="unknown --search=v5e:few; choose one of v3, v4, v5e"):
+        fit.main([f"--config={CONFIG}", "--search=v5e:few"])
+    with pytest.raises(UserError, match="--scaling goes without --gpu, --search, --table, --json and --decode"):
+        fit.main([f"--config={CONFIG}", f"--scaling={page}", "--json"])
+    with pytest.raises(UserError, match="--chips and --examples are of --scaling"):
+        fit.main([f"--config={CONFIG}", "--examples=4"])
+    with pytest.raises(UserError, match="--chips=4x4 is not a list of numbers, such as 1,4,16"):
+        fit.main([f"--config={CONFIG}", f"--scaling={page}", "--chips=4x4"])
+    with pytest.raises(UserError, match="page.md has no table with the columns config, topology, examples"):
+        fit.main([f"--config={CONFIG}", f"--scaling={page}"])
     with pytest.raises(UserError, match="unknown topology 'v5litepod:2x2'; choose one of v3:2x2 .* v5e:4x4"):
         fit.main([f"--config={CONFIG}", "--topology=v5litepod:2x2"])
     with pytest.raises(UserError, match="config.mesh.topology names no slice"):
         fit.main(["--config=configs/scenes/dvae.py"])
-    with pytest.raises(UserError, match="no page of --table .*none.md"):
+    with pytest.raises(UserError, match="there is no page .*none.md"):
         fit.main([f"--config={CONFIG}", f"--table={page.parent / 'none.md'}"])
     page.write_text("no table")
     with pytest.raises(UserError, match="has no table with the columns config, topology"):
@@ -181,19 +182,30 @@ WITHOUT_ROW = tuple(f"configs/paper/{name}.py" for name in WITHOUT)
 def test_every_paper_config_names_a_slice_and_fits_there(name):
     """The row is of the config as it is now: `python -m scripts.fit --config=... --table=docs/tpu.md` renews it."""
     config = load_config([f"--config={ROOT / name}"])
-    row = fit.find_row(PAGE, name, config.mesh.topology)
+    row = fit_table(PAGE).find(name, config.mesh.topology)
     if name in WITHOUT_ROW:
         assert row is None and f"`{name}`" in PAGE.read_text()
         return
     assert row is not None, f"docs/tpu.md has no row of {name} on {config.mesh.topology}"
-    assert row["hashes"].split()[0] == fit.row_hashes(config).split()[0], f"the row of {name} is out of date"
+    assert row["hashes"].split()[0] == row_hashes(config).split()[0], f"the row of {name} is out of date"
     assert row["fits"] == "yes"
+
+
+def test_rows_of_scaling_are_of_the_configs_as_they_are_now():
+    """`python -m scripts.fit --config=... --scaling=docs/scaling.md` renews them."""
+    rows = scaling_table(ROOT / "docs" / "scaling.md").read()
+    assert rows
+    for row in rows:
+        config = load_config([f"--config={ROOT / row['config'].split()[0]}", *row["config"].split()[1:]])
+        devices = math.prod(map(int, row["data x fsdp x tensor"].split(" x ")))
+        changed = Point(row["topology"], devices, int(row["examples a device"])).apply(config)
+        assert row["hashes"].split()[0] == row_hashes(changed).split()[0], f"out of date: {row}"
 
 
 def test_the_12_billion_transformer_does_not_fit_16_chips():
     """Both answers are on the page, and arithmetic gives the second too."""
     name = "configs/paper/dalle_12b.py"
-    row = fit.find_row(PAGE, f"{name} --config.mesh.fsdp=16", "v5e:4x4")
+    row = fit_table(PAGE).find(f"{name} --config.mesh.fsdp=16", "v5e:4x4")
     assert row is not None and row["fits"] == "no"
     needed, available = (float(part) for part in row["memory / HBM, GiB"].split(" / "))
     # Parameters, two moments and the moving average, 4 bytes each; a layer's input for each of 64 layers, in bfloat16.
@@ -269,6 +281,25 @@ def test_a_search_asks_the_real_compiler(tmp_path):
         chosen and load_config([f"--config={chosen[1].split()[0]}", *chosen[1].split()[1:]]).mesh.topology == "v5e:1x1"
     )
     assert all(report["fits"] for report in json.loads(answers.read_text()).values())
+
+
+@pytest.mark.slow
+def test_scaling_asks_the_real_compiler_and_goes_on(tmp_path):
+    page = tmp_path / "page.md"
+    heads = (f"| {' | '.join(names)} |\n{'|---' * len(names)}|\n" for names in (SCALING_COLUMNS, TURNS))
+    page.write_text("\n".join(heads))
+    name = "configs/toy/swiss_roll.py"
+    arguments = (f"--config={name}", "--topology=v5e:2x2", f"--scaling={page}", "--chips=1,4", "--examples=8,64")
+    result = run_command(*arguments)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    rows, before = scaling_table(page).read(), page.read_text()
+    keys = [(row["topology"], row["examples a device"], row["fits"]) for row in rows]
+    assert keys == [(f"v5e:{shape}", examples, "yes") for shape in ("1x1", "2x2") for examples in ("8", "64")]
+    alone, _, few, many = (float(row["sent, GB"]) for row in rows)
+    assert alone == 0 and few == many > 0  # gradients, whatever the batch
+    (turn,) = turns_table(page).read()
+    assert (turn["config"], turn["topology"]) == (name, "v5e:2x2")
+    assert run_command(*arguments).stdout == result.stdout and page.read_text() == before
 
 
 UNROLLED = """
