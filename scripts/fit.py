@@ -13,7 +13,7 @@ from cli import entry_point
 from cli.accelerators import has_accelerator
 from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
-from cost.chips import CHIPS, GIB, GPU_COUNTS, Gpu, chip_of, gpu_of
+from cost.chips import CHIPS, GPU_COUNTS, Gpu, chip_of, gpu_of
 from cost.fit_report import describe, fit_table, format_report, row_hashes, table_row
 from cost.scaling import CHIPS_OF_TABLE, points, refused, scaling_row, scaling_table, turn_rows, turns_table
 
@@ -32,8 +32,8 @@ traced program, which needs no compiler: a minute for a large network. It is nam
 
 With --search=v5e it tries slices of that chip, smallest first, with microbatches, splits over fsdp and recomputation
 (models.*.remat), and says the cheapest that fits and the fastest bound, as commands. What arithmetic rules out is not
-compiled. Answers are kept in --answers, so that a search that was cut goes on where it was. With --search=24, 80, h100,
-... it tries numbers of GPUs likewise, up to 8, by estimates, and says the fewest.
+compiled. Answers are kept in --answers, so that a search that was cut goes on where it was. With --search=24,80,h100
+it tries numbers of GPUs likewise, 1 to 8 of each, by estimates, and says the fewest.
 
 With --scaling=docs/scaling.md it compiles the step for slices of 1 to 256 chips, each device with as many examples, and
 for smaller batches, and writes memory, traffic and bounds as rows of that page, which says what they show.
@@ -121,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--search",
         default="",
-        metavar="CHIP|GIB|NAME[:MOST]",
-        help="try slices of a chip, such as v5e, or v5e:16 for no more than 16 chips; or GPUs, as of --gpu",
+        metavar="CHIP[:MOST]|GPU[:MOST],...",
+        help="try slices of a chip, such as v5e, or v5e:16 for at most 16 chips; or GPUs, such as 24,80,h200:4",
     )
     parser.add_argument(
         "--answers", type=Path, default=Path("runs/fit_search.json"), help="where --search keeps them (%(default)s)"
@@ -231,9 +231,9 @@ def _say_way(way: Any) -> str:
 
 
 def _search_gpus(name: str, config: Any, asked: str) -> int:
-    """Answers `--search` of GPUs, whose count is the most that are tried."""
+    """Answers `--search` of GPUs, each with the most that are tried of it; whether the last holds the step."""
     try:
-        gpu = gpu_of(asked)
+        gpus = [gpu_of(each) for each in asked.split(",")]
     except UserError as error:
         raise UserError(f"unknown --search={asked}; {_SEARCHED}, or GPUs: {error}") from error
     if not has_accelerator():
@@ -247,18 +247,19 @@ def _search_gpus(name: str, config: Any, asked: str) -> int:
     def say(way: Candidate, outcome: str) -> None:
         print(f"{way.chips} GPU(s), {_say_way(way)}: {outcome}", flush=True)
 
-    machines = gpu_candidates(config, gpu.count or GPU_COUNTS[-1])
-    if not machines:
-        raise UserError(f"config.batch_size={config.batch_size} does not divide over any number of GPUs")
-    shapes = StepShapes(config, jax.devices("cpu")[0], fused_attention=True)
-    found = search_gpus(config, machines, gpu=gpu, shapes=shapes, say=say)
-    if found is None:
-        print("nothing fits, by an estimate: more GPUs, larger ones, or a smaller batch may")
-        return EXIT_DOES_NOT_FIT
-    way, sure = found
-    print(f"\ncheapest: {way.chips} x {gpu.memory_bytes // GIB} GiB, by an estimate{'' if sure else ', closely'}")
-    print(f"    python -m train --config={name} {' '.join(way.overrides())} --workdir=runs/NAME")
-    return EXIT_OK
+    shapes, found = StepShapes(config, jax.devices("cpu")[0], fused_attention=True), None
+    for gpu in gpus:
+        machines = gpu_candidates(config, gpu.count or GPU_COUNTS[-1])
+        if not machines:
+            raise UserError(f"config.batch_size={config.batch_size} does not divide over any number of GPUs")
+        found = search_gpus(config, machines, gpu=gpu, shapes=shapes, say=say)
+        if found is None:
+            print(f"\nnothing of {gpu.name} fits, by an estimate: more GPUs, larger ones, or a smaller batch may\n")
+            continue
+        way, sure = found
+        print(f"\ncheapest of {gpu.name}: {way.chips} GPU(s), by an estimate{'' if sure else ' that is close'}")
+        print(f"    python -m train --config={name} {' '.join(way.overrides())} --workdir=runs/NAME\n", flush=True)
+    return EXIT_OK if found else EXIT_DOES_NOT_FIT
 
 
 def _scale(name: str, config: Any, page: Path, chips: Sequence[int], examples: Sequence[int]) -> int:

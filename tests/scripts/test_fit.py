@@ -265,6 +265,15 @@ def test_gpus_are_answered_with_an_estimate(monkeypatch, capsys, memory, code):
     assert fit.main(arguments) == code and "ESTIMATE" in capsys.readouterr().out
 
 
+def test_kinds_of_gpus_are_searched_with_one_program(capsys):
+    arguments = [f"--config={CONFIG}", "--config.frozen.dvae.source=runs/nowhere"]
+    assert fit.main([*arguments, "--search=1,24:1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("1 GPU(s), fsdp 1, 1 microbatch(es), remat none: fits: 0.") == 2
+    assert "cheapest of 1: 1 GPU(s), by an estimate\n    python -m train --config=" + CONFIG in printed
+    assert "cheapest of 24: " in printed and "--config.mesh.topology" not in printed
+
+
 @pytest.mark.slow
 def test_a_search_asks_the_real_compiler(tmp_path):
     answers = tmp_path / "answers.json"
