@@ -14,11 +14,11 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models.layers.attention import KeyValueCache
 from models.layers.attention_masks import attention_mask, attention_pattern
 from models.layers.dense import Dense
 from models.layers.normalization import layer_norm
 from models.layers.partitioning import shard_rows
+from models.layers.self_attention import KeyValueCache
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 
 INIT_STD = 0.02

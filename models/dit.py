@@ -18,13 +18,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.conditioning import Conditioning, check_conditioning
-from models.layers.attention import SelfAttention
 from models.layers.convolution import Conv
 from models.layers.dense import Dense, DenseGeneral
 from models.layers.embeddings import grid_embedding, sinusoidal_embedding
 from models.layers.mlp import MLP
 from models.layers.normalization import layer_norm
 from models.layers.partitioning import shard_rows
+from models.layers.self_attention import SelfAttention
 from models.layers.spatial_transformer import ContextAttention, ContextMask, caption_attention
 from models.layers.transformer import apply_blocks, check_remat
 

@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from models.layers.attention import KeyValueCache
 from models.layers.dense import Dense
 from models.layers.normalization import RMSNorm
 from models.layers.partitioning import shard_rows
 from models.layers.prompt_cache import PromptCache, causal_mask, last_state
 from models.layers.rotary import RotaryEmbedding
+from models.layers.self_attention import KeyValueCache
 from models.layers.transformer import Block, BlockInitializers, apply_blocks, check_remat
 
 INIT_STD = 0.02

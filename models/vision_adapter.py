@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from models.layers.attention import KeyValueCache
 from models.layers.dense import Dense
 from models.layers.gated_cross_attention import GatedCrossBlock
 from models.layers.partitioning import shard_rows
 from models.layers.prompt_cache import PromptCache, causal_mask, last_state
+from models.layers.self_attention import KeyValueCache
 from models.layers.transformer import rematerialized
 from models.llama import INIT_STD
 from models.picture_reader import PictureReader

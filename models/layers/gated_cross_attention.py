@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from models.layers.attention import KeyValueCache, attend
+from models.layers.attention import attend
 from models.layers.dense import DenseGeneral
 from models.layers.mlp import GatedMLP
 from models.layers.normalization import RMSNorm
 from models.layers.partitioning import shard_rows
+from models.layers.self_attention import KeyValueCache
 from models.layers.transformer import gated
 
 Initializer = nn.initializers.Initializer

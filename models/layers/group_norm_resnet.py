@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from models.layers.attention import SelfAttention
 from models.layers.convolution import Conv
 from models.layers.dense import Dense
 from models.layers.dropout import drop
 from models.layers.initialization import torch_bias, torch_kernel
 from models.layers.partitioning import shard_rows
 from models.layers.resnet import upsample_nearest
+from models.layers.self_attention import SelfAttention
 
 Initializer = nn.initializers.Initializer
 

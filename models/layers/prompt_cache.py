@@ -7,7 +7,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from models.layers.attention import KeyValueCache
+from models.layers.self_attention import KeyValueCache
 
 
 @struct.dataclass

@@ -12,12 +12,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from models.layers.attention import KeyValueCache, Mask, MaskChoice, SelfAttention
+from models.layers.attention import Mask, MaskChoice
 from models.layers.dropout import drop
 from models.layers.mlp import MLP, GatedMLP
 from models.layers.normalization import AdaptiveLayerNorm, RMSNorm, layer_norm
 from models.layers.partitioning import shard_rows
 from models.layers.rotary import RotaryEmbedding
+from models.layers.self_attention import KeyValueCache, SelfAttention
 
 Initializer = nn.initializers.Initializer
 
@@ -70,7 +71,7 @@ class Block(nn.Module):
       mlp_hidden: hidden width of the feed-forward block.
       activation: see `models.layers.mlp.ACTIVATIONS`.
       initializers: of the parameters.
-      kv_heads: of keys and values, see `models.layers.attention.SelfAttention`.
+      kv_heads: of keys and values, see `models.layers.self_attention.SelfAttention`.
       rotary: see there.
       norm: "layer" for LayerNorm, "rms" for RMSNorm; not of an adaptive layer.
       attention_bias: whether the query/key/value projection has one.

@@ -15,7 +15,8 @@ from diffusion.schedule import DiscreteSchedule
 from diffusion.solver_choice import make_plan
 from models import create_model
 from models.conditioning import Conditioning
-from models.layers.attention import KeyLengths, SelfAttention
+from models.layers.attention import KeyLengths
+from models.layers.self_attention import SelfAttention
 from models.layers.spatial_transformer import ContextAttention
 from sample.__main__ import main
 from sample.attention_maps import caption_maps

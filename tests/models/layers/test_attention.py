@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from models.layers.attention import KeyLengths, MaskChoice, SelfAttention, attend, attend_from_one
+from models.layers.attention import KeyLengths, MaskChoice, attend, attend_from_one
 from models.layers.attention_masks import attention_mask
+from models.layers.self_attention import SelfAttention
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY = jax.random.key(0)
