@@ -1,5 +1,6 @@
 """A tiny pipeline of Stable Diffusion as diffusers keeps one, written here, for the tests of formats."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ PROCESS = {
     **{"prediction": "eps", "variance": "small", "clip": False},
 }
 SAMPLE = {**get_diffusion_sampling("plms", 50, 7.5).to_dict(), "times": "published", "offset": 1, "end": "first"}
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Sets keys of a document; `...` takes one away."""
+    document = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
 
 
 def write_pipeline(folder: Path) -> dict[str, Any]:
