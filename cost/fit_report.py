@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.config import flatten
+from cli.plurals import spell_count
 from configs.common import get_defaults
 from cost.chips import GIB
 from cost.page_table import PageTable
@@ -100,8 +101,10 @@ def format_report(report: Mapping[str, Any]) -> str:
     flops, computed = report["matrix_flops_per_step"], report["matrix_flops_with_recomputation"]
     lines = {
         "config": report["config"],
-        "topology": f"{report['topology']}: {report['chips']} chips, {report['devices']} devices",
-        "mesh": f"{mesh}; {report['mesh']['microbatches']} microbatch(es) of a batch of {report['batch_size']}",
+        "topology": f"{report['topology']}: {spell_count(report['chips'], 'chip')}, "
+        f"{spell_count(report['devices'], 'device')}",
+        "mesh": f"{mesh}; {spell_count(report['mesh']['microbatches'], 'microbatch', 'microbatches')} of a "
+        f"batch of {report['batch_size']}",
         "parameters": ", ".join(f"{count:,} {kind}" for kind, count in report["parameters"].items()),
         "memory of a device": f"{_memory(needed)} of {_memory(hbm)}: {verdict}",
         "  of it arguments": f"{_memory(unpadded)} by their shapes{laid_out}",

@@ -14,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from cost.chips import GIB, GPU_COUNTS, Gpu
 from cost.compiled import compile_step, shard_bytes
 from cost.step_shapes import sides, split_of
@@ -214,7 +215,8 @@ def format_gpu_fit(report: Mapping[str, Any]) -> str:
     lines = {
         "config": report["config"],
         "GPU": f"{report['gpus']} x {_memory(report['gpu_bytes'])}, of which a program may use {_memory(usable)}",
-        "mesh": f"{mesh}; {report['mesh']['microbatches']} microbatch(es) of a batch of {report['batch_size']}",
+        "mesh": f"{mesh}; {spell_count(report['mesh']['microbatches'], 'microbatch', 'microbatches')} of a "
+        f"batch of {report['batch_size']}",
         "parameters": ", ".join(f"{count:,} {kind}" for kind, count in report["parameters"].items()),
         "memory of a GPU": f"{_memory(needed)} of {_memory(usable)}: {verdict}",
         "  arguments": f"{_memory(sum(arguments.values()))}, exact: "

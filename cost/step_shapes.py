@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from cost.compiled import step_flops
 from cost.flops import plain_config
 from cost.temporaries import program_temporary_bytes
@@ -112,7 +113,8 @@ def _abstract_mesh(config: ConfigDict, devices: int) -> jax.sharding.AbstractMes
     sizes = [config.mesh[axis] for axis in AXES]
     given = math.prod(size for size in sizes if size != -1)
     if devices % given or (-1 not in sizes and given != devices):
-        raise UserError(f"config.mesh {dict(zip(AXES, sizes, strict=True))} does not fit {devices} devices")
+        there = spell_count(devices, "device")
+        raise UserError(f"config.mesh {dict(zip(AXES, sizes, strict=True))} does not fit {there}")
     return jax.sharding.AbstractMesh(tuple(devices // given if size == -1 else size for size in sizes), AXES)
 
 

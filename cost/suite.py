@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from cost.commands import ROOT, OutOfTime, read_json, run_command
 from cost.result_table import check_page, describe_part, is_same, read_records, save_record, write_table
 from cost.suite_parts import GPU_PARTS, Part
@@ -135,7 +136,7 @@ def run_suite(
     if late:
         say(f"{len(late)} of {len(turns)} left out for lack of time; the same command goes on with them")
     if failed:
-        say(f"{len(failed)} of {len(turns)} rows failed: {', '.join(failed)}")
+        say(f"{len(failed)} of {spell_count(len(turns), 'row')} failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 

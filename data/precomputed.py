@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from cli.locations import Location, local_copy
+from cli.plurals import spell_count
 from data.preprocess import transform_pair
 from data.records import dataset_folder
 from data.tokenizer import Tokenizer
@@ -193,12 +194,13 @@ class StoredField:
             starts = np.load(local_copy(starts_of(path))) if captions else None
             damaged = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["damaged"]
             if starts is not None and starts[-1] != len(rows):
-                raise ValueError(f"{len(rows)} captions, not {starts[-1]}")
+                raise ValueError(f"{spell_count(len(rows), 'caption')}, not {starts[-1]}")
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}); remove it, and {_AGAIN}") from error
         count = len(rows) if starts is None else len(starts) - 1
         if count != records:
-            raise UserError(f"{path} has {count} records, but the split has {records}; remove it, and {_AGAIN}")
+            has = spell_count(count, "record")
+            raise UserError(f"{path} has {has}, but the split has {records}; remove it, and {_AGAIN}")
         return cls(rows, frozenset(damaged), starts)
 
     @property

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from cli.locations import Location, explain, locate_from_home
+from cli.plurals import spell_count
 from data import drawings, scenes
 from data.bounded_cache import BoundedCache
 from data.fields import captions_of, find_image_field, find_text_field, no_captions
@@ -153,7 +154,7 @@ class RecordSource:
     def require(self, num: int, option: str = "--num") -> None:
         """Raises UserError if the split has fewer records than a command was asked for by an option."""
         if num > len(self):
-            raise UserError(f"{self._split} has {len(self)} records, fewer than {option}={num}")
+            raise UserError(f"{self._split} has {spell_count(len(self), 'record')}, fewer than {option}={num}")
 
     def __len__(self) -> int:
         return len(self._source)

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from data.pipeline import open_stream
 from evaluation.records import Record
 from models.llama import Llama
@@ -41,7 +42,8 @@ def answer_perplexity(trained: TrainedSampler, split: str, num: int) -> Record:
         raise UserError(f"{ANSWER_PERPLEXITY} is of several questions with answers: {what}")
     stream = open_stream(data, trained.tokenizer, split=split, seed=0, train=False)
     if stream.epoch_size < num:
-        raise UserError(f"split {split!r} of {data.dataset} has {stream.epoch_size} records; set --num to that or less")
+        has = spell_count(stream.epoch_size, "record")
+        raise UserError(f"split {split!r} of {data.dataset} has {has}; set --num to that or less")
     params = trained.weights.params["vision_adapter"]
     totals = {"answer": np.zeros(2), "with_wrong_picture": np.zeros(2), "without_picture": np.zeros(2)}
     for start in range(0, num, trained.chunk):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cli.locations import Location
+from cli.plurals import spell_count
 from data.records import RecordSource
 from data.tokenizer import Tokenizer
 from evaluation.page import picture_tag, pyplot, svg_of, write_page
@@ -56,7 +57,7 @@ def write_dataset_page(
         _left_out(report),
     ]
     damaged = f", {len(source.damaged)} of them cannot be read" if source.damaged else ""
-    write_page(path, f"Dataset {title}", f"{len(source):,} training pictures{damaged}", "".join(parts))
+    write_page(path, f"Dataset {title}", f"{spell_count(len(source), 'training picture')}{damaged}", "".join(parts))
 
 
 def _spread(length: int, num: int) -> list[int]:

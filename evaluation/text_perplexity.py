@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from data.pipeline import open_stream
 from evaluation.answer_perplexity import nats_of
 from evaluation.records import Record
@@ -33,7 +34,8 @@ def text_perplexity(trained: TrainedSampler, split: str, num: int) -> Record:
     stream = open_stream(trained.config.data, trained.tokenizer, split=split, seed=0, train=False)
     if stream.epoch_size < num:
         dataset = trained.config.data.dataset
-        raise UserError(f"split {split!r} of {dataset} has {stream.epoch_size} records; set --num to that or less")
+        has = spell_count(stream.epoch_size, "record")
+        raise UserError(f"split {split!r} of {dataset} has {has}; set --num to that or less")
     model = trained.sampler.model
     part = "llama" if isinstance(trained.sampler, LlamaSampler) else "vision_adapter"
     total = np.zeros(2)

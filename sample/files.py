@@ -11,6 +11,7 @@ from PIL import Image
 
 from cli.errors import UserError
 from cli.locations import Location, explain, make_folder, write_whole
+from cli.plurals import spell_count
 from data.pictures import open_picture
 
 
@@ -32,8 +33,10 @@ class Samples:
 
     def __str__(self) -> str:
         """How many of what."""
-        made = {"pictures": self.images, "texts": self.texts}
-        return f"{len(self.records)} {' with '.join(name for name, value in made.items() if value is not None)}"
+        made = {"picture": self.images, "text": self.texts}
+        first, *others = [name for name, value in made.items() if value is not None]
+        number = len(self.records)
+        return " with ".join([spell_count(number, first), *(one if number == 1 else f"{one}s" for one in others)])
 
 
 def read_mask(name: str, picture: UInt8[np.ndarray, "h w 3"], picture_name: str) -> UInt8[np.ndarray, "h w 3"]:

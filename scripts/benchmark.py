@@ -11,6 +11,7 @@ from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.config import load_config
 from cli.errors import UserError
+from cli.plurals import spell_count
 from cost.suite import run_suite
 
 _DESCRIPTION = """\
@@ -212,7 +213,7 @@ def format_report(report: dict[str, Any]) -> str:
         decode = report["decode"]
         lines += [
             f"decoding        {_spread(seconds, 1e3)} ms for image token {position} of {decode['image_tokens']}, "
-            f"{decode['pictures']} pictures"
+            f"{spell_count(decode['pictures'], 'picture')}"
             for position, seconds in decode["positions"].items()
         ]
         lines.append(f"                the last position takes {decode['last_over_first']:.2f} times the first one's")

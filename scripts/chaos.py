@@ -15,6 +15,7 @@ from cli import entry_point
 from cli.config import load_config
 from cli.errors import EXIT_FAILURE, EXIT_OK, UserError
 from cli.locations import local
+from cli.plurals import spell_count
 from cli.ranges import check_seed
 
 _DESCRIPTION = """\
@@ -190,9 +191,9 @@ def main(arguments: Sequence[str]) -> int:
     if len(ids) != (config.wandb.mode == "offline"):
         differences.append(f"W&B ids: {', '.join(sorted(ids)) or 'none'}")
     if phases.total() < options.kills:
-        differences.append(f"the run was over after {phases.total()} kills: raise config.steps")
+        differences.append(f"the run was over after {spell_count(phases.total(), 'kill')}: raise config.steps")
     shown = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
-    print(f"killed {phases.total()} times ({shown}){'; one W&B id' if len(ids) == 1 else ''}")
+    print(f"killed {spell_count(phases.total(), 'time')} ({shown}){'; one W&B id' if len(ids) == 1 else ''}")
     print("alike to the bit" if not differences else f"different: {'; '.join(differences[:8])}")
     return EXIT_FAILURE if differences else EXIT_OK
 

@@ -11,6 +11,7 @@ from typing import Any
 from cli import entry_point
 from cli.errors import UserError
 from cli.locations import Location, locate_from_home
+from cli.plurals import spell_count
 from data import folder
 from data.records import DEFAULT_DATA_DIR, MADE_HERE, RecordSource, dataset_folder, known_datasets
 from data.storage import DataHome
@@ -198,7 +199,7 @@ def _print_report(report: dict[str, Any], path: Location) -> None:
     """A table of what was left out, with the first files of each reason."""
     total = sum(report["skipped"].values())
     if report["encoded_again"]:
-        print(f"{report['encoded_again']:,} pictures were made smaller and encoded again")
+        print(f"{spell_count(report['encoded_again'], 'picture was', 'pictures were')} made smaller and encoded again")
     print(f"left out: {total:,}" + (f", all of them in {path / folder.REPORT}" if total else ""))
     for reason, count in report["skipped"].items():
         print(f"  {count:>9,}  {reason}: {folder.REASONS[reason]}")
@@ -215,12 +216,14 @@ def _finish(dataset: str, home: DataHome, vocab_size: int, start: float) -> None
     if source.has_captions and not tokenizer_file.is_file():
         captions = {caption for index in range(len(source)) for caption in source[index]["captions"]}
         Tokenizer.train(sorted(captions), vocab_size).save(tokenizer_file)
-    classes = "".join(f", {len(names)} classes ({name})" for name, names in source.class_names.items())
+    classes = "".join(
+        f", {spell_count(len(names), 'class', 'classes')} ({name})" for name, names in source.class_names.items()
+    )
     ids = Tokenizer.load(tokenizer_file).vocab_size if source.has_captions else 0
     text = f"{ids} text ids" if ids else "no captions"
     home.publish(path)
     where = f"{home.place(path)} ({time.monotonic() - start:.0f} s)"
-    print(f"{dataset}: {len(source)} training pictures, {text}{classes}, in {where}")
+    print(f"{dataset}: {spell_count(len(source), 'training picture')}, {text}{classes}, in {where}")
     if ids and not dataset.startswith("scenes/"):
         clip = f"--config.models.clip.text_vocab_size={ids + 2} --config.models.clip.text_end_id={ids + 1}"
         print(f"train on it with --config.data.dataset={dataset}; a CLIP also takes {clip}")

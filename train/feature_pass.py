@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from cli.locations import Location, in_store, make_folder, write_whole
+from cli.plurals import spell_count
 from data.pipeline import load_tokenizer, picture_reader
 from data.precomputed import (
     CAPTIONS_STEM,
@@ -112,7 +113,8 @@ class _Captions:
             starts = np.load(io.BytesIO(path.read_bytes()))
             if len(starts) == len(self._source) + 1:
                 return starts
-            raise UserError(f"{path} is of {len(starts) - 1} records, not {len(self._source)}; remove it to begin anew")
+            has = spell_count(len(starts) - 1, "record")
+            raise UserError(f"{path} is of {has}, not {len(self._source)}; remove it to begin anew")
         counts, bar = [], ProgressBar(len(self._source), 0, f"captions of {split}", unit="record")
         with contextlib.closing(bar):
             for place in range(len(self._source)):

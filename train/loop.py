@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from cli.config import from_json, to_json
 from cli.errors import EXIT_OK, EXIT_PREEMPTED, UserError
 from cli.locations import Location, locate
+from cli.plurals import spell_count
 from data.batch_reader import BatchReader
 from data.pipeline import Stream, open_stream
 from data.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def train(config: ConfigDict, workdir: str | Location, profile: int = 0) -> int:
         if start >= config.steps:
             if is_first():
                 (workdir / DONE).write_text(f"{start}\n", encoding="utf-8")
-                print(f"{workdir} is complete: {start} steps; raise config.steps to train further")
+                print(f"{workdir} is complete: {spell_count(start, 'step')}; raise config.steps to train further")
             return EXIT_OK
         if is_first():
             (workdir / DONE).unlink(missing_ok=True)
@@ -137,8 +138,9 @@ def _prepare(config: ConfigDict, tokenizer: Tokenizer | None, writer: Tokenizer 
     validation_stream = open_stream(config.data, tokenizer, split=config.data.validation_split, train=False, **opening)
     size, rows = config.batch_size, process_rows(program.rows, config.batch_size)
     if validation_stream.epoch_size < size and is_first():
+        has = spell_count(validation_stream.epoch_size, "record")
         print(
-            f"warning: {config.data.validation_split} has {validation_stream.epoch_size} records, fewer than a batch "
+            f"warning: {config.data.validation_split} has {has}, fewer than a batch "
             f"of {size}; they repeat, which a loss that compares the examples of a batch takes for mistakes",
             flush=True,
         )
@@ -320,7 +322,7 @@ def _run(
         return EXIT_PREEMPTED
     if is_first():
         (workdir / DONE).write_text(f"{step}\n", encoding="utf-8")
-        print(f"done: {step} steps, {workdir}")
+        print(f"done: {spell_count(step, 'step')}, {workdir}")
     return EXIT_OK
 
 
@@ -350,7 +352,7 @@ def _measure_first(
     wanted = getattr(objective, "measured_first", 0)
     if not wanted or objective.has_measured(state.variables):
         return state
-    say(f"measuring {wanted} examples before the first update")
+    say(f"measuring {spell_count(wanted, 'example')} before the first update")
     for started in starts_of(config):
         say(
             f"warning: {started.entry.source} does not bring along what is measured here; if its config says it, such "

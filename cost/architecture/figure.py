@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
+from cli.plurals import spell_count
 from cost.architecture.drawing import FAINT, INK, LINE, Arrow, Number, Rectangle, Text, width_of, write_svg
 from cost.architecture.flow import OUTPUT, Box, Flow
 from cost.architecture.modules import Module
@@ -267,7 +268,7 @@ def _lines(box: Box, flow: Flow, written: dict[str, list[str]]) -> tuple[tuple[s
     if not alone:
         add(", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items()), _SMALL, INK)
     work = f", {rounded(box.flops)}FLOPs" if box.flops else ""
-    add(f"{box.parameters:,} parameter{'s' * (box.parameters != 1)}{work}", _SMALL, INK)
+    add(f"{spell_count(box.parameters, 'parameter')}{work}", _SMALL, INK)
     for role in dict.fromkeys(module.role for module in box.modules if module.role):
         add(role, _SMALL, FAINT)
     reads = [f"{one} {_shape(flow.inputs.get(one, ()))}".rstrip() for one in written.get(name, ())]

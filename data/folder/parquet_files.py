@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from cli.errors import UserError
 from cli.locations import Location, in_store
+from cli.plurals import spell_count
 from data.folder.captions import (
     IMAGE_FIELDS,
     LABEL_FIELDS,
@@ -124,7 +125,7 @@ def list_parquet(paths: Sequence[tuple[str, Location]], fields: Fields) -> Listi
             notes.append(said)
         for groups, first in _parts(rows):
             portions.append(ParquetPortion(path, name, groups, first, image, text, label))
-    kind = f"{len(paths):,} parquet file{'s' * (len(paths) != 1)}"
+    kind = spell_count(len(paths), "parquet file")
     return Listing(kind, portions, fingerprint_of_files(paths), notes=notes, class_names=class_names)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from data.folder.captions import captions_of_sidecars
 from data.folder.items import (
     ALONE,
@@ -127,7 +128,7 @@ def list_folder(
             f"{', '.join(sorted(PICTURES))}"
         )
     if sidecars := sum(bool(entry.sidecars) for entry in pictures.values()):
-        notes.append(f"{sidecars:,} captions of files beside the pictures")
+        notes.append(f"{spell_count(sidecars, 'caption')} of files beside the pictures")
     folders = [PurePosixPath(name).parent.name for name in pictures]
     known = any(entry.sidecars or entry.captions or entry.label is not None for entry in pictures.values())
     if not known and any(folders):

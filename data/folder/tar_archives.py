@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 from cli.locations import Location, in_store
+from cli.plurals import spell_count
 from data.folder.captions import captions_of_sidecars, class_of_value, decode_text
 from data.folder.items import (
     ALONE,
@@ -116,7 +117,7 @@ class TarPortion(Portion):
 def list_archives(paths: Sequence[tuple[str, Location]], fields: Fields) -> Listing:
     """Archives by the names that are shown; each is a portion."""
     portions = [TarPortion(path, name, fields) for name, path in paths]
-    kind = f"{len(portions):,} tar archive{'s' * (len(portions) != 1)}"
+    kind = spell_count(len(portions), "tar archive")
     return Listing(kind, portions, fingerprint_of_files(paths), notes=["captions of the files beside each picture"])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from data.preprocess import transform_pair
 from data.records import CAPTIONS, open_records
 from data.scenes import Scene, World, find_world, parse_caption
@@ -257,7 +258,7 @@ def _classes(pictures: Pictures, settings: ClipSettings) -> tuple[Int[np.ndarray
     names = settings.classes or pictures.names[settings.label]
     if len(names) != len(pictures.names[settings.label]):
         raise UserError(
-            f"--classes names {len(names)} classes, and the field {settings.label} has "
+            f"--classes names {spell_count(len(names), 'class', 'classes')}, and the field {settings.label} has "
             f"{len(pictures.names[settings.label])}; write one a line, in their order"
         )
     return pictures.labels[settings.label], names

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -28,7 +29,8 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         raise UserError(f"config.mesh sizes must be positive, with at most one -1, not {sizes}")
     given = int(np.prod([size for size in sizes if size != -1]))
     if len(devices) % given or (-1 not in sizes and given != len(devices)):
-        raise UserError(f"config.mesh {dict(zip(AXES, sizes, strict=True))} does not fit {len(devices)} devices")
+        there = spell_count(len(devices), "device")
+        raise UserError(f"config.mesh {dict(zip(AXES, sizes, strict=True))} does not fit {there}")
     shape = tuple(len(devices) // given if size == -1 else size for size in sizes)
     # Explicit axes, the default of jax.make_mesh, would ask every matmul for its output sharding.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -51,7 +53,8 @@ def check_batch_size(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
         raise UserError(f"config.mesh.microbatches must be at least 1, not {parts}")
     if config.batch_size % (shards * parts):
         times = f" x {parts} microbatches" if parts > 1 else ""
-        raise UserError(f"config.batch_size={config.batch_size} does not divide over {shards} devices{times}")
+        there = f"{spell_count(shards, 'device')}{times}"
+        raise UserError(f"config.batch_size={config.batch_size} does not divide over {there}")
     has, pack = config.batch_size // (shards * parts), config.loss.get("pack", 1)
     if has % pack:
         what = "a microbatch" if parts > 1 else "a batch"
