@@ -1,9 +1,11 @@
 """Repositories of the Hugging Face hub: the files of a dataset, and what the hub's answers mean to a user."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 
 HUB = "hf:"
 
@@ -39,7 +41,13 @@ def spell_size(size: int | None) -> str:
     for unit, bytes_of_it in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= bytes_of_it:
             return f"{size / bytes_of_it:.4g} {unit}"
-    return f"{size} bytes"
+    return spell_count(size, "byte")
+
+
+def spell_total(sizes: Sequence[int | None]) -> str:
+    """The size of several files, or that the hub does not say it of one."""
+    known = [size for size in sizes if size is not None]
+    return spell_size(sum(known) if len(known) == len(sizes) else None)
 
 
 def _say_what_is_fetched(source: str, name: str, revision: str | None) -> None:
@@ -52,10 +60,9 @@ def _say_what_is_fetched(source: str, name: str, revision: str | None) -> None:
         return
     wanted = [file for file in files if file.will_download]
     if wanted:
-        sizes = [file.file_size for file in wanted if file.file_size is not None]
-        size = spell_size(sum(sizes) if len(sizes) == len(wanted) else None)
+        size = spell_total([file.file_size for file in wanted])
         few = ", ".join(file.filename for file in wanted[:3]) + (", ..." if len(wanted) > 3 else "")
-        print(f"{source}: fetching {len(wanted)} of {len(files)} files, {size}: {few}", flush=True)
+        print(f"{source}: fetching {len(wanted)} of {spell_count(len(files), 'file')}, {size}: {few}", flush=True)
 
 
 def hub_error(

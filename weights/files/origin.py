@@ -11,7 +11,7 @@ from typing import Any
 from cli.errors import UserError
 from cli.locations import Location, in_store, local_copy, locate
 from cli.text_files import read_text
-from data.hub import HUB, hub_error, spell_size
+from data.hub import HUB, hub_error, spell_size, spell_total
 from weights.files.tensors import Tensors, check_finite, read_tensors, unwrapped
 
 
@@ -55,6 +55,10 @@ class Origin(abc.ABC):
             none = "none of" if len(names) > 1 else "no"
             raise UserError(f"{self.describe()} has {none} {', '.join(names)}{self.limits()}; give another --input")
         return path
+
+    def foretell(self, *choices: Sequence[str]) -> None:
+        """Says how much several files are together, where files are fetched; of each choice the first that there is."""
+        del choices  # nothing is fetched but from the hub
 
     def json(self, *names: str) -> dict[str, Any]:
         """The JSON object in the first of these files that there is, without the keys that a user lets pass.
@@ -137,7 +141,7 @@ class WeightsFile(Origin):
 class HubRepository(Origin):
     """A repository of the Hugging Face hub; its files are fetched one by one into the hub's own cache.
 
-    Each that is not there is said with its size before it is fetched.
+    Each that is not there is said with its size before it is fetched, those of several together before the first.
     HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN and the like are obeyed as huggingface_hub does.
     """
 
@@ -159,11 +163,37 @@ class HubRepository(Origin):
         """
         return next((path for name in names if (path := self._fetch(name)) is not None), None)
 
+    def foretell(self, *choices: Sequence[str]) -> None:
+        """Says how many of the files are to be fetched, and how much that is; of one file nothing."""
+        import huggingface_hub as hub
+
+        if hub.is_offline_mode():
+            return
+        try:
+            found = [next((file for name in names if (file := self._ask(name)) is not None), None) for names in choices]
+        except Exception:  # what is wrong says the download itself
+            return
+        wanted = [file for file in found if file is not None and file.will_download]
+        # An index has files beside it, which are foretold once it is there.
+        if len(wanted) > 1 and not any(".index." in file.filename for file in wanted):
+            size = spell_total([file.file_size for file in wanted])
+            print(f"{HUB}{self.repository}@{wanted[0].commit_hash}: {len(wanted)} files to fetch, {size}", flush=True)
+
     def limits(self) -> str:
         """That it is the cache where files are looked for, if it is."""
         import huggingface_hub as hub
 
         return " in the hub's cache, and HF_HUB_OFFLINE is set" if hub.is_offline_mode() else ""
+
+    def _ask(self, name: str) -> Any:
+        """What the hub or its cache says of a file, a `DryRunFileInfo`; None if there is no such file."""
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+
+        try:
+            return hub.hf_hub_download(self.repository, name, revision=self._commit or self.revision, dry_run=True)
+        except errors.EntryNotFoundError:
+            return None
 
     def _fetch(self, name: str) -> Path | None:
         import huggingface_hub as hub
@@ -216,6 +246,10 @@ class Subfolder(Origin):
 
     def _owns(self, path: Path) -> bool:
         return self.origin._owns(path)
+
+    def foretell(self, *choices: Sequence[str]) -> None:
+        """As the outer origin does, of files of the folder."""
+        self.origin.foretell(*([f"{self.folder}/{name}" for name in names] for names in choices))
 
     def limits(self) -> str:
         """Those of the outer origin."""
@@ -315,6 +349,7 @@ def _read_shards(origin: Origin, path: Path) -> Tensors:
     for name, shard in places.items():
         if not isinstance(shard, str):
             raise UserError(f"{path} says of {name} that its file is {_kind(shard)}, not a file's name; fetch it again")
+    origin.foretell(*([shard] for shard in sorted(set(places.values()))))
     shards = {shard: origin.shard(shard, str(path)) for shard in sorted(set(places.values()))}
     tensors: Tensors = {}
     unnamed: list[str] = []

@@ -14,13 +14,21 @@ from models.unet import UNet
 from models.unidiffuser import UniDiffuser
 from weights.files.layout import Tensors, Tree
 from weights.files.origin import Origin, Subfolder, peek_json, read_weights
-from weights.formats import diffusers_dit, diffusers_text_decoder, diffusers_unidiffuser
+from weights.formats import clip_text, diffusers_dit, diffusers_text_decoder, diffusers_unidiffuser
 from weights.formats import diffusers_unidiffuser_pipeline as unidiffuser_pipeline
 from weights.formats.contract import Converted, Files, Format, Network, Pipeline, refuse_unread
 from weights.formats.diffusers_autoencoder import NAMES as AUTOENCODERS
 from weights.formats.diffusers_autoencoder import autoencoder_files, read_autoencoder
 from weights.formats.diffusers_blocks import with_new_names
-from weights.formats.diffusers_pipeline import GUIDANCE, STEPS, check_parts, is_whole, pipeline_files, read_text_part
+from weights.formats.diffusers_pipeline import (
+    GUIDANCE,
+    STEPS,
+    TEXT_FOLDER,
+    check_parts,
+    is_whole,
+    pipeline_files,
+    read_text_part,
+)
 from weights.formats.diffusers_scheduler import read_scheduler
 from weights.formats.diffusers_unet import CONDITION, PLAIN, unet_config, unet_fields, unet_layout
 from weights.formats.dit import dit_run
@@ -112,6 +120,9 @@ def _read(origin: Origin, subfolder: str = "", latent_scale: str = "", tokenizer
         params = diffusers_dit.dit_from_diffusers(create_model(**fields), read_weights(dit, WEIGHTS))
         stage, notes = _find_first_stage(origin, fields["in_channels"], latent_scale)
         return dit_run(fields, params, process, sample, stage, notes)
+    if origin.find(f"{PIPELINE_FOLDER}/{CONFIG}") is not None:
+        parts = {**dict.fromkeys((PIPELINE_FOLDER, *FIRST_STAGE_FOLDERS), WEIGHTS), TEXT_FOLDER: clip_text.WEIGHTS}
+        origin.foretell(*([f"{folder}/{name}" for name in names] for folder, names in parts.items()))
     fields, tensors = read_unet(origin)
     model = create_model(**fields)
     params = unet_layout(model).read_deferred(model, with_new_names(tensors))["params"]

@@ -65,6 +65,9 @@ def read_pipeline(origin: Origin, weights: tuple[str, ...]) -> Converted:
     def part(folder: str) -> Subfolder:
         return Subfolder(origin, folder)
 
+    own, clips = ("unet", "vae", "text_decoder"), ("text_encoder", "image_encoder")
+    files = {**dict.fromkeys(own, weights), **dict.fromkeys(clips, CLIP_WEIGHTS)}
+    origin.foretell(*([f"{folder}/{name}" for name in names] for folder, names in files.items()))
     network = part("unet")
     fields = unidiffuser.unidiffuser_fields(network.json("config.json"))
     tensors = read_weights(network, weights, unidiffuser.IGNORED)

@@ -16,6 +16,7 @@ from weights.files.origin import (
     Folder,
     HubRepository,
     Leniency,
+    Subfolder,
     WeightsFile,
     open_origin,
     read_json,
@@ -151,6 +152,23 @@ def test_what_is_fetched_is_said_with_its_size_before_and_is_there_offline(tmp_p
     offline = open_origin("hf:tiny/clip")
     assert offline.find("none.json", "config.json") and offline.find("unet/model.bin").read_bytes()
     assert "fetching" not in capsys.readouterr().out and offline.describe() == f"hf:tiny/clip@{COMMIT}"
+
+
+def test_files_that_belong_together_are_said_with_their_size_before_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    files = {"unet/model.safetensors": bytes(12000), "vae/model.bin": bytes(345), "a/1.safetensors": b"", "a/2": b"1"}
+    with serving(files, monkeypatch) as got:
+        origin = open_origin("hf:tiny/clip")
+        names = [f"model.{end}" for end in ("safetensors", "bin")]
+        origin.foretell(*([f"{folder}/{name}" for name in names] for folder in ("unet", "vae", "text_encoder")))
+        assert capsys.readouterr().out == f"hf:tiny/clip@{COMMIT}: 2 files to fetch, 12.35 kB\n" and not got
+        assert origin.find("unet/model.safetensors")
+        capsys.readouterr()
+        origin.foretell(["unet/model.safetensors"], ["vae/model.bin"])  # one is there by now
+        Subfolder(origin, "a").foretell(["1.safetensors"], ["2"])
+        assert capsys.readouterr().out == f"hf:tiny/clip@{COMMIT}: 2 files to fetch, 1 byte\n"
+    open_origin("hf:tiny/clip").foretell(["unet/none"], ["vae/model.bin"])
+    assert not capsys.readouterr().out
 
 
 def test_all_files_are_of_the_first_one_s_commit(cached, monkeypatch):
