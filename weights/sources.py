@@ -1,6 +1,7 @@
 """Where a trained part comes from: a run folder, or random weights for tests and measurements."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Collection
 from pathlib import PurePath
@@ -212,7 +213,7 @@ def load_part(entry: ConfigDict, seed: int = 0, abstract: Tree = None) -> Part:
       UserError: if the source is missing or has no such part.
     """
     if entry.source == RANDOM:
-        logging.getLogger(__name__).warning("part %r has random weights, as its source says", entry.part)
+        _warn_of_random(entry.part)
         model = model_of(entry)
         shardings = None if abstract is None else jax.tree.map(lambda leaf: leaf.sharding, abstract)
         trees = jax.jit(lambda: random_part(model, seed).trees(), out_shardings=shardings)()
@@ -225,6 +226,12 @@ def load_part(entry: ConfigDict, seed: int = 0, abstract: Tree = None) -> Part:
         return part
     wanted = {name: tree for name, tree in part.variables.items() if name in abstract["variables"]}
     return Part(model, **jax.tree.map(place_whole, {**part.trees(), "variables": wanted}, abstract))
+
+
+@functools.cache
+def _warn_of_random(part: str) -> None:
+    """Once a process, however often a part is loaded: its weights are hashed, too, to find what was stored of them."""
+    logging.getLogger(__name__).warning("part %r has random weights, as its source says", part)
 
 
 def place_whole(value: Any, like: Any) -> jax.Array:

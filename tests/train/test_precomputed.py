@@ -29,6 +29,7 @@ from train import feature_pass
 from train.feature_pass import _VIEW_SEED, precompute
 from train.loop import train
 from train.precomputed import locate_precomputed, weights_of
+from weights import sources
 from weights.pretrained import write_pretrained
 from weights.run import model_of, read_metrics
 from weights.sources import Part, load_frozen, random_part, resolve_frozen
@@ -328,10 +329,14 @@ def live_index(stream, place):
     return next(index for index in range(300) if stream.place(index) == place)
 
 
-def test_the_command_stores_and_says_where(make_config, tmp_path, capsys):
+def test_the_command_stores_and_says_where(make_config, tmp_path, capsys, caplog):
     make_config()
+    sources._warn_of_random.cache_clear()
     command = [f"--config={ROOT}/configs/scenes/dalle.py:debug", f"--config.data.data_dir={tmp_path}/data"]
     main([*command, "--splits=held_out", "--batch_size=7"])
+    assert [record.getMessage() for record in caplog.records if "random" in record.getMessage()] == [
+        "part 'dvae' has random weights, as its source says"
+    ]
     out = capsys.readouterr().out
     assert "image_tokens of held_out: picture 40/40" in out and "--config.data.image_tokens=auto" in out
     (file,) = (tmp_path / "data").glob("**/held_out-center_square.npy")
