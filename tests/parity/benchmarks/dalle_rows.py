@@ -11,9 +11,7 @@ processor seconds of one core count what each computes, and nobody waits.
 """
 
 import dataclasses
-import sys
 from typing import Any
-from unittest import mock
 
 from clip_rows import config_step
 from dalle_pytorch_imports import stand_ins
@@ -194,7 +192,7 @@ def torch_decoding(size: Size, batch_size: int, peers: Peers) -> Side:
 
 def torch_model(size: Size) -> Any:
     """dalle-pytorch's network."""
-    with mock.patch.dict(sys.modules, stand_ins()):
+    with stand_ins():
         from dalle_pytorch import DALLE, DiscreteVAE
 
     tokenizer = DiscreteVAE(
