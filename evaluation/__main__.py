@@ -20,6 +20,12 @@ SWEPT: dict[str, type] = {
     **{"seed": int, "step": int, "ema": float},
 }
 
+# Options that say how another one is used.
+_OF_TOOLS = {
+    "features": ("resize", "num_real", "kid_subsets", "kid_subset_size", "features_dir"),
+    "clip": ("convention", "candidates"),
+}
+
 _DESCRIPTION = """\
 Evaluates a run, or a CLIP that was converted (--dataset says of what), and writes evaluation.json into its folder, each
 metric as it ends: one that fails is named at the end, and costs no other.
@@ -117,9 +123,15 @@ def main(arguments: Sequence[str]) -> None:
     if options.num_real < 0 or options.kid_subset_size < 0 or options.kid_subsets < 1:
         raise UserError("--num_real and --kid_subset_size must be 0 or more, --kid_subsets 1 or more")
 
-    from evaluation.evaluate import Tools, default_splits  # imports jax
+    for tool, own in _OF_TOOLS.items():
+        for name in own:
+            if not getattr(options, tool) and getattr(options, name) != parser.get_default(name):
+                raise UserError(f"--{name} is of --{tool}; give that, or leave it out")
+
+    from evaluation.evaluate import default_splits  # imports jax
     from evaluation.records import format_table, read_records
     from evaluation.sweep import evaluate_cells
+    from evaluation.tools import Tools
 
     def open_run(ema: bool | float, step: int | None) -> Any:
         from evaluation.evaluate import on_dataset

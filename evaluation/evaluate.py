@@ -10,27 +10,24 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from data.points import is_points
 from data.records import dataset_folder, first_captions, first_classes, open_records
 from data.scenes import find_world
 from evaluation.answer_perplexity import ANSWER_PERPLEXITY, answer_perplexity
 from evaluation.answers import ANSWERS, answer_values
+from evaluation.applicable_metrics import chosen_metrics
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.caption_scores import CAPTION_SCORES, caption_score_values
-from evaluation.clip.metrics import CLIP_METRICS, SHOWN, ClipSettings, clip_makers, default_metrics
+from evaluation.clip.metrics import SHOWN, clip_makers
 from evaluation.clip.reranking import SCORED, ClipScorer, scorer_record
 from evaluation.denoising import CAPTION_LOSS, caption_loss
-from evaluation.features.metrics import (
-    FEATURE_METRICS,
-    FeatureSettings,
-    check_feature_metrics,
-    feature_makers,
-    reconstructs,
-)
-from evaluation.points import LIKELIHOOD, POINT_METRICS, default_point_metrics, point_values
+from evaluation.features.metrics import FEATURE_METRICS, FeatureSettings, check_feature_metrics, feature_makers
+from evaluation.points import LIKELIHOOD, POINT_METRICS, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import Record, check_finite, keep_picture
 from evaluation.text_perplexity import TEXT_PERPLEXITY, text_perplexity
+from evaluation.tools import Tools, check_tools
 from evaluation.written_captions import (
     AGREEMENT,
     ROUND_TRIP,
@@ -39,8 +36,6 @@ from evaluation.written_captions import (
     round_trip_values,
     written_values,
 )
-from sample.samplers.diffusion import DiffusionSampler
-from sample.samplers.llama import LlamaSampler
 from sample.samplers.unidiffuser_modes import choose_modes
 from sample.sheets.grid import draw_grid, to_uint8
 from sample.trained import TrainedSampler, refuse_idle
@@ -53,21 +48,6 @@ _TOLD: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 # Those that draw nothing, and so read no setting of it.
 _DRAW_NOTHING = (CAPTION_LOSS, ANSWER_PERPLEXITY, TEXT_PERPLEXITY, LIKELIHOOD)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tools:
-    """What some metrics take beside the run.
-
-    Attributes:
-      features: how features are made, for the metrics that compare them; None if the user gave no extractor.
-      scorer: the CLIP that scores drawn pictures; None if the user named none.
-      clip: what a CLIP run tells apart.
-    """
-
-    features: FeatureSettings | None = None
-    scorer: ClipScorer | None = None
-    clip: ClipSettings = ClipSettings()
 
 
 def default_splits(config: ConfigDict) -> list[str]:
@@ -104,52 +84,6 @@ def on_dataset(
     return dataclasses.replace(trained, config=config)
 
 
-def applicable_metrics(
-    trained: TrainedSampler, split: str, settings: ClipSettings
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The metrics of a run that are computed unless a user names some, and those that are computed when named.
-
-    They follow from what the run's sampler reads and makes.
-    """
-    sampler = trained.sampler
-    if "features" in sampler.makes:
-        defaults = default_metrics(trained, split, settings)
-        return defaults, tuple(name for name in CLIP_METRICS if name not in defaults)
-    if "point" in sampler.makes:
-        defaults = default_point_metrics(trained)
-        return defaults, tuple(name for name in POINT_METRICS if name not in defaults)
-    graded = find_world(trained.config.data.dataset) is not None
-    if {"text", "image"} <= set(sampler.makes):  # either of the other, or both of nothing
-        if graded:
-            return ("caption_accuracy", WRITTEN, AGREEMENT, ROUND_TRIP), (CAPTION_SCORES, *SCORED)
-        return (CAPTION_SCORES,), SCORED
-    if "text" in sampler.makes and set(sampler.reads) == {"text", "image"}:
-        asked = (ANSWER_PERPLEXITY, TEXT_PERPLEXITY) if trained.config.data.dialogues else ()
-        return (ANSWERS, *asked) if graded else asked, ()
-    if isinstance(sampler, LlamaSampler):
-        return (TEXT_PERPLEXITY,) if trained.config.data.dialogues else (), ()
-    if "text" in sampler.makes and hasattr(sampler, "captions"):
-        return ((WRITTEN,), (CAPTION_SCORES,)) if graded else ((CAPTION_SCORES,), ())
-    if "image" not in sampler.makes:
-        return (), ()
-    if reconstructs(sampler):
-        return ("reconstruction",), FEATURE_METRICS
-    if "image" in sampler.reads:  # no dataset says which picture and caption make which picture
-        return (), ()
-    captions = "text" in sampler.reads and trained.tokenizer is not None
-    denoising = (CAPTION_LOSS,) if captions and isinstance(sampler, DiffusionSampler) else ()
-    drawn = (*denoising, *SCORED) if captions else ()
-    return ("caption_accuracy",) if captions else (), (*drawn, *FEATURE_METRICS)
-
-
-def _told(trained: TrainedSampler) -> str:
-    """What a run that draws pictures without captions is told, for messages; "" for any other run."""
-    reads, makes = trained.sampler.reads, trained.sampler.makes
-    if "image" not in makes or {"text", "image"} & set(reads):
-        return ""
-    return " (told classes, no captions)" if "label" in reads else " (told nothing)"
-
-
 def check_mode(trained: TrainedSampler, names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of metrics without a mode, which follows from what each of them tells the run.
 
@@ -170,6 +104,11 @@ def check_mode(trained: TrainedSampler, names: Sequence[str], settings: Mapping[
     return {**{name: value for name, value in settings.items() if name != "mode"}, **trained.inferred}
 
 
+def drawn_metrics(names: Sequence[str]) -> list[str]:
+    """Those of some metrics that draw."""
+    return [name for name in names if name not in _DRAW_NOTHING]
+
+
 def idle_in(trained: TrainedSampler, names: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Settings that have no effect on any of some metrics in any of some cells, each with the reason.
 
@@ -181,7 +120,7 @@ def idle_in(trained: TrainedSampler, names: Sequence[str], cells: Sequence[Mappi
     Raises:
       UserError: if a setting is impossible.
     """
-    drawn = [name for name in names if name not in _DRAW_NOTHING]
+    drawn = drawn_metrics(names)
     if not drawn:
         return dict.fromkeys(trained.config.sample, f"{' and '.join(names)} draw{'s' * (len(names) == 1)} nothing")
     return trained.idle(*((told, cell) for cell in cells for name in drawn for told in _TOLD.get(name, ((),))))
@@ -219,22 +158,11 @@ def evaluate_run(
         any is computed; or after all were tried, if some of them failed, such as one over values that are not finite.
     """
     sampler, tools = trained.sampler, tools or Tools()
-    defaults, others = applicable_metrics(trained, splits[0], tools.clip)
-    names, known = tuple(dict.fromkeys(metrics or defaults)), (*defaults, *others)
-    kind = f"{trained.config.objective}{_told(trained)}"
-    if not known:
-        told, made = (" and ".join(rows) for rows in (sampler.reads, sampler.makes))
-        raise UserError(f"no metric is of runs of {kind}, which make {made} of {told or 'nothing'}")
-    for name in names:
-        if name not in known:
-            raise UserError(f"metric {name!r} does not apply to this run of {kind}; choose {', '.join(known)}")
-    if not names:
-        raise UserError(f"name what to compute with --metrics; this run of {kind} has {', '.join(known)}")
-    if tools.scorer is None and set(names) & set(SCORED):
-        raise UserError(f"{' and '.join(SCORED)} need a CLIP that scores; give --clip=RUN")
+    names = chosen_metrics(trained, metrics, splits[0], tools.clip)
+    if not checked:
+        check_tools(trained, names, drawn_metrics(names), tools)
     compared = [name for name in names if name in FEATURE_METRICS]
     check_feature_metrics(compared, num, tools.features)
-
     if not checked:
         trained.check_settings(settings, besides=False)
     settings = check_mode(trained, names, settings)
@@ -274,7 +202,7 @@ def evaluate_run(
             if name in shared:
                 add(name, split, make)
     if failed:
-        rest = f"; {len(records)} others are kept" if records else ""
+        rest = f"; {spell_count(len(records), 'other is', 'others are')} kept" if records else ""
         raise UserError("; ".join(failed) + rest)
     return records
 

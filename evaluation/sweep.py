@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cli.errors import UserError
-from evaluation.evaluate import Tools, applicable_metrics, check_mode, evaluate_run, idle_in
+from evaluation.applicable_metrics import chosen_metrics
+from evaluation.evaluate import check_mode, drawn_metrics, evaluate_run, idle_in
 from evaluation.records import Record, write_records
+from evaluation.tools import Tools, check_tools
 from sample.arguments import average_of
 from sample.sheets.axes import Axis, spell
 from sample.trained import TrainedSampler, refuse_idle
@@ -53,7 +55,7 @@ def evaluate_cells(
     # The weights vary slowest, so that each are read once.
     names = sorted(values, key=lambda name: name not in _WEIGHTS)
     cells = [dict(zip(names, cell, strict=True)) for cell in itertools.product(*(values[name] for name in names))]
-    computed = metrics or applicable_metrics(trained, splits[0], tools.clip)[0]
+    computed = chosen_metrics(trained, metrics, splits[0], tools.clip)
     drawings: list[dict[str, Any]] = []
     for cell in cells:
         own = {name: value for name, value in cell.items() if name not in (*_WEIGHTS, "seed")}
@@ -63,8 +65,8 @@ def evaluate_cells(
             trained.check_request(drawings[-1])
         except UserError as error:
             raise UserError(f"{_title(cell)}: {error}" if len(cells) > 1 else str(error)) from None
-    if computed:
-        refuse_idle(idle_in(trained, computed, drawings), *drawings)
+    check_tools(trained, computed, drawn_metrics(computed), tools)
+    refuse_idle(idle_in(trained, computed, drawings), *drawings)
     failed: list[str] = []
     opened, weights = trained, {}
     for number, cell in enumerate(cells):

@@ -108,11 +108,21 @@ def idle_settings(
     swept = swept or {}
     chosen = {**{name: (value,) for name, value in given.items()}, **swept} or {k: (v,) for k, v in defaults.items()}
     found = []
-    for name, (without, other, value) in _IDLE.items():
+    for name, (without, other, _) in _IDLE.items():
         others = swept.get(other) or (given.get(other, defaults.get(other)),)
-        if any(one != without for one in chosen.get(name, ())) and all(one == value for one in others):
-            found.append((name, _MEANS[other]))
+        why = [silenced(name, one) for one in others]
+        if any(one != without for one in chosen.get(name, ())) and all(why):
+            found.append((name, why[0]))
     return found
+
+
+def silenced(name: str, other: Any) -> str:
+    """Why a setting is not read, whatever its value, beside a value of the one that silences it; "" where it is read.
+
+    Such as "guidance 1 means none" of "unconditional" beside guidance 1.
+    """
+    _, by, value = _IDLE[name]
+    return _MEANS[by] if other == value else ""
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, besides: bool = True) -> None:

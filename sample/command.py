@@ -8,12 +8,22 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cli.errors import UserError
-from sample.conditions import Made, Order, draw, find_sources, given_pictures, order_rows, record_sources, write_out
+from sample.conditions import (
+    Made,
+    Order,
+    draw,
+    find_sources,
+    given_pictures,
+    order_rows,
+    record_sources,
+    refuse_unread,
+    write_out,
+)
 from sample.embedding import ClipEmbedder
 from sample.files import Samples
 from sample.sheets.grid import COLUMNS, behind_given, beside_given, draw_grid, given_columns, pair_columns
 from sample.sheets.points import draw_point_run
-from sample.trained import TrainedSampler, refuse_idle
+from sample.trained import TrainedSampler
 
 _SHOWN = ("image", "text", "point")  # of what samplers make
 
@@ -58,7 +68,7 @@ def draw_samples(
         effect.
     """
     rows, count = order_rows(trained, order), len(order.conditions)
-    refuse_idle(trained.idle(order.call), order.settings)
+    refuse_unread(trained, order)
     if clip is not None and (order.conditions[0].prompt is None or "image" not in trained.sampler.makes):
         raise UserError(f"{trained.run.folder} draws no captions, and --rerank compares with these; leave it out")
     if count == num == 1 and trained.sampler.makes == ("text",) and hasattr(trained.sampler, "stream"):
@@ -101,7 +111,7 @@ def draw_figure(trained: TrainedSampler, order: Order, num: int) -> Drawn:
       UserError: if the run does not read such conditions, or a setting is impossible.
     """
     order_rows(trained, order)
-    refuse_idle(trained.idle(order.call), order.settings)
+    refuse_unread(trained, order)
     figure = draw_point_run(trained, num, order.seed, order.settings)
     return Drawn(np.asarray(figure)[None], None, [{"points": num}], order.describe(trained), figure)
 

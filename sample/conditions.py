@@ -20,7 +20,7 @@ from sample.files import read_mask
 from sample.prompts import Weighted, encode_prompts, parse_weights, plain
 from sample.samplers.contract import besides
 from sample.sheets.grid import side_by_side, to_uint8
-from sample.trained import Call, Rows, TrainedSampler
+from sample.trained import Call, Rows, TrainedSampler, refuse_idle
 
 # Rows of a request (see `sample.samplers.contract`) that a user may give: what they are called, and the option.
 _GIVEN = {
@@ -205,6 +205,25 @@ def order_rows(trained: TrainedSampler, order: Order) -> Rows:
         rows["negative"] = np.repeat(trained.encode([order.negative_prompt])["text"], len(order.conditions), axis=0)
     trained.sampler.request(**rows, **order.settings)
     return rows
+
+
+def refuse_unread(trained: TrainedSampler, *orders: Order) -> None:
+    """Looks at what a user gave, before anything is drawn.
+
+    Args:
+      trained: the run.
+      *orders: of each cell of a sweep, or one.
+
+    Raises:
+      UserError: if a setting, a row or the network that guides has no effect on any of them.
+    """
+    idle = trained.idle(*(order.call for order in orders))
+    refuse_idle(idle, *(order.settings for order in orders))
+    for row in orders[0].rows:
+        if row in idle:
+            raise UserError(f"{_GIVEN[row][1].partition('=')[0]} has no effect, as {idle[row]}; leave it out")
+    if trained.guide and "guidance" in idle:
+        raise UserError(f"--guide_run has no effect, as {idle['guidance']}; leave it out")
 
 
 def _weighted_rows(trained: TrainedSampler, order: Order) -> Rows:

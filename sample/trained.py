@@ -96,7 +96,8 @@ class TrainedSampler:
                     if part != FIRST_STAGE and "dtype" in MODELS[entry.name].__dataclass_fields__:
                         entry.dtype = dtype
         sampler = create_sampler(config)
-        config.sample = ConfigDict({**sampler.settings, **config.sample})  # an older run may lack settings
+        # An older run may lack settings, and the value of one may stand for another, as -1 does for the kind of data.
+        config.sample = ConfigDict({**config.sample, **sampler.settings})
         weights = run.load(step, ema)
         large = FIRST_STAGE in config.frozen or config.objective in ("diffusion", "autoencoder", "vision_adapter")
         pixels = max(1, config.data.image_size) ** 2 * config.data.max_tiles
@@ -168,7 +169,8 @@ class TrainedSampler:
     @property
     def setting_names(self) -> tuple[str, ...]:
         """What may be set: the keys of `config.sample`, and what comes with rows that the sampler may read besides."""
-        return (*self.config.sample, *(name for brought in besides(self.sampler).values() for name in brought))
+        brought = (name for settings in besides(self.sampler).values() for name in settings)
+        return tuple(dict.fromkeys((*self.config.sample, *brought)))  # two rows may bring the same
 
     @property
     def inferred(self) -> dict[str, Any]:

@@ -23,9 +23,9 @@ A sampler that reads rows and may be told none of them has an attribute `needs_n
 
 A sampler that may be told more than what makes its data has an attribute `may_read`: see `besides`.
 
-A sampler of which not every call reads every setting has a method
+A sampler of which not every call reads every setting and row has a method
 
-    idle(told, overrides) -> {setting: reason}       those that a request with rows of these names does not read
+    idle(told, overrides) -> {name: reason}     settings and rows that a request with these rows does not read
 
 and one that makes pictures of texts and texts of pictures in one call
 

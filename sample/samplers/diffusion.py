@@ -18,19 +18,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.errors import FlaxError
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from diffusion.plan import Plan
 from diffusion.process import Process
 from diffusion.solver_choice import make_plan
 from models.conditioning import Conditioning
 from models.layers.attention import KeyLengths
-from sample.attention_maps import has_caption_attention
 from sample.first_stage import FirstStage, check_denoiser
 from sample.samplers import diffusion_program
+from sample.samplers.diffusion_checks import (
+    check_attention,
+    check_condition,
+    check_guide_fits,
+    check_negative,
+    check_picture,
+    check_shape,
+)
 from sample.samplers.diffusion_settings import CHURN, NUMBERS, Steps, check_numbers, unread_times
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
@@ -168,17 +175,7 @@ class DiffusionSampler:
         Raises:
           UserError: if that draws something else, or was told or trained on something else.
         """
-        if not isinstance(guide, DiffusionSampler):
-            raise UserError("a diffusion is guided by another diffusion; give one as --guide_run")
-        for name, ours, theirs in (
-            ("process", self.process, guide.process),
-            ("size and channels", self.sample_shape, guide.sample_shape),
-            ("condition", (self.reads, self.classes), (guide.reads, guide.classes)),
-            ("class for none", self.null_label, guide.null_label),
-            ("caption length", self._text_length, guide._text_length),
-        ):
-            if ours != theirs:
-                raise UserError(f"the --guide_run is of another {name} than the run: {theirs}, not {ours}")
+        check_guide_fits(self, guide)
         return dataclasses.replace(self, guide=guide)
 
     def in_shape(self, shape: tuple[int, int]) -> "DiffusionSampler":
@@ -187,31 +184,8 @@ class DiffusionSampler:
         Raises:
           UserError: if a network does not take them, as one with a learned position of each patch.
         """
-        sampler = dataclasses.replace(self, shape=shape)
-        for model in (self.model, *(() if self.guide is None else (self.guide.model,))):
-            x_t, *told = model.example_inputs(1)
-            params = jax.eval_shape(model.init, jax.random.key(0), x_t, *told)
-            wanted = jax.ShapeDtypeStruct((1, *sampler.sample_shape), x_t.dtype)
-            try:
-                jax.eval_shape(model.apply, params, wanted, *told)
-            except (ValueError, TypeError, FlaxError) as error:  # what networks of one shape raise
-                said = str(error).strip().splitlines()[0]
-                raise UserError(
-                    f"the denoiser does not take pictures of {shape[0]} x {shape[1]} pixels{self._in_latents(*shape)}: "
-                    f"{said}; leave out --size"
-                ) from error
-        return sampler
-
-    def _in_latents(self, height: int, width: int) -> str:
-        """What so many pixels are to the denoiser, for messages; "" to one of pixels."""
-        if self.first_stage is None:
-            return ""
-        factor = self.first_stage.model.downsampling
-        return f", {height // factor} x {width // factor} latents"
-
-    @property
-    def _text_length(self) -> int:
-        return 0 if self.text is None else len(self.text.blank)
+        check_shape(self, shape)
+        return dataclasses.replace(self, shape=shape)
 
     @property
     def class_range(self) -> str:
@@ -242,19 +216,19 @@ class DiffusionSampler:
         return {**dataclasses.asdict(self.defaults), **{key: getattr(self, key) for key in NUMBERS}}
 
     def idle(self, told: Collection[str], overrides: Mapping[str, Any]) -> dict[str, str]:
-        """Settings that a request does not read, each with the reason; see `sample.samplers.contract`.
+        """Settings and rows that a request does not read, each with the reason; see `sample.samplers.contract`.
 
         Args:
-          told: names of the rows that it holds, which change nothing here.
-          overrides: of `settings`, and strength, with 0 of which none is read.
+          told: names of the rows that it holds.
+          overrides: of `settings`, and strength, with 0 of which none is read, nor what says what to draw.
 
         Raises:
           UserError: on an unknown override or an impossible value.
         """
-        del told
         steps, _ = self._settings({name: value for name, value in overrides.items() if name != "strength"})
         if overrides.get("strength") == 0:
-            return dict.fromkeys(self.settings, STAYS)
+            needed = {"image", *(("label",) if self.null_label is None else ())}  # without which there is no request
+            return dict.fromkeys((*self.settings, *(row for row in told if row not in needed)), STAYS)
         return unread_times(steps, self.plan)
 
     def request(
@@ -293,19 +267,13 @@ class DiffusionSampler:
         """
         given = {"text": text, "label": label, "negative": negative}
         rows = {name: np.asarray(value, np.int32) for name, value in given.items() if value is not None}
-        if self.text is None and ("text" in rows or "negative" in rows):
-            raise UserError("this run takes no captions")
-        if not self.classes and "label" in rows:
-            raise UserError("this run takes no classes")
-        if self.classes and self.null_label is None and "label" not in rows:
-            raise UserError(f"this run needs a class, 0 to {self.classes - 1}: none of them stands for none")
-        wrong = [n for n in rows["label"].tolist() if not 0 <= n < self.classes] if "label" in rows else []
-        if wrong:
-            raise UserError(f"there is no class {wrong[0]}; classes are {self.class_range}")
-        strength = self._strength(image, mask, overrides)
+        check_condition(self, rows, rows.get("label"))
+        strength = chosen_strength(image, mask, overrides)
+        if image is not None:
+            check_picture(self, np.asarray(image))
         attention = bool(overrides.get("attention", False))
         if attention:
-            self._check_attention("text" in rows, strength)
+            check_attention(self, "text" in rows, strength)
         for name, weights in (("text_weights", text_weights), ("negative_weights", negative_weights)):
             if weights is not None:
                 rows[name] = np.asarray(weights, np.float32)
@@ -316,12 +284,8 @@ class DiffusionSampler:
         if mask is not None:
             rows["mask"] = np.asarray(mask)
         steps, numbers = self._settings({key: value for key, value in overrides.items() if key != "strength"}, strength)
-        if self.guide is not None and "negative" in rows:
-            raise UserError("guidance leads away from the --guide_run; leave out the negative prompt, or that")
-        if numbers["guidance"] == 1 and "negative" in rows:
-            raise UserError(
-                "a negative prompt has no effect with guidance 1, which means none; choose another guidance"
-            )
+        if "negative" in rows:
+            check_negative(self, numbers["guidance"])
         return {
             **rows,
             **{key: np.float32(value) for key, value in numbers.items()},
@@ -448,29 +412,6 @@ class DiffusionSampler:
             filled["label"] = jnp.full(count, self.null_label, jnp.int32)
         return filled
 
-    def _strength(self, image: Any, mask: Any, overrides: Mapping[str, Any]) -> float:
-        """How much of a picture is changed; raises UserError unless what is given goes together."""
-        strength = chosen_strength(image, mask, overrides)
-        if image is None:
-            return strength
-        if "image" not in self.makes:
-            raise UserError("this run makes no pictures, so there is none to change")
-        factor = 1 if self.first_stage is None else self.first_stage.model.downsampling
-        height, width = (side * factor for side in self.sample_shape[:2])
-        if image.shape[1:3] != (height, width):
-            given = f"pictures are {image.shape[1]} x {image.shape[2]} pixels"
-            raise UserError(f"{given}, this run's are {height} x {width} pixels{self._in_latents(height, width)}")
-        return strength
-
-    def _check_attention(self, told: bool, strength: float) -> None:
-        """Raises UserError unless there is attention to a caption to be shown."""
-        if self.text is None or not has_caption_attention(self.model):
-            raise UserError("attention maps are of a denoiser that reads captions; leave out --attention_maps")
-        if not told:
-            raise UserError("attention maps are of a caption; give one, --prompt=TEXT")
-        if strength == 0:
-            raise UserError("strength 0 runs no step that could show its attention; choose more")
-
     def _settings(self, overrides: Mapping[str, Any], strength: float = 1.0) -> tuple[Steps, dict[str, float]]:
         """The solver and the numbers of guidance, defaults filled in; raises UserError unless they are possible."""
         unknown = sorted(set(overrides) - {*self.settings, *_SHOWN})
@@ -499,4 +440,4 @@ class DiffusionSampler:
         try:
             self.plan(steps, strength or 1.0)  # at 0 nothing is solved
         except (TypeError, ValueError) as error:
-            raise UserError(f"sampler {steps.sampler!r} with {steps.steps} steps: {error}") from error
+            raise UserError(f"sampler {steps.sampler!r} with {spell_count(steps.steps, 'step')}: {error}") from error

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
+from cli.plurals import spell_count
 from diffusion.plan import Plan
 from diffusion.process import Process
 from diffusion.schedule import DiscreteSchedule
@@ -35,8 +36,9 @@ from sample.samplers.captioner import (
 )
 from sample.samplers.dvae import from_uint8
 from sample.samplers.from_config import build_network, build_process, read_settings
-from sample.samplers.given_picture import STAYS, GivenPicture, chosen_strength, known_places, lay_over
+from sample.samplers.given_picture import STAYS, chosen_strength, lay_over
 from sample.samplers.llama import check_questions, end_of_texts
+from sample.samplers.unidiffuser_changes import changes, picture_to_change, split_request
 from sample.samplers.unidiffuser_modes import (
     MODES,
     PICTURE,
@@ -50,61 +52,22 @@ from sample.samplers.unidiffuser_modes import (
     stages,
     unread_settings,
 )
+from sample.samplers.unidiffuser_settings import (
+    MEASURED,
+    Choices,
+    Scales,
+    check_kind,
+    find_kind,
+    kinds_of,
+    learned_kind,
+    scaled,
+)
 
 Tree = Any
 Request = dict[str, Any]
 
-UNCONDITIONAL = ("noise", "empty")
-NOISE = ("authors", "diffusers")
-
-MEASURED = ("clip", "text")  # latents that have no scale of their own
-CHANGING = ("text_to_image", "image")  # modes in which a picture that is given may be changed
-
 # Numbers that a key is folded with, one for each use.
 _FIRST, _FRESH, _POSTERIOR, _WORDS, _SECOND = range(5)
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """What a sampler is compiled for, beside the batch.
-
-    Attributes:
-      mode: one of `MODES`; "" for what the rows that are given ask for: a caption its picture, a picture its caption,
-        both each of them, nothing a pair.
-      sampler: see `diffusion.solver_choice.SOLVERS`.
-      steps: S.
-      spacing: of the times; "time" and the singlestep solver are the authors'.
-      unconditional: what guidance of text_to_image leads away from: "noise" at the last time, or the "empty" caption.
-      noise: whose habits of drawing it: "authors" or "diffusers".
-    """
-
-    mode: str = ""
-    sampler: str = "dpm_solver_singlestep"
-    steps: int = 50
-    spacing: str = "time"
-    unconditional: str = "noise"
-    noise: str = "authors"
-
-
-@dataclasses.dataclass(frozen=True)
-class Scales:
-    """What latents are multiplied by before they are diffused, and divided by behind; those of pictures have their own.
-
-    Attributes:
-      clip: of the CLIP embedding; 1 where published. 0 for what a run measures before its first update: 1 over the
-        root of the mean square.
-      text: of the captioner's latents; likewise.
-      examples: of the training set, which are measured.
-    """
-
-    clip: float = 1.0
-    text: float = 1.0
-    examples: int = 2048
-
-    @property
-    def measured(self) -> tuple[str, ...]:
-        """Which are measured."""
-        return tuple(name for name in MEASURED if not getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +130,7 @@ class UniDiffuserSampler:
         captions = CaptionSettings(**read_settings(config.sample, CaptionSettings))
         numbers = read_settings(config.sample, cls)
         kind = numbers.get("data_type", -1)
-        numbers["data_type"] = _find_kind(model, "config.sample.data_type", kind, learned_kind(config, model))
+        numbers["data_type"] = find_kind(model, "config.sample.data_type", kind, learned_kind(config, model))
         sampler = cls(model, process, first_stage, clip, captioner, scales, choices, captions, **numbers)
         sampler._changed({})
         return sampler
@@ -235,7 +198,7 @@ class UniDiffuserSampler:
         """
         strength = chosen_strength(image, mask, overrides)
         told = [name for name, row in (("text", text), ("image", image), ("mask", mask)) if row is not None]
-        given, settings = self._read(told, overrides)
+        given, settings = split_request(told, overrides, self.choices.mode)
         choices, captions, guidance, kind = self._changed(settings)
         modes = choose_modes(choices.mode, given)
         rows: Request = {}
@@ -256,7 +219,7 @@ class UniDiffuserSampler:
             "guidance": np.float32(guidance),
             "data_type": np.int32(kind),
             **captions.numbers,
-            **({"strength": strength} if _changes(told, overrides) else {}),
+            **({"strength": strength} if changes(told, overrides) else {}),
         }
 
     def __call__(
@@ -291,19 +254,19 @@ class UniDiffuserSampler:
         return {name: how for mode in request["modes"] for name, how in made_of(mode).items()}
 
     def idle(self, told: Collection[str], overrides: Mapping[str, Any]) -> dict[str, str]:
-        """Settings that a request does not read, each with the reason; see `sample.samplers.contract`.
+        """Settings and rows that a request does not read, each with the reason; see `sample.samplers.contract`.
 
         Args:
           told: names of the rows that it holds.
-          overrides: of `settings`, and strength, with 0 of which none is read but the mode.
+          overrides: of `settings`, and strength, with 0 of which none is read but the mode, nor a caption.
 
         Raises:
           UserError: as of `request`.
         """
-        given, settings = self._read(told, overrides)
+        given, settings = split_request(told, overrides, self.choices.mode)
         choices, captions, guidance, kind = self._changed(settings)
-        if _changes(told, overrides) and overrides.get("strength") == 0:
-            return dict.fromkeys(self.settings.keys() - {"mode"}, STAYS)
+        if changes(told, overrides) and overrides.get("strength") == 0:
+            return dict.fromkeys((*(self.settings.keys() - {"mode"}), *given), STAYS)
         idle = unread_settings(choose_modes(choices.mode, given), guidance, tuple(dataclasses.asdict(captions)))
         return idle | ({"data_type": "this network tells no kinds of data apart"} if kind < 0 else {})
 
@@ -343,15 +306,6 @@ class UniDiffuserSampler:
         """CLIP embeddings of pictures."""
         return clip_pictures(self.clip, collections_of(frozen["clip"]), from_uint8(images))
 
-    def given(self, frozen: Tree, factors: Tree, request: Mapping[str, Array], strength: float) -> GivenPicture:
-        """What a solver has of a picture to change: mean latents, known where the mask says so, and its embedding."""
-        z = self.first_stage.mean(frozen, from_uint8(request["image"]))
-        data = {"image": z, **scaled({"clip": self.embed(frozen, request["image"])}, factors)}
-        known = None
-        if "mask" in request:  # of another picture there is another embedding
-            known = {"image": known_places(request["mask"], *z.shape[1:3]), "clip": jnp.zeros((len(z), 1), bool)}
-        return GivenPicture(data, known, strength)
-
     def write(
         self, frozen: Tree, latents: Latents, program: tuple[int, int], numbers: dict[str, Array], keys: Array
     ) -> Int[Array, "b l"]:
@@ -363,22 +317,6 @@ class UniDiffuserSampler:
 
         return write_captions(captioner, params, prefill, program, numbers, self.end_id, keys)
 
-    def _read(self, told: Collection[str], overrides: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-        """The rows that a mode is to read, and settings with that mode where one of the rows is a picture to change.
-
-        Raises:
-          UserError: if the mode that is chosen changes none.
-        """
-        settings = {name: value for name, value in overrides.items() if name != "strength"}
-        given = [name for name in ("text", "image") if name in told]
-        if _changes(told, overrides):
-            given.remove("image")
-            mode = settings.get("mode", self.choices.mode) or CHANGING[not given]
-            if mode not in CHANGING:
-                raise UserError(f"mode {mode} changes no picture; leave out strength and mask, or the mode")
-            settings["mode"] = mode
-        return given, settings
-
     def _changed(self, overrides: Mapping[str, Any]) -> tuple[Choices, CaptionSettings, float, int]:
         """Settings with others, guidance and the kind of data last; raises UserError unless they are possible."""
         if unknown := sorted(overrides.keys() - self.settings.keys()):
@@ -387,21 +325,21 @@ class UniDiffuserSampler:
         choices = dataclasses.replace(self.choices, **{k: v for k, v in overrides.items() if k in own})
         own |= {"guidance", "data_type"}
         captions = self.captions.changed({k: v for k, v in overrides.items() if k not in own})
-        for name, allowed in (("mode", ("", *MODES)), ("unconditional", UNCONDITIONAL), ("noise", NOISE)):
-            if getattr(choices, name) not in allowed:
-                shown = ", ".join(each or "'' for what is given" for each in allowed)
-                raise UserError(f"{name}={getattr(choices, name)!r} is unknown; choose one of {shown}")
+        choices.check_names()
         guidance = float(overrides.get("guidance", self.guidance))
         if not 0 <= guidance < float("inf"):
             raise UserError(f"guidance={guidance} is impossible; 1 means none, more follows what is given more")
-        kind = _find_kind(self.model, "data_type", overrides.get("data_type", -1), self.data_type)
+        kind = self.data_type
+        if "data_type" in overrides:
+            kind = check_kind(self.model, "data_type", overrides["data_type"])
         most = self.captioner.length - self.captioner.prefix_length + 1
         if captions.caption_length > most:
             raise UserError(f"caption_length={captions.caption_length} is more than the captioner has; use {most}")
         try:
             self.plan(choices)
         except (TypeError, ValueError) as error:
-            raise UserError(f"sampler {choices.sampler!r} with {choices.steps} steps: {error}") from error
+            steps = spell_count(choices.steps, "step")
+            raise UserError(f"sampler {choices.sampler!r} with {steps}: {error}") from error
         return choices, captions, guidance, kind
 
 
@@ -420,7 +358,7 @@ def _draw(
     keys: Array,
 ) -> dict[str, Array]:
     """The compiled program of `UniDiffuserSampler.__call__`; `strength` is None where no picture is to be changed."""
-    change = None if strength is None else sampler.given(frozen, factors, request, strength)
+    change = None if strength is None else picture_to_change(sampler, frozen, factors, request, strength)
     if change is not None and strength == 0:
         return {"image": sampler.first_stage.decode(frozen, change.data["image"])}
     plan, shapes, outputs = sampler.plan(choices, strength or 1.0), sampler.shapes, {}
@@ -470,45 +408,6 @@ def _draw(
             words = {"text": drawn["text"] / factors["text"]}
             outputs["text"] = sampler.write(frozen, words, program, numbers, folded[_WORDS])
     return outputs
-
-
-def _changes(told: Collection[str], overrides: Mapping[str, Any]) -> bool:
-    """Whether a request changes the picture that it holds, in place of describing it."""
-    return "image" in told and ("mask" in told or "strength" in overrides)
-
-
-def scaled(latents: Latents, factors: Mapping[str, Array]) -> Latents:
-    """Latents as they are diffused."""
-    return {name: value * factors[name] if name in factors else value for name, value in latents.items()}
-
-
-def learned_kind(config: ConfigDict, model: UniDiffuser) -> int:
-    """The kind of data that a run learns, `config.data.data_type`; -1 where the network does not tell kinds apart.
-
-    Raises:
-      UserError: if the network does not know it.
-    """
-    return _find_kind(model, "config.data.data_type", config.data.get("data_type", -1), model.data_types - 1)
-
-
-def kinds_of(model: UniDiffuser, kind: Int[Array, ""] | int, count: int) -> Int[Array, "b"] | None:
-    """What the network is told of so many examples of a kind of data; None where it does not tell kinds apart."""
-    return jnp.full(count, kind, jnp.int32) if model.data_types else None
-
-
-def _find_kind(model: UniDiffuser, name: str, kind: Any, usual: int) -> int:
-    """The kind that a setting says, `usual` for -1; raises UserError unless the network knows it."""
-    if type(kind) is int and kind == -1:
-        return usual
-    if not model.data_types:
-        raise UserError(
-            f"{name}={kind!r} is of a UniDiffuser that tells kinds of data apart, and this one's data_types is 0; "
-            "leave it out"
-        )
-    if type(kind) is not int or not 0 <= kind < model.data_types:
-        kinds = ", ".join(map(str, range(model.data_types)))
-        raise UserError(f"{name}={kind!r} is unknown; this UniDiffuser's kinds of data are {kinds}")
-    return kind
 
 
 def _check_parts(

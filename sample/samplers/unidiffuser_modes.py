@@ -32,6 +32,7 @@ from cli.errors import UserError
 from diffusion.plan import Plan, per_example_noise, solve
 from diffusion.process import Process
 from models.unidiffuser import PictureAndText
+from sample.arguments import silenced
 from sample.samplers.given_picture import GivenPicture
 
 Latents = dict[str, Array]  # some of "image", "clip" and "text"
@@ -43,6 +44,7 @@ MODES: Mapping[str, str | None] = {
     **{"text_to_image": "text", "image_to_text": "image", "joint": None, "image": None, "text": None},
     **{"image_variation": "image", "text_variation": "text"},
 }
+_OPTIONS = {"text": "--prompt", "image": "--image"}  # how a user gives a row
 _STEPS = 1  # what the keys of solvers' own noise are folded with
 
 
@@ -55,9 +57,11 @@ def choose_modes(mode: str, told: Collection[str]) -> tuple[str, ...]:
     given = [name for name in ("text", "image") if name in told]
     if not mode:
         return tuple({"text": "text_to_image", "image": "image_to_text"}[name] for name in given) or ("joint",)
-    if given != [row for row in (MODES[mode],) if row is not None]:
-        reads, shown = MODES[mode] or "nothing", " and ".join(given) or "nothing"
-        raise UserError(f"mode {mode} reads {reads}, and {shown} is given")
+    wanted = MODES[mode]
+    if given != [row for row in (wanted,) if row is not None]:
+        reads = _OPTIONS[wanted] if wanted else "neither --prompt nor --image"
+        shown = " and ".join(_OPTIONS[row] for row in given) or "nothing"
+        raise UserError(f"mode {mode} reads {reads}, and {shown} {'are' if len(given) > 1 else 'is'} given")
     return (mode,)
 
 
@@ -89,8 +93,8 @@ def unread_settings(modes: Sequence[str], guidance: float, captions: Sequence[st
         idle["guidance"] = f"{named} is told nothing that guidance could lead to"
     if "text_to_image" not in asked:
         idle["unconditional"] = f"{named} draws no picture of a caption"
-    elif guidance == 1:
-        idle["unconditional"] = "guidance 1 means none"
+    elif why := silenced("unconditional", guidance):
+        idle["unconditional"] = why
     if asked == {"text_to_image"}:
         idle["noise"] = f"{named} begins with no noise of a caption"
     return idle

@@ -9,10 +9,10 @@ from PIL import Image
 from cli.errors import UserError
 from data.tokenizer import Tokenizer
 from sample.command import Drawn, draw_made
-from sample.conditions import Made, Order, draw_outputs, order_rows
+from sample.conditions import Made, Order, draw_outputs, order_rows, refuse_unread
 from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_table, to_uint8
-from sample.trained import TrainedSampler, refuse_idle
+from sample.trained import TrainedSampler
 
 _CHUNK = 8  # pictures drawn at once, at most: the weights of all pixels over all tokens are kept
 _SIDE = 128  # pixels of a cell, about
@@ -91,8 +91,8 @@ def draw_attention(trained: TrainedSampler, order: Order, num: int) -> tuple[Dra
             "read captions"
         )
     rows = order_rows(trained, order)
-    refuse_idle(trained.idle(order.call), order.settings)
     trained.sampler.request(**rows, **order.settings, attention=True)  # says what is missing before anything is drawn
+    refuse_unread(trained, order)
     outputs = draw_outputs(
         dataclasses.replace(trained, chunk=min(trained.chunk, _CHUNK)), order, rows, num, attention=True
     )

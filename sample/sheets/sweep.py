@@ -17,7 +17,17 @@ from cli.errors import UserError
 from cli.locations import Location, in_store, write_whole
 from data.scenes import find_world, parse_caption
 from data.scenes.grader import SceneGrader
-from sample.conditions import Condition, Made, Order, draw, find_sources, given_pictures, order_rows, record_sources
+from sample.conditions import (
+    Condition,
+    Made,
+    Order,
+    draw,
+    find_sources,
+    given_pictures,
+    order_rows,
+    record_sources,
+    refuse_unread,
+)
 from sample.embedding import ClipEmbedder
 from sample.files import Samples, write_picture
 from sample.sheets.axes import TEXTS, Axis, spell
@@ -31,7 +41,7 @@ from sample.sheets.grid import (
     given_columns,
     pair_columns,
 )
-from sample.trained import Rows, TrainedSampler, refuse_idle
+from sample.trained import Rows, TrainedSampler
 
 TABLE = "sweep.csv"
 MEASURES = ("seconds", "pictures", "pictures_per_second", "accuracy", "clip_score", "diversity")
@@ -158,7 +168,7 @@ def make_cells(trained: TrainedSampler, order: Order, axes: Sequence[Axis]) -> l
                 known[told] = order_rows(trained, cell)
             trained.sampler.request(**known[told], **cell.settings)
             cells.append(Cell(values, cell, known[told], find_sources(trained, cell, known[told])))
-    refuse_idle(trained.idle(*(cell.order.call for cell in cells)), *(cell.order.settings for cell in cells))
+    refuse_unread(trained, *(cell.order for cell in cells))
     return cells
 
 

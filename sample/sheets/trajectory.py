@@ -7,10 +7,10 @@ from PIL import Image
 
 from cli.errors import UserError
 from sample.command import Drawn
-from sample.conditions import Order, draw_outputs, order_rows
+from sample.conditions import Order, draw_outputs, order_rows, refuse_unread
 from sample.samplers.diffusion import DiffusionSampler
 from sample.sheets.grid import draw_mosaic, draw_table, to_uint8
-from sample.trained import TrainedSampler, refuse_idle
+from sample.trained import TrainedSampler
 
 _CHUNK = 8  # pictures drawn at once: all steps of each are kept
 
@@ -40,10 +40,10 @@ def draw_trajectory(trained: TrainedSampler, order: Order, num: int, moments: in
     if moments < 2:
         raise UserError(f"--trajectory={moments} must be at least 2: noise and the sample")
     rows = order_rows(trained, order)
-    refuse_idle(trained.idle(order.call), order.settings)
     request = sampler.request(**rows, **order.settings)
     if request["strength"] == 0:
         raise UserError("strength 0 runs no step that could be shown; choose more")
+    refuse_unread(trained, order)
     outputs = draw_outputs(dataclasses.replace(trained, chunk=_CHUNK), order, rows, num, trajectory=True)
     plan = sampler.plan(request["steps"], request["strength"])
     states = outputs["states"]

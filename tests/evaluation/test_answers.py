@@ -10,8 +10,9 @@ from data.scenes.questions import TYPES
 from data.scenes.scene import WORLDS
 from evaluation.answer_perplexity import answer_perplexity
 from evaluation.answers import describes
+from evaluation.applicable_metrics import applicable_metrics
 from evaluation.clip.metrics import ClipSettings
-from evaluation.evaluate import applicable_metrics, evaluate_run
+from evaluation.evaluate import evaluate_run
 from models import create_model
 from sample.trained import TrainedSampler
 

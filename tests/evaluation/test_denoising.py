@@ -9,7 +9,13 @@ import pytest
 
 from cli.errors import UserError
 from data.records import RecordSource
+from evaluation.__main__ import main
+from evaluation.clip.metrics import ClipSettings
+from evaluation.clip.reranking import ClipScorer
 from evaluation.denoising import caption_loss
+from evaluation.evaluate import evaluate_run
+from evaluation.sweep import evaluate_cells
+from evaluation.tools import Tools, check_tools
 from sample.trained import TrainedSampler
 
 NUM = 24
@@ -57,3 +63,21 @@ def test_the_noise_of_a_record_depends_on_the_seed_alone(diffusion):
 def test_one_picture_has_no_other_caption(diffusion):
     with pytest.raises(UserError, match="--num must be at least 2, not 1"):
         caption_loss(diffusion, "validation", 1, seed=0)
+
+
+def test_what_is_given_beside_the_run_and_read_by_no_metric_is_refused(diffusion):
+    guided = dataclasses.replace(diffusion, guide={"guide_run": "worse", "guide_step": 1, "guide_ema": False})
+    given = [
+        (guided, Tools(), "--guide_run has no effect on caption_loss; leave it out$"),
+        (diffusion, Tools(scorer=object.__new__(ClipScorer)), "--clip has no effect on .*; --metrics of clip_score, "),
+        (diffusion, Tools(clip=ClipSettings(label="kind")), "--label has no effect on caption_loss; leave it out$"),
+    ]
+    for trained, tools, message in given:
+        with pytest.raises(UserError, match=message):
+            evaluate_cells(trained, lambda *_: diffusion, (), ("caption_loss",), ("validation",), 4, 0, {}, tools, [])
+        with pytest.raises(UserError, match=message):
+            evaluate_run(trained, ("caption_loss",), ("validation",), 4, 0, {}, tools)
+    check_tools(guided, ("caption_loss", "caption_accuracy"), ("caption_accuracy",), Tools())
+    for option, tool in (("num_real=5", "features"), ("candidates=2", "clip")):
+        with pytest.raises(UserError, match=f"--{option.partition('=')[0]} is of --{tool}; give that, or leave it out"):
+            main(["--run=none", f"--{option}"])

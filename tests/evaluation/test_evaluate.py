@@ -15,10 +15,11 @@ from evaluation import evaluate, sweep
 from evaluation.__main__ import main
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
 from evaluation.clip.reranking import ClipScorer
-from evaluation.evaluate import Tools, evaluate_run, on_dataset
+from evaluation.evaluate import evaluate_run, on_dataset
 from evaluation.features.metrics import FeatureSettings
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import check_finite, format_table, read_records, write_records
+from evaluation.tools import Tools
 from sample.embedding import ClipEmbedder
 from sample.trained import TrainedSampler
 from weights.run import Run
@@ -143,10 +144,11 @@ def test_a_record_without_a_caption_is_named_before_anything_is_drawn(stage2, cl
     scorer = Tools(scorer=ClipScorer(ClipEmbedder(clip_run)), features=None)
     drawn = []
     monkeypatch.setattr(TrainedSampler, "__call__", lambda *_, **__: drawn.append(1))
-    for trained, names in ((stage2, ["clip_score"]), (clip_run, ["retrieval"]), (clip_run, ["similarity"])):
+    asked = ((stage2, ["clip_score"], scorer), (clip_run, ["retrieval"], None), (clip_run, ["similarity"], None))
+    for trained, names, tools in asked:
         elsewhere = on_dataset(trained, NAME, str(tmp_path))
         with pytest.raises(UserError, match="record .* of made_up has no caption .* have none"):
-            evaluate_run(elsewhere, names, ["whole", "odd"], 20, 0, {}, scorer)
+            evaluate_run(elsewhere, names, ["whole", "odd"], 20, 0, {}, tools)
         assert not drawn
     monkeypatch.undo()
     evaluate_run(on_dataset(clip_run, NAME, str(tmp_path)), ["retrieval"], ["whole"], 20, 0, {})

@@ -1,6 +1,7 @@
 """What `python -m sample` draws of captions (with a negative prompt, a picture to complete), classes and nothing."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from cli.errors import UserError
 from data.preprocess import center_square
 from sample.__main__ import main
 from sample.command import draw_samples
-from sample.conditions import Order, find_sources, make_conditions, order_rows
+from sample.conditions import Order, find_sources, make_conditions, order_rows, refuse_unread
 from sample.conditions import draw as draw_order
+from sample.sheets.axes import Axis
 from sample.sheets.grid import to_uint8
+from sample.sheets.sweep import make_cells
 from sample.trained import TrainedSampler
 
 
@@ -179,8 +182,8 @@ def test_a_diffusion_changes_a_picture_where_a_mask_is_white(diffusion_run, draw
     for name, array in (("picture", picture), ("mask", mask)):
         names.append(f"{tmp_path}/{name}.png")
         Image.fromarray(array).save(names[-1])
-    command = [f"--run={diffusion_run('captions')}", f"--image={names[0]}", "--num=2", "--prompt=a red circle"]
-    images, records, settings = draw(*command, f"--mask={names[1]}")
+    command, prompt = [f"--run={diffusion_run('captions')}", f"--image={names[0]}", "--num=2"], "--prompt=a red circle"
+    images, records, settings = draw(*command, prompt, f"--mask={names[1]}")
     for image in images:
         np.testing.assert_array_equal(image[mask == 0], picture[mask == 0])
         assert np.abs(image.astype(int) - picture)[mask > 0].mean() > 20
@@ -189,8 +192,19 @@ def test_a_diffusion_changes_a_picture_where_a_mask_is_white(diffusion_run, draw
     same, _, settings = draw(*command, "--strength=0")
     np.testing.assert_array_equal(same[0], picture)
     assert settings["strength"] == 0 and not {"mask", "steps", "sampler", "guidance"} & settings.keys()
-    with pytest.raises(UserError, match="steps=2 has no effect, as strength 0 runs no step"):
-        draw(*command, "--strength=0", "--steps=2")
+    for unread in ("--steps=2", prompt, "--negative_prompt=a blue star"):
+        name = unread.partition("=")[0].removeprefix("--")
+        with pytest.raises(UserError, match=f"{name}.* has no effect, as strength 0 runs no step; leave it out"):
+            draw(*command, "--strength=0", unread)
+    trained = TrainedSampler.open(diffusion_run("captions"))
+    told = Order(make_conditions(["a red circle"], images=names[:1]))
+    with pytest.raises(UserError, match="--prompt has no effect"):
+        make_cells(trained, told, [Axis("strength", (0.0,))])
+    assert len(make_cells(trained, told, [Axis("strength", (0.0, 1.0))])) == 2
+    guided = dataclasses.replace(trained, guide={"guide_run": "worse"})
+    with pytest.raises(UserError, match="--guide_run has no effect, as strength 0"):
+        refuse_unread(guided, Order(make_conditions(images=names[:1]), settings={"strength": 0.0}))
+    assert trained.setting_names.count("strength") == 1  # which a picture brings, and a mask
 
 
 def test_a_unidiffuser_changes_a_picture_as_strength_and_mask_say(debug_run, tmp_path):
@@ -210,7 +224,7 @@ def test_a_unidiffuser_changes_a_picture_as_strength_and_mask_say(debug_run, tmp
     same = Order(conditions, settings={"strength": 0.0})
     made = draw_order(trained, same, order_rows(trained, same), 1)
     assert find_sources(trained, same, order_rows(trained, same)) == {}
-    assert set(trained.idle(same.call)) == set(trained.config.sample) - {"mode"}
+    assert set(trained.idle(same.call)) == {*trained.config.sample, "text"} - {"mode"}
     decoded = reconstruct(trained.sampler.first_stage, trained.frozen, pixels[None])
     assert np.abs(made.images.astype(int) - decoded).max() <= 1
 

@@ -22,8 +22,9 @@ from models.unidiffuser import PictureAndText, UniDiffuser
 from sample.first_stage import FirstStage
 from sample.samplers.captioner import check_squares
 from sample.samplers.dvae import from_uint8
-from sample.samplers.unidiffuser import UniDiffuserSampler, kinds_of, learned_kind, scaled
+from sample.samplers.unidiffuser import UniDiffuserSampler
 from sample.samplers.unidiffuser_modes import PICTURE, TEXT, Latents, normal_latents
+from sample.samplers.unidiffuser_settings import kinds_of, learned_kind, scaled
 from train.objectives.contract import Aux, Batch, Preview, Tree, example_keys
 from train.objectives.preview import gather, to_host
 from weights.run import TOKENIZER

@@ -12,9 +12,10 @@ from evaluation.clip import linear_probe
 from evaluation.clip import metrics as clip_evaluation
 from evaluation.clip.metrics import ClipSettings, Pictures, clip_makers, read_pictures
 from evaluation.clip.scene_prompts import attribute_values, captions_of, scene_label
-from evaluation.evaluate import Tools, default_splits, evaluate_run
+from evaluation.evaluate import default_splits, evaluate_run
 from evaluation.features.extractors import create_extractor
 from evaluation.records import format_table, write_records
+from evaluation.tools import Tools
 from sample.embedding import ClipEmbedder
 
 

@@ -10,7 +10,8 @@ from cli.errors import UserError
 from evaluation.__main__ import main
 from evaluation.clip import reranking as judging
 from evaluation.clip.reranking import ClipScorer, chosen_from, powers_of_two
-from evaluation.evaluate import Tools, evaluate_run
+from evaluation.evaluate import evaluate_run
+from evaluation.tools import Tools
 from sample.embedding import ClipEmbedder
 
 

@@ -11,13 +11,14 @@ import pytest
 from cli.errors import UserError
 from configs.paper import ddpm, uvit
 from data.records import RecordSource
-from evaluation.evaluate import Tools, evaluate_run
+from evaluation.evaluate import evaluate_run
 from evaluation.features.distances import feature_statistics, frechet_distance
 from evaluation.features.extractors import Classifier, FeatureExtractor
 from evaluation.features.metrics import FEATURE_METRICS, FeatureSettings, draw_pictures
 from evaluation.features.reference import FeatureStore
 from evaluation.records import format_table, write_records
 from evaluation.report import Section, write_report
+from evaluation.tools import Tools
 from sample.trained import TrainedSampler
 
 ROOT = Path(__file__).resolve().parents[3]

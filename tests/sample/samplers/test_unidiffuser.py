@@ -17,8 +17,9 @@ from models.unidiffuser import PictureAndText, UniDiffuser
 from sample.first_stage import FirstStage
 from sample.samplers import create_sampler
 from sample.samplers.given_picture import GivenPicture
-from sample.samplers.unidiffuser import Scales, UniDiffuserSampler
+from sample.samplers.unidiffuser import UniDiffuserSampler
 from sample.samplers.unidiffuser_modes import MODES, draw_latents, drawn_names, made_of, normal_latents, predict
+from sample.samplers.unidiffuser_settings import Scales
 
 SHAPES = {"image": (1, 1, 1), "clip": (1,), "text": (1, 1)}
 PROCESS = Process(DiscreteSchedule("scaled_linear", 1000, 8.5e-4, 0.012), time_shift=1)

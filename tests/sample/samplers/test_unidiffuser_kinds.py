@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from cli.config import load_config
+from cli.config import load_config, to_json
 from cli.errors import UserError
 from sample.samplers import create_sampler
 from sample.samplers.unidiffuser import UniDiffuserSampler
 from sample.samplers.unidiffuser_modes import MODES
+from sample.trained import TrainedSampler
+from weights.run import CONFIG, PROVENANCE, Run, RunWeights
 from weights.sources import load_frozen
 
 from ...models.random_parameters import random_parameters
@@ -79,3 +81,15 @@ def test_kinds_that_a_network_does_not_know_are_one_line():
         sampler.request(data_type=2)
     with pytest.raises(UserError, match="data_type=0 is of a UniDiffuser that tells kinds of data apart, and this one"):
         create_sampler(read(*QUICK)).request(data_type=0)
+
+
+def test_what_is_said_of_a_picture_is_the_kind_that_it_was_drawn_as(tmp_path, monkeypatch):
+    """The config's -1 stands for the kind that the run learned; nobody says it of a picture."""
+    (tmp_path / CONFIG).write_text(to_json(read(*VERSION_1, "data.data_type=0")))
+    (tmp_path / PROVENANCE).write_text("{}")
+    monkeypatch.setattr("sample.trained.load_frozen", lambda _: {})
+    monkeypatch.setattr(Run, "load", lambda *_: RunWeights({}, {}, 0, False))
+    trained = TrainedSampler.open(str(tmp_path))
+    assert trained.describe(0, {})["data_type"] == 0 and trained.describe(0, {"data_type": 1})["data_type"] == 1
+    with pytest.raises(UserError, match="data_type=-1 is unknown; this UniDiffuser's kinds of data are 0, 1$"):
+        trained.sampler.request(data_type=-1)

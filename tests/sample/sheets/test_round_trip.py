@@ -11,8 +11,9 @@ from cli.config import load_config, to_json
 from cli.errors import UserError
 from data.pipeline import load_tokenizer
 from evaluation.caption_accuracy import captioned_pictures
-from evaluation.evaluate import Tools, evaluate_run
+from evaluation.evaluate import evaluate_run
 from evaluation.sweep import evaluate_cells
+from evaluation.tools import Tools
 from sample.command import draw_samples
 from sample.conditions import Order, make_conditions
 from sample.files import write_files

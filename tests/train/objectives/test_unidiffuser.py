@@ -131,7 +131,7 @@ def test_a_mode_reads_what_it_is_of_and_is_inferred_from_what_is_given():
     assert sampler.request(image=image)["modes"] == ("image_to_text",)
     assert sampler.request(text, image)["modes"] == ("text_to_image", "image_to_text")
     assert sampler.request(image=image, mode="image_variation")["modes"] == ("image_variation",)
-    with pytest.raises(UserError, match="mode text_variation reads text, and image is given"):
+    with pytest.raises(UserError, match="mode text_variation reads --prompt, and --image is given"):
         sampler.request(image=image, mode="text_variation")
-    with pytest.raises(UserError, match="mode joint reads nothing, and text is given"):
+    with pytest.raises(UserError, match="mode joint reads neither --prompt nor --image, and --prompt is given"):
         sampler.request(text, mode="joint")
