@@ -57,6 +57,9 @@ def get_defaults() -> ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
+    config.optimizer.mu_dtype = (
+        ""  # of the first moment: float32, or bfloat16 for half the memory; "" as the parameters
+    )
     config.optimizer.weight_decay = 0.0
     config.optimizer.no_decay = r"(bias|scale|embedding)$"  # paths without weight decay
     config.optimizer.clip_norm = 0.0  # of a rule's gradients together; 0 for no clipping

@@ -33,7 +33,13 @@ READ_BY_SCHEDULE = {
     "warmup_cosine": ("peak", "end", "warmup_steps", "decay_steps"),
     "warmup_steps_down": ("peak", "warmup_steps", "boundaries", "factor"),
 }
-READ_BY_TRANSFORM = {"adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2"), "muon": ("b1",), "sgd": ()}
+READ_BY_TRANSFORM = {
+    "adamw": ("b1", "b2", "eps", "mu_dtype"),
+    "lion": ("b1", "b2", "mu_dtype"),
+    "muon": ("b1", "mu_dtype"),
+    "sgd": (),
+}
+_MU_DTYPES = ("", "float32", "bfloat16")
 
 
 def create_schedule(config: Mapping[str, Any], steps: int, name: str = "config.optimizer.schedule") -> Schedule:
@@ -97,6 +103,10 @@ def complete_rules(config: ConfigDict, steps: int) -> list[dict[str, Any]]:
             raise UserError(
                 f"unknown optimizer transform {rule['transform']!r}; choose one of {', '.join(READ_BY_TRANSFORM)}"
             )
+        if rule["mu_dtype"] not in _MU_DTYPES:
+            raise UserError(
+                f"unknown mu_dtype {rule['mu_dtype']!r} of {own}; choose float32, bfloat16 or '', the parameters'"
+            )
         check_pattern(f"{own}.pattern", rule["pattern"])
         check_pattern("no_decay of config.optimizer", rule["no_decay"])
     for index, bound in enumerate(config.bounds):
@@ -117,9 +127,10 @@ def create_optimizer(
     Each rule's parameters are clipped by their own global norm, so one part cannot silence another.
 
     Args:
-      config: `config.optimizer`: defaults {transform, b1, b2, eps, weight_decay, no_decay, clip_norm, schedule} and
-        `rules`, an ordered tuple of {pattern, ...overrides}; a parameter belongs to the first rule whose pattern is
-        found in its path; of a low-rank pair see `weights.lora.path_matches`, also for all other patterns here.
+      config: `config.optimizer`: defaults {transform, b1, b2, eps, mu_dtype, weight_decay, no_decay, clip_norm,
+        schedule} and `rules`, an ordered tuple of {pattern, ...overrides}; a parameter belongs to the first rule whose
+        pattern is found in its path; of a low-rank pair see `weights.lora.path_matches`, also for all other patterns
+        here.
       params: the trained parameters or their shapes.
       steps: length of the run.
       whole: these and the parameters that are not trained, of which a rule may speak too; None if all are trained.
@@ -223,10 +234,12 @@ def _first_match(name: str, rules: list[dict[str, Any]]) -> int | None:
 
 
 def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransformation:
+    # Of the first moment alone: in bfloat16 a second one stands still, its updates being a thousandth of it.
+    mu_dtype = rule["mu_dtype"] or None
     scale = {
-        "adamw": lambda: optax.scale_by_adam(rule["b1"], rule["b2"], rule["eps"]),
-        "lion": lambda: optax.scale_by_lion(rule["b1"], rule["b2"]),
-        "muon": lambda: _muon(rule["b1"]),
+        "adamw": lambda: optax.scale_by_adam(rule["b1"], rule["b2"], rule["eps"], mu_dtype=mu_dtype),
+        "lion": lambda: optax.scale_by_lion(rule["b1"], rule["b2"], mu_dtype),
+        "muon": lambda: _muon(rule["b1"], mu_dtype),
         "sgd": optax.identity,
     }
 
@@ -247,7 +260,7 @@ def _transform(rule: dict[str, Any], schedule: Schedule) -> optax.GradientTransf
 _NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
-def _muon(momentum: float) -> optax.GradientTransformation:
+def _muon(momentum: float, mu_dtype: str | None) -> optax.GradientTransformation:
     """Momentum made orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks").
 
     Its root mean square is 0.2, about that of Adam's updates, whose learning rates therefore suit it (Liu et al. 2025,
@@ -265,7 +278,7 @@ def _muon(momentum: float) -> optax.GradientTransformation:
         return scaled.reshape(turned.shape).transpose(sorted(range(update.ndim), key=order.__getitem__))
 
     return optax.chain(
-        optax.trace(momentum, nesterov=True),
+        optax.trace(momentum, nesterov=True, accumulator_dtype=mu_dtype),
         optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(orthogonal, updates)),
     )
 

@@ -69,8 +69,29 @@ def test_rules_that_do_not_fit_are_errors():
         create_optimizer(optimizer_config(rules=({"pattern": ".*"}, {"pattern": "audio"})), PARAMS, 10)
     with pytest.raises(UserError, match="may set"):
         create_optimizer(optimizer_config(rules=({"pattern": ".*", "learning_rate": 1},)), PARAMS, 10)
+    with pytest.raises(UserError, match="choose float32, bfloat16 or"):
+        create_optimizer(optimizer_config(mu_dtype="float16"), PARAMS, 10)
     with pytest.raises(UserError, match="adamw, lion, muon, sgd"):
         create_optimizer(optimizer_config(transform="adam2"), PARAMS, 10)
+
+
+@pytest.mark.parametrize("transform", ["adamw", "lion", "muon"])
+def test_the_first_moment_may_be_kept_in_bfloat16(transform):
+    """Moments of two updates by float32 gradients; the second moment, whose updates are small, stays in float32."""
+    params = {"kernel": jnp.ones((2, 3))}
+    gradients = {"kernel": jax.random.normal(jax.random.key(0), (2, 3))}
+    moments, updates = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer, _ = create_optimizer(optimizer_config(transform=transform, mu_dtype=dtype), params, steps=10)
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates[dtype], state = optimizer.update(gradients, state, params)
+        moments[dtype] = [x for x in jax.tree.leaves(state) if x.shape == (2, 3)]
+    second = [jnp.float32] if transform == "adamw" else []
+    assert [x.dtype for x in moments["bfloat16"]] == [jnp.bfloat16, *second]
+    for fine, coarse in zip(moments["float32"], moments["bfloat16"], strict=True):
+        np.testing.assert_allclose(coarse.astype(np.float32), fine, rtol=2**-7)
+    np.testing.assert_allclose(updates["bfloat16"]["kernel"], updates["float32"]["kernel"], rtol=0.05, atol=1e-3)
 
 
 def muon(params, gradients):
