@@ -5,22 +5,32 @@ lock at all, and leave that of the training process alone. Batches are the same,
 """
 
 import collections
-import contextlib
+import itertools
 import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 import numpy as np
 
+from cli.allocator import keep_freed_memory
 from cli.errors import UserError
 from data.child_processes import end_with_parent, signals_blocked
-from data.pipeline import Example, ExampleStream, Stream
+from data.pipeline import Example, ExampleStream, Stream, stack_examples
+from data.shared_batches import Block, Blocks, Place, bytes_of, view, write_rows
 
 _FEWEST_ROWS = 8  # of a batch that are worth a task of their own
+_NOTHING = np.zeros(0, np.uint8)  # in place of a block
 
-_Task = Future[tuple[Example, list[tuple[str, int, str]]]]
+
+class _Part(NamedTuple):
+    """What a worker has read of a batch: arrays, or in their place where those of the whole batch lie in its block."""
+
+    arrays: Example
+    places: dict[str, Place]
+    counted: list[tuple[str, int, str]]
 
 
 class BatchReader(Iterator[Example]):
@@ -56,31 +66,42 @@ class BatchReader(Iterator[Example]):
         self._stream, self._batch_size, self._rows, self._next = stream, batch_size, tuple(rows), examples_seen
         workers = max(1, workers)
         self._parts = max(1, min(workers, len(self._rows) // _FEWEST_ROWS))
+        bounds = [len(self._rows) * part // self._parts for part in range(self._parts + 1)]
+        self._bounds = list(itertools.pairwise(bounds))
         self._processes = processes and isinstance(stream, ExampleStream)
         self._pool: Executor = (
             _process_pool(stream, workers)
             if self._processes
             else ThreadPoolExecutor(workers, thread_name_prefix="data")
         )
-        self._ready: collections.deque[list[_Task]] = collections.deque()
+        self._blocks, self._bytes = Blocks(), 0  # that a batch has taken so far
+        self._ready: collections.deque[tuple[list[Future[_Part]], np.ndarray]] = collections.deque()
         for _ in range(max(1, read_ahead, math.ceil((workers + 1) / self._parts))):
             self._submit()
 
     def __next__(self) -> Example:
+        tasks, shared = self._ready.popleft()
         try:
-            parts = [task.result() for task in self._ready.popleft()]
+            parts = [task.result() for task in tasks]
         except BrokenProcessPool as error:
             raise UserError(
                 "a process that reads data was killed, most likely for memory; lower config.data.workers or read_ahead"
             ) from error
         self._submit()
-        for _, counted in parts:
-            for item in counted:
+        for part in parts:
+            for item in part.counted:
                 self._stream.tally.add(*item)
-        examples = [example for example, _ in parts]
-        if len(examples) == 1:
-            return examples[0]
-        return {name: np.concatenate([example[name] for example in examples]) for name in examples[0]}
+        if all(part.places for part in parts):
+            return {name: view(shared, place) for name, place in parts[0].places.items()}
+        examples = [
+            part.arrays or {name: view(shared, place)[start:stop] for name, place in part.places.items()}
+            for part, (start, stop) in zip(parts, self._bounds, strict=True)
+        ]
+        batch = examples[0]
+        if len(examples) > 1:
+            batch = {name: np.concatenate([example[name] for example in examples]) for name in batch}
+        self._bytes = max(self._bytes, bytes_of(batch))
+        return batch
 
     def close(self) -> None:
         """Stops the workers; what they were reading is lost."""
@@ -89,14 +110,18 @@ class BatchReader(Iterator[Example]):
     def _submit(self) -> None:
         indices = [self._next + row for row in self._rows]
         self._next += self._batch_size
-        read = _read_in_process if self._processes else self._read
-        bounds = [len(indices) * part // self._parts for part in range(self._parts + 1)]
-        parts = [indices[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
-        with signals_blocked() if self._processes else contextlib.nullcontext():
-            self._ready.append([self._pool.submit(read, part) for part in parts])
+        parts = [(indices[start:stop], start) for start, stop in self._bounds]
+        if not self._processes:
+            self._ready.append(([self._pool.submit(self._read, part) for part, _ in parts], _NOTHING))
+            return
+        # How large a batch is, the first ones tell, which are sent.
+        block, shared = (self._blocks.take(self._bytes) if self._bytes else None) or (None, _NOTHING)
+        with signals_blocked():
+            tasks = [self._pool.submit(_read_in_process, *part, block, len(indices)) for part in parts]
+        self._ready.append((tasks, shared))
 
-    def _read(self, indices: list[int]) -> tuple[Example, list[tuple[str, int, str]]]:
-        return self._stream.batch(indices), []
+    def _read(self, indices: list[int]) -> _Part:
+        return _Part(self._stream.batch(indices), {}, [])
 
 
 def _process_pool(stream: ExampleStream, workers: int) -> ProcessPoolExecutor:
@@ -111,11 +136,14 @@ def _begin_process(stream: ExampleStream) -> None:
     """Makes a process that reads: it lives as long as its parent."""
     global _stream
     end_with_parent()
+    keep_freed_memory()
     _stream = stream
     _stream.tally.speaks = False
 
 
-def _read_in_process(indices: list[int]) -> tuple[Example, list[tuple[str, int, str]]]:
+def _read_in_process(indices: list[int], first: int, block: Block | None, rows: int) -> _Part:
+    """Reads a part of a batch of so many rows, from its row `first` on, into the batch's block if there is one."""
     assert _stream is not None
-    batch = _stream.batch(indices)
-    return batch, _stream.tally.take()
+    examples = [_stream[index] for index in indices]
+    places = write_rows(block, examples, first, rows) if block is not None else None
+    return _Part({} if places else stack_examples(examples), places or {}, _stream.tally.take())

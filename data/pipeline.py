@@ -299,8 +299,12 @@ class ExampleStream:
 
     def batch(self, indices: Sequence[int]) -> Example:
         """Returns the examples of these indices, stacked."""
-        examples = [self[index] for index in indices]
-        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        return stack_examples([self[index] for index in indices])
+
+
+def stack_examples(examples: Sequence[Example]) -> Example:
+    """A batch of examples of the same shapes."""
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def _rebuild(

@@ -75,8 +75,8 @@ def test_an_error_of_a_process_is_a_line(config):
 @pytest.mark.parametrize(("workers", "rows"), [(1, 20), (3, 20), (16, 20), (5, 64)])
 def test_no_worker_waits_while_the_step_takes_a_batch(config, workers, rows):
     reader = BatchReader(make_stream(config), batch_size=64, rows=range(rows), examples_seen=0, workers=workers)
-    begun = sum(len(parts) for parts in reader._ready)
-    parts = len(reader._ready[0])
+    begun = sum(len(tasks) for tasks, _ in reader._ready)
+    parts = len(reader._ready[0][0])
     reader.close()
     assert begun - parts >= workers - parts and begun > workers and parts <= workers
 
