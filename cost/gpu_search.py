@@ -1,5 +1,6 @@
 """How few GPUs of a kind hold a step, with which microbatches, split and recomputation: by estimates, no compiler."""
 
+import itertools
 from collections.abc import Callable, Iterable
 
 from ml_collections import ConfigDict
@@ -35,24 +36,45 @@ def search_gpus(
     Returns:
       the way, and whether it fits too if the temporaries are larger by the factor of the estimate; None if none fits.
     """
-    for way in (way for ways_of_count in machines for way in ways_of_count):
-        changed = way.apply(config)
-        try:
-            arguments = shapes.argument_bytes(changed, way.devices)
-            if arguments > gpu.usable_bytes:
-                say(way, f"does not fit: {_of(arguments, gpu)}, arguments alone")
-                continue
-            temporary = shapes.temporary_bytes(changed, way.devices)
-        except UserError as error:
-            say(way, f"impossible: {error}")
+    for on_machine in machines:
+        # What recomputes all, in the most parts, says first whether a number of GPUs is hopeless; likewise the most parts
+        # whether a recomputation is.
+        frugal = _asked(config, on_machine[-1], gpu, shapes, say)
+        if frugal is None:
             continue
-        needed = arguments + temporary
-        if needed <= gpu.usable_bytes:
-            sure = arguments + FACTOR * temporary <= gpu.usable_bytes
-            say(way, f"fits: {_of(needed, gpu)}, by an estimate{'' if sure else ' that is too close to be sure of'}")
-            return way, sure
-        say(way, f"does not fit: {_of(needed, gpu)}, by an estimate")
+        for _, same in itertools.groupby(on_machine, key=lambda way: way.remat):
+            *others, last = same
+            sure = frugal if last is on_machine[-1] else _asked(config, last, gpu, shapes, say)
+            if sure is None:
+                continue
+            for way in others:
+                if (surely := _asked(config, way, gpu, shapes, say)) is not None:
+                    return way, surely
+            return last, sure
     return None
+
+
+def _asked(
+    config: ConfigDict, way: Candidate, gpu: Gpu, shapes: Shapes, say: Callable[[Candidate, str], None]
+) -> bool | None:
+    """Whether a way that fits does so surely; None if it does not fit."""
+    changed = way.apply(config)
+    try:
+        arguments = shapes.argument_bytes(changed, way.devices)
+        if arguments > gpu.usable_bytes:
+            say(way, f"does not fit: {_of(arguments, gpu)}, arguments alone")
+            return None
+        temporary = shapes.temporary_bytes(changed, way.devices)
+    except UserError as error:
+        say(way, f"impossible: {error}")
+        return None
+    needed = arguments + temporary
+    if needed > gpu.usable_bytes:
+        say(way, f"does not fit: {_of(needed, gpu)}, by an estimate")
+        return None
+    sure = arguments + FACTOR * temporary <= gpu.usable_bytes
+    say(way, f"fits: {_of(needed, gpu)}, by an estimate{'' if sure else ' that is too close to be sure of'}")
+    return sure
 
 
 def _of(needed: int, gpu: Gpu) -> str:
