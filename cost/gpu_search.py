@@ -37,7 +37,7 @@ def search_gpus(
       the way, and whether it fits too if the temporaries are larger by the factor of the estimate; None if none fits.
     """
     for on_machine in machines:
-        # What recomputes all, in the most parts, says first whether a number of GPUs is hopeless; likewise the most parts
+        # What recomputes all, in the most parts, says first whether so many GPUs are hopeless; likewise the most parts
         # whether a recomputation is.
         frugal = _asked(config, on_machine[-1], gpu, shapes, say)
         if frugal is None:

@@ -194,6 +194,7 @@ def test_every_paper_config_names_a_slice_and_fits_there(name):
 def test_rows_of_scaling_are_of_the_configs_as_they_are_now():
     """`python -m scripts.fit --config=... --scaling=docs/scaling.md` renews them."""
     rows = scaling_table(ROOT / "docs" / "scaling.md").read()
+    assert rows
     for row in rows:
         config = load_config([f"--config={ROOT / row['config'].split()[0]}", *row["config"].split()[1:]])
         devices = math.prod(map(int, row["data x fsdp x tensor"].split(" x ")))
