@@ -42,7 +42,7 @@ def test_tests_are_told_where_they_run(toy, mode, monkeypatch):
 
 
 @pytest.fixture
-def commands(monkeypatch):
+def commands(monkeypatch, tmp_path):
     """Each command takes 100 s or what it may, and writes what it is asked for; `called` are [name, limit]."""
 
     class Commands:
@@ -68,13 +68,14 @@ def commands(monkeypatch):
 
     found = Commands()
     found.called = []
+    monkeypatch.setattr(suite_parts, "ROOT", tmp_path)
     monkeypatch.setattr(suite_parts, "run_command", found.run)
     monkeypatch.setattr(suite_parts.time, "monotonic", lambda: found.now)
     return found
 
 
 def test_a_training_is_limited_graded_and_told(commands):
-    found = run_scenes(True, None)
+    found = run_scenes(False, None)
     assert commands.called == [
         ("scripts.prepare", None),
         ("train autoencoder", 300.0),
@@ -84,16 +85,16 @@ def test_a_training_is_limited_graded_and_told(commands):
     assert found["figures"]["caption_accuracy"] == {"validation": 0.5, "held_out": 0.25}
     assert found["result"] == (
         "autoencoder 40 of 50 updates in 100 s, latent_unet 40 of 50 updates in 100 s; captions of which all is right, "
-        "of 8: validation 50.0%, held_out 25.0%"
+        "of 500: validation 50.0%, held_out 25.0%"
     )
 
 
 def test_a_training_leaves_time_for_its_grades_or_says_that_there_was_none(commands):
-    run_scenes(True, 330.0)  # 100 for the dataset, then 170 for training before the minute of grading
+    run_scenes(False, 360.0)  # 100 for the dataset, then 170 for training before the minute and a half of grading
     assert commands.called[1:3] == [("train autoencoder", 170.0), ("train latent_unet", 70.0)]
     commands.now = 0.0
     with pytest.raises(OutOfTime, match="no time was left to train latent_unet"):
-        run_scenes(True, 260.0)
+        run_scenes(False, 290.0)
     commands.saves = False
     with pytest.raises(OutOfTime, match="autoencoder saved nothing in 300 s"):
-        run_scenes(True, None)
+        run_scenes(False, None)
