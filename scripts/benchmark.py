@@ -3,14 +3,17 @@
 import argparse
 import json
 import shlex
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cli import entry_point
 from cli.allocator import reexec_with_fast_allocator
 from cli.config import load_config
-from cli.errors import UserError
+from cli.errors import EXIT_FAILURE, UserError
 from cli.plurals import spell_count
 from cost.suite import run_suite
 
@@ -89,6 +92,7 @@ def main(arguments: Sequence[str]) -> int | None:
             raise UserError(f"--minutes={options.minutes:g} must be at least 0")
         if options.prepare:
             return _prepare(options.suite)
+        signal.signal(signal.SIGTERM, _stop)
         usual = _GPU_MINUTES if options.suite == "gpu" and not options.toy else 0.0
         return run_suite(
             options.suite,
@@ -120,6 +124,11 @@ def main(arguments: Sequence[str]) -> int | None:
     if jax.process_index() == 0:
         print(json.dumps(report, indent=2) if options.json else format_report(report))
     return None
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ends a suite by way of what it has begun, so that no program of it goes on alone."""
+    sys.exit(EXIT_FAILURE)
 
 
 def _prepare(suite: str) -> None:
