@@ -115,7 +115,7 @@ def test_a_step_is_fitted_without_its_frozen_stage(one_device):
 
 
 def test_a_mesh_that_does_not_fit_is_one_line(one_device):
-    with pytest.raises(UserError, match="does not fit 1 devices"):
+    with pytest.raises(UserError, match="does not fit 1 device$"):
         compiled.fit(debug("paper/dvae.py", "--config.mesh.fsdp=3"), "v5e:1x1")
 
 
