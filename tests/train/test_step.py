@@ -108,7 +108,7 @@ def test_a_codebook_takes_microbatches_in_turn():
 
 
 @pytest.mark.parametrize(
-    ("microbatches", "message"), [(0, "must be at least 1"), (3, "does not divide over 1 device$")]
+    ("microbatches", "message"), [(0, "must be at least 1"), (3, "does not divide over 1 device x 3 microbatches$")]
 )
 def test_microbatches_that_do_not_divide_are_errors(microbatches, message):
     wrong = config("scenes/dvae.py:debug", f"--config.mesh.microbatches={microbatches}")
