@@ -53,7 +53,10 @@ def without_sources(config: ConfigDict) -> ConfigDict:
 
 
 def made_up_batch(program: Program, config: ConfigDict) -> Batch:
-    """A batch of the shapes that the program takes, placed on its devices: random bytes and valid ids."""
+    """A batch of the shapes that the program takes, placed on its devices: random bytes and valid ids.
+
+    Texts end with the end tokens of the networks that read them: CLIP has nothing to say of one without.
+    """
     rows, rng = process_rows(program.rows, config.batch_size), np.random.default_rng(config.seed)
     sizes = _vocabularies(config)
 
@@ -71,6 +74,10 @@ def made_up_batch(program: Program, config: ConfigDict) -> Batch:
         name: values(name, (len(rows), *leaf.shape[1:]), np.dtype(leaf.dtype))
         for name, leaf in program.abstract_batch.items()
     }
+    if "text" in batch:
+        networks = [*config.models.values(), *config.frozen.values()]
+        ends = sorted({network["text_end_id"] for network in networks if network.get("text_end_id") is not None})
+        batch["text"][:, batch["text"].shape[1] - len(ends) :] = ends
     return place_batch(batch, rows, config.batch_size, program.rows)
 
 

@@ -50,6 +50,14 @@ def test_a_made_up_batch_is_what_the_step_takes():
     assert batch["image"].min() < 10 and batch["image"].max() > 245
 
 
+def test_made_up_texts_end_as_those_of_their_networks_do():
+    """CLIP's features of a text without its end token are NaN."""
+    config = measured.without_sources(config_of("scenes/clip.py"))
+    program = create_program(config, make_mesh(config.mesh))
+    text = jax.device_get(measured.made_up_batch(program, config))["text"]
+    assert set(text[:, -1]) == {config.models.clip.text_end_id} and len(set(text[:, -2])) > 1
+
+
 def test_no_other_run_is_needed_and_the_config_stays():
     config = config_of("scenes/dalle.py", **{"frozen.dvae.source": "runs/nowhere"})
     assert measured.without_sources(config).frozen.dvae.source == "random"
