@@ -308,7 +308,7 @@ def test_a_picture_that_cannot_be_read_is_replaced_together_with_its_caption(mak
     config, fetch = make_config(), RecordSource._fetch
 
     def broken(self, place):
-        if place in (4, 5) and self._split == "train" and "image" in self._features:
+        if place in (4, 5) and self._split == "train" and "image" in self._parser._kinds:
             raise ValueError("broken bytes")
         return fetch(self, place)
 
