@@ -36,21 +36,9 @@ def search_gpus(
     Returns:
       the way, and whether it fits too if the temporaries are larger by the factor of the estimate; None if none fits.
     """
-    for on_machine in machines:
-        # What recomputes all, in the most parts, says first whether so many GPUs are hopeless; likewise the most parts
-        # whether a recomputation is.
-        frugal = _asked(config, on_machine[-1], gpu, shapes, say)
-        if frugal is None:
-            continue
-        for _, same in itertools.groupby(on_machine, key=lambda way: way.remat):
-            *others, last = same
-            sure = frugal if last is on_machine[-1] else _asked(config, last, gpu, shapes, say)
-            if sure is None:
-                continue
-            for way in others:
-                if (surely := _asked(config, way, gpu, shapes, say)) is not None:
-                    return way, surely
-            return last, sure
+    for way in itertools.chain.from_iterable(machines):
+        if (surely := _asked(config, way, gpu, shapes, say)) is not None:
+            return way, surely
     return None
 
 

@@ -91,6 +91,8 @@ def points(config: ConfigDict, chip: Chip, devices: int, chips: Sequence[int], e
     if missing := [str(count) for count in chips if count not in slices]:
         raise UserError(f"no slice of {chip.name} has {missing[0]} chips; choose of {', '.join(map(str, slices))}")
     shards, tensor = devices // config.mesh.tensor, config.mesh.tensor
+    if devices % tensor:
+        raise UserError(f"config.mesh.tensor={tensor} does not divide the {devices} devices of the config's own slice")
     if not examples and (config.batch_size % shards or config.batch_size < shards):
         raise UserError(f"config.batch_size={config.batch_size} does not divide over {shards} devices; give --examples")
     own = examples or (config.batch_size // shards,)

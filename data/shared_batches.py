@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+_NAMED = (-1, -1)
 _ALIGNED = 64  # bytes: what XLA asks of an array that it takes without a copy
 
 Place = tuple[int, tuple[int, ...], str]  # of an array in a block: its first byte, shape and dtype
@@ -56,6 +57,8 @@ class Blocks:
         try:
             os.posix_fallocate(descriptor, 0, self._size)  # which is refused here, and not when it is written to
             memory = mmap.mmap(descriptor, self._size)
+            if _file_of(descriptor) == _NAMED:  # and not to be told from other files
+                raise OSError
         except OSError:
             os.close(descriptor)
             raise
@@ -113,9 +116,9 @@ def _open(block: Block) -> bool:
 
 
 def _file_of(descriptor: int) -> tuple[int, int]:
-    """The device and the inode of a file without a name; of any other (-1, -1)."""
+    """The device and the inode of a file without a name; of any other `_NAMED`."""
     status = os.fstat(descriptor)
-    return (-1, -1) if status.st_nlink else (status.st_dev, status.st_ino)
+    return _NAMED if status.st_nlink else (status.st_dev, status.st_ino)
 
 
 def view(array: np.ndarray, place: Place) -> np.ndarray:

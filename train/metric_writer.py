@@ -232,10 +232,10 @@ class RunLog:
             self._bar.update(step, values)
 
     def write_evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
-        """Reports an evaluation, and saves its pictures."""
-        self._metrics.write(step, values)
+        """Reports an evaluation, and saves its pictures; these first, since the row says that all was done."""
         for name, picture in pictures.items():
             save_picture(self._workdir, step, name, picture)
+        self._metrics.write(step, values)
         self._wandb.write(step, {**values, **{f"samples/{name}": picture for name, picture in pictures.items()}})
 
     def say(self, line: str) -> None:

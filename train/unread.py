@@ -34,7 +34,7 @@ def _of_optimizer(config: ConfigDict) -> Iterator[tuple[str, Any, str]]:
     defaults, rules = get_defaults().optimizer, list(config.rules)
     transforms = [rule.get("transform", config.transform) for rule in rules]
     schedules = [{**dict(config.schedule), **dict(rule.get("schedule", {}))} for rule in rules]
-    for key in ("b1", "b2", "eps"):
+    for key in ("b1", "b2", "eps", "mu_dtype"):
         reads = [key in READ_BY_TRANSFORM[transform] for transform in transforms]
         inherited = any(read and key not in rule for read, rule in zip(reads, rules, strict=True))
         if config[key] != defaults[key] and not inherited:

@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from cli.errors import UserError
 from configs.common import get_defaults
 from cost.chips import GIB, gpu_of
 from cost.gpu_search import gpu_candidates, search_gpus
@@ -10,14 +11,16 @@ from cost.gpu_search import gpu_candidates, search_gpus
 class Shapes:
     """40 GiB of state that can be split, and so many of activations."""
 
-    def __init__(self, activations):
-        self.activations = activations
+    def __init__(self, activations, most):
+        self.activations, self.most = activations, most
 
     def argument_bytes(self, config, devices):
         assert config.mesh.topology == ""
         return 40 * GIB // config.mesh.fsdp
 
     def temporary_bytes(self, config, devices):
+        if config.mesh.microbatches > self.most:
+            raise UserError("too many parts")
         kept = {"none": 1, "dots": 0.5, "full": 0.1}[config.models.net.remat]
         return int(self.activations * GIB * kept / devices / config.mesh.microbatches)
 
@@ -25,7 +28,7 @@ class Shapes:
         raise AssertionError
 
 
-def search(asked, activations):
+def search(asked, activations, most=16):
     config = get_defaults()
     config.batch_size = 16
     config.models.net = ConfigDict({"name": "net", "remat": "none"})
@@ -35,7 +38,7 @@ def search(asked, activations):
         config,
         gpu_candidates(config, gpu.count or 8),
         gpu=gpu,
-        shapes=Shapes(activations),
+        shapes=Shapes(activations, most),
         say=lambda way, outcome: said.append((way, outcome)),
     )
     return found, said
@@ -49,8 +52,14 @@ def test_the_fewest_gpus_come_first_and_what_computes_least_again():
     assert way.overrides()[0] == "--config.mesh.data=-1"
     assert said[0][1] == "does not fit: 40.00 of 22.08 GiB, arguments alone" and len(said) == len(set(said))
     assert "does not fit: 25.00 of 22.08 GiB, by an estimate" in [outcome for _, outcome in said]
-    assert [way.chips for way, _ in said].count(1) == 1  # which recomputes all, in 16 parts
     assert dict(said)[way] == "fits: 21.25 of 22.08 GiB, by an estimate"
+
+
+def test_ways_that_are_impossible_rule_out_no_others():
+    """As microbatches of what has batch statistics."""
+    found, said = search("24:2", activations=10, most=1)
+    assert found is not None and (found[0].microbatches, found[0].remat) == (1, "full")
+    assert "impossible: too many parts" in [outcome for _, outcome in said]
 
 
 def test_an_estimate_that_could_be_wrong_is_told():

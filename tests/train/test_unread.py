@@ -33,6 +33,7 @@ def test_shipped_configs_say_nothing(name, argument):
         ("paper/ddpm", ["optimizer.schedule.factor=0.1", "optimizer.schedule.boundaries=(9,)"], []),
         ("toy/swiss_roll", ["optimizer.transform=lion", "optimizer.eps=1e-5"], ["config.optimizer.eps=1e-05"]),
         ("toy/swiss_roll", ["optimizer.transform=sgd", "optimizer.b1=0.5"], ["config.optimizer.b1=0.5"]),
+        ("toy/swiss_roll", ["optimizer.transform=sgd", "optimizer.mu_dtype=bfloat16"], ["config.optimizer.mu_dtype="]),
         ("scenes/ddpm_uvit", ["optimizer.b2=0.9"], []),  # the rule of all that is no kernel takes it
         ("toy/swiss_roll", ["optimizer.no_decay=bias"], ["config.optimizer.no_decay='bias'"]),
         ("toy/swiss_roll", ["ema.decay=0.0", "ema.every=5"], ["config.ema.every=5"]),
