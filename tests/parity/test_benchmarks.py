@@ -142,9 +142,9 @@ def test_reading_pictures():
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[-5:]] == [
-        "processes, draft",
         "processes",
-        "threads, draft",
+        "processes, draft",
         "threads",
+        "threads, draft",
         "torch",
     ]
