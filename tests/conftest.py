@@ -41,6 +41,8 @@ if not WORKER:
     quick += " --xla_cpu_parallel_codegen_split_count=1"
     if _version("jaxlib") <= (0, 10, 2):  # 0.12.0.1 has no such choice, and XLA aborts on a flag that it does not know
         quick += " --xla_cpu_use_fusion_emitters=false"
+    # Commands that tests start round as the tests themselves do: `cli/xla_flags.py` leaves alone what is there.
+    quick += " --xla_cpu_experimental_ynn_fusion_type=+individual_convolution"
     if ACCELERATOR != "1":  # whose compiler some of them would slow down too
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 
