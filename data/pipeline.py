@@ -17,7 +17,7 @@ from cli.errors import UserError
 from cli.locations import locate, locate_from_home
 from data import points
 from data.buckets import BucketOrder, choose_buckets, shapes_of
-from data.dialogues import SCENES, check_dialogues, encode_dialogue, make_dialogue
+from data.dialogues import ABOUT_SCENES, check_dialogues, encode_dialogue, make_dialogue
 from data.llama_tokenizer import LlamaTokenizer
 from data.picture_sizes import picture_sizes
 from data.pictures import load_picture, read_picture
@@ -257,7 +257,7 @@ class ExampleStream:
         chosen = 0
         if self._tokenizer is not None:
             if self._dialogues:
-                if rng is None and self._dialogues == SCENES:  # evaluation asks of all kinds too
+                if rng is None and self._dialogues in ABOUT_SCENES:  # evaluation asks of all kinds too
                     rng = np.random.default_rng((0, place))
                 caption = make_dialogue(self._dialogues, self._dataset, record[CAPTIONS], rng)
                 ids, example["text_mask"], truncated = encode_dialogue(self._tokenizer, caption, self._length)

@@ -4,9 +4,11 @@ import math
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from cli.plurals import spell_count
+from data.dialogues import ABOUT_SCENES, SCENES
 from data.pipeline import open_stream
 from evaluation.answer_perplexity import nats_of
 from evaluation.records import Record
@@ -31,17 +33,20 @@ def text_perplexity(trained: TrainedSampler, split: str, num: int) -> Record:
     Raises:
       UserError: if the split has fewer records.
     """
-    stream = open_stream(trained.config.data, trained.tokenizer, split=split, seed=0, train=False)
+    data = trained.config.data
+    # The same texts for a language model that learned with captions before questions as for an adapter of it.
+    data = ConfigDict({**data, "dialogues": SCENES if data.dialogues in ABOUT_SCENES else data.dialogues})
+    stream = open_stream(data, trained.tokenizer, split=split, seed=0, train=False)
     if stream.epoch_size < num:
-        dataset = trained.config.data.dataset
         has = spell_count(stream.epoch_size, "record")
-        raise UserError(f"split {split!r} of {dataset} has {has}; set --num to that or less")
+        raise UserError(f"split {split!r} of {data.dataset} has {has}; set --num to that or less")
     model = trained.sampler.model
     part = "llama" if isinstance(trained.sampler, LlamaSampler) else "vision_adapter"
     total = np.zeros(2)
     for start in range(0, num, _CHUNK):
         places = np.arange(start, start + _CHUNK)
         text = stream.batch(np.minimum(places, num - 1).tolist())["text"]
+        text = text[:, : (text != model.text_pad_id).any(axis=0).sum()]  # the same program, whatever a row may hold
         mask = (text != model.text_pad_id) & (places < num)[:, None]
         total += jax.device_get(nats_of(model, trained.weights.params[part], text, mask, None))
     return {"values": {TEXT_PERPLEXITY: math.exp(total[0] / max(total[1], 1))}, "counted": {}}

@@ -6,9 +6,10 @@ Paper: Dubey et al. 2024, "The Llama 3 Herd of Models", section 3.
     python -m train --config=configs/scenes/llama.py --workdir=runs/llama
     python -m sample --run=runs/llama --prompt="how many shapes are there?"
 
-It learns the words and how one answers; which answer is right it can only guess, until configs/scenes/vision_adapter.py
-lets it look. The questions are those of `data.scenes.questions`: which shape, which color, how many, where, yes or no,
-and describe it.
+It learns the words, and to answer from a caption that stands before most of the questions; without one it can only
+guess, until configs/scenes/vision_adapter.py lets it look. The questions are those of `data.scenes.questions`: which
+shape, which color, how many, where, yes or no, and describe it. Texts are of scenes of all pairs of shape and color,
+also of those whose pictures nothing is ever trained on: it sees no pictures.
 
 Hardware and time: one CPU core, 3 minutes.
 
@@ -17,7 +18,7 @@ Arguments: `single32` (default), `pair32`, `debug` (seconds).
 
 from ml_collections import ConfigDict
 
-from configs.common import check_argument, get_defaults, make_debug
+from configs.common import check_argument, get_defaults, make_debug, muon_of
 from configs.mesh_rules import LLAMA
 
 
@@ -27,14 +28,14 @@ def get_config(argument: str = "") -> ConfigDict:
     single = argument != "pair32"
     config = get_defaults()
     config.objective = "llama"
-    config.steps = 1500
+    config.steps = 2000
     config.batch_size = 64
 
     config.data.dataset = "scenes/single32" if single else "scenes/pair32"
     config.data.image_size = 32
-    config.data.text_length = 28 if single else 36  # start, question, end, answer, end
+    config.data.text_length = 40 if single else 56  # start, caption, question, end, answer, end
     config.data.text_ends = True
-    config.data.dialogues = "scenes"
+    config.data.dialogues = "scenes_in_words"
     config.data.cache = True
 
     config.initialize.llama = ConfigDict({"source": "", "part": "llama"})  # a run to fine-tune from
@@ -58,12 +59,14 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.loss.pack = 1  # texts in a row of tokens, which must divide what a device has of a batch
     config.loss.packed_length = 0  # tokens of such a row, beyond which it is cut; 0 for as many as its texts may have
+    config.loss.answer_weight = 1.0  # of the loss of the answers alone, which is added to that of all tokens
 
     config.sample.temperature = 0.0
     config.sample.top_k = 0
     config.sample.top_p = 1.0
     config.sample.answer_length = 16 if single else 24
 
+    config.optimizer.rules = muon_of(r"blocks_\d+/.*kernel$")
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.1
     config.optimizer.clip_norm = 1.0

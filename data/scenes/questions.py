@@ -13,6 +13,7 @@ from data.scenes.scene import World
 
 TYPES = ("shape", "color", "count", "where", "yes or no", "describe")
 DESCRIBE = "describe it"
+_PARTS = ("shape", "color")
 
 
 class Dialogue(NamedTuple):
@@ -30,6 +31,10 @@ class Dialogue(NamedTuple):
 def ask(world: World, captions: Sequence[str], rng: np.random.Generator) -> Dialogue:
     """Asks something about a scene: each type of question as often as the others, yes as often as no.
 
+    Half the questions for yes or no are about a shape or a color alone. An absent object that is asked about is of a
+    pair of shape and color that the training split shows: of any other pair training could only deny, so that the
+    question alone would tell the answer. Of each pair that is asked about there the answer is yes as often as no.
+
     Args:
       world: of the scene.
       captions: of it, as they are stored; the first names everything, and each may be asked for.
@@ -44,6 +49,8 @@ def ask(world: World, captions: Sequence[str], rng: np.random.Generator) -> Dial
     kind = TYPES[int(rng.integers(len(TYPES)))]
     if kind == "describe":
         return Dialogue(DESCRIBE, captions[int(rng.integers(len(captions)))])
+    if kind == "yes or no":
+        return ask_whether(world, scene, rng)
     return all_questions(world, scene, rng)[kind]
 
 
@@ -77,7 +84,7 @@ def all_questions(world: World, scene: CaptionQuery, rng: np.random.Generator) -
         "color": color,
         "count": Dialogue("how many shapes are there?", ("one", "two", "three")[len(objects) - 1]),
         "where": where,
-        "yes or no": Dialogue(f"is there {_article(asked)}?", "yes" if yes else "no"),
+        "yes or no": Dialogue(f"is there {_article(_name(asked))}?", "yes" if yes else "no"),
     }
 
 
@@ -88,14 +95,45 @@ def answer_type(question: str) -> str:
     return next((kind for start, kind in starts.items() if question.startswith(start)), "describe")
 
 
+def ask_whether(world: World, scene: CaptionQuery, rng: np.random.Generator) -> Dialogue:
+    """Whether an object, one of its shape, or anything of its color is there; see `ask`.
+
+    What is absent differs from an object of the scene in the shape or in the color, each as often. Since such neighbors
+    are drawn alike both ways, a pair, shape or color is asked about in vain as often as it is there.
+    """
+    one = scene.objects[int(rng.integers(len(scene.objects)))]
+    yes, alone = bool(rng.integers(2)), bool(rng.integers(2))
+    absent = {}
+    for part in _PARTS:
+        there = {getattr(item, part) for item in scene.objects} if alone else set()
+        absent[part] = [
+            other
+            for other in _others(world, scene, one, part)
+            if (other.shape, other.color) not in world.held_out and getattr(other, part) not in there
+        ]
+    parts = [part for part in _PARTS if absent[part]]  # a world may show one shape alone
+    part = parts[int(rng.integers(len(parts)))]
+    asked = one if yes else absent[part][int(rng.integers(len(absent[part])))]
+    if not alone:
+        thing = _article(_name(asked))
+    else:
+        thing = _article(asked.shape) if part == "shape" else f"anything {asked.color}"
+    return Dialogue(f"is there {thing}?", "yes" if yes else "no")
+
+
 def _another(world: World, scene: CaptionQuery, one: ObjectQuery, rng: np.random.Generator) -> ObjectQuery:
     """An object like one of the scene's that is not in it: of another shape or another color."""
+    others = _others(world, scene, one, "shape" if rng.integers(2) else "color")
+    return others[int(rng.integers(len(others)))]
+
+
+def _others(world: World, scene: CaptionQuery, one: ObjectQuery, part: str) -> list[ObjectQuery]:
+    """All objects that differ from one of the scene's in its shape, or in its color, and are not in the scene."""
     there = {(item.shape, item.color) for item in scene.objects}
     shapes = [(shape, one.color) for shape in world.shapes]
     colors = [(one.shape, color) for color in world.colors]
-    absent = [pair for pair in (shapes if rng.integers(2) else colors) if pair not in there]
-    shape, color = absent[int(rng.integers(len(absent)))]
-    return ObjectQuery(shape, color, None)
+    pairs = shapes if part == "shape" else colors
+    return [ObjectQuery(shape, color, None) for shape, color in pairs if (shape, color) not in there]
 
 
 def _seen_from(relation: str, index: int) -> str:
@@ -108,6 +146,5 @@ def _name(item: ObjectQuery) -> str:
     return f"{item.color} {item.shape}"
 
 
-def _article(item: ObjectQuery) -> str:
-    name = _name(item)
+def _article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -10,6 +10,7 @@ import pytest
 
 from cli.config import from_json, load_config, to_json
 from data import scenes
+from data.dialogues import encode_dialogue, make_dialogue
 from data.pipeline import batch_spec
 from data.tokenizer import Tokenizer
 from models import create_model
@@ -76,6 +77,20 @@ def test_captions_of_three_objects_fit_their_configs():
     tokenizer = Tokenizer.train(sorted(captions), 512)
     assert tokenizer.vocab_size == config.models.text.text_vocab_size
     assert not any(tokenizer.encode(text, config.data.text_length).truncated for text in captions)
+
+
+@pytest.mark.parametrize("world", ["single32", "pair32"])
+def test_questions_and_answers_fit_their_configs(world):
+    """With a caption before them where they are read without a picture."""
+    rng, its_world = np.random.default_rng(0), scenes.WORLDS[world]
+    captions = [scenes.write_captions(its_world, scenes.sample_scene(its_world, rng)) for _ in range(1500)]
+    tokenizer = Tokenizer.train(sorted({text for texts in captions for text in texts}), 512).with_ends()
+    for part in ("llama", "vision_adapter"):
+        config = load_config([f"--config={ROOT}/configs/scenes/{part}.py:{world}"])
+        assert tokenizer.vocab_size == config.models[part].text_vocab_size
+        for texts in captions:
+            dialogue = make_dialogue(config.data.dialogues, config.data.dataset, texts, rng)
+            assert not encode_dialogue(tokenizer, dialogue, config.data.text_length).truncated, dialogue
 
 
 def test_published_sizes_have_the_published_parameter_counts():

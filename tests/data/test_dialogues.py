@@ -8,8 +8,8 @@ import pytest
 
 from cli.errors import UserError
 from data.dialogues import check_dialogues, encode_dialogue, make_dialogue
-from data.scenes.captions import write_captions
-from data.scenes.questions import TYPES, Dialogue, answer_type
+from data.scenes.captions import parse_caption, write_captions
+from data.scenes.questions import TYPES, Dialogue, answer_type, ask_whether
 from data.scenes.scene import WORLDS, sample_scene
 from data.tokenizer import Tokenizer
 
@@ -21,8 +21,9 @@ def seen(scene, question, answer):
     if kind == "count":
         return answer == ("one", "two", "three")[len(scene.objects) - 1]
     if kind == "yes or no":
-        (thing,) = re.fullmatch(r"is there an? (.*)\?", question).groups()
-        return answer == ("yes" if thing in things else "no")
+        thing = re.fullmatch(r"is there (?:an?|anything) (.*)\?", question)[1]
+        alone = {item.shape for item in scene.objects} | {item.color for item in scene.objects}
+        return answer == ("yes" if thing in things or thing in alone else "no")
     if kind == "describe":
         return answer in write_captions(WORLDS["pair32" if len(scene.objects) == 2 else "single32"], scene)
     if len(scene.objects) == 1:
@@ -60,6 +61,49 @@ def test_answers_are_right_and_each_kind_is_asked(world):
     assert 0.5 < said["yes"] / said["no"] < 2
 
 
+def asked_whether(world, draws):
+    """{what is asked about: (times that it is there, times that it is not)}, of scenes that training shows."""
+    rng, counts = np.random.default_rng(1), {}
+    for _ in range(draws):
+        scene = parse_caption(world, write_captions(world, sample_scene(world, rng))[0])
+        question, answer = ask_whether(world, scene, rng)
+        thing = re.fullmatch(r"is there (an?|anything) (.*)\?", question)[2]
+        counts.setdefault(thing, Counter())[answer] += 1
+    return counts
+
+
+@pytest.mark.parametrize("world", ["single32", "pair32"])
+def test_no_question_for_yes_or_no_tells_its_answer(world):
+    world = WORLDS[world]
+    counts = asked_whether(world, 6_000)
+    shown = {(shape, color) for shape in world.shapes for color in world.colors} - world.held_out
+    alone = {*world.shapes, *world.colors}
+    assert set(counts) == {f"{color} {shape}" for shape, color in shown} | alone
+    deviations = [(said["yes"] - said["no"]) / np.sqrt(said.total()) for said in counts.values()]
+    assert np.abs(deviations).max() < 4 and np.mean(np.square(deviations)) < 1.6
+    assert 0.47 < sum(counts[name].total() for name in alone) / 6_000 < 0.53
+
+
+def test_questions_in_words_mostly_stand_behind_a_caption_that_says_all():
+    """Of all pairs of shape and color, whatever the picture shows: a text shows nothing."""
+    world, told, kinds, pairs = WORLDS["single32"], 0, Counter(), set()
+    for seed in range(300):
+        text, answer = make_dialogue(
+            "scenes_in_words", "scenes/single32", ["a red circle"], np.random.default_rng(seed)
+        )
+        caption, stop, question = text.rpartition(". ")
+        if stop:
+            told += 1
+            kind = answer_type(question)
+            kinds[kind] += 1
+            scene = parse_caption(world, caption)
+            assert scene.complete
+            assert kind == "describe" or seen(scene, question, answer)
+            pairs |= {(item.shape, item.color) for item in scene.objects}
+    assert 200 < told < 250 and set(kinds) == set(TYPES) and 0.7 < kinds["yes or no"] / told < 0.88
+    assert pairs == {(shape, color) for shape in world.shapes for color in world.colors}
+
+
 def test_the_answer_is_what_stands_between_both_ends():
     tokenizer = Tokenizer.train(["which color is the red circle", "a red circle"], 300).with_ends()
     row, mask, truncated = encode_dialogue(tokenizer, Dialogue("which color is the circle?", "red"), 40)
@@ -82,7 +126,7 @@ def test_captions_are_answers_to_nothing_and_a_tab_parts_questions_from_theirs()
 def test_what_cannot_be_asked_about_is_one_line():
     tokenizer = Tokenizer.train(["a"], 257)
     for arguments, message in (
-        (("coco", "scenes/single32", tokenizer), "choose one of scenes, captions, tabs"),
+        (("coco", "scenes/single32", tokenizer), "choose one of scenes, scenes_in_words, captions, tabs"),
         (("scenes", "coco", tokenizer), "asks about datasets scenes/..., not coco"),
         (("scenes", "scenes/single32", tokenizer), "set config.data.text_ends=True"),
     ):

@@ -1,6 +1,6 @@
 """The language model of Llama 3 (Dubey et al. 2024, section 3): next-token prediction of texts.
 
-    loss = mean over tokens of -ln p
+    loss = mean over tokens of -ln p [+ answer_weight * the mean over the answers' tokens]
 
 over the tokens behind the first of each text, pads left out.
 """
@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from cli.errors import UserError
 from models.llama import Llama
 from sample.samplers.llama import LlamaSampler
 from train.objectives.contract import Aux, Batch, Metrics, Preview, Tree
@@ -25,15 +26,29 @@ class LlamaObjective:
     Attributes:
       sampler: holds the network.
       packing: texts in a row, and tokens of such a row; see `train.objectives.packing`.
+      answer_weight: of the mean over the answers' tokens alone, which is added; needs questions with answers.
     """
 
     sampler: LlamaSampler
     packing: tuple[int, int] = (1, 0)
+    answer_weight: float = 0.0
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "LlamaObjective":
-        """Reads `config.models.llama`, `config.sample`, and `config.loss` where it has `pack` and `packed_length`."""
-        return cls(LlamaSampler.from_config(config), read_packing(config.loss))
+        """Reads `config.models.llama`, `config.sample`, and of `config.loss` what it has.
+
+        That is `pack`, `packed_length` and `answer_weight`.
+
+        Raises:
+          UserError: if answers count and texts have none, or as `read_packing`.
+        """
+        weight = config.loss.get("answer_weight", 0.0)
+        if weight < 0 or (weight and not config.data.get("dialogues", "")):
+            raise UserError(
+                f"config.loss.answer_weight={weight} must be 0, or positive for texts that are questions with answers "
+                "(config.data.dialogues)"
+            )
+        return cls(LlamaSampler.from_config(config), read_packing(config.loss), weight)
 
     @property
     def model(self) -> Llama:
@@ -51,14 +66,25 @@ class LlamaObjective:
     ) -> tuple[Float[Array, ""], Aux]:
         """The cross-entropy, mean over examples of the mean over their tokens; see `token_loss`.
 
-        Metrics: as of `token_loss`. `batch` holds text int32 [b t], pads where there is no token.
+        Where answers have a weight, so many times the same of their tokens alone is added.
+
+        Metrics: as of `token_loss`, loss with what is added; exact_answers, exact of the answers alone.
+        `batch` holds text int32 [b t], pads where there is no token, and text_mask bool [b t] of the answers.
         """
         del frozen, rng, step, train
         text = batch["text"]
         row = Row.of_texts(text, text != self.model.text_pad_id, self.sampler.end_id)
-        row = pack(row, row.counted, *self.packing)
+        read = row.counted
+        row = pack(row, read, *self.packing)
         logits = self.model.apply({"params": params["llama"]}, row.tokens, row.positions, row.segments)
         loss, metrics = token_loss(logits, row)
+        if self.answer_weight:
+            answers = Row.of_texts(text, batch["text_mask"], self.sampler.end_id)
+            answer_loss, answer_metrics = token_loss(logits, pack(answers, read, *self.packing))
+            loss += self.answer_weight * answer_loss
+            metrics["exact_answers"] = answer_metrics["exact"]
+            learned, count = metrics["loss"]
+            metrics["loss"] = (learned + self.answer_weight * answer_metrics["loss"][0], count)
         return loss, Aux(metrics=metrics, variables=variables)
 
     def preview(

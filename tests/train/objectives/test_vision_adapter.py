@@ -112,6 +112,21 @@ def test_the_first_loss_is_the_language_model_s_and_its_parameters_are_not_train
     assert set(trained) == set(params["vision_adapter"]) - {"language"}
 
 
+def test_a_language_model_learns_answers_as_much_as_it_is_told(adapter):
+    objective, params, batch = adapter
+    language = create_objective(config_of("llama.py", "--config.loss.answer_weight=2.0"))
+    params = {"llama": params["vision_adapter"]["language"]}
+    loss, aux = loss_of(language, params, batch)
+    plain, its_aux = loss_of(dataclasses.replace(language, answer_weight=0.0), params, batch)
+    logits = jax.jit(language.model.apply)({"params": params["llama"]}, batch["text"][:, :-1])
+    answers, _ = token_loss(logits, Row.of_texts(batch["text"], batch["text_mask"], objective.sampler.end_id))
+    np.testing.assert_allclose((loss, aux.metrics["loss"][0] / 2), plain + 2 * answers, rtol=1e-5)
+    assert set(aux.metrics) - set(its_aux.metrics) == {"exact_answers"} and aux.metrics["exact_answers"][1] == 2
+    for wrong in ("--config.data.dialogues=", "--config.loss.answer_weight=-1.0"):
+        with pytest.raises(UserError, match="answer_weight=.* must be 0, or positive for texts that are questions"):
+            create_objective(config_of("llama.py", wrong))
+
+
 def perplexity_of_text(run):
     return text_perplexity(TrainedSampler.open(run, chunk=2), "validation", 4)["values"]["text_perplexity"]
 
@@ -368,7 +383,7 @@ def test_an_answer_that_is_cut_is_not_right(second, length, exact, cut):
 
 
 def test_what_is_learned_has_questions():
-    with pytest.raises(UserError, match="dialogues is empty.* choose one of scenes, captions, tabs"):
+    with pytest.raises(UserError, match="dialogues is empty.* choose one of scenes, scenes_in_words, captions, tabs"):
         create_objective(config_of("vision_adapter.py", "--config.data.dialogues="))
 
 
