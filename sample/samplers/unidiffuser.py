@@ -266,7 +266,7 @@ class UniDiffuserSampler:
         given, settings = split_request(told, overrides, self.choices.mode)
         choices, captions, guidance, kind = self._changed(settings)
         if changes(told, overrides) and overrides.get("strength") == 0:
-            chosen = settings.get("mode") or self.choices.mode  # which needs what it is of
+            chosen = overrides.get("mode", self.choices.mode)  # which needs what it is of
             return dict.fromkeys((*(self.settings.keys() - {"mode"}), *(() if chosen else given)), STAYS)
         idle = unread_settings(choose_modes(choices.mode, given), guidance, tuple(dataclasses.asdict(captions)))
         return idle | ({"data_type": "this network tells no kinds of data apart"} if kind < 0 else {})

@@ -225,6 +225,8 @@ def test_a_unidiffuser_changes_a_picture_as_strength_and_mask_say(debug_run, tmp
     made = draw_order(trained, same, order_rows(trained, same), 1)
     assert find_sources(trained, same, order_rows(trained, same)) == {}
     assert set(trained.idle(same.call)) == {*trained.config.sample, "text"} - {"mode"}
+    told = Order(conditions, settings={"strength": 0.0, "mode": "text_to_image"})
+    assert "text" not in trained.idle(told.call)  # the mode asks for it
     decoded = reconstruct(trained.sampler.first_stage, trained.frozen, pixels[None])
     assert np.abs(made.images.astype(int) - decoded).max() <= 1
 
