@@ -22,27 +22,32 @@ _SOMETIMES = {
 }
 
 
-def read_records(path: Path) -> dict[str, Record]:
-    """The newest record of each row, by the row's name, in the order of the file; {} without a file.
+def key_of(record: Record) -> tuple[str, str]:
+    """The row and the machine of a record, of which a file has one of each."""
+    return record["row"], json.dumps(record["machine"], sort_keys=True)
+
+
+def read_records(path: Path) -> dict[tuple[str, str], Record]:
+    """The newest record of each row on each machine, by `key_of`, in the order of the file; {} without a file.
 
     A line that was cut short, as when the machine went away, is passed over: its row is measured again.
     """
-    records: dict[str, Record] = {}
+    records: dict[tuple[str, str], Record] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        records[record["row"]] = record
+        records[key_of(record)] = record
     return records
 
 
 def save_record(path: Path, record: Record, order: Sequence[str]) -> None:
-    """Adds a record to the file, or replaces that of the same row; rows are in this order, others behind.
+    """Adds a record to the file, or replaces that of its row and machine; rows are in this order, others behind.
 
     The file is whole at any time: a suite that is cut short keeps what it has.
     """
-    records = {**read_records(path), record["row"]: record}
+    records = {**read_records(path), key_of(record): record}
     places = {name: place for place, name in enumerate(order)}
     rows = sorted(records.values(), key=lambda each: places.get(each["row"], len(places)))
     path.parent.mkdir(parents=True, exist_ok=True)

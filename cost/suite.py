@@ -16,7 +16,7 @@ from typing import Any
 from cli.errors import UserError
 from cli.plurals import spell_count
 from cost.commands import ROOT, OutOfTime, read_json, run_command
-from cost.result_table import check_page, describe_part, is_same, read_records, save_record, write_table
+from cost.result_table import check_page, describe_part, is_same, key_of, read_records, save_record, write_table
 from cost.suite_parts import GPU_PARTS, Part
 
 PROGRAM = ROOT / "tests" / "parity" / "benchmarks" / "one_row.py"
@@ -100,7 +100,7 @@ def run_suite(
     for number, turn in enumerate(turns, start=1):
         head = f"{number} of {len(turns)}  {turn.name}" + (", torch.compile too" if turn.compiled and minutes else "")
         on = {**listed["on"], "row": turn.name, "compiled": turn.compiled}
-        if not again and turn.name in records and _is_there(records[turn.name], on):
+        if not again and key_of(on) in records and _is_there(records[key_of(on)], on):
             say(f"{head}: there already")
             continue
         left = None if end is None else end - now()
@@ -128,7 +128,7 @@ def run_suite(
         say(f"{head}: {describe(record)}")
         if "sides" not in record and record["failed"]:
             failed.append(turn.name)
-        records[turn.name] = record
+        records[key_of(on)] = record
         if file is not None:
             save_record(file, record, order)
             if page is not None:

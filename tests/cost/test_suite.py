@@ -91,6 +91,14 @@ def test_another_machine_is_another_measurement_and_a_line_cut_short_is_none(sui
     suite.file.write_text(json.dumps(other) + "\n" + json.dumps(record("two")) + "\n" + '{"row": "thr')
     suite.run()
     assert suite.asked == ["one", "three"]
+    assert [json.loads(line)["machine"]["device"] for line in suite.file.read_text().splitlines()] == [
+        "another",
+        "a chip",
+        "a chip",
+        "a chip",
+    ]  # rows of each machine stay
+    lines = suite.page.read_text().splitlines()
+    assert [line[-4:] for line in lines if line.startswith("| the one")] == [" a |", " b |"]
 
 
 @pytest.mark.parametrize("change", [{"dirty": True}, {"failed": {"torch, torch.compile": "no|compiler"}}])
