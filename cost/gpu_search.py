@@ -1,13 +1,12 @@
 """How few GPUs of a kind hold a step, with which microbatches, split and recomputation: by estimates, no compiler."""
 
-import itertools
 from collections.abc import Callable, Iterable
 
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
 from cost.chips import GIB, GPU_COUNTS, Gpu
-from cost.search import Candidate, Shapes, ways
+from cost.search import Candidate, Shapes, too_small, ways
 from cost.temporaries import FACTOR
 
 
@@ -36,9 +35,13 @@ def search_gpus(
     Returns:
       the way, and whether it fits too if the temporaries are larger by the factor of the estimate; None if none fits.
     """
-    for way in itertools.chain.from_iterable(machines):
-        if (surely := _asked(config, way, gpu, shapes, say)) is not None:
-            return way, surely
+    for on_machine in machines:
+        if why := too_small(shapes, on_machine[0].devices, gpu.usable_bytes):
+            say(on_machine[0], why)
+            continue
+        for way in on_machine:
+            if (surely := _asked(config, way, gpu, shapes, say)) is not None:
+                return way, surely
     return None
 
 

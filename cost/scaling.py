@@ -17,7 +17,7 @@ from cli.errors import UserError
 from cost.chips import GIB, Chip
 from cost.page_table import PageTable, Row
 
-CHIPS_OF_TABLE = (1, 4, 16, 64, 256)
+_CHIPS = (1, 4, 16, 64, 256)  # of slices, unless others are asked for
 _SHARES = (4, 16)  # of a device's examples, on the largest slice
 
 COLUMNS = (
@@ -74,20 +74,22 @@ def turns_table(page: Path) -> PageTable:
 def points(config: ConfigDict, chip: Chip, devices: int, chips: Sequence[int], examples: Sequence[int]) -> list[Point]:
     """Rows of one config: all numbers of examples on all slices.
 
-    Without `examples` it is as many as the config's own slice gives a device, on every slice, and on the largest one
-    also a quarter and a sixteenth of it, as far as they divide.
+    Without `chips` it is slices of 1, 4, 16, 64 and 256, as far as there are such of the kind. Without `examples` it
+    is as many as the config's own slice gives a device, on every slice, and on the largest one also a quarter and a
+    sixteenth of it, as far as they divide.
 
     Args:
       config: an experiment.
       chip: the kind.
       devices: of the config's own slice.
-      chips: of each slice.
-      examples: on a device.
+      chips: of each slice, or none.
+      examples: on a device, or none.
 
     Raises:
       UserError: if there is no slice of so many chips, or the batch does not divide over the config's own slice.
     """
     slices = {math.prod(map(int, shape.split("x"))): shape for shape in chip.topologies}
+    chips = chips or [count for count in _CHIPS if count in slices]
     if missing := [str(count) for count in chips if count not in slices]:
         raise UserError(f"no slice of {chip.name} has {missing[0]} chips; choose of {', '.join(map(str, slices))}")
     shards, tensor = devices // config.mesh.tensor, config.mesh.tensor

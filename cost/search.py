@@ -75,6 +75,10 @@ class Shapes(Protocol):
         """Of a device, estimated."""
         ...
 
+    def state_bytes(self) -> int:
+        """Of all devices together, where each value is held once: what a step begins with but its batch."""
+        ...
+
     def step_flops(self) -> int:
         """Of all devices, without what is computed a second time."""
         ...
@@ -169,9 +173,10 @@ def search(
 ) -> list[tuple[Candidate, Report]]:
     """Asks the compiler for what arithmetic leaves open.
 
-    Not compiled: what has arguments larger than the memory; what the estimate of `cost.temporaries` makes too large,
-    even if it is off by its factor; and, once something fits a slice, what recomputes more or takes more parts there,
-    neither of which lowers the bound, or anything if products already are what bounds it.
+    Not compiled: slices on which the state alone exceeds the memory, divided over all devices; what has arguments
+    larger than that; what the estimate of `cost.temporaries` makes too large, even if it is off by its factor; and, once
+    something fits a slice, what recomputes more or takes more parts there, neither of which lowers the bound, or
+    anything if products already are what bounds it.
 
     Once a slice holds the step, the largest follow, which as a rule are the fastest; those of which products alone take
     longer than the best step so far are left out.
@@ -197,6 +202,9 @@ def search(
             if least >= fastest(fitting)[1]["bound"]["seconds"]:
                 say(on_slice[0], f"no way is faster: products alone take {least:.4g} s; nor on smaller slices")
                 break
+        if why := too_small(shapes, on_slice[0].devices, chip.hbm_bytes):
+            say(on_slice[0], why)
+            continue
         best: tuple[Candidate, Report] | None = None
         for way in on_slice:
             same = best and (way.remat, way.microbatches) == (best[0].remat, best[0].microbatches)
@@ -214,6 +222,21 @@ def search(
                 if best is None or report["bound"]["seconds"] < best[1]["bound"]["seconds"]:
                     best = way, report
     return fitting
+
+
+def too_small(shapes: Shapes, devices: int, usable_bytes: int) -> str:
+    """Why no way to run a step can fit so many devices; "" if the state, divided over all of them, would.
+
+    Args:
+      shapes: arithmetic.
+      devices: how many.
+      usable_bytes: of each.
+    """
+    least = math.ceil(shapes.state_bytes() / devices)
+    if least <= usable_bytes:
+        return ""
+    memory = f"{least / GIB:.2f} of {usable_bytes / GIB:.2f} GiB"
+    return f"no way fits: weights and optimizer alone are {memory} of each device, divided over all"
 
 
 def cheapest(fitting: list[tuple[Candidate, Report]]) -> tuple[Candidate, Report]:

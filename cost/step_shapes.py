@@ -66,6 +66,14 @@ class StepShapes:
         split = functools.partial(split_of, kinds, mesh.shape["data"] * mesh.shape["fsdp"])
         return program_temporary_bytes(self._traced[key].jaxpr, split, self._fused_attention)
 
+    def state_bytes(self) -> int:
+        """Bytes of parameters, optimizer, averages and frozen networks over all devices, each value held once."""
+        program = self._program(self._config)
+        return sum(
+            leaf.size * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves((program.abstract_state, program.abstract_frozen))
+        )
+
     @functools.cached_property
     def _alone(self) -> jax.sharding.Mesh:
         return jax.make_mesh((1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 3, devices=[self._device])

@@ -15,7 +15,7 @@ from cli.config import load_config
 from cli.errors import EXIT_OK, UserError
 from cost.chips import CHIPS, GPU_COUNTS, Gpu, chip_of, gpu_of
 from cost.fit_report import describe, fit_table, format_report, row_hashes, table_row
-from cost.scaling import CHIPS_OF_TABLE, points, refused, scaling_row, scaling_table, turn_rows, turns_table
+from cost.scaling import points, refused, scaling_row, scaling_table, turn_rows, turns_table
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -85,8 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     with config.unlocked():
         config.mesh.topology = topology
     if options.scaling:
-        chips = _numbers("chips", options.chips) or CHIPS_OF_TABLE
-        examples = _numbers("examples", options.examples)
+        chips, examples = _numbers("chips", options.chips), _numbers("examples", options.examples)
         return _scale(name, config, options.scaling, chips, examples)
     if options.decode is not None:
         return _fit_answers(name, config, options.decode, options.json)
@@ -144,7 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         help="write rows for slices of many sizes into this page",
     )
     parser.add_argument(
-        "--chips", default="", metavar="N[,N]", help="of the slices of --scaling (default: 1, 4, 16, 64, 256)"
+        "--chips",
+        default="",
+        metavar="N[,N]",
+        help="of the slices of --scaling (default: 1, 4, 16, 64, 256, as far as the kind has them)",
     )
     parser.add_argument(
         "--examples",
@@ -236,8 +238,7 @@ def _search_gpus(name: str, config: Any, asked: str) -> int:
         gpus = [gpu_of(each) for each in asked.split(",")]
     except UserError as error:
         raise UserError(f"unknown --search={asked}; {_SEARCHED}, or GPUs: {error}") from error
-    if not has_accelerator():
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for shapes alone, whatever else the user runs on
     import jax
 
     from cost.gpu_search import gpu_candidates, search_gpus

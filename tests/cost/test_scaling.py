@@ -38,6 +38,12 @@ def test_devices_grow_with_their_examples_and_the_largest_slice_also_has_fewer()
     # A microbatch has an example at least.
     assert [each.examples for each in points(config_of(microbatches=2), CHIP, 4, (4,), ())] == [16, 4]
     assert points(config_of(), CHIP, 4, (16,), (3, 2)) == [Point("v5e:4x4", 16, 3), Point("v5e:4x4", 16, 2)]
+    # Slices that there are of the kind, unless some are asked for.
+    assert [each.topology for each in points(config_of(), CHIP, 4, (), (1,))] == [
+        f"v5e:{shape}" for shape in ("1x1", "2x2", "4x4", "8x8", "16x16")
+    ]
+    cubes = points(config_of(), CHIPS["v5p"], 4, (), (1,))
+    assert [each.topology for each in cubes] == ["v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8"]
     with pytest.raises(UserError, match="no slice of v5e has 5 chips; choose of 1, 4, 8"):
         points(config_of(), CHIP, 4, (5,), ())
     with pytest.raises(UserError, match="batch_size=3 does not divide over 4 devices; give --examples"):

@@ -34,6 +34,9 @@ class Machine:
         kept = {"none": 1, "dots": 0.5, "full": 0.1}[config.models.net.remat]
         return int(self.activations * GIB * kept / devices / config.mesh.microbatches)
 
+    def state_bytes(self):
+        return int(self.state * GIB)
+
     def step_flops(self):
         return int(self.products * CHIP.flops)
 
@@ -91,12 +94,21 @@ def test_what_arithmetic_rules_out_is_not_compiled(tmp_path):
     assert cheapest(fitting)[0].chips == 4 and cheapest(fitting)[0].microbatches == 4
     assert fastest(fitting)[0].chips == 16
     outcomes = [outcome for _, outcome in said]
-    assert outcomes[0] == "does not fit: 40.00 of 15.75 GiB, arguments alone; not compiled"
+    assert "does not fit: 40.00 of 15.75 GiB, arguments alone; not compiled" in outcomes
     assert "does not fit: 17.50 of 15.75 GiB; compiled in 1 s" in outcomes
     machine = Machine(state=1, activations=100)
     _, said = run(machine, tmp_path / "others.json", most=1)
     assert said[0][1] == "does not fit: 101.00 of 15.75 GiB, by an estimate; not compiled"
     assert machine.compiled[0] == ("v5e:1x1", 1, 16, "none")
+
+
+def test_slices_that_are_too_small_for_the_state_are_one_line_each(tmp_path):
+    """100 GiB take seven chips: one and four are passed over, however they would split or recompute."""
+    fitting, said = run(Machine(state=100, activations=1), tmp_path / "answers.json")
+    small = {way.chips: outcome for way, outcome in said if way.chips < 8}
+    assert sum(way.chips < 8 for way, _ in said) == len(small) == 2
+    least = "no way fits: weights and optimizer alone are 25.00 of 15.75 GiB of each device, divided over all"
+    assert small[4] == least and cheapest(fitting)[0].chips == 8
 
 
 def test_a_slice_is_done_once_nothing_can_be_faster_on_it(tmp_path):

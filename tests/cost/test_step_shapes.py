@@ -24,6 +24,7 @@ def test_one_trace_answers_for_every_mesh():
     arguments = program.abstract_state, program.abstract_frozen, program.abstract_batch
     whole, batch = shard_bytes(arguments), shard_bytes(program.abstract_batch)
     assert shapes.argument_bytes(config, 1) == whole
+    assert shapes.state_bytes() == whole - batch
     assert shapes.argument_bytes(config, 4) == whole - batch + batch // 4
     with program.in_mesh():
         assert shapes.temporary_bytes(config, 1) == temporary_bytes(program.train_step, *arguments)

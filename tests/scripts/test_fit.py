@@ -214,10 +214,12 @@ def test_the_12_billion_transformer_does_not_fit_16_chips():
     assert needed > state + inputs > available
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     command = [sys.executable, "-m", "scripts.fit", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.mark.slow
@@ -272,6 +274,14 @@ def test_kinds_of_gpus_are_searched_with_one_program(capsys):
     assert printed.count("1 GPU(s), fsdp 1, 1 microbatch(es), remat none: fits: 0.") == 2
     assert "cheapest of 1: 1 GPU(s), by an estimate\n    python -m train --config=" + CONFIG in printed
     assert "cheapest of 24: " in printed and "--config.mesh.topology" not in printed
+
+
+@pytest.mark.slow
+def test_a_search_of_gpus_needs_none_of_them():
+    """Whatever the shell says to run on: shapes are all that is asked."""
+    arguments = ("--config=configs/toy/swiss_roll.py", "--search=24:1")
+    result = run_command(*arguments, JAX_PLATFORMS="cuda")
+    assert result.returncode == 0 and "cheapest of 24: 1 GPU(s), by an estimate" in result.stdout, result.stderr
 
 
 @pytest.mark.slow
