@@ -77,7 +77,8 @@ def train(config: ConfigDict, workdir: str | Location, profile: int = 0) -> int:
         state, start = _restore(config, training, store, steps)
         _complete_snapshots(workdir, state, start)
         check_whole_batches(config, count_examples(state.examples_seen))
-        if start >= config.steps:
+        unseen = from_first(lambda: not _has_evaluation(workdir, start))
+        if start > config.steps or (start == config.steps and not unseen):
             if is_first():
                 (workdir / DONE).write_text(f"{start}\n", encoding="utf-8")
                 print(f"{workdir} is complete: {spell_count(start, 'step')}; raise config.steps to train further")
@@ -85,7 +86,7 @@ def train(config: ConfigDict, workdir: str | Location, profile: int = 0) -> int:
         if is_first():
             (workdir / DONE).unlink(missing_ok=True)
             (workdir / ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8")
-        return _run(config, workdir, training, store, state, start, stop, profile)
+        return _run(config, workdir, training, store, state, start, stop, profile, unseen)
 
 
 def _open(config: ConfigDict, workdir: Location, store: CheckpointStore) -> tuple[ConfigDict, list[int]]:
@@ -228,8 +229,9 @@ def _run(
     start: int,
     stop: StopSignal,
     profile: int,
+    unseen: bool,
 ) -> int:
-    """Trains from step `start`, and traces `profile` updates."""
+    """Trains from step `start`, whose evaluation the log lacks if it is `unseen`, and traces `profile` updates."""
     program, rows = training.program, training.rows
     step, pending, clock = start, None, _Clock(config.batch_size, start)
     seen = count_examples(state.examples_seen)
@@ -250,7 +252,6 @@ def _run(
             log.say(line)
         if not start and not stop.noted:
             state = _measure_first(config, training, state, log.say)
-        unseen = from_first(lambda: not _has_evaluation(workdir, start))
 
         def write(pending: tuple[int, Any]) -> None:
             number, metrics = pending

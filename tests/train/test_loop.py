@@ -262,6 +262,22 @@ def test_a_run_that_is_stopped_leaves_its_evaluation_to_the_next_start(scenes_di
     assert sorted((workdir / "samples").iterdir())[1].name == "00000002_reconstruction.png"
 
 
+def test_a_run_that_is_told_to_end_where_it_was_stopped_is_evaluated_there(scenes_dir, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "is_due", lambda stop, step: step == 2)
+        assert train(config(scenes_dir, "--config.steps=6"), workdir) == EXIT_PREEMPTED
+    assert "validation/loss" not in read_metrics(workdir)[-1]
+    assert train(config(scenes_dir, "--config.steps=2"), workdir) == EXIT_OK
+    last = read_metrics(workdir)[-1]
+    assert last["step"] == 2 and "validation/loss" in last
+    assert (workdir / "samples" / "00000002_reconstruction.png").is_file() and (workdir / "DONE").is_file()
+    assert "is complete" not in capsys.readouterr().out
+    assert train(config(scenes_dir, "--config.steps=2"), workdir) == EXIT_OK
+    assert "is complete" in capsys.readouterr().out
+    assert read_metrics(workdir)[-1] == last
+
+
 def test_a_workdir_that_cannot_be_written_is_named(scenes_dir, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the workdir"):
