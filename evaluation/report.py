@@ -10,6 +10,7 @@ import numpy as np
 from cli.locations import Location
 from evaluation.page import picture_tag, pyplot, svg_of, write_page
 from evaluation.records import is_share, read_records
+from sample.samplers import create_sampler
 from weights.run import DONE, SAMPLES, Run, read_metrics
 
 
@@ -72,7 +73,8 @@ def headline_records(folder: Location) -> list[dict[str, Any]]:
     if not records:
         return []
     config = Run.open(folder).config
-    settings, dataset = config.sample.to_dict(), config.data.dataset
+    # The config's own value of a setting may stand for another, as -1 does for the kind of data; records have that one.
+    settings, dataset = create_sampler(config).settings, config.data.dataset
     newest = {
         (record["metric"], record["split"]): record
         for record in records

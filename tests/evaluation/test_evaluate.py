@@ -1,12 +1,14 @@
 """Evaluation of real (tiny) runs: what is computed, printed and kept."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from cli.config import load_config, to_json
 from cli.errors import UserError
 from data import scenes
 from data.pictures import read_picture
@@ -19,12 +21,15 @@ from evaluation.evaluate import evaluate_run, on_dataset
 from evaluation.features.metrics import FeatureSettings
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import check_finite, format_table, read_records, write_records
+from evaluation.report import headline_records
 from evaluation.tools import Tools
 from sample.embedding import ClipEmbedder
 from sample.trained import TrainedSampler
 from weights.run import Run
 
 from ..data.made_up import NAME, prepare_made_up
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_graded_captions_name_every_attribute_and_vary(stage1):
@@ -194,3 +199,14 @@ def test_a_sweep_says_in_each_record_what_it_was_computed_with(debug_run, capsys
         main([*command, "--sweep", "ema=0.1,1"])
     with pytest.raises(UserError, match="--sweep ema and --no_ema are both given"):
         main([*command, "--no_ema", "--sweep", "ema=0,1"])
+
+
+def test_a_report_shows_what_was_drawn_as_the_kind_of_data_that_was_learned(tmp_path):
+    """Of a UniDiffuser that tells kinds apart, config.sample has -1 for it, and records the kind itself."""
+    variant = f"--config={ROOT}/configs/scenes/unidiffuser.py:debug"
+    config = load_config([variant, "--config.models.unidiffuser.data_types=2"])
+    (tmp_path / "config.json").write_text(to_json(config))
+    drawn = {"metric": "caption_accuracy", "dataset": "scenes/single32/1.0.0", "values": {}}
+    learned, other = ({**drawn, "split": f"kind {kind}", "data_type": kind} for kind in (1, 0))
+    (tmp_path / "evaluation.json").write_text(json.dumps([learned, other]))
+    assert headline_records(tmp_path) == [learned]
