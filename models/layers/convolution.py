@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.layers.dense import dot_general
-from models.layers.partitioning import on_one_cpu
+from models.layers.dense import dot_general, makes_matrices
 
 
 def conv_general_dilated(
@@ -23,7 +22,7 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated` of channels-last pictures, as `flax.linen.Conv` calls it.
 
     On a single CPU device and in float32, windows that tile the picture, single pixels or patches, make it a product of
-    matrices. Sums are in another order then, and nothing else differs.
+    matrices, unless TESSERA_DENSE is `default`. Sums are in another order then, and nothing else differs.
 
     Args:
       x: inputs.
@@ -35,7 +34,7 @@ def conv_general_dilated(
     Returns:
       as the plain function; docs/performance.md has what is gained.
     """
-    if not on_one_cpu() or x.dtype != jnp.float32 or not _tile(x, kernel, window_strides, padding, **options):
+    if not makes_matrices() or x.dtype != jnp.float32 or not _tile(x, kernel, window_strides, padding, **options):
         return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
     (down, across), (height, width) = window_strides, x.shape[1:3]
     patches = x.reshape(len(x), height // down, down, width // across, across, -1).swapaxes(2, 3)

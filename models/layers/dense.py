@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,8 @@ import jax
 from jaxtyping import Array, Float
 
 from models.layers.partitioning import on_one_cpu
+
+SWITCH = "TESSERA_DENSE"  # `default` leaves dense layers and convolutions to XLA as Flax writes them
 
 DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -20,6 +23,7 @@ def dot_general(
 
     On a single CPU device both are made matrices first. With more axes XLA writes transposed copies of kernels and of
     gradients, and a kernel's gradient, transposed, slows the optimizer too; docs/performance.md has what is gained.
+    `TESSERA_DENSE=default` leaves that out, in programs that are traced afterwards.
 
     Args:
       x: inputs.
@@ -33,11 +37,16 @@ def dot_general(
     (x_axes, kernel_axes), batch_axes = dimension_numbers
     count = len(x_axes)
     trailing = tuple(x_axes) == tuple(range(x.ndim - count, x.ndim)) and tuple(kernel_axes) == tuple(range(count))
-    if not on_one_cpu() or not trailing or any(batch_axes):
+    if not makes_matrices() or not trailing or any(batch_axes):
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
     inputs = math.prod(kernel.shape[:count])
     y = jax.lax.dot_general(x.reshape(-1, inputs), kernel.reshape(inputs, -1), (((1,), (0,)), ((), ())), **options)
     return y.reshape(*x.shape[: x.ndim - count], *kernel.shape[count:])
+
+
+def makes_matrices() -> bool:
+    """Whether products of the program that is traced are made of matrices."""
+    return on_one_cpu() and os.environ.get(SWITCH) != "default"
 
 
 # Flax's layers with the product above.

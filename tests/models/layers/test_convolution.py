@@ -83,3 +83,8 @@ def test_other_devices_get_the_plain_convolution(inputs, monkeypatch):
 def test_several_devices_get_the_plain_convolution(inputs):
     with use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
         _assert_plain(inputs)
+
+
+def test_a_switch_gives_the_plain_convolution(inputs, monkeypatch):
+    monkeypatch.setenv("TESSERA_DENSE", "default")
+    _assert_plain(inputs)

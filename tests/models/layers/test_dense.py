@@ -62,3 +62,8 @@ def test_other_devices_get_the_plain_product(x, monkeypatch):
 def test_several_devices_get_the_plain_product(x):
     with use_abstract_mesh(AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))):
         assert _program(Dense(6), x) == _program(nn.Dense(6), x)
+
+
+def test_a_switch_gives_the_plain_product(x, monkeypatch):
+    monkeypatch.setenv("TESSERA_DENSE", "default")
+    assert _program(DenseGeneral((3, 2, 4)), x) == _program(nn.DenseGeneral((3, 2, 4)), x)
