@@ -6,6 +6,7 @@ is to be called by all processes alike.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import resource
 import sys
@@ -22,7 +23,7 @@ from cli.errors import UserError
 from cost.chips import Peak
 from cost.flops import matrix_flops, plain_config
 from cost.hlo import read_attention
-from cost.peak_flops import peak_flops
+from cost.peak_flops import matmul_flops, peak_flops
 from cost.timing import Spread, time_in_turn, time_windows
 from data.batch_reader import BatchReader
 from data.pipeline import load_tokenizer, open_stream
@@ -102,8 +103,8 @@ def measure_step(
       clock: seconds.
 
     Returns:
-      trace_seconds, compile_seconds; `processor_seconds` of a step, over all cores, of this process, None on an
-      accelerator; `attention`, the implementations of it that the compiled step has; seconds (of a
+      trace_seconds, compile_seconds; `processor_seconds` of a step, over all cores, of this process, and `page_faults`,
+      both None on an accelerator; `attention`, the implementations of it that the compiled step has; seconds (of a
       step) and the rates of `step_figures`; `memory`.
 
     Raises:
@@ -112,19 +113,22 @@ def measure_step(
     config = without_sources(config)
     with _memory_errors(f"batch_size={config.batch_size}", _STEP_ADVICE):
         step = prepare_step(config, clock)
-        used = time.process_time()
-        seconds = time_windows(step.run, windows=windows, steps=steps, warmup=warmup, clock=clock)
-        used = (time.process_time() - used) / (warmup + windows * steps)
+        if warmup:
+            step.run(warmup)
+        used, faults = time.process_time(), _page_faults()
+        seconds = time_windows(step.run, windows=windows, steps=steps, warmup=0, clock=clock)
+        used, faults = time.process_time() - used, _page_faults() - faults
     compiled, memory = step.compiled, _memory(step.compiled)  # before other work adds to the peaks
-    # The virtual devices of a CPU share its cores.
-    devices = jax.process_count() if jax.default_backend() == "cpu" else step.devices
+    on_cpu = jax.default_backend() == "cpu"
+    devices = jax.process_count() if on_cpu else step.devices  # the virtual devices of a CPU share its cores
     return {
         "windows": windows,
         "steps_per_window": steps,
         "warmup_steps": warmup,
         "trace_seconds": step.trace_seconds,
         "compile_seconds": step.compile_seconds,
-        "processor_seconds": used if jax.default_backend() == "cpu" else None,
+        "processor_seconds": used / (windows * steps) if on_cpu else None,
+        "page_faults": faults / (windows * steps) if on_cpu else None,
         "attention": list(read_attention(compiled.as_text())),
         **step_figures(
             seconds,
@@ -132,7 +136,7 @@ def measure_step(
             tokens=tokens_of(config),
             flops=model_flops(config),
             devices=devices,
-            peak=peak_flops(jax.local_devices()[0], dtype_of(config)),
+            peak=peak_flops(jax.local_devices()[0], dtype_of(config), functools.partial(matmul_flops, clock=clock)),
         ),
         "memory": memory,
     }
@@ -391,6 +395,11 @@ def program_bytes(planned: Any) -> int | None:
         return None
     held = planned.argument_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes
     return max(planned.peak_memory_in_bytes, held + planned.temp_size_in_bytes)
+
+
+def _page_faults() -> int:
+    """Pages that this process was given so far without reading a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _memory(compiled: Any) -> dict[str, Any]:

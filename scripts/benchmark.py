@@ -33,7 +33,7 @@ ends within --minutes.
 """
 _PARTS = ("step", "data", "sample", "decode")
 _OF_A_CONFIG = ("measure", "windows", "steps", "warmup", "distributed", "against", "json")
-_OF_A_SUITE = ("rows", "clock", "again", "no_compile", "toy", "results", "minutes", "prepare")
+_OF_A_SUITE = ("rows", "again", "no_compile", "toy", "results", "minutes", "prepare")
 _GPU_MINUTES = 12.0
 
 
@@ -57,12 +57,15 @@ def main(arguments: Sequence[str]) -> int | None:
         "--against='--config.data.latent_moments=auto'",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "processor"),
+        default="wall",
+        help="processor: seconds of this process, which tell something beside other work, on one core",
+    )
     suites = parser.add_argument_group("with --suite")
     suites.add_argument("--suite", choices=("cpu", "gpu"), help="which table")
     suites.add_argument("--rows", default="", metavar="PATTERN", help="those whose names have this in them")
-    suites.add_argument(
-        "--clock", choices=("wall", "processor"), default="wall", help="processor: beside other work, on one core"
-    )
     suites.add_argument("--again", action="store_true", help="measure rows that are there, too")
     suites.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
     suites.add_argument("--toy", action="store_true", help="toy sizes, a rehearsal; writes where --results says")
@@ -111,6 +114,8 @@ def main(arguments: Sequence[str]) -> int | None:
         raise UserError(f"--measure={options.measure} is not a choice of {','.join(_PARTS)}")
     if other is not None and "step" not in parts:
         raise UserError("--against is of the step, which --measure leaves out")
+    if options.clock == "processor" and "data" in parts:
+        raise UserError("--clock=processor is not of data, which other processes may read; give --measure=step")
     if min(options.windows, options.steps) < 1 or options.warmup < 0:
         raise UserError("--windows and --steps must be at least 1, --warmup at least 0")
 
@@ -120,7 +125,10 @@ def main(arguments: Sequence[str]) -> int | None:
 
     join_processes(options.distributed)
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured too
-    report = benchmark(config, parts, windows=options.windows, steps=options.steps, warmup=options.warmup, other=other)
+    if options.clock == "processor" and jax.default_backend() != "cpu":
+        raise UserError(f"--clock=processor does not see what a {jax.default_backend()} does; leave it out")
+    effort = {"windows": options.windows, "steps": options.steps, "warmup": options.warmup}
+    report = benchmark(config, parts, **effort, other=other, clock=options.clock)
     if jax.process_index() == 0:
         print(json.dumps(report, indent=2) if options.json else format_report(report))
     return None
@@ -141,7 +149,14 @@ def _prepare(suite: str) -> None:
 
 
 def benchmark(
-    config: Any, parts: Sequence[str], *, windows: int, steps: int, warmup: int, other: Any = None
+    config: Any,
+    parts: Sequence[str],
+    *,
+    windows: int,
+    steps: int,
+    warmup: int,
+    other: Any = None,
+    clock: str = "wall",
 ) -> dict[str, Any]:
     """Measures parts of a config's work.
 
@@ -152,25 +167,30 @@ def benchmark(
       steps: updates in a window.
       warmup: updates before the first one.
       other: a config whose step is timed in turn with that of the first; None for none.
+      clock: a key of `cost.side_by_side.CLOCKS`, for all but the data.
 
     Returns:
-      environment, objective, batch_size, dtype, and the report of each part; `data` is {"missing": why} if the dataset
-      was not prepared.
+      environment, objective, batch_size, dtype, clock, and the report of each part; `data` is {"missing": why} if the
+      dataset was not prepared.
     """
     from cost.decoding import measure_decoding
     from cost.measured import compare_steps, describe_devices, dtype_of, measure_data, measure_sample, measure_step
+    from cost.side_by_side import CLOCKS
     from data.records import dataset_folder
 
     report: dict[str, Any] = {
+        "clock": clock,
         "objective": config.objective,
         "batch_size": config.batch_size,
         "dtype": dtype_of(config),
         "environment": describe_devices(),
     }
     if "step" in parts:
-        report["step"] = measure_step(config, windows=windows, steps=steps, warmup=warmup)
+        report["step"] = measure_step(config, windows=windows, steps=steps, warmup=warmup, clock=CLOCKS[clock])
     if other is not None:
-        report["against"] = compare_steps(config, other, windows=windows, steps=steps, warmup=warmup)
+        report["against"] = compare_steps(
+            config, other, windows=windows, steps=steps, warmup=warmup, clock=CLOCKS[clock]
+        )
     if "data" in parts:
         try:
             dataset_folder(config.data.dataset, config.data.data_dir)
@@ -189,9 +209,9 @@ def benchmark(
                 if step and read:
                     report["data"]["first_pass_processor_ratio_to_step"] = step / config.batch_size / read
     if "sample" in parts:
-        report["sample"] = measure_sample(config, windows=windows)
+        report["sample"] = measure_sample(config, windows=windows, clock=CLOCKS[clock])
     if "decode" in parts:
-        report["decode"] = measure_decoding(config, windows=windows)
+        report["decode"] = measure_decoding(config, windows=windows, clock=CLOCKS[clock])
     return report
 
 
@@ -201,7 +221,8 @@ def format_report(report: dict[str, Any]) -> str:
     load = f", load average {machine['load_average']:.1f}" if machine["load_average"] is not None else ""
     packages = machine["packages"]
     lines = [
-        f"{report['objective']}, batch size {report['batch_size']}, {report['dtype']}",
+        f"{report['objective']}, batch size {report['batch_size']}, {report['dtype']}"
+        + (", processor seconds" if report["clock"] == "processor" else ""),
         f"{machine['device_count']} x {machine['device_kind']} ({machine['cores']} cores{load}), "
         f"jax {packages['jax']}, flax {packages['flax']}, commit {(machine['commit'] or 'unknown')[:12]}"
         + (" with changes" if machine["dirty"] else ""),
@@ -245,6 +266,11 @@ def _step_lines(step: dict[str, Any]) -> list[str]:
         lines.insert(1, f"attention       {', '.join(step['attention'])}")
     if "tokens_per_second" in step:
         lines.append(f"tokens          {_spread(step['tokens_per_second'])} /s")
+    if step["processor_seconds"] is not None:
+        lines.append(
+            f"processor       {1e3 * step['processor_seconds']:,.4g} ms a step, of all cores; "
+            f"{step['page_faults']:,.0f} page faults"
+        )
     return [
         *lines,
         f"matrix FLOPs    {_spread(step['flops_per_second'], 1e-9)} GFLOP/s, "

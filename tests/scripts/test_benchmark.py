@@ -1,13 +1,14 @@
 """The benchmark at debug size: what its report holds, not how fast anything is."""
 
 import json
+import time
 from pathlib import Path
 
 import jax
 import pytest
 
 from cli.errors import UserError
-from cost import measured
+from cost import decoding, measured
 from cost.chips import Peak
 from scripts import benchmark
 from train.state import TrainState
@@ -19,7 +20,7 @@ CONFIG = f"--config={Path(__file__).resolve().parents[2]}/configs/scenes/dvae.py
 def same_settings(monkeypatch):
     """The command switches JAX's compilation cache off, for itself."""
     before = jax.config.jax_enable_compilation_cache
-    monkeypatch.setattr(measured, "peak_flops", lambda device, dtype: Peak(1e9, f"a {dtype} guess"))
+    monkeypatch.setattr(measured, "peak_flops", lambda device, dtype, measure: Peak(1e9, f"a {dtype} guess"))
     yield
     jax.config.update("jax_enable_compilation_cache", before)
 
@@ -52,6 +53,7 @@ def test_a_report_holds_every_figure_and_its_environment(scenes_dir, capsys, mon
     assert step["peak_source"] == "a float32 guess" and "tokens_per_second" not in step
     assert step["compile_seconds"] > 0 and step["trace_seconds"] > 0
     assert step["attention"] == []  # a dVAE has none
+    assert step["processor_seconds"] > 0 and step["page_faults"] >= 0
     assert step["memory"]["device_peak_bytes"] is None  # the CPU keeps no count
     assert 0 < step["memory"]["program_peak_bytes"] < step["memory"]["resident_peak_bytes"]
 
@@ -67,7 +69,17 @@ def test_a_report_holds_every_figure_and_its_environment(scenes_dir, capsys, mon
     assert report["sample"]["images_per_second"]["low"] == pytest.approx(64 / report["sample"]["seconds"]["high"])
 
     text = benchmark.format_report(report)
-    for label in ("compilation", "step", "examples", "matrix FLOPs", "MFU", "peak memory", "data", "sampling"):
+    for label in (
+        "compilation",
+        "step",
+        "examples",
+        "processor",
+        "matrix FLOPs",
+        "MFU",
+        "peak memory",
+        "data",
+        "sampling",
+    ):
         assert f"\n{label}  " in text
     assert f"{by_processor:.1f} times by processor time)" in text
     assert "tokens" not in text and "load average" in text
@@ -81,6 +93,18 @@ def test_without_a_dataset_one_line_says_what_to_run(tmp_path, capsys):
     assert "python -m scripts.prepare --dataset=scenes/single32" in lines[2]
 
 
+def test_processor_seconds_are_counted_where_they_are_asked_for(capsys, monkeypatch):
+    asked = {}
+    for module, part in ((measured, "step"), (measured, "sample"), (decoding, "decoding")):
+        monkeypatch.setattr(
+            module, f"measure_{part}", lambda config, *, clock, part=part, **_: asked.update({part: clock}) or {}
+        )
+    for clock, function in (("processor", time.process_time), ("wall", time.perf_counter)):
+        benchmark.main([CONFIG, "--measure=step,sample,decode", f"--clock={clock}", "--json"])
+        assert asked == dict.fromkeys(("step", "sample", "decoding"), function)
+        assert json.loads(capsys.readouterr().out)["clock"] == clock
+
+
 def test_tokens_are_shown_where_there_are_some():
     spread = {"median": 0.001, "low": 0.0005, "high": 0.002}
     step = {
@@ -88,6 +112,7 @@ def test_tokens_are_shown_where_there_are_some():
         **{"windows": 3, "steps_per_window": 7, "trace_seconds": 1.0, "compile_seconds": 2.0},
         **{"matrix_flops_per_step": 5, "peak_flops_per_second": 2e9, "peak_source": "a table"},
         "attention": ["cudnn", "xla"],
+        **{"processor_seconds": None, "page_faults": None},
         "memory": {"device_peak_bytes": 2**30, "program_peak_bytes": None, "resident_peak_bytes": 2**20},
     }
     lines = benchmark._step_lines(step)
@@ -108,7 +133,7 @@ def test_tokens_are_shown_where_there_are_some():
         ("--steps=0", "must be at least 1"),
         ("--warmup=-1", "--warmup at least 0"),
         ("--toy", "--toy does nothing without --suite"),
-        ("--clock=wall", "--clock does nothing without --suite"),
+        ("--clock=processor", "--clock=processor is not of data, which other processes may read"),
         ("--suite=cpu --steps=10", "--steps does nothing with --suite"),
         ("--suite=cpu --json", "--json does nothing with --suite"),
         ("--suite=gpu --clock=processor", "--clock=processor does not see what a GPU does"),
