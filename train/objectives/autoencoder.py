@@ -9,13 +9,16 @@ layer: w = discriminator_weight |d nll| / (|d g| + 1e-4), of gradients there, at
 optimizer. The adversarial terms have the factor 0 until `discriminator_start`.
 
 One loss is the sum of both, with a gradient for each side from its own line alone: the discriminator is a constant in
-g, and x' in the discriminator's line. Both sides take their step at once. The published loop takes them in turn, so
-that its discriminator is shown what the moved decoder makes of new draws from the latents' Gaussians.
+g, and x' in the discriminator's line. Both sides take their step at once, so that one pass over x' serves both. The
+published loop takes them in turn: its discriminator is shown, in a pass of its own, what the moved decoder makes of new
+draws from the latents' Gaussians.
 
-What the examples of a batch decide together: w, and the discriminator's batch normalization, whose statistics are each
-pass's own (g, D(x), D(x'), in this order, each of which moves the running ones). In microbatches
-(`config.mesh.microbatches`) both are of a microbatch, as in gradient accumulation of the published loop; and
-`reduction` "sum" and "mean" alike are means over examples, which microbatches leave as they are.
+What the examples of a batch decide together: w, and the discriminator's batch normalization, which takes the statistics
+of pictures and of reconstructions apart, as published. The running ones, which evaluation uses, move once a step,
+towards the mean of the two. In the published loop each of three passes moves them, and reconstructions count twice. In
+microbatches (`config.mesh.microbatches`) all of this is of a microbatch, as in gradient accumulation of the published
+loop, and each microbatch moves the running statistics once. `reduction` "sum" and "mean" alike are means over examples,
+which microbatches leave as they are.
 """
 
 import dataclasses
@@ -223,8 +226,8 @@ class AutoencoderObjective:
             (height, width), factor = images.shape[1:3], self.model.downsampling
             raise ValueError(f"pictures are {height} x {width}, and both must be multiples of {factor}")
         log_variance = params["output"]["log_variance"] if self.output_variance else jnp.zeros(())
-        judge = _Judge(self.discriminator, params, variables) if self.discriminator is not None else None
         factor = jnp.asarray(step >= self.discriminator_start, jnp.float32)
+        verdict: _Verdict | None = None
 
         likelihood = functools.partial(self._likelihood, frozen, images)
         if train:
@@ -232,8 +235,8 @@ class AutoencoderObjective:
             stopped = jax.lax.stop_gradient((outputs, log_variance))
             differentiate = jax.value_and_grad(likelihood, argnums=(0, 1), has_aux=True)
             (loss, terms), (to_outputs, to_variance) = differentiate(*stopped)
-            if judge is not None:
-                value, gradient = judge.deceive(stopped[0])
+            if self.discriminator is not None:
+                verdict, value, gradient = _judge_in_training(self.discriminator, params, variables, images, stopped[0])
                 last = params["autoencoder"]["decoder"]["output"]
                 norms = [self._last_layer_norm(last, features, each) for each in (to_outputs, gradient)]
                 weight = self.discriminator_weight * adaptive_weight(*norms)
@@ -243,13 +246,14 @@ class AutoencoderObjective:
             loss = with_gradients(loss, (outputs, to_outputs), (log_variance, to_variance))
         else:
             loss, terms = likelihood(outputs, log_variance)
+            if self.discriminator is not None:
+                verdict = _judge(self.discriminator, params, variables, images, outputs)
         loss = loss + penalty
-        if judge is not None:
-            real, fake = judge(images, train), judge(jax.lax.stop_gradient(outputs), train)
-            values |= {"discriminator": hinge_loss(real, fake)}
-            values |= {"logits_real": jnp.mean(real), "logits_fake": jnp.mean(fake)}
-            loss = loss + factor * values["discriminator"]
-            variables = {**variables, "discriminator": judge.variables}
+        if verdict is not None:
+            values |= {"discriminator": verdict.loss}
+            values |= {"logits_real": jnp.mean(verdict.real), "logits_fake": jnp.mean(verdict.fake)}
+            loss = loss + factor * verdict.loss
+            variables = {**variables, "discriminator": verdict.variables}
         values = {"loss": loss, **terms, **values, "mse255": mse255(images, jnp.clip(outputs, -1, 1))}
         return loss, Aux(metrics=mean_metrics(len(images), values), variables=variables)
 
@@ -338,35 +342,52 @@ class AutoencoderObjective:
         return jnp.sqrt(jnp.sum(jnp.square(pullback(gradient)[0])))
 
 
-class _Judge:
-    """A discriminator within one call of a loss: every pass in training moves its running statistics.
+@dataclasses.dataclass(frozen=True)
+class _Verdict:
+    """What a discriminator makes of a batch.
 
     Attributes:
-      variables: its collections after the passes so far.
+      loss: its line, with a gradient to its parameters alone.
+      real, fake: logits of pictures and of reconstructions, [b h w 1].
+      variables: its collections.
     """
 
-    def __init__(self, model: PatchDiscriminator, params: Tree, variables: Tree):
-        self._model, self._params, self.variables = model, params["discriminator"], variables["discriminator"]
+    loss: Array
+    real: Array
+    fake: Array
+    variables: Tree
 
-    def __call__(self, images: Float[Array, "b H W c"], train: bool) -> Float[Array, "b h w 1"]:
-        """Logits, with a gradient to the discriminator."""
-        logits, self.variables = self._judge(self._params, images, train)
-        return logits
 
-    def deceive(self, outputs: Float[Array, "b H W c"]) -> tuple[Float[Array, ""], Float[Array, "b H W c"]]:
-        """The generator's term g of reconstructions, and its gradient there; a constant to the optimizer."""
-        params = jax.lax.stop_gradient(self._params)
+def _judge(
+    model: PatchDiscriminator, params: Tree, variables: Tree, images: Array, outputs: Float[Array, "b H W c"]
+) -> _Verdict:
+    """In evaluation, by the running statistics."""
+    tree = {"params": params["discriminator"], **variables["discriminator"]}
+    real, fake = model.apply(tree, images), model.apply(tree, jax.lax.stop_gradient(outputs))
+    return _Verdict(hinge_loss(real, fake), real, fake, variables["discriminator"])
 
-        def generator(outputs: Array) -> tuple[Array, Tree]:
-            logits, variables = self._judge(params, outputs, True)
-            return -jnp.mean(logits), variables
 
-        (value, self.variables), gradient = jax.value_and_grad(generator, has_aux=True)(outputs)
-        return value, gradient
+def _judge_in_training(
+    model: PatchDiscriminator, params: Tree, variables: Tree, images: Array, outputs: Float[Array, "b H W c"]
+) -> tuple[_Verdict, Float[Array, ""], Float[Array, "b H W c"]]:
+    """One pass over pictures and one over reconstructions, from which both sides have their gradients.
 
-    def _judge(self, params: Tree, images: Array, train: bool) -> tuple[Array, Tree]:
-        tree = {"params": params, **self.variables}
-        if not train:
-            return self._model.apply(tree, images), self.variables
-        logits, variables = self._model.apply(tree, images, train=True, mutable=["batch_stats"])
-        return logits, dict(variables)
+    Returns:
+      The verdict; g; and the gradient of g at the reconstructions.
+    """
+    own, statistics = params["discriminator"], variables["discriminator"]
+
+    def logits(own: Tree, images: Array) -> tuple[Array, Tree]:
+        result, moved = model.apply({"params": own, **statistics}, images, train=True, mutable=["batch_stats"])
+        return result, dict(moved)
+
+    stopped, outputs = jax.lax.stop_gradient((own, outputs))
+    real, pull_real, moved_by_real = jax.vjp(logits, stopped, images, has_aux=True)
+    fake, pull_fake, moved_by_fake = jax.vjp(logits, stopped, outputs, has_aux=True)
+    loss, (to_real, to_fake) = jax.value_and_grad(hinge_loss, argnums=(0, 1))(real, fake)
+    gradients = jax.tree.map(jnp.add, pull_real(to_real)[0], pull_fake(to_fake)[0])
+    loss = with_gradients(loss, *zip(jax.tree.leaves(own), jax.tree.leaves(gradients), strict=True))
+    # The mean of a step towards the one and a step towards the other is a step towards their mean.
+    moved = jax.tree.map(lambda one, other: (one + other) / 2, moved_by_real, moved_by_fake)
+    value, to_logits = jax.value_and_grad(lambda fake: -jnp.mean(fake))(fake)
+    return _Verdict(loss, real, fake, moved), value, pull_fake(to_logits)[1]
