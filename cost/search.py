@@ -174,9 +174,9 @@ def search(
     """Asks the compiler for what arithmetic leaves open.
 
     Not compiled: slices on which the state alone exceeds the memory, divided over all devices; what has arguments
-    larger than that; what the estimate of `cost.temporaries` makes too large, even if it is off by its factor; and, once
-    something fits a slice, what recomputes more or takes more parts there, neither of which lowers the bound, or
-    anything if products already are what bounds it.
+    larger than that; what the estimate of `cost.temporaries` makes too large, even if it is off by its factor; and,
+    once something fits a slice, what recomputes more or takes more parts there, neither of which lowers the bound,
+    or anything if products already are what bounds it.
 
     Once a slice holds the step, the largest follow, which as a rule are the fastest; those of which products alone take
     longer than the best step so far are left out.
