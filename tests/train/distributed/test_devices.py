@@ -89,8 +89,9 @@ FLOAT64 = ("autoencoder",)
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", sorted({name.split(",")[0] for name in CONFIGS}))
 def test_a_step_on_every_mesh_is_that_of_one_device(objective):
-    """Loss, metrics, norms and first moments of the gradients; the same noise is a part of the same loss."""
+    """Loss, metrics, norms and first moments of the gradients, batch statistics; noise is a part of the same loss."""
     exact = objective in FLOAT64
+    keys = ("loss", "metrics", "gradients", "moments", *(["variables"] if exact else []))
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     chosen = [(CONFIGS[name], MESHES[name]) for name in CONFIGS if name.split(",")[0] == objective]
     result = subprocess.run(
@@ -107,7 +108,7 @@ def test_a_step_on_every_mesh_is_that_of_one_device(objective):
     for row in rows:
         assert row.pop("split") > 0 or row["mesh"] in ("one", "data"), row
         assert row.pop("initial") == 0, row  # parameters are created alike, bit for bit
-        assert max(row[key] for key in ("loss", "metrics", "gradients", "moments")) <= (1e-11 if exact else 1e-5), row
+        assert max(row[key] for key in keys) <= (1e-11 if exact else 1e-5), row
 
 
 @pytest.mark.slow
