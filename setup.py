@@ -22,6 +22,7 @@ setup(
         "absl-py>=2.1",
         "array-record>=0.8",
         "beartype>=0.21",
+        "deflate>=0.9",
         "einops>=0.8",
         "etils[epath]>=1.12",
         "filelock>=3.16",  # of JAX's compilation cache, once it has a bound
@@ -29,6 +30,9 @@ setup(
         "ftfy>=6.3",
         "grain>=0.2.18",
         "huggingface-hub>=1.0",
+        # Where there are wheels; elsewhere Pillow reads every PNG.
+        "imgread>=0.3; python_version < '3.15' and "
+        "(sys_platform == 'darwin' or (sys_platform == 'linux' and platform_machine == 'x86_64'))",
         "importlib-resources>=6.0",
         "jax>=0.10.2",
         "jaxtyping>=0.3.3",

@@ -29,6 +29,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from cli.errors import UserError
 from cli.locations import Location, in_store, locate, write_whole
+from data.plain_png import decode_plain_png
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
@@ -103,6 +104,9 @@ def open_picture(source: bytes | str | Path, size: int = 0) -> Image.Image:
 
 def load_picture(data: bytes, size: int = 0) -> UInt8[np.ndarray, "h w 3"] | Image.Image:
     """As `read_picture` or as `open_picture`, whichever takes no copy."""
+    plain_png = decode_plain_png(data, MAX_PIXELS) if len(data) <= MAX_BYTES else None
+    if plain_png is not None:
+        return plain_png
 
     def pixels(picture: ImageFile.ImageFile) -> np.ndarray | Image.Image:
         plain = _decode_plain(data, picture, size)
