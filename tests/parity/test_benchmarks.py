@@ -67,6 +67,22 @@ def test_a_row(name, one_row, suites, monkeypatch):
         assert flops() > 0
 
 
+@pytest.mark.parametrize("name", ["llama_decoding", "vision_adapter_decoding"])
+def test_what_is_called_compiled_is(name, one_row, suites, monkeypatch):
+    """By itself transformers compiles nothing on a CPU, and says nothing."""
+    torch, graphs = importlib.import_module("torch"), []
+    compile_by = torch.compile
+
+    def keep(graph, _, **__):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda what, **told: compile_by(what, **{**told, "backend": keep}))
+    case = rows_by_name(suites)[name].case(importlib.import_module("updates").Peers(compiled=True), True)
+    case.sides["transformers, torch.compile"].run(1)  # raises where its answers are others
+    assert graphs
+
+
 def test_every_row_of_both_suites_has_a_network_and_a_function(suites):
     networks, kinds = importlib.import_module("denoiser_rows").NETWORKS, set()
     for rows in suites.values():

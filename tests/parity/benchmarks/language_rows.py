@@ -16,6 +16,8 @@ from updates import (
     use_all_cores,
 )
 
+from cost.side_by_side import Side
+
 # Of both networks; `scenes` is about that of configs/scenes/llama.py and vision_adapter.py.
 SIZES: dict[str, dict[str, Any]] = {
     "toy": {"text_vocab_size": 24, "width": 16, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_hidden": 24},
@@ -76,7 +78,15 @@ def training(peers: Peers, size: str, batch_size: int, length: int, sees: bool =
     return Case({"jax": ours, **sides}, dtype=peers.dtype)
 
 
-def decoding(peers: Peers, size: str, batch_size: int, prompt: int, answer: int, sees: bool = False) -> Case:
+def decoding(
+    peers: Peers,
+    size: str,
+    batch_size: int,
+    prompt: int,
+    answer: int,
+    sees: bool = False,
+    cross_layers: tuple[int, ...] = (),
+) -> Case:
     """Greedy answers of both; what is counted is a token of an answer.
 
     Raises AssertionError unless both answer the same where float32 lets them.
@@ -88,6 +98,7 @@ def decoding(peers: Peers, size: str, batch_size: int, prompt: int, answer: int,
       prompt: tokens of a question, its end among them.
       answer: tokens of an answer.
       sees: whether there is a picture before the question.
+      cross_layers: of the adapter, where they are others than those of `EYES`.
     """
     import jax
     import numpy as np
@@ -96,7 +107,7 @@ def decoding(peers: Peers, size: str, batch_size: int, prompt: int, answer: int,
     from sample.samplers.llama import AnswerSettings, LlamaSampler
     from sample.samplers.vision_adapter import VisionAdapterSampler
 
-    pair = _Pair(peers, size, batch_size, sees)
+    pair = _Pair(peers, size, batch_size, sees, cross_layers)
     model, end = pair.model, pair.model.text_vocab_size - 1
     settings = AnswerSettings(answer_length=answer)
     text = np.random.default_rng(0).integers(1, end, (batch_size, prompt)).astype(np.int32)
@@ -115,24 +126,36 @@ def decoding(peers: Peers, size: str, batch_size: int, prompt: int, answer: int,
     given = pair.their_pictures(text.shape[1])
     told = {"max_new_tokens": answer, "min_new_tokens": answer, "do_sample": False, "pad_token_id": 0}
 
-    def their_answers(**more: Any) -> Any:
+    def generate(**more: Any) -> Any:
         with torch.autocast("cuda", torch.bfloat16, enabled=peers.gpu):
             return pair.network.generate(tokens, attention_mask=torch.ones_like(tokens), **given, **told, **more)
 
-    with torch.inference_mode():
-        theirs = their_answers()[:, text.shape[1] :].cpu().numpy()
+    def check(**more: Any) -> None:
+        with torch.inference_mode():
+            theirs = generate(**more)[:, text.shape[1] :].cpu().numpy()
+        same = np.cumprod((ours == theirs) & (theirs != end), axis=1)
+        assert peers.gpu or (same | (np.cumsum(theirs == end, axis=1) > 0)).mean() > 0.9, "the answers differ"
+
+    def compiled() -> Side:
+        more = _compiled_steps(peers)
+        check(**more)
+        return their_calls(lambda: generate(**more), peers.device)
+
     ours = np.asarray(sampler(params, {}, {}, request, keys)["text"])
-    same = np.cumprod((ours == theirs) & (theirs != end), axis=1)
-    assert peers.gpu or (same | (np.cumsum(theirs == end, axis=1) > 0)).mean() > 0.9, "the answers differ"
-    sides = {
-        "jax": our_calls(sampler, params, {}, {}, request, keys),
-        "transformers": their_calls(their_answers, peers.device),
-    }
-    if peers.compiled and not sees:  # as transformers does it: the step of a cache of fixed size
-        sides["transformers, torch.compile"] = their_calls(
-            lambda: their_answers(cache_implementation="static"), peers.device
-        )
-    return Case(sides, units=batch_size * answer, dtype=peers.dtype)
+    check()
+    eager = their_calls(generate, peers.device)
+    sides = peers.sides("transformers", lambda wanted: compiled() if wanted else eager)
+    ours_side = our_calls(sampler, params, {}, {}, request, keys)
+    return Case({"jax": ours_side, **sides}, units=batch_size * answer, dtype=peers.dtype)
+
+
+def _compiled_steps(peers: Peers) -> dict[str, Any]:
+    """What has transformers compile the step of a token: a cache of fixed size and, on a CPU, to be told so."""
+    from transformers import CompileConfig
+
+    how = CompileConfig()
+    how._compile_all_devices = not peers.gpu  # by itself a CPU gets no torch.compile
+    return {"cache_implementation": "static", "compile_config": how}
 
 
 class _Pair:
@@ -143,9 +166,12 @@ class _Pair:
       size: a name of `SIZES`.
       batch_size: texts.
       sees: whether it is the vision adapter.
+      cross_layers: its own, in place of those of `EYES`; () for these.
     """
 
-    def __init__(self, peers: Peers, size: str, batch_size: int, sees: bool) -> None:
+    def __init__(
+        self, peers: Peers, size: str, batch_size: int, sees: bool, cross_layers: tuple[int, ...] = ()
+    ) -> None:
         import jax.numpy as jnp
         import numpy as np
 
@@ -157,7 +183,7 @@ class _Pair:
         self.pictures: dict[str, Any] = {}
         if sees:
             fields |= {**EYES[size], "image_token": fields["text_vocab_size"], "global_layers": 1, "max_tiles": 1}
-            fields |= {"as_transformers": True}
+            fields |= {"as_transformers": True, **({"cross_layers": cross_layers} if cross_layers else {})}
         self.model: Any = create_model(self.part, **fields)
         self.params = random_parameters(self.model)
         use_all_cores()
