@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from models.layers.mlp import ACTIVATIONS, MLP
+from models.layers.mlp import ACTIVATIONS, MLP, activate
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,21 @@ from models.layers.mlp import ACTIVATIONS, MLP
 def test_activation_is_its_formula(name, function):
     x = np.linspace(-4, 4, 33, dtype=np.float32)
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), function(x), atol=2e-6)
+
+
+def test_gelu_of_bfloat16_is_that_of_float32_rounded():
+    x = np.linspace(-4, 4, 33, dtype=np.float32)  # which bfloat16 has exactly
+    y = ACTIVATIONS["gelu"](jnp.asarray(x, jnp.bfloat16))
+    np.testing.assert_allclose(y.astype(jnp.float32), x * scipy.special.ndtr(x), rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_of_an_activation_its_input_alone_is_kept(name):
+    x = jnp.linspace(-4, 4, 33)
+    y, pull_back = jax.vjp(lambda x: activate(x, name), x)
+    np.testing.assert_array_equal(y, ACTIVATIONS[name](x))
+    (kept,) = jax.tree.leaves(pull_back)
+    np.testing.assert_array_equal(kept, x)
 
 
 def test_block_is_two_layers_around_the_activation():
