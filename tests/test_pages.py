@@ -87,6 +87,14 @@ def test_links_lead_somewhere(name: str):
     assert broken == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_lines_have_at_most_120_characters(name: str):
+    """But for blocks of code, tables, headings and pictures, what a benchmark writes, and a link that is longer."""
+    text = re.sub(r"<!-- benchmark:.*?<!-- end", "", prose_of(ROOT / name), flags=re.DOTALL)
+    long = [line for line in text.splitlines() if len(line) > 120 and " " in line]
+    assert [line for line in long if not line.startswith(("|", "#", "!["))] == []
+
+
 def test_index_has_every_page_and_pages_every_picture():
     in_docs = {path for path in (ROOT / "docs").rglob("*") if path.is_file()}
     pages = {path for path in in_docs if path.suffix == ".md"} - {INDEX}
