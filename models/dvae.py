@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from models.layers.convolution import upsample_nearest
 from models.layers.quantizer import nearest_code, straight_through
-from models.layers.resnet import KERNEL_INIT, BottleneckBlock, conv, upsample_nearest
+from models.layers.resnet import KERNEL_INIT, BottleneckBlock, conv
 
 EPS = 0.1
 

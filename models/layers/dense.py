@@ -7,6 +7,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.layers.partitioning import on_one_cpu
@@ -59,3 +62,49 @@ def makes_matrices() -> bool:
 # Flax's layers with the product above.
 Dense = functools.partial(nn.Dense, dot_general=dot_general)
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
+
+
+class DenseParts(nn.Module):
+    """Dense layers of one input whose parameters are stacked: `DenseGeneral` of (layers, ...) features, unstacked.
+
+    On a single CPU device each layer is a product of its own, unless `TESSERA_DENSE` is `default` or an input has fewer
+    rows than columns, as in decoding, where the layers' kernels would be copied out of their stack for nothing. Of one
+    wide product the gradients would first be written side by side, by a loop that takes a number at a time.
+    docs/performance.md has what is gained.
+
+    Attributes:
+      features: how many layers, and the shape of an output of each.
+      kernel_init: initializer of the stacked kernels, as of one matrix of all outputs.
+      bias_init: initializer of the stacked biases.
+      use_bias: whether there are any.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    features: tuple[int, ...]
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> tuple[Float[Array, "..."], ...]:
+        """Applies every layer to x; an output each."""
+        inputs, outputs = x.shape[-1], math.prod(self.features)
+        shape = (inputs, *self.features)
+        kernel = self.param(
+            "kernel", lambda key: self.kernel_init(key, (inputs, outputs), self.param_dtype).reshape(shape)
+        )
+        bias = None
+        if self.use_bias:
+            bias = self.param(
+                "bias", lambda key: self.bias_init(key, (outputs,), self.param_dtype).reshape(self.features)
+            )
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        numbers = (((x.ndim - 1,), (0,)), ((), ()))
+        if not makes_matrices() or x.size < inputs**2:
+            y = dot_general(x, kernel, numbers)
+            return jnp.unstack(y if bias is None else y + bias, axis=x.ndim - 1)
+        parts = (dot_general(x, part, numbers) for part in jnp.unstack(kernel, axis=1))
+        return tuple(parts) if bias is None else tuple(map(jnp.add, parts, bias))

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from models.layers.attention import attend
-from models.layers.dense import DenseGeneral
+from models.layers.dense import DenseGeneral, DenseParts
 from models.layers.mlp import GatedMLP
 from models.layers.normalization import RMSNorm
 from models.layers.partitioning import shard_rows
@@ -46,15 +46,15 @@ class GroupedCrossAttention(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = {"use_bias": False, "kernel_init": self.kernel_init, **types}
         self.query = DenseGeneral((self.heads, self.head_dim), **dense)
-        self.key_value = DenseGeneral((2, self.kv_heads, self.head_dim), **dense)
+        self.key_value = DenseParts((2, self.kv_heads, self.head_dim), **dense)
         self.query_norm = RMSNorm(**types)
         self.key_norm = RMSNorm(**types)
         self.out = DenseGeneral(self.width, axis=(-2, -1), **dense)
 
     def remember(self, context: Float[Array, "b m e"]) -> KeyValueCache:
         """Keys and values of what is attended to: once for any number of queries."""
-        both = self.key_value(context)
-        return KeyValueCache(self.key_norm(both[..., 0, :, :]), both[..., 1, :, :])
+        key, value = self.key_value(context)
+        return KeyValueCache(self.key_norm(key), value)
 
     def __call__(
         self,

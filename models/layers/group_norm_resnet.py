@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from models.layers.convolution import Conv
+from models.layers.convolution import Conv, UpsampledConv, upsample_nearest
 from models.layers.dense import Dense
 from models.layers.dropout import drop
 from models.layers.initialization import torch_bias, torch_kernel
 from models.layers.partitioning import shard_rows
-from models.layers.resnet import upsample_nearest
 from models.layers.self_attention import SelfAttention
 
 Initializer = nn.initializers.Initializer
@@ -124,8 +123,10 @@ class ResidualBlock(nn.Module):
         start = functools.partial(start_of, kernel_init=self.kernel_init, zero_init=self.zero_init)
         given = x.shape[-1]
         y = nn.silu(group_norm(name="norm_1", **norm)(x))
-        x, y = self._resample(x), self._resample(y)
-        y = Conv(self.features, (3, 3), **start(9 * given), name="conv_1", **types)(y)
+        if self.resampling == "down":
+            x, y = nn.avg_pool(x, (2, 2), (2, 2)), nn.avg_pool(y, (2, 2), (2, 2))
+        first = UpsampledConv if self.resampling == "up" else Conv
+        y = first(self.features, (3, 3), **start(9 * given), name="conv_1", **types)(y)
         if time is not None:
             told = self.features * (2 if self.scale_shift else 1)
             time = Dense(told, **start(time.shape[-1]), name="time", **types)(nn.silu(time))[:, None, None]
@@ -141,12 +142,7 @@ class ResidualBlock(nn.Module):
         y = Conv(self.features, (3, 3), **start(9 * self.features, last=True), name="conv_2", **types)(y)
         if given != self.features:
             x = Conv(self.features, (1, 1), **start(given), name="skip", **types)(x)
-        return shard_rows(x + y)
-
-    def _resample(self, x: Array) -> Array:
-        if self.resampling == "down":
-            return nn.avg_pool(x, (2, 2), (2, 2))
-        return upsample_nearest(x) if self.resampling == "up" else x
+        return shard_rows((upsample_nearest(x) if self.resampling == "up" else x) + y)
 
 
 class AttentionBlock(nn.Module):
@@ -240,4 +236,4 @@ class Upsample(nn.Module):
         """Applies the layer."""
         start = start_of(9 * x.shape[-1], self.kernel_init, self.zero_init)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return Conv(x.shape[-1], (3, 3), **start, name="conv", **types)(upsample_nearest(x))
+        return UpsampledConv(x.shape[-1], (3, 3), **start, name="conv", **types)(x)

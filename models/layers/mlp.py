@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from models.layers.dense import Dense, DenseGeneral
+from models.layers.dense import Dense, DenseParts
 
 Initializer = nn.initializers.Initializer
 
@@ -106,6 +106,6 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Applies the block to each position on its own."""
         types = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        both = DenseGeneral((2, self.hidden), kernel_init=self.kernel_init, name="up_gate", **types)(x)
-        y = both[..., 0, :] * activate(both[..., 1, :], self.activation)
+        up, gate = DenseParts((2, self.hidden), kernel_init=self.kernel_init, name="up_gate", **types)(x)
+        y = up * activate(gate, self.activation)
         return Dense(x.shape[-1], kernel_init=self.out_init, name="down", **types)(y)

@@ -57,8 +57,3 @@ class BottleneckBlock(nn.Module):
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.dtype, self.param_dtype, "id_path")(x)
         return x + self.gain * residual
-
-
-def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Doubles height and width by repeating each pixel 2 x 2 times."""
-    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from models.layers.attention import KeyLengths, attend, keep_weights
 from models.layers.convolution import Conv
-from models.layers.dense import Dense, DenseGeneral
+from models.layers.dense import Dense, DenseGeneral, DenseParts
 from models.layers.group_norm_resnet import KERNEL_INITS, group_norm
 from models.layers.mlp import GatedMLP
 from models.layers.normalization import layer_norm
@@ -64,13 +64,13 @@ class ContextAttention(nn.Module):
         dense = {"kernel_init": init, "use_bias": self.use_bias, **types}
         head = (self.heads, width // self.heads)
         query = DenseGeneral(head, name="query", **dense)(x)
-        key_value = DenseGeneral((2, *head), name="key_value", **dense)(context)
+        key, value = DenseParts((2, *head), name="key_value", **dense)(context)
         # Parameters do not depend on the kernel, and may be made or counted where it cannot run.
         implementation = "xla" if self.is_initializing() else self.implementation
         lengths = isinstance(mask, KeyLengths)
         seen = mask if mask is None or lengths else mask[:, None, None]
-        keep_weights(self, query, key_value[..., 0, :, :], seen)
-        y = attend(query, key_value[..., 0, :, :], key_value[..., 1, :, :], seen, implementation)
+        keep_weights(self, query, key, seen)
+        y = attend(query, key, value, seen, implementation)
         if mask is not None:
             sees = mask.lengths > 0 if lengths else mask.any(axis=1)
             y = jnp.where(sees[:, None, None, None], y, jnp.zeros((), y.dtype))

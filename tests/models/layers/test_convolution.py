@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from models.layers import partitioning
-from models.layers.convolution import Conv
+from models.layers.convolution import Conv, UpsampledConv, upsample_nearest
 
 CASES = {
     "3x3": ((3, 3), {}),
@@ -62,6 +62,28 @@ def test_values_and_derivatives_are_flaxs(inputs, kernel, fields):
         np.testing.assert_allclose(mine, expected, rtol=tolerance, atol=tolerance * np.max(np.abs(expected)))
 
 
+def test_a_convolution_of_a_doubled_picture_has_its_values_and_derivatives(inputs):
+    class Doubled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(6, (3, 3), name="conv")(upsample_nearest(x))
+
+    params = UpsampledConv(6, (3, 3)).init(jax.random.key(1), inputs)
+    params["params"]["bias"] += 1
+    mine = _outputs(UpsampledConv(6, (3, 3)), params, inputs)
+    expected = _outputs(Doubled(), {"params": {"conv": params["params"]}}, inputs)
+    for leaf, other in zip(mine, expected, strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-5 * np.max(np.abs(other)))
+
+
+@pytest.mark.parametrize(("dtype", "convolutions"), [(jnp.float32, 4), (jnp.bfloat16, 1)])
+def test_a_convolution_of_a_doubled_picture_is_four_small_ones(inputs, dtype, convolutions):
+    layer = UpsampledConv(6, (3, 3), dtype=dtype)
+    program = str(jax.make_jaxpr(layer.init_with_output)(jax.random.key(1), inputs))
+    assert program.count("conv_general_dilated[") == convolutions
+    assert ("16,16,4" in program) == (convolutions == 1)  # the doubled picture
+
+
 @pytest.mark.parametrize("side", [1, 4])
 def test_a_convolution_whose_windows_tile_is_a_product(inputs, side):
     layer = Conv(6, (side, side), side)
@@ -73,6 +95,8 @@ def _assert_plain(inputs):
     for side, stride in ((1, 1), (3, 1), (4, 4)):
         program = str(jax.make_jaxpr(Conv(6, (side, side), stride).init_with_output)(jax.random.key(1), inputs))
         assert program.count("conv_general_dilated[") == 1
+    program = str(jax.make_jaxpr(UpsampledConv(6, (3, 3)).init_with_output)(jax.random.key(1), inputs))
+    assert program.count("conv_general_dilated[") == 1
 
 
 def test_other_devices_get_the_plain_convolution(inputs, monkeypatch):

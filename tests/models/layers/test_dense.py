@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from models.layers import partitioning
-from models.layers.dense import Dense, DenseGeneral
+from models.layers.dense import Dense, DenseGeneral, DenseParts
 
 CASES = {
     "last axis": (Dense, nn.Dense, (6,), {}),
@@ -25,6 +25,19 @@ CASES = {
 @pytest.fixture
 def x():
     return jax.random.normal(jax.random.key(0), (7, 4, 8))
+
+
+class Stacked(nn.Module):
+    """What `DenseParts` is to equal: one layer, whose outputs are taken apart."""
+
+    features: tuple[int, ...]
+    use_bias: bool = True
+
+    def setup(self):
+        self.layer = nn.DenseGeneral(self.features, use_bias=self.use_bias, bias_init=nn.initializers.normal(0.1))
+
+    def __call__(self, x):
+        return tuple(jnp.moveaxis(self.layer(x), x.ndim - 1, 0))
 
 
 def _program(layer, x):
@@ -46,6 +59,40 @@ def test_values_and_derivatives_are_flaxs(x, ours, theirs, arguments, fields):
         outputs.append(jax.tree.leaves(leaves))
     for mine, expected in zip(*outputs, strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [28, 1])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_layers_with_stacked_parameters_are_one_layer_taken_apart(x, rows, use_bias):
+    x = x.reshape(-1, 8)[:rows]
+    ours = DenseParts((3, 2, 4), bias_init=nn.initializers.normal(0.1), use_bias=use_bias)
+    theirs = Stacked((3, 2, 4), use_bias)
+    params = ours.init(jax.random.key(1), x)
+    outputs = []
+    for layer, tree in ((ours, params), (theirs, {"params": {"layer": params["params"]}})):
+        assert jax.tree.map(jnp.shape, layer.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, tree)
+
+        def loss(tree, x, layer=layer):
+            return sum(jnp.sum(jnp.sin((i + 1) * y)) for i, y in enumerate(layer.apply(tree, x)))
+
+        outputs.append(jax.tree.leaves((layer.apply(tree, x), jax.grad(loss, (0, 1))(tree, x))))
+    assert len(outputs[0]) == (6 if use_bias else 5)
+    for mine, expected in zip(*outputs, strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_stacked_parameters_start_as_those_of_one_layer(x):
+    ours, theirs = DenseParts((3, 2, 4)), nn.DenseGeneral((3, 2, 4))
+    params = (nn.Sequential([layer]).init(jax.random.key(1), x) for layer in (ours, theirs))
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+@pytest.mark.parametrize(("rows", "products"), [(28, 3), (7, 1)])
+def test_layers_with_stacked_parameters_are_a_product_each_of_many_rows(x, rows, products, monkeypatch):
+    layer, x = DenseParts((3, 2, 4)), x.reshape(-1, 8)[:rows]
+    assert str(jax.make_jaxpr(layer.init_with_output)(jax.random.key(1), x)).count("dot_general[") == products
+    monkeypatch.setenv("TESSERA_DENSE", "default")
+    assert str(jax.make_jaxpr(layer.init_with_output)(jax.random.key(1), x)).count("dot_general[") == 1
 
 
 @pytest.mark.parametrize("layer", [Dense(6), DenseGeneral((3, 2, 4)), DenseGeneral(6, axis=(-2, -1))])
