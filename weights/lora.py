@@ -26,9 +26,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from models.layers.dense import DenseParts
+
 Tree = Any
 
 LORA = "lora"  # among the parts of a run: its pairs
+
+_LAYERS = nn.Dense | nn.DenseGeneral | DenseParts | nn.Conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,7 @@ def kernels_of(model: nn.Module) -> dict[str, Kernel]:
     modules: dict[str, Any] = {}
 
     def note(call: Any, arguments: Any, options: Any, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name == "__call__" and isinstance(context.module, nn.Dense | nn.DenseGeneral | nn.Conv):
+        if context.method_name == "__call__" and isinstance(context.module, _LAYERS):
             modules["/".join(context.module.path)] = context.module
         return call(*arguments, **options)
 
@@ -80,9 +84,10 @@ def kernels_of(model: nn.Module) -> dict[str, Kernel]:
                 kernels[path] = Kernel(leaf.shape, leaf.ndim - 1, window=True)
         elif isinstance(module, nn.DenseGeneral):
             axes = (module.axis,) if isinstance(module.axis, int) else module.axis
-            # [..., number of projections, heads, width of a head]
-            joint = not isinstance(module.features, int) and len(module.features) == 3
-            kernels[path] = Kernel(leaf.shape, len(axes), joint)
+            kernels[path] = Kernel(leaf.shape, len(axes))
+        elif isinstance(module, DenseParts):
+            # [number of projections, heads, width of a head], or [up and gate, width]
+            kernels[path] = Kernel(leaf.shape, 1, joint=len(module.features) == 3)
         else:
             kernels[path] = Kernel(leaf.shape, 1)
     return kernels
