@@ -82,12 +82,12 @@ def kernels_of(model: nn.Module) -> dict[str, Kernel]:
         if isinstance(module, nn.Conv):
             if module.feature_group_count == 1:
                 kernels[path] = Kernel(leaf.shape, leaf.ndim - 1, window=True)
-        elif isinstance(module, nn.DenseGeneral):
-            axes = (module.axis,) if isinstance(module.axis, int) else module.axis
-            kernels[path] = Kernel(leaf.shape, len(axes))
-        elif isinstance(module, DenseParts):
-            # [number of projections, heads, width of a head], or [up and gate, width]
-            kernels[path] = Kernel(leaf.shape, 1, joint=len(module.features) == 3)
+        elif isinstance(module, nn.DenseGeneral | DenseParts):
+            axes = module.axis if isinstance(module, nn.DenseGeneral) else -1
+            axes = (axes,) if isinstance(axes, int) else axes
+            # [..., number of projections, heads, width of a head]
+            joint = not isinstance(module.features, int) and len(module.features) == 3
+            kernels[path] = Kernel(leaf.shape, len(axes), joint)
         else:
             kernels[path] = Kernel(leaf.shape, 1)
     return kernels

@@ -1,6 +1,6 @@
 """The self-attention layer, with a key/value cache for decoding."""
 
-from typing import Any
+import functools
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from models.layers.attention import Mask, attend, attend_from_one, keep_weights, pad_length
-from models.layers.dense import DenseGeneral, DenseParts
+from models.layers.dense import DenseGeneral
 from models.layers.rotary import RotaryEmbedding
 
 Initializer = nn.initializers.Initializer
@@ -66,20 +66,21 @@ class SelfAttention(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        dense: dict[str, Any] = {
-            "use_bias": self.use_bias,
-            "kernel_init": self.kernel_init,
-            "bias_init": self.bias_init,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
+        project = functools.partial(
+            DenseGeneral,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
         if self.kv_heads is None:
-            self.query_key_value = DenseParts((3, self.heads, self.head_dim), **dense)
+            self.query_key_value = project((3, self.heads, self.head_dim))
         else:
             if self.kv_heads < 1 or self.heads % self.kv_heads:
                 raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
-            self.query = DenseGeneral((self.heads, self.head_dim), **dense)
-            self.key_value = DenseParts((2, self.kv_heads, self.head_dim), **dense)
+            self.query = project((self.heads, self.head_dim))
+            self.key_value = project((2, self.kv_heads, self.head_dim))
         self.out = DenseGeneral(
             self.width,
             axis=(-2, -1),
@@ -161,9 +162,11 @@ class SelfAttention(nn.Module):
     def _project(self, x: Array, positions: Array | None) -> tuple[Array, Array, Array]:
         """Queries [B L N K], keys and values, both [B L H K]."""
         if self.kv_heads is None:
-            q, k, v = self.query_key_value(x)
+            joint = self.query_key_value(x)
+            q, k, v = joint[..., 0, :, :], joint[..., 1, :, :], joint[..., 2, :, :]
         else:
-            q, (k, v) = self.query(x), self.key_value(x)
+            q, both = self.query(x), self.key_value(x)
+            k, v = both[..., 0, :, :], both[..., 1, :, :]
         if self.rotary is None:
             return q, k, v
         positions = jnp.arange(x.shape[1]) if positions is None else positions
