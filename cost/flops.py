@@ -9,6 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
 from models import MODELS
+from models.layers.dense import plain_layers
 
 
 def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
@@ -16,13 +17,15 @@ def matrix_flops(function: Callable[..., Any], *arguments: Any) -> int:
 
     The program is traced, not compiled or run, so any size costs nothing. A scan counts as often as it iterates, a
     `while` loop once, and of a `cond` the dearer branch. What a Pallas kernel does inside is not seen: trace networks
-    under `plain_config`.
+    under `plain_config`. Layers that one CPU computes with fewer (`models.layers.convolution`) count as elsewhere.
 
     Args:
       function: traceable.
       *arguments: arrays or ShapeDtypeStructs.
     """
-    return sum(scoped_matrix_flops(jax.make_jaxpr(function)(*arguments).jaxpr).values())
+    with plain_layers():
+        program = jax.make_jaxpr(function)(*arguments).jaxpr
+    return sum(scoped_matrix_flops(program).values())
 
 
 def scoped_matrix_flops(program: Jaxpr) -> dict[str, int]:

@@ -13,6 +13,7 @@ from jax.extend.core import Jaxpr
 from ml_collections import ConfigDict
 
 from models import create_model
+from models.layers.dense import plain_layers
 
 # Networks of any number of pixels, whose fields say no more of it than an example: they are described at the run's.
 _ANY_SIZE = ("autoencoder_gumbel", "autoencoder_kl", "autoencoder_vq", "discriminator", "lpips")
@@ -76,7 +77,8 @@ def trace_network(model: Mapping[str, Any], config: ConfigDict) -> TracedNetwork
         with nn.intercept_methods(mark):
             return network.apply(variables, *inputs)
 
-    program = jax.make_jaxpr(call)(variables, inputs).jaxpr
+    with plain_layers():
+        program = jax.make_jaxpr(call)(variables, inputs).jaxpr
     names = list(inspect.signature(network.__call__).parameters)
     named = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):

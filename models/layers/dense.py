@@ -1,8 +1,11 @@
 """Dense layers; on a CPU as products of matrices, whose gradients XLA computes faster."""
 
+import contextlib
+import contextvars
 import functools
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +18,8 @@ from jaxtyping import Array, Float
 from models.layers.partitioning import on_one_cpu
 
 SWITCH = "TESSERA_DENSE"  # `default` leaves dense layers and convolutions to XLA as Flax writes them
+
+_plain = contextvars.ContextVar("plain", default=False)
 
 DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -56,7 +61,17 @@ def dot_general(
 
 def makes_matrices() -> bool:
     """Whether products of the program that is traced are made of matrices."""
-    return on_one_cpu() and os.environ.get(SWITCH) != "default"
+    return on_one_cpu() and os.environ.get(SWITCH) != "default" and not _plain.get()
+
+
+@contextlib.contextmanager
+def plain_layers() -> Iterator[None]:
+    """Within it a program is traced as for any other device: a network has the same FLOPs everywhere."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 # Flax's layers with the product above.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from cost.flops import matrix_flops
+from models.layers.convolution import UpsampledConv
 
 
 def shape(*sizes):
@@ -50,3 +51,11 @@ def test_the_compiler_agrees_on_a_matmul_chain():
 
     compiled = jax.jit(chain).lower(shape(64, 64), shape(64, 64)).compile().cost_analysis()
     assert matrix_flops(chain, shape(64, 64), shape(64, 64)) == pytest.approx(compiled["flops"], rel=0.01)
+
+
+def test_a_network_has_the_same_flops_where_a_cpu_computes_fewer():
+    layer = UpsampledConv(6, (3, 3))
+    x = jnp.ones((5, 8, 8, 4))
+    params = layer.init(jax.random.key(0), x)
+    assert matrix_flops(layer.apply, params, x) == 2 * 5 * 16 * 16 * 9 * 4 * 6
+    assert str(jax.make_jaxpr(layer.apply)(params, x)).count("conv_general_dilated[") == 4
