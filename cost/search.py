@@ -23,6 +23,10 @@ _MICROBATCHES = (1, 4, 16)
 _REMAT = ("none", "dots", "full")  # by how much is computed again
 
 
+class NoAnswer(UserError):
+    """The compiler was stopped before it knew."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """One way to run a step.
@@ -166,7 +170,7 @@ def search(
     *,
     chip: Chip,
     shapes: Shapes,
-    compile_step: Callable[[ConfigDict, str], Report],
+    compile_step: Callable[[Candidate], Report],
     key: Callable[[ConfigDict], str],
     store: Store,
     say: Callable[[Candidate, str], None],
@@ -186,7 +190,7 @@ def search(
       slices: of `candidates`.
       chip: the kind of the slices.
       shapes: arithmetic.
-      compile_step: (config, topology) -> report of `scripts.fit`.
+      compile_step: way -> report of `scripts.fit`; raises `NoAnswer` where there is none, which is not kept.
       key: config -> what identifies a question.
       store: answers of this and former searches.
       say: is told each outcome.
@@ -213,6 +217,9 @@ def search(
             changed = way.apply(config)
             try:
                 report = _answer(changed, way, chip.hbm_bytes, shapes, compile_step, key, store)
+            except NoAnswer as error:
+                say(way, f"not known: {error}")
+                continue
             except UserError as error:
                 say(way, f"impossible: {error}")
                 continue
@@ -254,7 +261,7 @@ def _answer(
     way: Candidate,
     hbm_bytes: int,
     shapes: Shapes,
-    compile_step: Callable[[ConfigDict, str], Report],
+    compile_step: Callable[[Candidate], Report],
     key: Callable[[ConfigDict], str],
     store: Store,
 ) -> Report:
@@ -269,7 +276,7 @@ def _answer(
     if arguments + temporary / FACTOR > hbm_bytes:
         why = "by an estimate"
         return {"fits": False, "memory_bytes": arguments + temporary, "hbm_bytes": hbm_bytes, "why": why}
-    report = compile_step(config, way.topology)
+    report = compile_step(way)
     store.put(name, report)
     return report
 

@@ -5,6 +5,10 @@ import importlib.util
 import json
 import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +36,9 @@ traced program, which needs no compiler: a minute for a large network. It is nam
 
 With --search=v5e it tries slices of that chip, smallest first, with microbatches, splits over fsdp and recomputation
 (models.*.remat), and says the cheapest that fits and the fastest bound, as commands. What arithmetic rules out is not
-compiled. Answers are kept in --answers, so that a search that was cut goes on where it was. With --search=24,80,h100
-it tries numbers of GPUs likewise, 1 to 8 of each, by estimates, and says the fewest.
+compiled, and what takes the compiler longer than --minutes, or more memory than there is, is not known. Answers are
+kept in --answers, so that a search that was cut goes on where it was. With --search=24,80,h100 it tries numbers of GPUs
+likewise, 1 to 8 of each, by estimates, and says the fewest.
 
 With --scaling=docs/scaling.md it compiles the step for slices of 1 to 256 chips, each device with as many examples, and
 for smaller batches, and writes memory, traffic and bounds as rows of that page, which says what they show.
@@ -76,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.topology or options.table or options.json:
             raise UserError("--search goes without --topology, --table and --json")
         if options.search.partition(":")[0] in CHIPS:
-            return _search(name, config, options.search, options.answers)
+            return _search(rest, config, options.search, options.answers, options.minutes)
         return _search_gpus(name, config, options.search)
     topology = options.topology or config.mesh.topology
     if not topology:
@@ -125,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--answers", type=Path, default=Path("runs/fit_search.json"), help="where --search keeps them (%(default)s)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="that --search gives the compiler for each (%(default)g)"
     )
     parser.add_argument(
         "--decode",
@@ -188,12 +196,15 @@ def _fit_answers(name: str, config: Any, questions: int, as_json: bool) -> int:
     return EXIT_OK if report["fits"] else EXIT_DOES_NOT_FIT
 
 
-def _search(name: str, config: Any, asked: str, answers: Path) -> int:
-    """Answers `--search`."""
+def _search(arguments: Sequence[str], config: Any, asked: str, answers: Path, minutes: float) -> int:
+    """Answers `--search` of the config that the arguments name."""
     kind, _, most = asked.partition(":")
     if most and not most.isdigit():
         raise UserError(f"unknown --search={asked}; {_SEARCHED}")
-    chip, fit = CHIPS[kind], _prepare_compiler()
+    if not minutes > 0:
+        raise UserError(f"--minutes={minutes:g} is not above 0")
+    chip = CHIPS[kind]
+    _prepare_compiler()
     from cost.compiled import topology_devices
     from cost.search import Candidate, Store, candidates, cheapest, fastest, search
     from cost.step_shapes import StepShapes
@@ -210,21 +221,40 @@ def _search(name: str, config: Any, asked: str, answers: Path) -> int:
         slices,
         chip=chip,
         shapes=StepShapes(config, topology_devices(slices[0][0].topology)[0]),
-        compile_step=lambda changed, topology: describe(name, fit(changed, topology), row_hashes(changed)),
+        compile_step=lambda way: _compile_apart([*arguments, *way.overrides()], minutes),
         key=row_hashes,
         store=Store(answers),
         say=say,
     )
     if not fitting:
-        print("nothing fits: a larger slice, another chip, or a smaller batch may")
+        print("nothing is known to fit: a larger slice, another chip, or a smaller batch may")
         return EXIT_DOES_NOT_FIT
     for title, (way, report) in (("cheapest", cheapest(fitting)), ("fastest bound", fastest(fitting))):
         bound = report["bound"]
         print(
             f"\n{title}: {way.chips} chip(s), {way.topology}, at least {bound['seconds']:.4g} s a step by {bound['by']}"
         )
-        print(f"    python -m train --config={name} {' '.join(way.overrides())} --workdir=runs/NAME")
+        print(f"    python -m train {shlex.join([*arguments, *way.overrides()])} --workdir=runs/NAME")
     return EXIT_OK
+
+
+def _compile_apart(arguments: Sequence[str], minutes: float) -> dict[str, Any]:
+    """The report on a config of another process, whose memory and time may run out without an end to this one."""
+    from cost.search import NoAnswer
+
+    command = [sys.executable, "-m", "scripts.fit", *arguments, "--json"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes)
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswer(f"the compiler was stopped after {minutes:g} minutes; --minutes gives it more") from error
+    if result.returncode == -signal.SIGKILL:
+        raise NoAnswer("the compiler was killed, as happens where memory runs out")
+    try:
+        report: dict[str, Any] = json.loads(result.stdout)
+    except ValueError as error:
+        said = [line for line in result.stderr.splitlines() if line.strip()]
+        raise UserError(said[-1] if said else f"the compiler ended with {result.returncode}") from error
+    return report
 
 
 def _say_way(way: Any) -> str:

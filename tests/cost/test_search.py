@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from cli.errors import UserError
 from configs.common import get_defaults
 from cost.chips import CHIPS, GIB
-from cost.search import Store, candidates, cheapest, fastest, search
+from cost.search import NoAnswer, Store, candidates, cheapest, fastest, search
 
 CHIP = CHIPS["v5e"]
 
@@ -40,10 +40,9 @@ class Machine:
     def step_flops(self):
         return int(self.products * CHIP.flops)
 
-    def compile(self, config, topology):
-        sides = topology.split(":")[1].split("x")
-        devices = int(sides[0]) * int(sides[1])
-        self.compiled.append((topology, config.mesh.fsdp, config.mesh.microbatches, config.models.net.remat))
+    def compile(self, way):
+        config, devices = way.apply(self.config), way.devices
+        self.compiled.append((way.topology, config.mesh.fsdp, config.mesh.microbatches, config.models.net.remat))
         memory = self.argument_bytes(config, devices) + self.temporary_bytes(config, devices)
         again = {"none": 3, "dots": 3.5, "full": 4}[config.models.net.remat]
         seconds = again / devices + 0.01 * config.mesh.fsdp
@@ -55,7 +54,7 @@ class Machine:
 
 def run(machine, path, most=16, **options):
     said = []
-    config = config_of(**options)
+    config = machine.config = config_of(**options)
     fitting = search(
         config,
         candidates(config, CHIP, most),
@@ -135,10 +134,10 @@ def test_a_search_that_was_cut_goes_on(tmp_path):
     path, machine = tmp_path / "deep" / "answers.json", Machine(state=40, activations=60, products=0)
     compile_step, budget = machine.compile, 2
 
-    def cut(config, topology):
+    def cut(way):
         if len(machine.compiled) == budget:
             raise KeyboardInterrupt
-        return compile_step(config, topology)
+        return compile_step(way)
 
     machine.compile = cut
     with pytest.raises(KeyboardInterrupt):
@@ -166,3 +165,21 @@ def test_a_way_that_is_impossible_is_told_and_passed_over(tmp_path):
     fitting, said = run(machine, tmp_path / "answers.json", most=4)
     assert [way.chips for way, _ in fitting] == [1]
     assert said[-1][1] == "impossible: dimension 2 does not divide"
+
+
+def test_what_the_compiler_was_stopped_at_is_told_passed_over_and_asked_again(tmp_path):
+    """40 GiB of state: four chips would hold it, eight are known to."""
+    machine, path = Machine(state=40, activations=1), tmp_path / "answers.json"
+    compile_step = machine.compile
+
+    def stop(way):
+        if way.chips == 4:
+            raise NoAnswer("stopped")
+        return compile_step(way)
+
+    machine.compile = stop
+    fitting, said = run(machine, path, most=8)
+    assert {outcome for way, outcome in said if way.chips == 4 and way.fsdp == 4} == {"not known: stopped"}
+    assert cheapest(fitting)[0].chips == 8
+    machine.compile = compile_step
+    assert cheapest(run(machine, path, most=8)[0])[0].chips == 4

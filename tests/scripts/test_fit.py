@@ -148,6 +148,8 @@ def test_mistakes_are_one_line(page, monkeypatch):
     for arguments in (("--decode", "--gpu=24"), ("--decode", f"--table={page}"), ("--decode=-1",)):
         with pytest.raises(UserError, match="of 0 or more questions, goes without --gpu, --search and --table"):
             fit.main([f"--config={CONFIG}", *arguments])
+    with pytest.raises(UserError, match="--minutes=0 is not above 0"):
+        fit.main([f"--config={CONFIG}", "--search=v5e", "--minutes=0"])
     with pytest.raises(UserError, match="unknown --search=v5e:few; choose one of v3, v4, v5e"):
         fit.main([f"--config={CONFIG}", "--search=v5e:few"])
     with pytest.raises(UserError, match="--scaling goes without --gpu, --search, --table, --json and --decode"):
@@ -298,6 +300,11 @@ def test_a_search_asks_the_real_compiler(tmp_path):
         chosen and load_config([f"--config={chosen[1].split()[0]}", *chosen[1].split()[1:]]).mesh.topology == "v5e:1x1"
     )
     assert all(report["fits"] for report in json.loads(answers.read_text()).values())
+    stopped = run_command(
+        "--config=configs/toy/swiss_roll.py", "--search=v5e:1", "--minutes=0.01", f"--answers={tmp_path / 'none'}"
+    )
+    assert stopped.returncode == 1 and "not known: the compiler was stopped after 0.01 minutes" in stopped.stdout
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
