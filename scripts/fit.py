@@ -221,7 +221,7 @@ def _search(arguments: Sequence[str], config: Any, asked: str, answers: Path, mi
         slices,
         chip=chip,
         shapes=StepShapes(config, topology_devices(slices[0][0].topology)[0]),
-        compile_step=lambda way: _compile_apart([*arguments, *way.overrides()], minutes),
+        compile_step=lambda way: _compile_apart(_with_way(arguments, way), minutes),
         key=row_hashes,
         store=Store(answers),
         say=say,
@@ -234,8 +234,14 @@ def _search(arguments: Sequence[str], config: Any, asked: str, answers: Path, mi
         print(
             f"\n{title}: {way.chips} chip(s), {way.topology}, at least {bound['seconds']:.4g} s a step by {bound['by']}"
         )
-        print(f"    python -m train {shlex.join([*arguments, *way.overrides()])} --workdir=runs/NAME")
+        print(f"    python -m train {shlex.join(_with_way(arguments, way))} --workdir=runs/NAME")
     return EXIT_OK
+
+
+def _with_way(arguments: Sequence[str], way: Any) -> list[str]:
+    """A config's arguments with a way's in the place of those for the same keys."""
+    keys = {override.partition("=")[0] for override in way.overrides()}
+    return [*(each for each in arguments if "=" not in each or each.partition("=")[0] not in keys), *way.overrides()]
 
 
 def _compile_apart(arguments: Sequence[str], minutes: float) -> dict[str, Any]:

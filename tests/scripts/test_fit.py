@@ -287,7 +287,7 @@ def test_a_search_of_gpus_needs_none_of_them():
 @pytest.mark.slow
 def test_a_search_asks_the_real_compiler(tmp_path):
     answers = tmp_path / "answers.json"
-    arguments = ("--config=configs/toy/swiss_roll.py", "--search=v5e:4", f"--answers={answers}")
+    arguments = ("--config=configs/toy/swiss_roll.py", "--config.mesh.fsdp=8", "--search=v5e:4", f"--answers={answers}")
     result = run_command(*arguments)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     first, *_ = result.stdout.splitlines()
@@ -299,6 +299,7 @@ def test_a_search_asks_the_real_compiler(tmp_path):
     assert (
         chosen and load_config([f"--config={chosen[1].split()[0]}", *chosen[1].split()[1:]]).mesh.topology == "v5e:1x1"
     )
+    assert chosen[1].count("mesh.fsdp=") == 1  # its own in the place of the one above
     assert all(report["fits"] for report in json.loads(answers.read_text()).values())
     stopped = run_command(
         "--config=configs/toy/swiss_roll.py", "--search=v5e:1", "--minutes=0.01", f"--answers={tmp_path / 'none'}"
