@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "--answers", type=Path, default=Path("runs/fit_search.json"), help="where --search keeps them (%(default)s)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=30, help="that --search gives the compiler for each (%(default)g)"
+        "--minutes", type=float, default=30.0, help="that --search gives the compiler for each (%(default)g)"
     )
     parser.add_argument(
         "--decode",
