@@ -58,6 +58,8 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU here, so nobody else's is taken
 }
 
+_MOST_MINUTES = 10_000  # a week
+
 _SEARCHED = f"choose one of {', '.join(CHIPS)}, and then :MOST chips"
 
 
@@ -201,8 +203,8 @@ def _search(arguments: Sequence[str], config: Any, asked: str, answers: Path, mi
     kind, _, most = asked.partition(":")
     if most and not most.isdigit():
         raise UserError(f"unknown --search={asked}; {_SEARCHED}")
-    if not minutes > 0:
-        raise UserError(f"--minutes={minutes:g} is not above 0")
+    if not 0 < minutes <= _MOST_MINUTES:
+        raise UserError(f"--minutes={minutes:g} is not above 0 and at most {_MOST_MINUTES}")
     chip = CHIPS[kind]
     _prepare_compiler()
     from cost.compiled import topology_devices

@@ -19,6 +19,7 @@ from cost.chips import GIB
 from cost.fit_report import COLUMNS, fit_table, format_report, row_hashes, table_row
 from cost.scaling import COLUMNS as SCALING_COLUMNS
 from cost.scaling import TURNS, Point, scaling_table, turns_table
+from cost.search import NoAnswer
 from scripts import fit
 from scripts.describe import describe
 
@@ -148,8 +149,9 @@ def test_mistakes_are_one_line(page, monkeypatch):
     for arguments in (("--decode", "--gpu=24"), ("--decode", f"--table={page}"), ("--decode=-1",)):
         with pytest.raises(UserError, match="of 0 or more questions, goes without --gpu, --search and --table"):
             fit.main([f"--config={CONFIG}", *arguments])
-    with pytest.raises(UserError, match="--minutes=0 is not above 0"):
-        fit.main([f"--config={CONFIG}", "--search=v5e", "--minutes=0"])
+    for minutes in ("0", "nan", "inf"):
+        with pytest.raises(UserError, match=f"--minutes={minutes} is not above 0 and at most 10000"):
+            fit.main([f"--config={CONFIG}", "--search=v5e", f"--minutes={minutes}"])
     with pytest.raises(UserError, match="unknown --search=v5e:few; choose one of v3, v4, v5e"):
         fit.main([f"--config={CONFIG}", "--search=v5e:few"])
     with pytest.raises(UserError, match="--scaling goes without --gpu, --search, --table, --json and --decode"):
@@ -274,6 +276,18 @@ def test_kinds_of_gpus_are_searched_with_one_program(capsys):
     assert printed.count("1 GPU(s), fsdp 1, 1 microbatch(es), remat none: fits: 0.") == 2
     assert "cheapest of 1: 1 GPU(s), by an estimate\n    python -m train --config=" + CONFIG in printed
     assert "cheapest of 24: " in printed and "--config.mesh.topology" not in printed
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "said"),
+    [(-9, NoAnswer, "was killed, as happens where memory runs out"), (1, UserError, "^of no use$")],
+)
+def test_a_search_outlives_its_compiler(monkeypatch, code, error, said):
+    ended = subprocess.CompletedProcess([], code, stdout="", stderr="a warning\nof no use\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(UserError, match=said) as raised:
+        fit._compile_apart([f"--config={CONFIG}"], 1.0)
+    assert raised.type is error
 
 
 @pytest.mark.slow
