@@ -63,7 +63,9 @@ def create_schedule(config: Mapping[str, Any], steps: int, name: str = "config.o
     if not isinstance(config["boundaries"], tuple | list):
         raise UserError(f"{name}.boundaries is {config['boundaries']!r}; it must be a tuple of steps")
     for boundary in config["boundaries"]:
-        check_range(f"{name}.boundaries", boundary, "[1, inf)")
+        check_range(f"{name}.boundaries", boundary, "[1, 2147483648)")
+        if not isinstance(boundary, int):
+            raise UserError(f"{name}.boundaries has {boundary}, which is no step; it must be a tuple of whole numbers")
     if kind == "warmup_cosine":
         decay_steps = config["decay_steps"] or steps
         if warmup >= decay_steps:
@@ -114,8 +116,8 @@ def complete_rules(config: ConfigDict, steps: int) -> list[dict[str, Any]]:
             raise UserError(f"config.optimizer.bounds[{index}] is {bound!r}; it must be (pattern, low, high)")
         pattern, low, high = bound
         check_pattern(f"config.optimizer.bounds[{index}]", pattern)
-        if not low <= high:
-            raise UserError(f"config.optimizer.bounds of {pattern!r} are impossible: {low} is not at most {high}")
+        if not (low <= high and low < math.inf and high > -math.inf):
+            raise UserError(f"config.optimizer.bounds of {pattern!r} are impossible: no number is from {low} to {high}")
     return rules
 
 

@@ -51,9 +51,9 @@ def exponent(length: float) -> float:
     Raises:
       UserError: if there is no such length.
     """
-    if not 0 < length <= LONGEST:
+    if not isinstance(length, int | float) or not 0 < length <= LONGEST:
         raise UserError(
-            f"a moving average of length {length} is impossible; lengths are deviations of its profile over the "
+            f"a moving average of length {length!r} is impossible; lengths are deviations of its profile over the "
             f"training so far, above 0 and up to {LONGEST}, such as 0.1"
         )
     roots = np.roots([1, 7, 16 - length**-2, 12 - length**-2])

@@ -12,6 +12,9 @@ from cli.ranges import check_range, check_ranges, check_seed
         *((value, "[0, 1)", value in (0, 0.999)) for value in (-0.001, 0, 0.999, 1)),
         *((value, "(0, 1]", value in (1e-30, 1.0)) for value in (0.0, 1e-30, 1.0, 1.001)),
         *((value, "[1, inf)", value in (1, 10**40)) for value in (0, 1, 10**40, -1)),
+        *((value, "[0, 1)", False) for value in (0.99999999, 1 - 1e-12)),  # 1 in float32
+        *((value, "(0, inf)", value == 1e-40) for value in (1e-46, 1e-40, 1e40)),  # 0, itself, inf
+        *((value, "[0.1, 0.3]", True) for value in (0.1, 0.3)),  # ends that float32 has not
         *((value, "[0, inf)", False) for value in (float("nan"), float("inf"), -float("inf"), True, "1", None)),
     ],
 )

@@ -195,7 +195,8 @@ def test_pairs_are_whole_on_every_device_whatever_the_rules_of_their_kernels():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("lora.rank=-1", "config.lora.rank must be at least 0, not -1"),
+        ("lora.rank=-1", "config.lora.rank must be at least 0 and below 65536, not -1"),
+        ("ema.every=2147483648", "config.ema.every must be at least 1 and below 2147483648, not 2147483648"),
         ("lora.alpha=-0.5", "config.lora.alpha must be at least 0, not -0.5"),
         ("lora.paths=('(',)", r"config.lora.paths: '\(' is not a pattern of paths"),
         ("lora.paths=()", "config.lora.paths is empty"),

@@ -1,5 +1,6 @@
 """Rules, schedules, clipping, decay masks, bounds and moving averages."""
 
+import math
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,8 +185,12 @@ def test_impossible_schedules_are_errors():
                 schedule(**{key: value})
     with pytest.raises(UserError, match="warmup_steps must be at least 0, not -3"):
         schedule(warmup_steps=-3)
-    with pytest.raises(UserError, match="boundaries must be at least 1, not -5"):
+    with pytest.raises(UserError, match="boundaries must be at least 1 .*, not -5"):
         schedule(name="warmup_steps_down", boundaries=(50, -5))
+    with pytest.raises(UserError, match="boundaries must be at least 1 and below 2147483648, not 9223372036854775808"):
+        schedule(name="warmup_steps_down", boundaries=(2**63,))
+    with pytest.raises(UserError, match="boundaries has 1.5, which is no step"):
+        schedule(name="warmup_steps_down", boundaries=(1.5,))
 
 
 @pytest.mark.parametrize(
@@ -207,8 +212,10 @@ def test_impossible_numbers_of_a_rule_are_named(key, values):
 
 
 def test_impossible_bounds_and_patterns_are_named():
-    with pytest.raises(UserError, match="bounds of 'a' are impossible: 1.0 is not at most 0.5"):
-        complete_rules(optimizer_config(bounds=(("a", 1.0, 0.5),)), 10)
+    for low, high in ((1.0, 0.5), (math.inf, math.inf), (-math.inf, -math.inf), (0.0, math.nan)):
+        with pytest.raises(UserError, match=f"bounds of 'a' are impossible: no number is from {low} to {high}"):
+            complete_rules(optimizer_config(bounds=(("a", low, high),)), 10)
+    complete_rules(optimizer_config(bounds=(("a", -math.inf, 0.5),)), 10)  # one side alone
     with pytest.raises(UserError, match=r"rules\[0\].pattern: '\(' is not a pattern"):
         complete_rules(optimizer_config(rules=({"pattern": "("},)), 10)
 

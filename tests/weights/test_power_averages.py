@@ -119,5 +119,7 @@ def test_what_cannot_be_made_is_said(tmp_path):
         combination([Snapshot(10, 0.1)], Snapshot(5, 0.1))
     with pytest.raises(UserError, match=r"config.ema.lengths=\(0.5,\): a moving average of length 0.5"):
         train(load_config([CONFIG, "--config.ema.lengths=(0.5,)"]), tmp_path / "run")
+    with pytest.raises(UserError, match="a moving average of length '0.1' is impossible; lengths are deviations"):
+        exponent("0.1")
     with pytest.raises(UserError, match="it was trained with config.ema.lengths=.., which keeps none"):
         synthesize(tmp_path, 0.1, 5)
