@@ -59,7 +59,10 @@ CONFIGS = {
         "--config=configs/paper/uvit.py:debug",
         "--config.models.denoiser.dtype=float32",
     ),
-    "diffusion, latents": ("--config=configs/scenes/latent_unet.py:debug", "--config.models.denoiser.head_width=8"),
+    "diffusion, latents": (
+        *("--config=configs/scenes/latent_unet.py:debug", "--config.models.denoiser.head_width=8"),
+        "--config.optimizer.rules=({'pattern': '.*'},)",  # a UNet's Muon takes minutes to compile; a U-ViT has it too
+    ),
     "autoencoder": (
         *("--config=configs/scenes/autoencoder.py:debug", "--config.loss.discriminator_start=0"),
         *("--config.models.autoencoder.dtype=float64", "--config.models.discriminator.dtype=float64"),
