@@ -26,8 +26,9 @@ from weights.power_averages import exponent
 from weights.starts import Start, starts_of
 
 _NUMBERS = {
-    **dict.fromkeys(("steps", "batch_size", "data.max_tiles", "evaluate.batches", "evaluate.previews"), "[1, 2147483648)"),
+    **dict.fromkeys(("steps", "batch_size", "data.max_tiles"), "[1, 2147483648)"),
     **dict.fromkeys(("log.every", "evaluate.every", "checkpoint.every", "ema.every"), "[1, 2147483648)"),
+    **dict.fromkeys(("evaluate.batches", "evaluate.previews"), "[1, 2147483648)"),
     **dict.fromkeys(("data.image_size", "data.text_length", "data.workers", "data.read_ahead"), "[0, 2147483648)"),
     **{"checkpoint.keep": "[0, 2147483648)", "lora.rank": "[0, 65536)", "lora.alpha": "[0, inf)"},
     **{"data.bpe_dropout": "[0, 1]", "ema.decay": "[0, 1)"},

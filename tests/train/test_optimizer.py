@@ -1,6 +1,7 @@
 """Rules, schedules, clipping, decay masks, bounds and moving averages."""
 
 import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
