@@ -1,13 +1,14 @@
 """Captions and classes out of what stands beside a picture: text files, JSON files, values of a table."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cli.errors import UserError
-from cli.text_files import decode
+from cli.text_files import MARK, decode
 from data import fields
-from data.folder.items import MAX_TEXT, Rejected, is_number, shown
+from data.folder.items import MAX_TEXT, Rejected, shown
 
 # What people call these fields; the first that is there is taken, in any case of letters.
 IMAGE_FIELDS = (
@@ -18,6 +19,8 @@ TEXT_FIELDS = fields.TEXT_FIELDS
 LABEL_FIELDS = ("label", "labels", "class", "cls", "category", "fine_label")
 
 _MAX_DEPTH = 20  # of lists and objects around a caption
+_MAX_CLASS = 2**20  # numbers below it number classes: all smaller ones get a name
+_WHOLE = re.compile(r"(-?[0-9]+)(?:\.0+)?")  # pandas writes 3.0 where another row lacks a class
 
 
 def choose_field(asked: str, known: Sequence[str], guesses: Sequence[str], option: str, where: str) -> str | None:
@@ -71,9 +74,9 @@ def captions_of_sidecars(
     captions: tuple[str, ...] = ()
     label: str | int | None = None
     if ".txt" in texts and not (text_field and ".json" in texts):
-        captions = captions_of_text(decode_text(_readable(texts[".txt"])))
+        captions = captions_of_text(decode_text(readable(texts[".txt"])))
     if ".json" in texts and (not captions or label_field):
-        value = parse_json(decode_text(_readable(texts[".json"])))
+        value = parse_json(decode_text(readable(texts[".json"])))
         if not isinstance(value, dict):
             raise Rejected("bad caption", "no JSON object")
         name = text_field or choose_field("", list(value), TEXT_FIELDS, "", "")
@@ -82,7 +85,12 @@ def captions_of_sidecars(
     return captions, label
 
 
-def _readable(text: bytes | Rejected) -> bytes:
+def readable(text: bytes | Rejected) -> bytes:
+    """What a file holds.
+
+    Raises:
+      Rejected: if that is why it cannot be read.
+    """
     if isinstance(text, Rejected):
         raise text
     return text
@@ -119,12 +127,13 @@ def parse_json(text: str) -> Any:
 
 
 def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
-    """The texts without space around them, each once, and none that is empty.
+    """The texts without space around them, and without the mark of a file that was joined, each once; none is empty.
 
     Raises:
       Rejected: if one cannot be written as UTF-8: half of a surrogate pair, which JSON can spell.
     """
-    captions = tuple(dict.fromkeys(text for text in (text.strip() for text in texts) if text))
+    stripped = (text.strip().removeprefix(MARK).strip() for text in texts)
+    captions = tuple(dict.fromkeys(text for text in stripped if text))
     try:
         size = sum(len(caption.encode()) for caption in captions)
     except UnicodeEncodeError as error:
@@ -135,18 +144,30 @@ def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def class_of_value(value: Any) -> str | int | None:
-    """The class that a field's value names, by number or by name.
+    """The class that a field's value names; None where it is hidden (a number below 0) or missing.
+
+    A number is one however it is written: 3, 3.0, "3" and "3.0" are the same class. Fractions, and numbers of 2**20 and
+    more, are names.
 
     Raises:
       Rejected: if its name cannot be written as UTF-8.
     """
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float):
+        if value != value:
+            return None  # what pandas writes where there is none
+        value = int(value) if value.is_integer() else str(value)
     if isinstance(value, int):
-        return value if 0 <= value < 2**20 else None
+        value = str(value)
     if isinstance(value, str) and value.strip():
         text = " ".join(value.split())[:1000].strip()
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise Rejected("bad caption", "half of a surrogate pair in the name of a class")
-        return class_of_value(int(text)) if is_number(text) and len(text) < 8 else text
+        if not (match := _WHOLE.fullmatch(text)):
+            return text
+        number = int(match[1])
+        if number < 0:
+            return None
+        return number if number < _MAX_CLASS and len(match[1]) < 8 else match[1]
     return None

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ MAX_TEXT = 2**20  # bytes of the captions of one picture, and of a line or a fie
 
 PICTURES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-    + (".avif", ".jp2")
+    + (".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pnm", ".apng", ".dib", ".mpo")
 )
 
 # What cameras and programs write that is not read.
@@ -31,7 +32,7 @@ ALONE = "a caption without a picture"
 REASONS = {
     "corrupt": "the picture cannot be decoded",
     "no caption": "others have captions, this one has none",
-    "bad caption": "its caption is not UTF-8, not JSON, or too long",
+    "bad caption": "its caption is not UTF-8, not JSON, too long, or not told from another picture's",
     "duplicate": "the same pixels as an earlier one",
     "too small": "its short side is below --min_size",
     "too large": f"more than {MAX_PICTURE >> 20} MiB in one file",
@@ -111,8 +112,8 @@ def shown(name: str) -> str:
 
 
 def is_number(name: str) -> bool:
-    """Whether the name of a class is a number, which is no caption."""
-    return name.isascii() and name.isdigit()
+    """Whether the name of a class is a number, which is no caption; `float` reads all of them."""
+    return bool(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?", name))
 
 
 def read_file(path: Path, limit: int) -> bytes:

@@ -129,6 +129,11 @@ def list_parquet(paths: Sequence[tuple[str, Location]], fields: Fields) -> Listi
     return Listing(kind, portions, fingerprint_of_files(paths), notes=notes, class_names=class_names)
 
 
+def is_parquet(name: str) -> bool:
+    """Whether a file's name is that of a parquet file."""
+    return name.lower().endswith(SUFFIX)
+
+
 def _open(path: Location) -> pq.ParquetFile:
     # Column chunks are read a buffer at a time, not whole; a footer of any size is refused by the reader's own limits.
     return pq.ParquetFile(open_file(path) if in_store(path) else path, pre_buffer=False, buffer_size=2**20)
@@ -150,7 +155,7 @@ def _choose(schema: pa.Schema, fields: Fields, where: str) -> tuple[str, str | N
     structs = [field.name for field in schema if _has_bytes(field.type)]
     pictures = structs + [field.name for field in schema if _is_binary(field.type)]
     texts = [field.name for field in schema if _is_text(field.type)]
-    labels = [field.name for field in schema if pa.types.is_integer(_kind(field.type)) or _is_text(field.type)]
+    labels = [field.name for field in schema if _is_plain(field.type) or _is_string(field.type)]
     image = choose_field(fields.image, pictures, IMAGE_FIELDS, "image_field", where)
     if image is None and len(pictures) == 1:
         image = pictures[0]
@@ -185,6 +190,12 @@ def _is_text(kind: pa.DataType) -> bool:
     """Whether values are texts, or lists of texts."""
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return _is_string(kind.value_type if lists else kind)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether values are numbers or true and false."""
+    kind = _kind(kind)
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
@@ -231,4 +242,4 @@ def _text(value: Any) -> str | list[str] | None:
 
 def _plain(value: Any) -> Any:
     value = _stored(value)
-    return value.as_py() if isinstance(value.type, pa.DataType) and pa.types.is_integer(value.type) else _text(value)
+    return value.as_py() if _is_plain(value.type) else _text(value)

@@ -37,7 +37,7 @@ from data.storage import whole_file
 
 DATASET = "folder"
 VERSION = "1.0.0"
-NOTES = 2  # which form of journals, and of what is kept of a portion that is written
+NOTES = 3  # which form of journals, and of what is kept of a portion that is written
 REPORT = "report.json"
 SPLITS = ("train", "validation")
 
@@ -243,14 +243,19 @@ def decide(journals: Sequence[Path], request: Request, listing: Listing) -> Deci
     threshold = _threshold(sorted(first), request.validation)
     splits = [tuple("" if not p else SPLITS[p < threshold] for p in portion) for portion in kept]
     if not any("train" in portion for portion in splits):
-        reasons = ", ".join(
-            f"{count} {reason}" for reason, count in Counter(e["reason"] for e in left_out).most_common()
-        )
+        examples = {each["reason"]: each for each in reversed(left_out)}
+        counts = Counter(each["reason"] for each in left_out).most_common()
+        reasons = "; ".join(f"{count} {reason} ({_example(examples[reason])})" for reason, count in counts)
         raise UserError(
             f"no picture of {request.source} is left to train on: {reasons or 'it has none'}; look at the files, and "
             "at --validation"
         )
     return Decision(splits, _shard_names(splits), RecordFields(captions, numbers, names), left_out)
+
+
+def _example(left_out: Mapping[str, str]) -> str:
+    """One of those that a reason left out, with what more there is to say."""
+    return ": ".join(filter(None, (left_out["name"], left_out["detail"])))
 
 
 def _survey(journals: Iterable[Path]) -> tuple[bool, set[str | int]]:
@@ -296,7 +301,7 @@ def _classes(labels: set[str | int], known: tuple[str, ...]) -> tuple[dict[str |
     if len(numbers) == len(labels):
         names = (*known, *map(str, range(len(known), max(numbers) + 1))) if numbers else ()
         return {label: label for label in numbers}, _distinct(names)
-    names = sorted(set(map(str, labels)), key=lambda name: (0, int(name), name) if is_number(name) else (1, 0, name))
+    names = sorted(set(map(str, labels)), key=lambda name: (0, float(name), name) if is_number(name) else (1, 0, name))
     places = {name: place for place, name in enumerate(names)}
     return {label: places[str(label)] for label in labels}, tuple(names)
 

@@ -10,13 +10,15 @@ import gzip
 import io
 import os
 import tarfile
+import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from cli.locations import Location, in_store
 from cli.plurals import spell_count
-from data.folder.captions import captions_of_sidecars, class_of_value, decode_text
+from data.folder.captions import captions_of_sidecars, class_of_value, decode_text, readable
 from data.folder.items import (
     ALONE,
     MAX_PICTURE,
@@ -59,8 +61,9 @@ class TarPortion(Portion):
 
     def read(self) -> Iterator[Item]:
         """Yields pictures in the order of the archive, and what is left out of it."""
-        texts = self._texts()
+        texts, times = self._texts()
         used: set[str] = set()
+        seen: Counter[tuple[str, str]] = Counter()
         try:
             for member, stream in _members(self.path):
                 name = f"{self.name}: {shown(member.name)}"
@@ -71,8 +74,11 @@ class TarPortion(Portion):
                     if suffix in PICTURES:
                         sample = _sample(member.name)
                         used.update((key, sample))
+                        seen[key, suffix] += 1
+                        number = seen[key, suffix]
+                        beside = {**texts.get(sample, {}), **texts.get(key, {})}
                         data = _data(member, stream, MAX_PICTURE)
-                        yield self._item(name, data, {**texts.get(sample, {}), **texts.get(key, {})})
+                        yield self._item(name, data, _paired(beside, number, max(number, times[key, suffix])))
                     elif suffix not in _TEXTS:
                         raise Rejected("other")
                 except Rejected as rejected:
@@ -85,19 +91,28 @@ class TarPortion(Portion):
 
     def _item(self, name: str, data: bytes, texts: dict[str, bytes | Rejected]) -> Item:
         captions, label = captions_of_sidecars(texts, self.fields.text, self.fields.label)
-        number = texts.get(".cls")
-        if label is None and isinstance(number, bytes):
-            label = class_of_value(decode_text(number))
+        if label is None and ".cls" in texts:
+            label = class_of_value(decode_text(readable(texts[".cls"])))
         return Item(name, data, captions, label)
 
-    def _texts(self) -> dict[str, dict[str, bytes | Rejected]]:
-        """Key -> suffix -> what the file beside a picture holds, or why it cannot be read."""
-        texts: dict[str, dict[str, bytes | Rejected]] = {}
+    def _texts(self) -> tuple[dict[str, dict[str, list[bytes | Rejected]]], Counter[tuple[str, str]]]:
+        """Captions, and how often each picture's name occurs.
+
+        Returns:
+          Key -> suffix -> what the files of this name hold, in order, or why they cannot be read; and (key, suffix) of
+          a picture -> its number.
+        """
+        texts: dict[str, dict[str, list[bytes | Rejected]]] = {}
+        times: Counter[tuple[str, str]] = Counter()
         size = 0
         try:
             for member, stream in _members(self.path):
                 key, suffix = _key(member.name)
-                if suffix not in _TEXTS or not _is_kept(member, quiet=True):
+                if not _is_kept(member, quiet=True):
+                    continue
+                if suffix in PICTURES:
+                    times[key, suffix] += 1
+                if suffix not in _TEXTS:
                     continue
                 try:
                     if size > MAX_ARCHIVE_TEXT:
@@ -105,13 +120,26 @@ class TarPortion(Portion):
                     data: bytes | Rejected = _data(member, stream, MAX_TEXT)
                 except Rejected as rejected:
                     data = Rejected("bad caption", rejected.detail)
-                texts.setdefault(key, {})[suffix] = data
+                texts.setdefault(key, {}).setdefault(suffix, []).append(data)
                 size += 300 + len(key) + (len(data) if isinstance(data, bytes) else 0)
                 if size > 2 * MAX_ARCHIVE_TEXT:  # of names alone
                     break
         except _ERRORS:
             pass  # said when the pictures are read
-        return texts
+        return texts, times
+
+
+def _paired(texts: Mapping[str, Sequence[bytes | Rejected]], number: int, times: int) -> dict[str, bytes | Rejected]:
+    """The texts of the `number`th of `times` pictures of one name: archives that were joined have names repeatedly.
+
+    Raises:
+      Rejected: if it cannot be told which text belongs to it, since there are more or fewer than pictures.
+    """
+    for suffix, found in texts.items():
+        if len(found) != times:
+            detail = f"the archive has {spell_count(times, 'picture')} of this name, and {len(found):,} of {suffix}"
+            raise Rejected("bad caption", detail)
+    return {suffix: found[number - 1] for suffix, found in texts.items()}
 
 
 def list_archives(paths: Sequence[tuple[str, Location]], fields: Fields) -> Listing:
@@ -126,15 +154,20 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
+def stem_of_archive(name: str) -> str:
+    """An archive's name without its suffix, all of it."""
+    return next((name[: -len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)
+
+
 def _key(name: str) -> tuple[str, str]:
     """What a picture and its captions have in common, and the suffix in which they differ."""
-    path = PurePosixPath(name)
+    path = PurePosixPath(unicodedata.normalize("NFC", name))  # macOS takes letters and accents apart
     return str(path.with_suffix("")) if path.name else name, path.suffix.lower()
 
 
 def _sample(name: str) -> str:
     """The key to the first dot, as WebDataset has it: 000.txt is the caption of 000.image.png if it has none closer."""
-    path = PurePosixPath(name)
+    path = PurePosixPath(unicodedata.normalize("NFC", name))
     return str(path.with_name(path.name.partition(".")[0] or path.name)) if path.name else name
 
 

@@ -43,6 +43,24 @@ def test_dictionaries_and_views_are_read_as_what_they_hold(tmp_path: Path, png: 
         assert items == [(png, first, "cat"), (png, second, "dog")]
 
 
+@pytest.mark.parametrize(
+    ("column", "labels"),
+    [
+        (pa.array([3.0, None, float("nan"), 0.5]), [3, None, None, "0.5"]),
+        (pa.array([-1, 2**20, 2**63 - 1, 0]), [None, "1048576", "9223372036854775807", 0]),
+        (pa.array(["-1", "3", "3.0", ""]), [None, 3, 3, None]),
+        (pa.array([True, False, None, True]), ["true", "false", None, "true"]),
+        (pa.array([["cat"], ["dog", "cat"], [], None]), [None] * 4),  # lists name no class
+    ],
+)
+def test_columns_of_classes(column: pa.Array, labels: list, tmp_path: Path, png: bytes, read_source):
+    path = write(tmp_path / "a.parquet", {"image": [png] * 4, "label": column})
+    kept, left_out = read_source(path)
+    assert [item.label for item in kept.values()] == labels and not left_out
+    notes = folder.list_source(str(path), folder.Fields()).notes
+    assert ("label" in notes[0]) == any(label is not None for label in labels)
+
+
 def test_columns_of_odd_kinds_are_one_line_or_ignored(tmp_path: Path, png: bytes, read_source):
     write(tmp_path / "a.parquet", {"image": [{"bytes": 1}], "text": ["x"]})
     with pytest.raises(UserError, match="no column that is known to hold pictures"):

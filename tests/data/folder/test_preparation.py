@@ -104,6 +104,16 @@ def test_no_training_picture_is_an_error(validation: float, tmp_path: Path):
         prepare(source, tmp_path, validation=validation)
 
 
+def test_where_no_picture_is_left_the_first_of_each_reason_is_named(tmp_path: Path):
+    FORMS["tar"](make(4, 0), tmp_path / "in")
+    for path in (tmp_path / "in").iterdir():
+        path.write_bytes(b"<html>" * 1000)
+    (tmp_path / "in" / "notes.md").write_text("")
+    message = r"left to train on: 2 unreadable \(000.tar: .*what follows is lost\); 1 other \(notes.md\); look at"
+    with pytest.raises(UserError, match=message):
+        prepare(str(tmp_path / "in"), tmp_path)
+
+
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch):
     source = write_folder(MADE, tmp_path / "in")
     monkeypatch.setattr("data.folder.picture_folder.PORTION", 50)
@@ -308,6 +318,19 @@ def test_numbers_of_classes_are_kept_with_the_names_that_are_known(tmp_path: Pat
     report = prepare(str(tmp_path / "b.parquet"), tmp_path, "b", validation=0)
     assert report["captions"] == "given" and report["classes"] == ["0", "1", "2", "3", "4"]
     assert [int(record["label"]) for record in records(tmp_path, "b")] == [2, 0, -1, 4]
+
+
+def test_numbers_of_classes_are_no_captions_however_they_are_written(tmp_path: Path):
+    source = Path(write_folder([dataclasses.replace(each, caption=None) for each in MADE[:4]], tmp_path / "in"))
+    for name, values, classes in (
+        ("whole", ("3.0", "-1", "1", ""), ["0", "1", "2", "3"]),
+        ("large", ("1234567", "12345678", "5", "5"), ["5", "1234567", "12345678"]),
+        ("parts", ("0.5", "-1", "1e-05", "10"), ["1e-05", "0.5", "10"]),
+    ):
+        rows = "".join(f"{each.name},{value}\n" for each, value in zip(MADE[:4], values, strict=True))
+        (source / f"{name}.csv").write_text(f"file_name,label\n{rows}")
+        report = prepare(str(source / f"{name}.csv"), tmp_path, name, validation=0)
+        assert (report["captions"], report["classes"], report["splits"]) == ("none", classes, {"train": 4})
 
 
 def test_sub_folders_that_are_numbers_are_classes_and_no_captions(tmp_path: Path):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from data import folder
+
 from .damaged import add_member
 
 DANGEROUS = "/tmp/tessera-must-not-appear"
@@ -35,6 +37,8 @@ def test_captions_are_found_wherever_they_stand(name: str, tmp_path: Path, png: 
         ("4.jpg", png),
         ("4.cls", b"17"),
         ("x/2.txt", b"second"),
+        ("e\u0301.png", png),
+        ("\u00e9.txt", b"an accent"),
     ]
     path = write(tmp_path / name, members, "w" if name == "a.tar" else "w:gz")
     kept, left_out = read_source(path)
@@ -44,6 +48,7 @@ def test_captions_are_found_wherever_they_stand(name: str, tmp_path: Path, png: 
         "./x/1.png": ("first", "or so"),
         "3.PNG": ("of text",),
         "4.jpg": (),
+        "e\u0301.png": ("an accent",),
     }
     assert short["4.jpg"].label == 17 and short["x/2.png"].data == png and not left_out
     kept, _ = read_source(path, text="caption", label="kind")
@@ -54,6 +59,35 @@ def test_a_caption_of_the_key_to_the_first_dot_is_taken_where_none_is_closer(tmp
     members = [("x/0.front.png", png), ("x/0.side.png", png), ("x/0.txt", b"of both"), ("x/0.side.txt", b"of one")]
     kept, left_out = read_source(write(tmp_path / "a.tar", members))
     assert [item.captions for item in kept.values()] == [("of both",), ("of one",)] and not left_out
+
+
+def test_classes_beside_pictures_are_numbers_that_may_be_hidden(tmp_path: Path, png: bytes, read_source):
+    texts = [b"3", b"-1\n", b"7.0", b"x" * 2**21]
+    members = [
+        (f"{index}.{kind}", data) for index, text in enumerate(texts) for kind, data in (("png", png), ("cls", text))
+    ]
+    kept, left_out = read_source(write(tmp_path / "a.tar", members))
+    assert [item.label for item in kept.values()] == [3, None, 7] and left_out == {"a.tar: 3.png": "bad caption"}
+
+
+def test_names_that_are_there_repeatedly_are_paired_in_order(tmp_path: Path, png: bytes, read_source):
+    """As shards that were joined have them, of which each numbers its pictures from 0."""
+    first = [("0.png", png + b"A"), ("0.txt", b"a red ball"), ("./0.png", png + b"B"), ("0.txt", b"a blue box")]
+    more = [("1.png", png + b"C"), ("1.png", png + b"D"), ("1.txt", b"first"), ("1.txt", b"second"), ("1.txt", b"none")]
+    last = [("2.a.png", png + b"E"), ("2.txt", b"green"), ("2.a.png", png + b"F"), ("2.txt", b"gray")]
+    alone = [("3.png", png), ("3.png", png), ("3.txt", b"of which?")]
+    listing = folder.list_source(str(write(tmp_path / "a.tar", [*first, *more, *last, *alone])), folder.Fields())
+    items = list(listing.portions[0].read())
+    assert {item.data.removeprefix(png): item.captions for item in items if item.rejected is None} == {
+        b"A": ("a red ball",),
+        b"B": ("a blue box",),
+        b"E": ("green",),
+        b"F": ("gray",),
+    }
+    assert [(item.name, *item.rejected.args) for item in items if item.rejected is not None] == [
+        *[("a.tar: 1.png", "bad caption", "the archive has 2 pictures of this name, and 3 of .txt")] * 2,
+        *[("a.tar: 3.png", "bad caption", "the archive has 2 pictures of this name, and 1 of .txt")] * 2,
+    ]
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
