@@ -6,6 +6,7 @@ to files are followed where they end inside the folder; links to folders never, 
 
 import dataclasses
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -104,7 +105,8 @@ def list_folder(
     """
     files, ignored = found[0], list(found[1])
     pictures = {name: Entry(name) for name in files if _suffix(name) in PICTURES}
-    tables = [table.relative_to(root).as_posix()] if table else [n for n in files if PurePosixPath(n).name in NAMES]
+    named = [name for name in files if PurePosixPath(name).name.lower() in NAMES]
+    tables = [table.relative_to(root).as_posix()] if table else named
     used, notes = set(tables), []
     for name in tables:
         notes += _read_table(root, name, fields, pictures, ignored)
@@ -113,10 +115,11 @@ def list_folder(
         for name in sorted(files)
         if _suffix(name) in _SIDECARS and name not in used
     }
+    composed = {_composed(text): name for text, name in texts.items()}
     alone = set(texts.values())
     for name, entry in pictures.items():
         names = (str(PurePosixPath(name).with_suffix(suffix)) for suffix in _SIDECARS)
-        beside = [texts[text] for text in names if text in texts]
+        beside = [text for each in names if (text := texts.get(each) or composed.get(_composed(each)))]
         used.update(beside)
         if beside and not entry.captions and entry.rejected is None:
             pictures[name] = dataclasses.replace(entry, sidecars=tuple(beside))
@@ -147,6 +150,11 @@ def list_folder(
     entries = list(pictures.values())
     portions = [FilesPortion(root, entries[i : i + PORTION], fields) for i in range(0, len(entries), PORTION)]
     return Listing("a folder of pictures", portions, fingerprint, ignored, notes)
+
+
+def _composed(name: str) -> str:
+    """The name with its accents in its letters, which macOS and some programs take apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _suffix(name: str) -> str:
@@ -222,8 +230,10 @@ def _read_table(root: Path, name: str, fields: Fields, pictures: dict[str, Entry
     """Puts captions and classes of a table to its pictures; returns what to say of it."""
     folder = PurePosixPath(name).parent
     inside = "" if str(folder) == "." else f"{folder}/"
-    times = Counter(PurePosixPath(path).name for path in pictures if path.startswith(inside))
-    by_name = {PurePosixPath(path).name: path for path in pictures if path.startswith(inside)}
+    names = {path: _composed(path) for path in pictures if path.startswith(inside)}
+    by_path = {composed: path for path, composed in names.items()}
+    times = Counter(PurePosixPath(composed).name for composed in names.values())
+    by_name = {PurePosixPath(composed).name: path for path, composed in names.items()}
     table = Table(root / name, fields)
     for row in table.rows():
         where = f"{shown(name)}, line {row.line}"
@@ -232,8 +242,10 @@ def _read_table(root: Path, name: str, fields: Fields, pictures: dict[str, Entry
             ignored.append(Item(where, rejected=Rejected("outside", shown(row.file[:200]))))
             continue
         found = f"{inside}{path}"
-        if found not in pictures and times[path.name] == 1:
-            found = by_name[path.name]  # a table that lies beside the folder of its pictures
+        if found not in pictures:
+            found = by_path.get(_composed(found), found)
+        if found not in pictures and times[last := _composed(path.name)] == 1:
+            found = by_name[last]  # a table that lies beside the folder of its pictures
         if found not in pictures:
             ignored.append(Item(where, rejected=Rejected("missing", shown(row.file[:200]))))
             continue

@@ -5,16 +5,16 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cli.errors import UserError
 from cli.locations import Location, locate
 from data.folder import tables
 from data.folder.items import PICTURES, Item, Listing, Rejected, shown
-from data.folder.parquet_files import SUFFIX, list_parquet
+from data.folder.parquet_files import is_parquet, list_parquet
 from data.folder.picture_folder import list_folder, walk
 from data.folder.tables import Fields
-from data.folder.tar_archives import is_archive, list_archives
+from data.folder.tar_archives import is_archive, list_archives, stem_of_archive
 from data.hub import HUB, fetch_dataset
 
 _MAX_NAMES = 100_000  # that braces may spell
@@ -47,7 +47,7 @@ def _list_source(source: str, fields: Fields) -> Listing:
     path = _path(source)
     if path.is_dir():
         return _list_folder(path.resolve(), path.resolve(), fields)
-    if path.is_file() and path.suffix in tables.SUFFIXES:
+    if path.is_file() and path.suffix.lower() in tables.SUFFIXES:
         root = path.parent.resolve()
         return list_folder(root, fields, walk(root, root), table=root / path.name)
     return _list_files(source, _expand(source), fields)
@@ -58,7 +58,7 @@ def _list_files(source: str, paths: Sequence[Location], fields: Fields) -> Listi
     names = _short_names(paths)
     if all(is_archive(path.name) for path in paths):
         return list_archives(list(zip(names, paths, strict=True)), fields)
-    if all(path.suffix == SUFFIX for path in paths):
+    if all(is_parquet(path.name) for path in paths):
         return list_parquet(list(zip(names, paths, strict=True)), fields)
     raise UserError(
         f"{source} is no folder and no kind of file that is read: tables ({', '.join(tables.SUFFIXES)}), tar archives "
@@ -67,12 +67,19 @@ def _list_files(source: str, paths: Sequence[Location], fields: Fields) -> Listi
 
 
 def _list_folder(root: Path, bounds: Path, fields: Fields) -> Listing:
-    """A folder of pictures, or one of archives or parquet files where it has no picture of its own."""
+    """A folder of pictures, or one of archives or parquet files where it has no picture of its own.
+
+    Parquet files go before archives, unless one lies beside the archive that it describes, as img2dataset writes them.
+    """
     files, ignored = walk(root, bounds)
-    kinds: tuple[tuple[Callable[[str], bool], Callable[..., Listing]], ...] = (
-        (lambda name: name.endswith(SUFFIX), list_parquet),
+    archives = {stem_of_archive(name) for name in files if is_archive(name)}
+    described = any(is_parquet(name) and str(PurePosixPath(name).with_suffix("")) in archives for name in files)
+    kinds: list[tuple[Callable[[str], bool], Callable[..., Listing]]] = [
+        (is_parquet, list_parquet),
         (is_archive, list_archives),
-    )
+    ]
+    if described:
+        kinds.reverse()
     if not any(Path(name).suffix.lower() in PICTURES for name in files):
         for is_kind, listing_of in kinds:
             if names := [name for name in files if is_kind(name)]:

@@ -74,9 +74,9 @@ class Table:
         """Yields rows in order.
 
         Raises:
-          UserError: if the file cannot be opened, or no field has the names of pictures.
+          UserError: if the file cannot be opened or has no row, or no field has the names of pictures.
         """
-        is_json = self.path.suffix == ".jsonl"
+        is_json = self.path.suffix.lower() == ".jsonl"
         known: dict[str, None] = {}
         image = text = label = None
         for count, (line, record) in enumerate(self._json_records() if is_json else self._csv_records()):
@@ -107,6 +107,8 @@ class Table:
             self.notes.append(f"{shown(self.path.name)}: {found}")
         elif self.ignored and (rejected := self.ignored[0].rejected):
             raise UserError(f"no row of {self.path} can be read ({rejected.detail}); check it, and save it as UTF-8")
+        else:
+            raise UserError(f"{self.path} has no rows; fill it, or take it away")
 
     def _check(self, image: str | None, text: str | None, label: str | None, known: list[str]) -> None:
         """Raises a UserError where a field that was asked for is not there, or none that is needed."""
@@ -172,7 +174,7 @@ class Table:
                 f"the first line of {self.path} must name its fields and cannot be read ({rejected.detail}); save it "
                 "as UTF-8"
             )
-        delimiter = "\t" if self.path.suffix == ".tsv" else max(",\t;|", key=first.count)
+        delimiter = "\t" if self.path.suffix.lower() == ".tsv" else max(",\t;|", key=first.count)
         try:
             header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, strict=True), [])]
         except csv.Error as error:

@@ -1,12 +1,15 @@
 """Folders: captions beside pictures, tables, classes, and everything that is no plain file."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cli.errors import UserError
 from data import folder
+from data.pictures import FORMATS, read_picture
 
 from .files import put
 
@@ -24,6 +27,35 @@ def test_text_beside_a_picture_is_its_caption_a_line_each(tmp_path: Path, png: b
     assert kept["two.png"].captions == ("from a json",)
     assert kept["three.png"].captions == ()
     assert kept["two.png"].data == png and not left_out
+
+
+def test_marks_inside_text_that_was_joined_are_no_part_of_captions(tmp_path: Path, png: bytes, read_source):
+    put(tmp_path, "a.png", png)
+    put(tmp_path, "a.txt", "x\n\ufeffhello\n \ufeff \n")
+    assert read_source(tmp_path)[0]["a.png"].captions == ("x", "hello")
+
+
+@pytest.mark.parametrize(("picture", "text"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_of_names_may_be_written_apart(picture: str, text: str, tmp_path: Path, png: bytes, read_source):
+    put(tmp_path, unicodedata.normalize(picture, "café.png"), png)
+    put(tmp_path, unicodedata.normalize(text, "café.TXT"), "coffee")
+    kept, left_out = read_source(tmp_path)
+    assert [item.captions for item in kept.values()] == [("coffee",)] and not left_out
+
+
+def test_every_suffix_of_what_the_decoder_reads_is_a_picture(tmp_path: Path, read_source):
+    """As Pillow lists them, and the contents of each as Pillow writes it."""
+    Image.init()
+    formats = {suffix: kind for suffix, kind in Image.EXTENSION.items() if kind in {*FORMATS, "MPO", "DIB"}}
+    suffixes = set(formats) - {".pfm"}  # floats
+    for suffix in suffixes:
+        put(tmp_path, f"a{suffix}", b"")
+    kept, left_out = read_source(tmp_path)
+    assert set(kept) == {f"a{suffix}" for suffix in suffixes} and not left_out
+    pixels = Image.new("RGB", (4, 4), "red")
+    for suffix in ("pnm", "j2k", "jpx", "mpo", "apng"):
+        pixels.save(tmp_path / f"b.{suffix}")
+        assert read_picture((tmp_path / f"b.{suffix}").read_bytes()).shape == (4, 4, 3)
 
 
 def test_suffixes_of_captions_are_read_in_any_case(tmp_path: Path, png: bytes, read_source):

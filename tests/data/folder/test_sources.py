@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DryRunFileInfo, constants, errors
 
@@ -49,6 +51,33 @@ def test_other_files_beside_archives_are_named(tmp_path: Path, read_source):
     put(tmp_path, "in/README.md", "# about")
     kept, left_out = read_source(tmp_path / "in")
     assert len(kept) == 6 and left_out == {"README.md": "other"}
+
+
+def test_a_folder_of_img2dataset_is_read_as_its_archives(tmp_path: Path, read_source):
+    FORMS["tar"](make(6, 0), tmp_path / "in")
+    for shard in ("000", "001"):
+        pq.write_table(pa.table({"url": ["http"], "caption": ["x"]}), tmp_path / "in" / f"{shard}.parquet")
+        put(tmp_path, f"in/{shard}_stats.json", "{}")
+    kept, left_out = read_source(tmp_path / "in")
+    assert len(kept) == 6 and all(item.captions for item in kept.values())
+    assert left_out == {f"{shard}{end}": "other" for shard in ("000", "001") for end in (".parquet", "_stats.json")}
+
+
+@pytest.mark.parametrize("form", ["tar", "parquet"])
+def test_suffixes_are_read_in_any_case(form: str, tmp_path: Path, read_source):
+    FORMS[form](make(2, 0), tmp_path / "in")
+    path = min((tmp_path / "in").iterdir())
+    path = path.rename(path.with_suffix(path.suffix.upper()))
+    for other in set((tmp_path / "in").iterdir()) - {path}:
+        other.unlink()
+    expected = set(read_source(path)[0])
+    assert expected and set(read_source(tmp_path / "in")[0]) == expected
+
+
+def test_a_table_may_be_named_in_any_case(tmp_path: Path, png: bytes, read_source):
+    put(tmp_path, "a.png", png)
+    put(tmp_path, "list.CSV", "file_name,text\na.png,x\n")
+    assert read_source(tmp_path / "list.CSV")[0]["a.png"].captions == ("x",)
 
 
 @pytest.mark.parametrize(

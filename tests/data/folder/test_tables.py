@@ -1,6 +1,7 @@
 """Tables of captions: whose rows belong to which picture, and rows that cannot be read."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def captions(kept) -> dict[str, tuple[str, ...]]:
         (
             "metadata.jsonl",
             '{"file_name": "a.png", "text": "a cat, asleep"}\n\n{"file_name": "sub/b.png", "text": "two\\nlines"}\n'
+            '{"file_name": "c.png", "text": ["x", "y"]}',
+        ),
+        ("Captions.TSV", 'file_name\tcaption\na.png\ta cat, asleep\nsub/b.png\t"two\nlines"\nc.png\tx\nc.png\ty\n'),
+        (
+            "METADATA.JSONL",
+            '{"file_name": "a.png", "text": "a cat, asleep"}\n{"file_name": "sub/b.png", "text": "two\\nlines"}\n'
             '{"file_name": "c.png", "text": ["x", "y"]}',
         ),
     ],
@@ -138,6 +145,10 @@ def test_fields_that_later_lines_of_json_have_are_found(root: Path, read_source)
         ("captions.csv", "n\xe4me,text\na.png,x\nb.png,y\n".encode("latin-1"), "first line .* not UTF-8"),
         ("captions.csv", "file_name,text\na.png,x\n".encode("utf-16"), "first line .* save it as UTF-8"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n'.encode("utf-16"), "no row .* save it as UTF-8"),
+        ("captions.csv", b"", "captions.csv has no rows; fill it"),
+        ("captions.csv", b"\xef\xbb\xbf", "captions.csv has no rows"),
+        ("captions.csv", b"file_name,text\n\n", "captions.csv has no rows"),
+        ("metadata.jsonl", b" \n\n", "metadata.jsonl has no rows"),
     ],
 )
 def test_a_table_that_cannot_be_read_at_all_is_an_error(name: str, data: bytes, message: str, root: Path, read_source):
@@ -156,6 +167,46 @@ def test_fields_are_guessed_and_may_be_named(root: Path, read_source):
         read_source(root / "table.csv")
     with pytest.raises(UserError, match="no field 'nothing'; choose --text_field of id, where"):
         read_source(root / "table.csv", image="where", text="nothing")
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        (3, 3),
+        (3.0, 3),
+        (-1, None),
+        (-1.0, None),
+        (-12345678, None),
+        (2**20 - 1, 2**20 - 1),
+        (2**20, "1048576"),
+        (9_999_999, "9999999"),
+        (1234567.0, "1234567"),
+        (0.5, "0.5"),
+    ],
+)
+def test_a_class_is_the_same_however_its_number_is_written(value: float, label, root: Path, read_source):
+    put(root, "metadata.jsonl", json.dumps({"file_name": "a.png", "label": value}))
+    put(root, "captions.csv", f"file_name,label\nc.png,{value}\n")
+    kept, left_out = read_source(root)
+    assert (kept["a.png"].label, kept["c.png"].label) == (label, label) and not left_out
+
+
+def test_a_class_that_pandas_writes_as_missing_is_none(root: Path, read_source):
+    put(root, "metadata.jsonl", '{"file_name": "a.png", "label": NaN}\n{"file_name": "c.png", "label": 2.0}')
+    kept, left_out = read_source(root)
+    assert (kept["a.png"].label, kept["c.png"].label) == (None, 2) and not left_out
+
+
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_accents_of_names_may_be_written_apart(written: str, root: Path, read_source, png: bytes):
+    other = {"NFC": "NFD", "NFD": "NFC"}[written]
+    for name in ("café.png", "deep/ä.png"):
+        put(root, unicodedata.normalize(other, name), png)
+    row = unicodedata.normalize(written, "café.png,coffee\nä.png,a letter\n")
+    put(root, "captions.csv", f"file_name,text\n{row}")
+    kept, left_out = read_source(root)
+    found = {unicodedata.normalize("NFC", name): texts for name, texts in captions(kept).items()}
+    assert found == {"café.png": ("coffee",), "deep/ä.png": ("a letter",)} and not left_out
 
 
 @pytest.mark.parametrize(
