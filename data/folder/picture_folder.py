@@ -115,7 +115,8 @@ def list_folder(
         for name in sorted(files)
         if _suffix(name) in _SIDECARS and name not in used
     }
-    composed = {_composed(text): name for text, name in texts.items()}
+    stems = {_stem(name) for name in pictures}
+    composed = {_composed(text): name for text, name in texts.items() if _stem(text) not in stems}
     alone = set(texts.values())
     for name, entry in pictures.items():
         names = (str(PurePosixPath(name).with_suffix(suffix)) for suffix in _SIDECARS)
@@ -155,6 +156,10 @@ def list_folder(
 def _composed(name: str) -> str:
     """The name with its accents in its letters, which macOS and some programs take apart."""
     return unicodedata.normalize("NFC", name)
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
 
 
 def _suffix(name: str) -> str:

@@ -79,6 +79,7 @@ class Table:
         is_json = self.path.suffix.lower() == ".jsonl"
         known: dict[str, None] = {}
         image = text = label = None
+        has_classes = False
         for count, (line, record) in enumerate(self._json_records() if is_json else self._csv_records()):
             if count == MAX_ROWS:
                 raise UserError(
@@ -97,13 +98,15 @@ class Table:
                     where = f"in field {image!r}" if image else "in any field"
                     raise Rejected("unreadable", f"no name of a picture {where}")
                 captions = captions_of_value(record.get(text)) if text else ()
-                yield Row(line, file, captions, class_of_value(record.get(label)) if label else None)
+                named = class_of_value(record.get(label)) if label else None
+                has_classes |= named is not None
+                yield Row(line, file, captions, named)
             except Rejected as rejected:
                 self._ignore(line, rejected)
         if known:
             self._check(image, text, label, list(known))
-            named = {"pictures": image, "captions": text, "classes": label}
-            found = ", ".join(f"{what} of field {name!r}" for what, name in named.items() if name is not None)
+            taken = {"pictures": image, "captions": text, "classes" if has_classes else "no classes": label}
+            found = ", ".join(f"{what} of field {name!r}" for what, name in taken.items() if name is not None)
             self.notes.append(f"{shown(self.path.name)}: {found}")
         elif self.ignored and (rejected := self.ignored[0].rejected):
             raise UserError(f"no row of {self.path} can be read ({rejected.detail}); check it, and save it as UTF-8")

@@ -41,6 +41,12 @@ def test_accents_of_names_may_be_written_apart(picture: str, text: str, tmp_path
     put(tmp_path, unicodedata.normalize(text, "café.TXT"), "coffee")
     kept, left_out = read_source(tmp_path)
     assert [item.captions for item in kept.values()] == [("coffee",)] and not left_out
+    put(tmp_path, unicodedata.normalize(text, "café.png"), png)  # whose caption it is, then
+    kept, _ = read_source(tmp_path)
+    assert {name: item.captions for name, item in kept.items()} == {
+        unicodedata.normalize(text, "café.png"): ("coffee",),
+        unicodedata.normalize(picture, "café.png"): (),
+    }
 
 
 def test_every_suffix_of_what_the_decoder_reads_is_a_picture(tmp_path: Path, read_source):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.errors import UserError
+from data import folder
 
 from .files import put
 
@@ -189,6 +190,13 @@ def test_a_class_is_the_same_however_its_number_is_written(value: float, label, 
     put(root, "captions.csv", f"file_name,label\nc.png,{value}\n")
     kept, left_out = read_source(root)
     assert (kept["a.png"].label, kept["c.png"].label) == (label, label) and not left_out
+
+
+@pytest.mark.parametrize(("value", "what"), [("1", "classes"), ("-1", "no classes"), ('["cat", "dog"]', "no classes")])
+def test_a_field_without_any_class_is_said(value: str, what: str, root: Path):
+    put(root, "metadata.jsonl", f'{{"file_name": "a.png", "label": {value}}}')
+    notes = folder.list_source(str(root), folder.Fields()).notes
+    assert notes[0] == f"metadata.jsonl: pictures of field 'file_name', {what} of field 'label'"
 
 
 def test_a_class_that_pandas_writes_as_missing_is_none(root: Path, read_source):
