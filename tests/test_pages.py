@@ -131,6 +131,11 @@ def test_front_page_launches_every_config_of_the_embedded_data():
     assert [name for name in LAUNCHERS if f"scripts/launch/{name}" not in FRONT.read_text(encoding="utf-8")] == []
 
 
+def test_every_config_has_a_row_of_what_it_takes_to_reproduce():
+    named = set(re.findall(r"\w+\.py", (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")))
+    assert {path.name for path in ROOT.glob("configs/*/[a-z]*.py")} - named == set()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_on_pages_exist(name: str):
     """Modules, their flags, configs with their arguments, and keys that are overridden."""
