@@ -180,17 +180,19 @@ class WandbLog:
                         child.kill()
 
     def _work(self, settings: dict[str, Any]) -> None:
+        ended = False
         try:
             import wandb  # takes a second to import, which is this thread's to spend
 
             run = wandb.init(settings=wandb.Settings(silent=True), **settings)
             while (action := self._queue.get()) is not None:
                 action(run)
+            ended = True
             run.finish(exit_code=self._exit_code)
         except Exception as error:
             # Any failure of a logging service is less important than the run.
             _LOG.warning("W&B stopped (%s); metrics.jsonl goes on", (str(error) or repr(error)).splitlines()[0])
-            while self._queue.get() is not None:
+            while not ended and self._queue.get() is not None:
                 pass
 
 

@@ -150,6 +150,17 @@ def test_a_wandb_that_fails_neither_stops_nor_delays(tmp_path, monkeypatch, capl
     assert "no network" in caplog.text
 
 
+def test_a_wandb_that_fails_at_the_end_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    class Run:
+        def finish(self, exit_code):
+            raise RuntimeError("no network")
+
+    fake_wandb(monkeypatch, init=lambda **settings: Run())
+    log = WandbLog(wandb_config(), tmp_path, "abc", {})
+    log.close(seconds=2.0)
+    assert "no network" in caplog.text and "left behind" not in caplog.text
+
+
 def test_a_wandb_that_hangs_does_not_delay(tmp_path, monkeypatch):
     fake_wandb(monkeypatch, init=lambda **settings: time.sleep(3))
     log = WandbLog(wandb_config(), tmp_path, "abc", {})
