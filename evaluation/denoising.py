@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cli.errors import UserError
-from data.preprocess import center_square
+from data.preprocess import transform_pair
 from data.records import CAPTIONS, first_captions, open_records
 from evaluation.records import Record
 from sample.samplers.diffusion import DiffusionSampler
@@ -43,7 +43,8 @@ def caption_loss(trained: TrainedSampler, split: str, num: int, seed: int) -> Re
     source = open_records(config.data, split, fields=(), needs=(CAPTIONS,))
     records = [source[index] for index in range(num)]
     text = trained.encode([record[CAPTIONS][0] for record in records])["text"]
-    images = np.stack([center_square(record["image"], config.data.image_size) for record in records])
+    transform = transform_pair(config.data.transform).evaluation
+    images = np.stack([transform(record["image"], config.data.image_size, None) for record in records])
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), np.arange(num, dtype=np.int32))
     shares = (np.random.default_rng(seed).permutation(num) + 0.5) / num
     blank = np.broadcast_to(trained.sampler.text.blank, text.shape)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cli.errors import UserError
+from data.preprocess import TRANSFORMS, TransformPair, center_square
 from data.records import RecordSource
 from evaluation.__main__ import main
 from evaluation.clip.metrics import ClipSettings
@@ -52,6 +53,13 @@ def test_a_network_that_says_nothing_has_the_error_of_the_target_itself(diffusio
     images = np.stack([source[index]["image"] for index in range(NUM)]) / 127.5 - 1
     assert result["values"]["mse"] == pytest.approx(np.mean(np.square(images)), rel=1e-5)
     assert result["counted"] == {"own_better": NUM}
+
+
+def test_pictures_are_cut_as_the_config_s_evaluation_cuts_them(diffusion, monkeypatch):
+    cut = TransformPair(center_square, lambda image, size, rng: np.full_like(center_square(image, size), 255))
+    monkeypatch.setitem(TRANSFORMS, diffusion.config.data.transform, cut)
+    silent = with_params(diffusion, "denoiser", jnp.zeros_like)
+    assert caption_loss(silent, "validation", NUM, seed=0)["values"]["mse"] == pytest.approx(1, rel=1e-5)
 
 
 def test_the_noise_of_a_record_depends_on_the_seed_alone(diffusion):
