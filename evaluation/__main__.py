@@ -32,7 +32,8 @@ metric as it ends: one that fails is named at the end, and costs no other.
 
 caption_accuracy   share of captions whose picture has every attribute right, and each attribute (embedded dataset)
 written_captions   share of captions that are written for pictures (or captions) and say nothing wrong, each attribute
-agreement          the same of pairs that are drawn of nothing
+agreement          the same of pairs that are drawn of nothing, once for all splits
+round_trip         share of captions that are right after they are drawn, described and drawn again, and after each leg
 answers            share of questions about a picture that are answered right, of each kind, and about a wrong picture
 text_perplexity    of questions with their answers, without a picture: the same of a language model before and after
 answer_perplexity  of the answers of a split: with the picture that is asked about, a wrong one, none
@@ -97,11 +98,11 @@ def main(arguments: Sequence[str]) -> None:
     features.add_argument(
         "--features_dir", help="where the dataset's features are kept (default ~/.cache/tessera/features)"
     )
-    scored = parser.add_argument_group("metrics of a CLIP")
+    scored = parser.add_argument_group("judging by a CLIP")
     scored.add_argument("--clip", metavar="RUN", help="a trained or a converted CLIP")
     scored.add_argument("--convention", default="cosine", help="of clip_score: cosine, hessel, torchmetrics")
     scored.add_argument("--candidates", type=int, default=16, help="most that rerank chooses from (default 16)")
-    classes = parser.add_argument_group("metrics of a CLIP")
+    classes = parser.add_argument_group("classes of a CLIP")
     classes.add_argument("--label", default="label", help="the dataset's field of class numbers (default label)")
     classes.add_argument("--classes", metavar="FILE", help="names of the classes, one a line (default: the dataset's)")
     classes.add_argument("--templates", metavar="FILE", help="prompts, one a line, with {} for the name of a class")

@@ -25,7 +25,7 @@ from evaluation.denoising import CAPTION_LOSS, caption_loss
 from evaluation.features.metrics import FEATURE_METRICS, FeatureSettings, check_feature_metrics, feature_makers
 from evaluation.points import LIKELIHOOD, POINT_METRICS, point_values
 from evaluation.reconstruction import code_usage, reconstruction_errors
-from evaluation.records import Record, check_finite, keep_picture
+from evaluation.records import Record, check_finite, heading, keep_picture
 from evaluation.text_perplexity import TEXT_PERPLEXITY, text_perplexity
 from evaluation.tools import Tools, check_tools
 from evaluation.written_captions import (
@@ -48,6 +48,8 @@ _TOLD: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 # Those that draw nothing, and so read no setting of it.
 _DRAW_NOTHING = (CAPTION_LOSS, ANSWER_PERPLEXITY, TEXT_PERPLEXITY, LIKELIHOOD)
+# Those that read no split: computed once, and recorded with none.
+_OF_NO_SPLIT = (AGREEMENT,)
 
 
 def default_splits(config: ConfigDict) -> list[str]:
@@ -151,7 +153,8 @@ def evaluate_run(
       checked: whether the caller has looked at the settings, as of a sweep, where each has an effect in some cell.
 
     Returns:
-      One record for each metric and split, with values and everything they depend on.
+      One record for each metric and split (None of a metric that reads none), with values and everything they depend
+      on.
 
     Raises:
       UserError: if a metric is unknown or does not apply, or lacks what it needs, or a setting is not the run's, before
@@ -172,14 +175,14 @@ def evaluate_run(
         _check_records(trained, names, split, num)
     records, failed = [], []
 
-    def attempt(tried: Sequence[str], split: str, work: Callable[[], Any]) -> Any:
+    def attempt(tried: Sequence[str], split: str | None, work: Callable[[], Any]) -> Any:
         try:
             return work()
         except UserError as error:
-            failed.append(f"{' and '.join(tried)} on {split}: {error}")
+            failed.append(f"{heading(' and '.join(tried), split)}: {error}")
             return None
 
-    def add(name: str, split: str, make: Callable[[], Record]) -> None:
+    def add(name: str, split: str | None, make: Callable[[], Record]) -> None:
         found = attempt([name], split, lambda: check_finite(make()))
         if found is not None:
             records.append({"metric": name, "split": split, **_provenance(trained, name, num, seed, settings), **found})
@@ -189,8 +192,10 @@ def evaluate_run(
         # Pictures are embedded once, and drawn once, for all metrics that compare them.
         shared = names if "features" in sampler.makes else compared
         for name in names if shared is not names else ():
-            if name not in compared:
-                add(name, split, functools.partial(_FOUND[name], _Asked(trained, split, num, seed, settings, tools)))
+            splitless = name in _OF_NO_SPLIT
+            if name not in compared and not (splitless and split != splits[0]):
+                asked = _Asked(trained, split, num, seed, settings, tools)
+                add(name, None if splitless else split, functools.partial(_FOUND[name], asked))
         if not shared:
             continue
         if shared is names:

@@ -17,33 +17,17 @@ from weights.run import EVALUATION, SAMPLES, Run
 Record = dict[str, Any]
 
 # What a record found; all else is what it was computed with.
-_FOUND = ("values", "counted", "strength", "standard_errors")
-
-_NOT_SHARES = (
-    "mse",
-    "mse_shuffled",
-    "mse_blank",
-    "psnr_db",
-    "perplexity",
-    "fid",
-    "kid",
-    "cmmd",
-    "inception_score",
-    "deviation",
-    "rank",
-    "cosine",
-    "clip_score",
-    "bleu",
-    "cider",
-    "energy_distance",
-    "of_data",
-    "bits_per_dimension",
-)
+FOUND = ("values", "counted", "strength", "standard_errors")
 
 
-def is_share(name: str, value: Any) -> bool:
-    """Whether a value is a share of pictures, shown as a percentage, rather than an error or a count."""
-    return isinstance(value, float) and not name.endswith(_NOT_SHARES)
+def is_share(record: Record, name: str) -> bool:
+    """Whether a value of a record is a share of what is counted, shown as a percentage, rather than an error."""
+    return name in record.get("counted", {})
+
+
+def heading(metric: str, split: str | None) -> str:
+    """What stands above a metric's values; one that is of no split has None."""
+    return f"{metric} on {split}" if split else metric
 
 
 def read_records(folder: Location) -> list[Record]:
@@ -86,7 +70,7 @@ def write_records(run: Run, records: Sequence[Record]) -> None:
     earlier = read_records(run.folder)
 
     def identity(record: Record) -> str:
-        return json.dumps({key: value for key, value in record.items() if key not in _FOUND}, sort_keys=True)
+        return json.dumps({key: value for key, value in record.items() if key not in FOUND}, sort_keys=True)
 
     new = {identity(record) for record in records}
     kept = [record for record in earlier if identity(record) not in new]
@@ -105,10 +89,10 @@ def format_table(records: Sequence[Record]) -> str:
     """Lays records out for a terminal, shares with their standard error."""
     lines = []
     for record in records:
-        settings = {k: v for k, v in record.items() if k not in ("metric", "split", *_FOUND)}
-        lines.append(f"{record['metric']} on {record['split']} ({json.dumps(settings)})")
+        settings = {k: v for k, v in record.items() if k not in ("metric", "split", *FOUND)}
+        lines.append(f"{heading(record['metric'], record['split'])} ({json.dumps(settings)})")
         for name, value in record["values"].items():
-            if is_share(name, value):
+            if is_share(record, name):
                 binomial = math.sqrt(max(value * (1 - value), 0) / record["counted"][name])
                 error = record.get("standard_errors", {}).get(name, binomial)
                 lines.append(f"  {name:<28} {100 * value:6.1f} %  +- {100 * error:.1f}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from cli.locations import Location
 from evaluation.page import picture_tag, pyplot, svg_of, write_page
-from evaluation.records import is_share, read_records
+from evaluation.records import FOUND, is_share, read_records
 from sample.samplers import create_sampler
 from weights.run import DONE, SAMPLES, Run, read_metrics
 
@@ -95,22 +95,21 @@ def _score_table(records: Sequence[Mapping[str, Any]]) -> str:
     """The table of one metric: a column for each split."""
     newest = {record["split"]: record for record in records}
     names = list(dict.fromkeys(name for record in newest.values() for name in record["values"]))
-    head = "".join(f"<th>{html.escape(split)} (N = {record['num']})</th>" for split, record in newest.items())
+    head = "".join(f"<th>{html.escape(split or '')} (N = {record['num']})</th>" for split, record in newest.items())
     lines = []
     for name in names:
-        cells = "".join(
-            f'<td class="number">{_number(name, record["values"].get(name))}</td>' for record in newest.values()
-        )
+        cells = "".join(f'<td class="number">{_number(record, name)}</td>' for record in newest.values())
         lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    hidden = ("metric", "split", "values", "counted", "num")
+    hidden = ("metric", "split", "num", *FOUND)
     settings = ", ".join(f"{key} {value}" for key, value in records[-1].items() if key not in hidden)
     return f'<table><tr><th></th>{head}</tr>{"".join(lines)}</table><p class="note">{html.escape(settings)}</p>'
 
 
-def _number(name: str, value: float | int | None) -> str:
+def _number(record: Mapping[str, Any], name: str) -> str:
+    value = record["values"].get(name)
     if value is None:
         return ""
-    return f"{100 * value:.1f} %" if is_share(name, value) else f"{value:.4g}"
+    return f"{100 * value:.1f} %" if is_share(record, name) else f"{value:.4g}"
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], title: str, metric: str) -> str:

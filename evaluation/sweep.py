@@ -7,7 +7,7 @@ from typing import Any
 from cli.errors import UserError
 from evaluation.applicable_metrics import chosen_metrics
 from evaluation.evaluate import check_mode, drawn_metrics, evaluate_run, idle_in
-from evaluation.records import Record, write_records
+from evaluation.records import Record, heading, write_records
 from evaluation.tools import Tools, check_tools
 from sample.arguments import average_of
 from sample.sheets.axes import Axis, spell
@@ -79,7 +79,7 @@ def evaluate_cells(
             if title:
                 found = ", ".join(f"{name} {value:.5g}" for name, value in record["values"].items())
                 place = f"cell {number + 1} of {len(cells)}: {title}"
-                print(f"{place}: {record['metric']} on {record['split']}: {found}", flush=True)
+                print(f"{place}: {heading(record['metric'], record['split'])}: {found}", flush=True)
 
         try:
             chosen = {name: cell[name] for name in _WEIGHTS if name in cell}

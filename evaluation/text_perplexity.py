@@ -46,7 +46,7 @@ def text_perplexity(trained: TrainedSampler, split: str, num: int) -> Record:
     for start in range(0, num, _CHUNK):
         places = np.arange(start, start + _CHUNK)
         text = stream.batch(np.minimum(places, num - 1).tolist())["text"]
-        text = text[:, : (text != model.text_pad_id).any(axis=0).sum()]  # the same program, whatever a row may hold
+        text = text[:, : (text != model.text_pad_id).any(axis=0).sum()]  # as programs of both, whose rows differ
         mask = (text != model.text_pad_id) & (places < num)[:, None]
         total += jax.device_get(nats_of(model, trained.weights.params[part], text, mask, None))
     return {"values": {TEXT_PERPLEXITY: math.exp(total[0] / max(total[1], 1))}, "counted": {}}

@@ -206,7 +206,8 @@ def _retrieval(trained: TrainedSampler, pictures: Pictures, embed: Embed) -> Rec
     kept = list({meaning: place for place, meaning in reversed(list(enumerate(meanings)))}.values())[::-1]
     texts, own = match_captions([captions[place] for place in kept])
     values = retrieval_metrics(pictures.features[kept], embed(texts), own)
-    counted = {name: len(texts) if name.startswith("text") else len(kept) for name in values}
+    shares = [name for name in values if not name.endswith("rank")]
+    counted = {name: len(texts) if name.startswith("text") else len(kept) for name in shares}
     return {"values": values, "counted": counted, "pictures": len(kept), "captions": len(texts)}
 
 

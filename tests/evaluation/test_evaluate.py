@@ -1,6 +1,7 @@
 """Evaluation of real (tiny) runs: what is computed, printed and kept."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from cli.errors import UserError
 from data import scenes
 from data.pictures import read_picture
 from data.scenes.scenes_dataset_builder import generate_example
-from evaluation import evaluate, sweep
-from evaluation.__main__ import main
+from evaluation import evaluate, report, sweep
+from evaluation.__main__ import _DESCRIPTION, main
 from evaluation.caption_accuracy import caption_accuracy, captioned_pictures
+from evaluation.clip.metrics import CLIP_METRICS
 from evaluation.clip.reranking import ClipScorer
 from evaluation.evaluate import evaluate_run, on_dataset
-from evaluation.features.metrics import FeatureSettings
+from evaluation.features.metrics import FEATURE_METRICS, FeatureSettings
 from evaluation.reconstruction import code_usage, reconstruction_errors
 from evaluation.records import check_finite, format_table, read_records, write_records
 from evaluation.report import headline_records
@@ -117,6 +119,35 @@ def test_a_metric_that_fails_costs_no_other(stage1, monkeypatch):
             stage1, names, ["validation"], 5, 0, {}, Tools(features=object.__new__(FeatureSettings)), kept.append
         )
     assert [(record["metric"], record["num"]) for record in kept] == [("reconstruction", 5), ("kid", 5)]
+
+
+def test_a_metric_without_a_split_is_computed_and_recorded_once(debug_run, monkeypatch):
+    trained = TrainedSampler.open(debug_run("scenes/unidiffuser.py"), chunk=4)
+    found = {"values": {"all": 0.5}, "counted": {"all": 4}}
+    monkeypatch.setattr(evaluate, "agreement_values", lambda *_: found)
+    monkeypatch.setattr(evaluate, "written_values", lambda *_: found)
+    records = evaluate_run(trained, ["agreement", "written_captions"], ["validation", "held_out"], 4, 0, {})
+    assert [(record["metric"], record["split"]) for record in records] == [
+        ("agreement", None),
+        ("written_captions", "validation"),
+        ("written_captions", "held_out"),
+    ]
+    assert format_table(records).startswith("agreement ({")
+
+
+def test_shares_are_what_is_counted_and_nothing_else(tmp_path):
+    record = {"metric": "new", "split": "validation", "num": 4, "values": {"right": 0.5, "anything": 0.5}}
+    record |= {"counted": {"right": 4}, "strength": {"right": 0.1}, "standard_errors": {"right": 0.25}, "seed": 7}
+    shares = [line.split() for line in format_table([record]).splitlines()[1:]]
+    assert shares == [["right", "50.0", "%", "+-", "25.0"], ["anything", "0.5"]]
+    table = report._score_table([record])
+    assert ">50.0 %<" in table and ">0.5<" in table
+    assert table.endswith('<p class="note">seed 7</p>')  # what it was computed with, and nothing that it found
+
+
+def test_help_says_of_each_metric_what_it_is():
+    for name in (*evaluate._FOUND, *FEATURE_METRICS, *CLIP_METRICS):
+        assert re.search(rf"^{name} +\S", _DESCRIPTION, re.MULTILINE), name
 
 
 def test_a_file_of_records_is_json_whatever_it_held(tmp_path):
