@@ -29,7 +29,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from cli.errors import UserError
 from cli.locations import Location, in_store, locate, write_whole
-from data.plain_png import decode_plain_png
+from data.plain_png import decode_plain_png, has_all_rows
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
@@ -42,6 +42,7 @@ BACKGROUND = (255, 255, 255)  # under transparency
 
 _ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+_COMPRESSION, _PLANES, _SAMPLE_FORMAT, _SIGNED = 259, 284, 339, 2
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,7 +57,9 @@ _TURNS = {
 _PILLOW = re.compile(r"PIL\.")  # modules whose warnings are ignored
 
 _CONVERT = "convert it to PNG or JPEG"
+_SIGN = f"its pixels have a sign or 32 bits, without an agreed white; {_CONVERT} of 8 bits"
 
+_LFS = "a pointer of Git LFS, not the file itself"
 # How files begin that people take for pictures of a format above.
 _OTHERS = (
     (b"%PDF", "a PDF"),
@@ -73,7 +76,7 @@ _OTHERS = (
     (b"\x1f\x8b", "gzip"),
     (b"PK\x03\x04", "a ZIP archive"),
     (b"\x93NUMPY", "a NumPy array"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself"),
+    (b"version https://git-lfs", _LFS),
 )
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what cannot be read is said in one line, below
@@ -192,9 +195,20 @@ def _decode(picture: ImageFile.ImageFile, size: int) -> Image.Image:
     picture.draft(None, (size, size) if size else None)  # of a JPEG alone
     _check_pixels(picture, whole)
     _scale_transparency(picture)
+    _check_samples(picture)
+    drawn = picture.tile[0][1] if picture.format == "GIF" and picture.tile else None
+    png: Any = picture.fp if picture.format == "PNG" else None
+    data = png.getvalue() if png else b""
     picture.load()
+    last = picture.crop((0, picture.height - 1, *picture.size))
+    if png and not np.asarray(last).any() and not has_all_rows(data):
+        raise PictureError("it is damaged or cut short: rows of pixels are missing")
     turn = _TURNS.get(_orientation(picture))
     rgb = _to_rgb(picture)
+    if drawn not in (None, (0, 0, *rgb.size)):  # around a frame that is smaller than its canvas there is nothing
+        canvas = Image.new("RGB", rgb.size, BACKGROUND)
+        canvas.paste(rgb.crop(drawn), drawn)
+        rgb = canvas
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -261,6 +275,16 @@ def _check_pixels(picture: Image.Image, whole: tuple[int, int]) -> None:
         raise PictureError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are read; make it smaller")
 
 
+def _check_samples(picture: ImageFile.ImageFile) -> None:
+    """Refuses a TIFF whose samples Pillow takes for others."""
+    tags = getattr(picture, "tag_v2", {})
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+        raise PictureError(_SIGN)
+    apart = tags.get(_PLANES) == 2 and tags.get(_COMPRESSION) == 1
+    if apart and max(tags.get(_BITS_PER_SAMPLE, (8,))) > 8:
+        raise PictureError(f"its colors are apart, each of more than 8 bits; {_CONVERT} of 8 bits")
+
+
 def _scale_transparency(picture: ImageFile.ImageFile) -> None:
     """Gives the clear color of a PNG the scale that Pillow gives its pixels."""
     clear = picture.info.get("transparency")
@@ -290,7 +314,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         raise PictureError(f"its pixels are floats, which have no agreed white; {_CONVERT} of 8 bits")
     if picture.mode == "I" and picture.format == "TIFF":
-        raise PictureError(f"its pixels have a sign or 32 bits, without an agreed white; {_CONVERT} of 8 bits")
+        raise PictureError(_SIGN)
+    if picture.mode == "La":
+        picture = picture.convert("LA")
     if picture.mode.startswith("I"):
         picture = _from_16_bits(picture)
     if picture.mode == "LAB":
@@ -324,11 +350,15 @@ def _what_else(data: bytes) -> str:
     head = data[:1024].lstrip().lower()
     other = next((name for start, name in _OTHERS if data.startswith(start)), None)
     if other is None and data[4:8] == b"ftyp":
+        if data[8:12] in (b"avif", b"avis"):
+            return "it is an AVIF that is damaged or cut short"
         other = "a HEIC" if data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1") else "a video"
     if b"<svg" in head:
         other = "an SVG drawing"
     elif head.startswith((b"<!doctype html", b"<html")):
         other = "a web page"
+    if other == _LFS:
+        return f"it is {other}; run `git lfs pull` where it came from"
     if other:
         return f"it is {other}; {_CONVERT}"
     return f"it is no picture of a kind that is read ({', '.join(_formats())}), or its header is damaged"

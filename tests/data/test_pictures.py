@@ -49,6 +49,23 @@ def png(header: tuple[int, int, int, int], rows: bytes, *chunks: tuple[bytes, by
     return b"\x89PNG\r\n\x1a\n" + first + b"".join(body)
 
 
+def tiff(size: tuple[int, int], strips: list[bytes], **tags: tuple[int, ...]) -> bytes:
+    """An uncompressed TIFF of (width, height) with tags `_NUMBER` of shorts beside those that every one has."""
+    rest = {int(name[1:]): values for name, values in tags.items()}
+    count = len(rest.get(258, (8,)))
+    places = [1000 + sum(map(len, strips[:index])) for index in range(len(strips))]
+    every = {256: size[:1], 257: size[1:], 258: (8,), 259: (1,), 262: (2 if count > 2 else 1,), 277: (count,)}
+    every |= {273: tuple(places), 278: size[1:], 279: tuple(map(len, strips)), **rest}
+    entries, values, place = b"", b"", 8 + 2 + 12 * len(every) + 4
+    for tag in sorted(every):
+        packed = struct.pack(f"<{len(every[tag])}H", *every[tag])
+        entries += struct.pack("<HHI", tag, 3, len(every[tag]))
+        entries += packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", place + len(values))
+        values += packed if len(packed) > 4 else b""
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(every)) + entries + bytes(4) + values
+    return head.ljust(1000, b"\0") + b"".join(strips)
+
+
 @pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_a_palette_is_looked_up(form):
     picture = Image.fromarray(halves())
@@ -125,6 +142,45 @@ def test_numbers_without_an_agreed_white_are_refused():
     for array, words in ((np.zeros((4, 4), np.float32), "floats"), (np.zeros((4, 4), np.int32), "32 bits")):
         with pytest.raises(PictureError, match=f"{words}.* convert it to PNG or JPEG of 8 bits"):
             read_picture(file(array, "TIFF"))
+
+
+def test_samples_that_would_be_taken_for_others_are_refused():
+    plain = tiff((2, 1), [b"\1\x80"])
+    assert read_picture(plain)[0, :, 0].tolist() == [1, 128]
+    with pytest.raises(PictureError, match="pixels have a sign or.* convert it to PNG or JPEG of 8 bits"):
+        read_picture(tiff((2, 1), [b"\1\x80"], _339=(2,)))
+    planes = [bytes([0, 1, 0, 2]), bytes([0, 3, 0, 4]), bytes([0, 5, 0, 6])]
+    with pytest.raises(PictureError, match="colors are apart, each of more than 8 bits; convert"):
+        read_picture(tiff((2, 1), planes, _258=(16, 16, 16), _284=(2,)))
+    apart = tiff((2, 1), [b"\1\2", b"\3\4", b"\5\6"], _258=(8, 8, 8), _284=(2,))
+    assert read_picture(apart).tolist() == [[[1, 3, 5], [2, 4, 6]]]
+
+
+def test_gray_that_was_multiplied_by_its_alpha_is_laid_on_white():
+    data = tiff((2, 1), [bytes([50, 128, 0, 0])], _258=(8, 8), _338=(1,))
+    assert abs(int(read_picture(data)[0, 0, 0]) - (50 + 127)) <= 1 and read_picture(data)[0, 1, 0] == 255
+
+
+def test_around_a_frame_that_is_smaller_than_its_canvas_it_is_white():
+    data = bytearray(file(Image.new("P", (4, 4), 1), "GIF"))
+    frame = data.index(b",", 13 + 3 * 2 ** ((data[10] & 7) + 1))
+    data[6:10], data[frame + 1 : frame + 5] = struct.pack("<HH", 8, 8), struct.pack("<HH", 2, 3)
+    picture = read_picture(bytes(data))
+    color = picture[3, 2]
+    assert picture.shape == (8, 8, 3) and (picture[3:7, 2:6] == color).all() and (color != 255).any()
+    picture = picture.copy()
+    picture[3:7, 2:6] = 255
+    assert (picture == 255).all()
+
+
+@pytest.mark.parametrize(("color", "depth"), [(0, 8), (2, 8), (6, 8), (3, 4), (0, 1), (2, 16)])
+def test_a_png_that_ends_before_its_rows_do_is_damaged(color, depth):
+    row = b"\0" + bytes(-(-5 * depth * {0: 1, 2: 3, 3: 1, 6: 4}[color] // 8))
+    palette = [(b"PLTE", bytes(48))] if color == 3 else []
+    assert read_picture(png((5, 6, depth, color), 6 * row, *palette)).shape == (6, 5, 3)
+    for rows in (b"", 3 * row, (6 * row)[:-1]):
+        with pytest.raises(PictureError, match="damaged"):
+            read_picture(png((5, 6, depth, color), rows, *palette))
 
 
 @pytest.mark.parametrize(("form", "mode"), [("PNG", "RGBA"), ("WEBP", "RGBA"), ("TIFF", "RGBA"), ("PNG", "LA")])
@@ -286,6 +342,11 @@ UNREADABLE = {
     "eps": (file(Image.fromarray(halves()), "EPS"), "PostScript; convert"),
     "dds": (file(Image.fromarray(halves()), "DDS"), "a DDS; convert"),
     "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC; convert"),
+    "avif": (b"\0\0\0\x20ftypavif\0\0\0\0avif", "an AVIF that is damaged"),
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "pointer of Git LFS.*; run `git lfs pull`",
+    ),
     "text": (b"hello", "no picture of a kind that is read"),
     "claims": (claims(15000, 15000), "more than the 67,108,864 pixels"),
     "claims_less": (claims(9000, 9000), "9000 x 9000 pixels are more than the 67,108,864"),
