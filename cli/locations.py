@@ -116,12 +116,18 @@ def make_folder(location: Location) -> None:
 
 
 def write_whole(location: Location, content: str | bytes) -> None:
-    """Writes a file, whole or not at all: a reader sees what was there before, or all of the new."""
+    """Writes a file, whole or not at all: a reader sees what was there before, or all of the new.
+
+    What is there and is no file, such as a pipe or /dev/stdout, is written to as it is.
+    """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if in_store(location):
         location.write_bytes(data)
         return
-    draft = location.with_suffix(".tmp")
+    if location.exists() and not location.is_file():
+        location.write_bytes(data)
+        return
+    draft = location.with_name(f"{location.name}.tmp")
     draft.write_bytes(data)
     draft.replace(location)
 

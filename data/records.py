@@ -8,17 +8,19 @@ before anything is computed.
 
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from cli.errors import UserError
-from cli.locations import Location, explain, locate_from_home
+from cli.locations import Location, explain, in_store, locate, locate_from_home
 from cli.plurals import spell_count
 from data import drawings, scenes
 from data.bounded_cache import BoundedCache
@@ -39,6 +41,8 @@ DEFAULT_DATA_DIR: str = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
 
 MADE_HERE: Mapping[str, Any] = {"scenes": scenes, "drawings": drawings}  # each with `NAMES` and `prepare`
 
+_VERSION = re.compile(r"\d+(\.\d+)*")
+
 # TFDS suggests OpenCV for every source it opens; Pillow is enough.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
@@ -54,7 +58,7 @@ def dataset_folder(dataset: str, data_dir: str | None) -> Location:
       UserError: if it was not prepared.
     """
     root = locate_from_home(data_dir or DEFAULT_DATA_DIR)
-    versions = [path.parent for path in (root / dataset).glob(f"*/{INFO}")]
+    versions = [path.parent for path in (root / dataset).glob(f"*/{INFO}") if _VERSION.fullmatch(path.parent.name)]
     if not versions:
         raise UserError(f"dataset {dataset} is not in {root}; {_how_to_prepare(dataset, data_dir)}")
     return max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
@@ -73,6 +77,44 @@ def _how_to_prepare(dataset: str, data_dir: str | None) -> str:
     where = f" --data_dir={data_dir}" if data_dir else ""
     own = f"folder --source=... --name={name or '...'}"
     return f"run `python -m scripts.prepare --dataset={own if group == 'folder' else dataset}{where}`"
+
+
+def _read_index(dataset: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """What a dataset's own files say of it.
+
+    Raises:
+      UserError: if they are not there, damaged, or of a form that has no random access.
+    """
+    folder = dataset_folder(dataset, data_dir)
+    again = f"move it away and {_how_to_prepare(dataset, data_dir)}"
+    try:
+        builder = tfds.builder_from_directory(folder)
+        complete = bool(builder.info.features) and bool(builder.info.splits)
+        random_access = builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD
+    except Exception as error:  # the readers of these files raise of every kind
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"the index of dataset {dataset} in {folder} is damaged ({line}); {again}") from error
+    if not complete:
+        raise UserError(f"the index of dataset {dataset} in {folder} names no features or no splits; {again}")
+    if not random_access:
+        raise UserError(f"dataset {dataset} in {folder} was prepared in a format without random access; {again}")
+    return builder
+
+
+def _compare_counts(instructions: Iterable[Any], dataset: str, data_dir: str | None) -> None:
+    """Raises UserError if a shard on this machine has more or fewer records than its index says."""
+    for each in instructions:
+        path = locate(str(each.filename))
+        if in_store(path) or not path.is_file():
+            continue
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()
+        if count != each.examples_in_shard:
+            raise UserError(
+                f"{path} has {spell_count(count, 'record')}, and the index says {each.examples_in_shard}; "
+                f"copy the dataset again, or move it away and {_how_to_prepare(dataset, data_dir)}"
+            )
 
 
 class RecordSource:
@@ -115,9 +157,10 @@ class RecordSource:
           read: makes `image` of the bytes of a file.
 
         Raises:
-          UserError: if the dataset is not prepared, or has no such split, pictures, captions or class numbers.
+          UserError: if the dataset is not prepared, its index is damaged or tells another number of records than
+            there are, or it has no such split, pictures, captions or class numbers.
         """
-        builder = tfds.builder_from_directory(dataset_folder(dataset, data_dir))
+        builder = _read_index(dataset, data_dir)
         try:
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             self._source = builder.as_data_source(split=split, deserialize_method=raw)  # pyright: ignore[reportCallIssue]
@@ -125,13 +168,9 @@ class RecordSource:
             raise UserError(
                 f"dataset {dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             ) from error
-        except NotImplementedError as error:  # what TFDS raises of its default, TFRecord, and of nothing else here
-            raise UserError(
-                f"dataset {dataset} in {builder.data_path} was prepared in a format without random access; move it "
-                f"away and {_how_to_prepare(dataset, data_dir)}"
-            ) from error
         if not len(self._source):
             raise UserError(f"split {split!r} of {dataset} is empty; prepare the dataset again")
+        _compare_counts(builder.info.splits[split].file_instructions, dataset, data_dir)
         stored: Any = builder.info.features
         self._dataset, self._split, self._stored = dataset, split, dict(stored.items())
         self._image = find_image_field(self._stored, image_field, dataset) if pictures else None

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,9 @@ _EOS = "<|EOS|>"  # what UniDiffuser's captioner has behind GPT-2's own end
 
 _CACHE_BYTES = 2**25  # of encodings, and as much of words
 _LONGEST_KEPT = 1024  # letters of a caption whose encoding is kept
+# Longer words are cut where a vocabulary is learned, whose time grows with their square.
+_LONGEST_WORD = 1000
+_LONG_WORDS = re.compile(rf"(\S{{{_LONGEST_WORD}}})\S+|(\s{{{_LONGEST_WORD}}})\s+")
 _PER_ITEM = 64  # bytes of an id or a letter in a list, about
 
 _MERGED_AT_ONCE = 64  # letters of a word under BPE dropout, whose cost grows with their square; few words are longer
@@ -111,7 +115,7 @@ class Tokenizer:
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        model.train_from_iterator(texts, trainer)
+        model.train_from_iterator((_LONG_WORDS.sub(r"\1\2", text) for text in texts), trainer)
         return cls(model)
 
     @classmethod

@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
@@ -29,6 +30,19 @@ def test_a_local_path_is_a_path_and_its_draft_gets_its_name(tmp_path: Path):
     write_whole(path, "å\n")
     assert path.read_bytes() == "å\n".encode() and set(os.listdir(tmp_path)) - before == {"a.json"}
     assert local_copy(path) is path
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (tmp_path / "page.tmp").write_text("somebody's")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        write_whole(pipe, "all of it")
+        assert read.result(timeout=10) == "all of it"
+    assert pipe.is_fifo()
+    write_whole(tmp_path / "page.html", "a page")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.tmp", "pipe"]
+    assert (tmp_path / "page.tmp").read_text() == "somebody's"
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,41 @@ def test_a_dataset_that_is_read_from_start_to_end_alone_is_refused(tmp_path):
         RecordSource(NAME, "train", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("dataset_info.json", lambda text: "", "is damaged"),
+        ("dataset_info.json", lambda text: text[:40], "is damaged"),
+        ("dataset_info.json", lambda text: "\ufeff" + text, "is damaged"),
+        ("dataset_info.json", lambda text: text.replace("array_record", "anything"), "is damaged"),
+        ("dataset_info.json", lambda text: text.replace("array_record", "parquet"), "without random access"),
+        (
+            "dataset_info.json",
+            lambda text: '{"fileFormat": "array_record"}',
+            "is damaged|names no features or no splits",
+        ),
+        ("features.json", lambda text: text[:40], "is damaged"),
+        ("features.json", None, "is damaged|names no features"),
+        ("dataset_info.json", lambda text: text.replace('"3"', '"9"'), "has 3 records, and the index says 9; copy"),
+        ("dataset_info.json", lambda text: text.replace('"3"', '"2"'), "has 3 records, and the index says 2; copy"),
+    ],
+)
+def test_an_index_that_is_damaged_or_tells_another_number_is_one_line(tmp_path, name, change, message):
+    prepare_made_up(tmp_path, {"text": tfds.features.Text()}, {"train": [{"text": word} for word in "abc"]})
+    path = tmp_path / NAME / "1.0.0" / name
+    text = path.read_text()
+    path.unlink() if change is None else path.write_text(change(text))
+    with pytest.raises(UserError, match=message) as raised:
+        RecordSource(NAME, "train", str(tmp_path))
+    assert "\n" not in str(raised.value) and "scripts.prepare" in str(raised.value)
+
+
+def test_what_lies_beside_the_versions_of_a_dataset_is_none(tmp_path):
+    prepare_made_up(tmp_path, {"text": tfds.features.Text()}, {"train": [{"text": "a"}]})
+    shutil.copytree(tmp_path / NAME / "1.0.0", tmp_path / NAME / "1.0.0.bak")
+    assert len(RecordSource(NAME, "train", str(tmp_path), pictures=False, captions=False)) == 1
+
+
 def test_mistakes(scenes_dir, tmp_path):
     with pytest.raises(UserError, match="scripts.prepare"):
         dataset_folder("scenes/single32", str(tmp_path))

@@ -83,6 +83,15 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     assert (again.encode(TEXTS[0], 8).ids == tokenizer.encode(TEXTS[0], 8).ids).all()
 
 
+def test_a_word_without_end_is_learned_from_its_beginning(tmp_path):
+    """Time would grow with the square of a word's length: the whole took minutes."""
+    texts = ["a small red circle", "ab" * 200_000, "x" + " " * 200_000 + "y"]
+    cut = ["a small red circle", "ab" * 500, "x" + " " * 1000 + "y"]
+    for name, learned in (("whole", texts), ("cut", cut)):
+        Tokenizer.train(learned, 300).save(tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "cut").read_bytes()
+
+
 def test_training_is_deterministic(tokenizer):
     again = Tokenizer.train(TEXTS, 400)
     assert again.vocab_size == tokenizer.vocab_size

@@ -103,7 +103,7 @@ class Folder(Origin):
 
     def find(self, *names: str) -> Path | None:
         """The first of these files that the folder has."""
-        found = next((self.path / name for name in names if (self.path / name).is_file()), None)
+        found = next((self.path / name for name in names if _is_file(self.path / name)), None)
         return None if found is None else local_copy(found)
 
     def _owns(self, path: Path) -> bool:
@@ -386,3 +386,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
         raise ValueError(f"the key {twice!r} is there twice")
     return value
+
+
+def _is_file(path: Location) -> bool:
+    """Whether there is such a file; a name that an index gives may be longer than any file's."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

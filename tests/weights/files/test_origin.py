@@ -252,6 +252,7 @@ def test_each_tensor_is_read_from_the_file_that_the_index_assigns(tmp_path, caps
         ({"a": "x\\1.safetensors"}, "an index names files of its own folder"),
         ({"a": ""}, "an index names files of its own folder"),
         ({"a": "3.safetensors"}, "has no 3.safetensors"),
+        ({"a": f"{'3' * 300}.safetensors"}, "has no 333"),
         ({"a": "link.safetensors"}, "is a link out of its folder"),
         ({"b": "1.safetensors"}, "says that b is in 1.safetensors, which has no such tensor"),
     ],
