@@ -45,7 +45,7 @@ for smaller batches, and writes memory, traffic and bounds as rows of that page,
 
 With --decode it is the program of `python -m sample` that answers questions, of a Llama or a vision adapter.
 
-The exit code is 0 if the step fits into the memory of its devices and 1 if it does not.
+The exit code is 0 if the step fits into the memory of its devices, of a search into any of those tried, and 1 if not.
 """
 
 # What XLA's TPU plugin asks of a TPU machine; it is told once and for all, and does not look for one.
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("--search goes without --topology, --table and --json")
         if options.search.partition(":")[0] in CHIPS:
             return _search(rest, config, options.search, options.answers, options.minutes)
-        return _search_gpus(name, config, options.search)
+        return _search_gpus(rest, config, options.search)
     topology = options.topology or config.mesh.topology
     if not topology:
         raise UserError("config.mesh.topology names no slice; give one, such as --topology=v5e:4x4")
@@ -270,8 +270,8 @@ def _say_way(way: Any) -> str:
     return f"fsdp {way.fsdp}, {way.microbatches} microbatch(es){recomputed}"
 
 
-def _search_gpus(name: str, config: Any, asked: str) -> int:
-    """Answers `--search` of GPUs, each with the most that are tried of it; whether the last holds the step."""
+def _search_gpus(arguments: Sequence[str], config: Any, asked: str) -> int:
+    """Answers `--search` of GPUs, each with the most that are tried of it; 0 if any of them holds the step."""
     try:
         gpus = [gpu_of(each) for each in asked.split(",")]
     except UserError as error:
@@ -286,18 +286,18 @@ def _search_gpus(name: str, config: Any, asked: str) -> int:
     def say(way: Candidate, outcome: str) -> None:
         print(f"{way.chips} GPU(s), {_say_way(way)}: {outcome}", flush=True)
 
-    shapes, found = StepShapes(config, jax.devices("cpu")[0], fused_attention=True), None
+    shapes, found = StepShapes(config, jax.devices("cpu")[0], fused_attention=True), False
     for gpu in gpus:
         machines = gpu_candidates(config, gpu.count or GPU_COUNTS[-1])
         if not machines:
             raise UserError(f"config.batch_size={config.batch_size} does not divide over any number of GPUs")
-        found = search_gpus(config, machines, gpu=gpu, shapes=shapes, say=say)
-        if found is None:
+        fewest = search_gpus(config, machines, gpu=gpu, shapes=shapes, say=say)
+        if fewest is None:
             print(f"\nnothing of {gpu.name} fits, by an estimate: more GPUs, larger ones, or a smaller batch may\n")
             continue
-        way, sure = found
+        found, (way, sure) = True, fewest
         print(f"\ncheapest of {gpu.name}: {way.chips} GPU(s), by an estimate{'' if sure else ' that is close'}")
-        print(f"    python -m train --config={name} {' '.join(way.overrides())} --workdir=runs/NAME\n", flush=True)
+        print(f"    python -m train {shlex.join(_with_way(arguments, way))} --workdir=runs/NAME\n", flush=True)
     return EXIT_OK if found else EXIT_DOES_NOT_FIT
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
-from cost import gpu_memory
+from cost import gpu_memory, gpu_search
 from cost.answering import fit_answers
 from cost.chips import GIB
 from cost.fit_report import COLUMNS, fit_table, format_report, row_hashes, table_row
@@ -276,6 +277,22 @@ def test_kinds_of_gpus_are_searched_with_one_program(capsys):
     assert printed.count("1 GPU(s), fsdp 1, 1 microbatch(es), remat none: fits: 0.") == 2
     assert "cheapest of 1: 1 GPU(s), by an estimate\n    python -m train --config=" + CONFIG in printed
     assert "cheapest of 24: " in printed and "--config.mesh.topology" not in printed
+
+
+@pytest.mark.parametrize(("fitting", "code"), [((True, False), 0), ((False, True), 0), ((False, False), 1)])
+def test_a_search_of_gpus_ends_well_if_any_fits(fitting, code, monkeypatch, capsys):
+    """Its commands can be copied, and say each key once."""
+    found = iter(fitting)
+    first = lambda _, machines, **__: (machines[0][0], True) if next(found) else None  # noqa: E731
+    monkeypatch.setattr(gpu_search, "search_gpus", first)
+    given = [f"--config={CONFIG}", "--config.trainable=('decoder/',)", "--config.mesh.fsdp=8"]
+    assert fit.main([*given, "--search=80:1,24:1"]) == code
+    commands = [line for line in capsys.readouterr().out.splitlines() if "python -m train" in line]
+    assert len(commands) == sum(fitting)
+    for command in commands:
+        _, _, _, *arguments = shlex.split(command)
+        assert arguments[:2] == given[:2]
+        assert [each for each in arguments if "mesh.fsdp" in each] == ["--config.mesh.fsdp=1"]
 
 
 @pytest.mark.parametrize(
