@@ -28,6 +28,7 @@ from cost.timing import Spread, time_in_turn, time_windows
 from data.batch_reader import BatchReader
 from data.pipeline import load_tokenizer, open_stream
 from models import create_model
+from models.layers.dense import plain_layers
 from sample.samplers import create_sampler
 from sample.trained import CHUNK
 from train.distributed.mesh import batch_sharding, make_mesh, place_batch, process_rows
@@ -85,7 +86,8 @@ def made_up_batch(program: Program, config: ConfigDict) -> Batch:
 def model_flops(config: ConfigDict) -> int:
     """Matrix FLOPs of one update over all devices, without what rematerialization and microbatches repeat."""
     plain = plain_config(without_sources(config), recompute=False)
-    program = create_program(plain, make_mesh(plain.mesh))
+    with plain_layers():  # the step is traced here already, and the trace kept
+        program = create_program(plain, make_mesh(plain.mesh))
     with program.in_mesh():
         return matrix_flops(program.train_step, program.abstract_state, program.abstract_frozen, program.abstract_batch)
 

@@ -13,8 +13,8 @@ from cli.locations import explain, locate, make_folder, write_whole
 _DESCRIPTION = """\
 Shows the networks of an experiment, what each is for, and their modules in the order in which data pass them: name,
 parameters, matrix FLOPs, role. Equal modules beside each other are one line, "64 x blocks_0 ... blocks_63", with the
-figures of each. Then matrix FLOPs of a training step. Nothing is allocated, so the largest config can be described on
-a laptop.
+figures of each. Then matrix FLOPs of a training step, the optimizer's among them and nothing twice. Nothing is
+allocated, so the largest config can be described on a laptop.
 
 FLOPs of a module are multiplications and additions of its matrix products and convolutions (a multiply-add is two) in
 one forward call of its network, for one example of the run's size: one step of a diffusion without guidance, encoder
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def describe(config: Any, depth: int) -> dict[str, Any]:
-    """Returns parameters of each trained and frozen part by module, and FLOPs of a step.
+    """Returns parameters of each trained and frozen part by module, and FLOPs of a step, as `scripts.benchmark` counts.
 
     A trained part's "held" are those of its parameters that are not trained.
 
@@ -65,16 +65,15 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from cost.flops import matrix_flops
+    from cost.flops import matrix_flops, plain_config
     from train.objectives import create_objective
+    from train.optimizer import create_optimizer
     from train.precomputed import example_spec
     from train.trainable import count_parameters, trained_params, trained_patterns
     from weights.run import overlay
     from weights.sources import abstract_frozen
 
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.mesh.microbatches = 1  # they change neither parameters nor what a step asks for
+    config = plain_config(config, recompute=False)  # as scripts.benchmark counts a step
     objective = create_objective(config)
     batch = {
         name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
@@ -91,6 +90,8 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
         return objective.loss(overlay(params, trained), variables, frozen, batch, rng, step, True)[0]
 
     inputs = (trained, params, variables, frozen, batch, rng)
+    optimizer, _ = create_optimizer(config.optimizer, trained, config.steps, whole=params)
+    update = matrix_flops(optimizer.update, trained, jax.eval_shape(optimizer.init, trained), trained)
     parts = _parts(config, config.models, params, depth)
     for part, entry in parts.items():
         entry["held"] = entry["parameters"] - count_parameters(trained.get(part, {}))
@@ -101,7 +102,8 @@ def describe(config: Any, depth: int) -> dict[str, Any]:
         "trained": parts,
         "variables": int(np.sum([math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)])),
         "frozen": _parts(config, config.frozen, {part: trees["params"] for part, trees in frozen.items()}, depth),
-        "matrix_flops_per_step": matrix_flops(jax.grad(loss), *inputs),
+        "matrix_flops_per_step": matrix_flops(jax.grad(loss), *inputs) + update,
+        "matrix_flops_optimizer": update,
         "matrix_flops_forward": matrix_flops(loss, *inputs),
     }
 
@@ -118,6 +120,7 @@ def describe_run(folder: str, depth: int) -> dict[str, Any]:
     run = Run.open(folder)
     resolve_frozen(run.config, near=run.folder)
     run.config.batch_size = run.config.batch_size or 1
+    run.config.steps = run.config.steps or 1  # for a schedule
     try:
         return describe(run.config, depth)
     except UserError as error:
@@ -185,8 +188,9 @@ def format_description(description: dict[str, Any]) -> str:
     batch = description["batch_size"]
     lines.append(
         f"matrix FLOPs of a training step at batch size {batch}: {description['matrix_flops_per_step']:.4g} "
-        f"({description['matrix_flops_per_step'] / batch:.4g} an example; forward alone "
-        f"{description['matrix_flops_forward'] / batch:.4g})"
+        f"({(description['matrix_flops_per_step'] - description['matrix_flops_optimizer']) / batch:.4g} an example, "
+        f"forward alone {description['matrix_flops_forward'] / batch:.4g}; "
+        f"{description['matrix_flops_optimizer']:.4g} the optimizer)"
     )
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from cost import measured
 from cost.chips import Peak
 from cost.timing import Spread
 from models.layers import attention
+from scripts.describe import describe
 from train.distributed.mesh import make_mesh
 from train.program import create_program
 
@@ -83,6 +84,15 @@ def test_flops_are_those_of_the_mathematics():
     assert measured.model_flops(config_of("scenes/clip.py", **{"mesh.microbatches": 2})) == clip
     # More than three times the forward products of the dense layers: 12 D^2 a position and layer, D = 32.
     assert flops > 3 * 8 * 76 * 3 * 2 * 10 * 32**2
+
+
+@pytest.mark.parametrize("name", ["scenes/dalle.py", "scenes/autoencoder.py"])
+def test_a_description_counts_a_step_as_a_benchmark_does(name):
+    """The optimizer's products too, and none of the folding that one CPU does of convolutions."""
+    config = config_of(name)
+    described = describe(config, depth=1)
+    assert described["matrix_flops_per_step"] == measured.model_flops(config)
+    assert described["matrix_flops_optimizer"] > 0
 
 
 def test_tokens_and_dtype_are_the_trained_networks():
