@@ -88,6 +88,8 @@ def main(arguments: Sequence[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     own.add_argument("--workers", type=int, default=min(cores, 16), help="processes (default: one a core, 16 at most)")
     options = parser.parse_args(arguments)
+    if options.vocab_size < 257:
+        raise UserError(f"--vocab_size must be at least 257 (padding and 256 bytes), not {options.vocab_size}")
     if options.dataset == folder.DATASET or options.dataset.startswith(f"{folder.DATASET}/"):
         prepare_folder(options)
         return
@@ -154,8 +156,8 @@ def prepare_folder(options: argparse.Namespace) -> None:
     """Writes a dataset of a user's own pictures, says what was left out of it and why, and writes the tokenizer."""
     start = time.monotonic()
     request = _request(options)
-    if options.vocab_size < 257 or options.workers < 1:
-        raise UserError("--vocab_size must be at least 257 (padding and 256 bytes), and --workers at least 1")
+    if options.workers < 1:
+        raise UserError("--workers must be at least 1")
     listing = folder.list_source(request.source, request.fields)
     dataset = f"{folder.DATASET}/{request.name}"
     print(f"preparing {dataset} of {listing.kind}: {'; '.join(listing.notes) or 'no captions'}", flush=True)
