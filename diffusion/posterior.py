@@ -80,15 +80,6 @@ def bound_terms(process: Process, output: Array, x_0: Array, x_t: Array, t: Floa
     return jnp.mean(term, axis=tuple(range(1, x_t.ndim))) / math.log(2)
 
 
-def prior_term(schedule: DiscreteSchedule, x_0: Array) -> Float[Array, "b"]:
-    """KL(q(x_T | x_0) || N(0, 1)), bits per dimension."""
-    last = jnp.full(len(x_0), schedule.steps - 1, jnp.float32)
-    mean = _like(schedule.alpha(last), x_0) * x_0
-    log_variance = 2 * jnp.log(_like(schedule.sigma(last), x_0))
-    kl = gaussian_kl(mean, log_variance, jnp.zeros(()), jnp.zeros(()))
-    return jnp.mean(kl, axis=tuple(range(1, x_0.ndim))) / math.log(2)
-
-
 def _tables(schedule: DiscreteSchedule) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of each t: the factors of x_0 and x_t in the posterior mean, the posterior's log variance, ln beta; float64."""
     alpha_bar = schedule.alpha_bar

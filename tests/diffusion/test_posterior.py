@@ -14,7 +14,6 @@ from diffusion.posterior import (
     log_beta,
     posterior_log_variance,
     posterior_mean,
-    prior_term,
 )
 from diffusion.process import Process
 from diffusion.schedule import DiscreteSchedule, VPSchedule
@@ -85,13 +84,6 @@ def test_the_bound_of_a_gaussian(variance):
         error = before * (beta / (1 - after)) ** 2 * unknown
         expected = (math.log(chosen / small) + (small + error) / chosen - 1) / 2 / math.log(2)
         assert float(terms[place]) == pytest.approx(expected, rel=0.12)
-
-
-def test_what_is_left_at_the_end_of_the_chain():
-    x_0 = jnp.array([[0.5]])
-    alpha_bar = SCHEDULE.alpha_bar[-1]
-    expected = (-math.log(1 - alpha_bar) + (1 - alpha_bar) + alpha_bar * 0.25 - 1) / 2 / math.log(2)
-    assert float(prior_term(SCHEDULE, x_0)[0]) == pytest.approx(expected, rel=1e-2)
 
 
 def test_the_bound_needs_a_chain():
