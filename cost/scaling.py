@@ -49,11 +49,21 @@ class Point:
         Parameters stay split over as many devices as the config says, as far as there are so many.
         """
         config = config.copy_and_resolve_references()
+        config.update({"mesh": self._mesh(config), "batch_size": self._batch_size(config)})
+        return config
+
+    def overrides(self, config: ConfigDict) -> tuple[str, ...]:
+        """The same as what is added to a command line."""
+        mesh = (f"--config.mesh.{key}={value}" for key, value in self._mesh(config).items())
+        return (*mesh, f"--config.batch_size={self._batch_size(config)}")
+
+    def _mesh(self, config: ConfigDict) -> dict[str, Any]:
         shards = self.devices // config.mesh.tensor
         fsdp = shards if config.mesh.fsdp == -1 else math.gcd(config.mesh.fsdp, shards)
-        mesh = {"topology": self.topology, "data": -1, "fsdp": fsdp}
-        config.update({"mesh": mesh, "batch_size": self.examples * shards})
-        return config
+        return {"topology": self.topology, "data": -1, "fsdp": fsdp}
+
+    def _batch_size(self, config: ConfigDict) -> int:
+        return self.examples * (self.devices // config.mesh.tensor)
 
     @property
     def key(self) -> tuple[str, str]:

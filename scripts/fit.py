@@ -41,7 +41,8 @@ kept in --answers, so that a search that was cut goes on where it was. With --se
 likewise, 1 to 8 of each, by estimates, and says the fewest.
 
 With --scaling=docs/scaling.md it compiles the step for slices of 1 to 256 chips, each device with as many examples, and
-for smaller batches, and writes memory, traffic and bounds as rows of that page, which says what they show.
+for smaller batches, and writes memory, traffic and bounds as rows of that page, which says what they show. What takes
+longer than --minutes has no row.
 
 With --decode it is the program of `python -m sample` that answers questions, of a Llama or a vision adapter.
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the command line, compiles or finds the row of the table, and prints."""
     options, rest = _parser().parse_known_args(arguments)
     config = load_config(rest)
-    name = " ".join(rest).replace("--config=", "").replace("--config ", "")
+    name = _name(rest)
     if options.scaling:
         if options.gpu or options.search or options.table or options.json or options.decode is not None:
             raise UserError("--scaling goes without --gpu, --search, --table, --json and --decode")
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--chips and --examples are of --scaling")
     if options.decode is not None and (options.gpu or options.search or options.table or options.decode < 0):
         raise UserError("--decode=N, of 0 or more questions, goes without --gpu, --search and --table")
+    if not 0 < options.minutes <= _MOST_MINUTES:
+        raise UserError(f"--minutes={options.minutes:g} is not above 0 and at most {_MOST_MINUTES}")
     if options.gpu:
         if options.topology or options.table:
             raise UserError("--gpu goes without --topology and --table, which are of TPUs")
@@ -93,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
         config.mesh.topology = topology
     if options.scaling:
         chips, examples = _numbers("chips", options.chips), _numbers("examples", options.examples)
-        return _scale(name, config, options.scaling, chips, examples)
+        return _scale(rest, config, options.scaling, chips, examples, options.minutes)
     if options.decode is not None:
         return _fit_answers(name, config, options.decode, options.json)
     hashes = row_hashes(config)
@@ -115,6 +118,11 @@ def main(arguments: Sequence[str]) -> int:
     return EXIT_OK if report["fits"] else EXIT_DOES_NOT_FIT
 
 
+def _name(arguments: Sequence[str]) -> str:
+    """What rows call a config: what stands behind `--config`, overrides too."""
+    return " ".join(arguments).replace("--config=", "").replace("--config ", "")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = entry_point.parser("scripts.fit", _DESCRIPTION)
     parser.add_argument("--topology", default="", help="a slice such as v5e:4x4 (default: config.mesh.topology)")
@@ -134,7 +142,10 @@ def _parser() -> argparse.ArgumentParser:
         "--answers", type=Path, default=Path("runs/fit_search.json"), help="where --search keeps them (%(default)s)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="that --search gives the compiler for each (%(default)g)"
+        "--minutes",
+        type=float,
+        default=30.0,
+        help="that --search and --scaling give the compiler for each (%(default)g)",
     )
     parser.add_argument(
         "--decode",
@@ -203,8 +214,6 @@ def _search(arguments: Sequence[str], config: Any, asked: str, answers: Path, mi
     kind, _, most = asked.partition(":")
     if most and not most.isdigit():
         raise UserError(f"unknown --search={asked}; {_SEARCHED}")
-    if not 0 < minutes <= _MOST_MINUTES:
-        raise UserError(f"--minutes={minutes:g} is not above 0 and at most {_MOST_MINUTES}")
     chip = CHIPS[kind]
     _prepare_compiler()
     from cost.compiled import topology_devices
@@ -223,7 +232,7 @@ def _search(arguments: Sequence[str], config: Any, asked: str, answers: Path, mi
         slices,
         chip=chip,
         shapes=StepShapes(config, topology_devices(slices[0][0].topology)[0]),
-        compile_step=lambda way: _compile_apart(_with_way(arguments, way), minutes),
+        compile_step=lambda way: _compile_apart(_with(arguments, way.overrides()), minutes),
         key=row_hashes,
         store=Store(answers),
         say=say,
@@ -236,14 +245,14 @@ def _search(arguments: Sequence[str], config: Any, asked: str, answers: Path, mi
         print(
             f"\n{title}: {way.chips} chip(s), {way.topology}, at least {bound['seconds']:.4g} s a step by {bound['by']}"
         )
-        print(f"    python -m train {shlex.join(_with_way(arguments, way))} --workdir=runs/NAME")
+        print(f"    python -m train {shlex.join(_with(arguments, way.overrides()))} --workdir=runs/NAME")
     return EXIT_OK
 
 
-def _with_way(arguments: Sequence[str], way: Any) -> list[str]:
-    """A config's arguments with a way's in the place of those for the same keys."""
-    keys = {override.partition("=")[0] for override in way.overrides()}
-    return [*(each for each in arguments if "=" not in each or each.partition("=")[0] not in keys), *way.overrides()]
+def _with(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """A config's arguments with overrides in the place of those for the same keys."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return [*(each for each in arguments if "=" not in each or each.partition("=")[0] not in keys), *overrides]
 
 
 def _compile_apart(arguments: Sequence[str], minutes: float) -> dict[str, Any]:
@@ -297,17 +306,26 @@ def _search_gpus(arguments: Sequence[str], config: Any, asked: str) -> int:
             continue
         found, (way, sure) = True, fewest
         print(f"\ncheapest of {gpu.name}: {way.chips} GPU(s), by an estimate{'' if sure else ' that is close'}")
-        print(f"    python -m train {shlex.join(_with_way(arguments, way))} --workdir=runs/NAME\n", flush=True)
+        print(f"    python -m train {shlex.join(_with(arguments, way.overrides()))} --workdir=runs/NAME\n", flush=True)
     return EXIT_OK if found else EXIT_DOES_NOT_FIT
 
 
-def _scale(name: str, config: Any, page: Path, chips: Sequence[int], examples: Sequence[int]) -> int:
+def _scale(
+    arguments: Sequence[str],
+    config: Any,
+    page: Path,
+    chips: Sequence[int],
+    examples: Sequence[int],
+    minutes: float,
+) -> int:
     """Answers `--scaling`."""
     table, turns = scaling_table(page), turns_table(page)
     for each in (table, turns):
         each.read()  # a page without them is an error before anything is compiled
-    chip, fit = chip_of(config.mesh.topology), _prepare_compiler()
+    name, chip = _name(arguments), chip_of(config.mesh.topology)
+    _prepare_compiler()
     from cost.compiled import topology_devices
+    from cost.search import NoAnswer
     from cost.step_shapes import StepShapes
 
     devices = topology_devices(config.mesh.topology)
@@ -319,7 +337,11 @@ def _scale(name: str, config: Any, page: Path, chips: Sequence[int], examples: S
             if needed > chip.hbm_bytes:
                 report = refused(changed, point.devices, needed, chip)
             else:
-                report = describe(name, fit(changed, point.topology), hashes)
+                try:
+                    report = _compile_apart(_with(arguments, point.overrides(config)), minutes)
+                except NoAnswer as error:
+                    print(f"{name} | {point.topology} | {point.examples} | not known: {error}", flush=True)
+                    continue
             row = scaling_row(name, point, report, chip, hashes)
             table.write(row)
         print(" | ".join(row.values()), flush=True)

@@ -345,17 +345,22 @@ def test_scaling_asks_the_real_compiler_and_goes_on(tmp_path):
     heads = (f"| {' | '.join(names)} |\n{'|---' * len(names)}|\n" for names in (SCALING_COLUMNS, TURNS))
     page.write_text("\n".join(heads))
     name = "configs/toy/swiss_roll.py"
-    arguments = (f"--config={name}", "--topology=v5e:2x2", f"--scaling={page}", "--chips=1,4", "--examples=8,64")
+    arguments = (f"--config={name}", "--topology=v5e:2x2", f"--scaling={page}", "--chips=1,4", "--examples=8")
     result = run_command(*arguments)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     rows, before = scaling_table(page).read(), page.read_text()
     keys = [(row["topology"], row["examples a device"], row["fits"]) for row in rows]
-    assert keys == [(f"v5e:{shape}", examples, "yes") for shape in ("1x1", "2x2") for examples in ("8", "64")]
-    alone, _, few, many = (float(row["sent, GB"]) for row in rows)
-    assert alone == 0 and few == many > 0  # gradients, whatever the batch
+    assert keys == [("v5e:1x1", "8", "yes"), ("v5e:2x2", "8", "yes")]
+    alone, together = (float(row["sent, GB"]) for row in rows)
+    assert alone == 0 < together  # gradients
+    assert run_command(*arguments).stdout == result.stdout and page.read_text() == before
+    larger = run_command(*arguments[:3], "--chips=4", "--examples=64", "--minutes=0.01")
+    assert larger.returncode == 0 and "64 | not known: the compiler was stopped after 0.01 minutes" in larger.stdout
+    assert page.read_text() == before
+    larger = run_command(*arguments[:3], "--chips=4", "--examples=64")
+    assert float(scaling_table(page).read()[-1]["sent, GB"]) == together, larger.stderr  # whatever the batch
     (turn,) = turns_table(page).read()
     assert (turn["config"], turn["topology"]) == (name, "v5e:2x2")
-    assert run_command(*arguments).stdout == result.stdout and page.read_text() == before
 
 
 UNROLLED = """
