@@ -7,7 +7,7 @@ Paper: Peebles & Xie 2023, "Scalable Diffusion Models with Transformers", with c
     python -m train --config=configs/scenes/autoencoder.py --workdir=runs/autoencoder
     python -m train --config=configs/scenes/latent_dit.py --workdir=runs/latent_dit
 
-First stage, captions, process and optimizer are those of `configs/scenes/latent_unet.py`; an update takes 0.86 times
+First stage, captions, process and optimizer are those of `configs/scenes/latent_unet.py`; an update takes 0.83 times
 the multiplications of that UNet's.
 
 Hardware and time: one CPU core, 21 minutes, after which all captions are right, held-out ones too (docs/results.md).
