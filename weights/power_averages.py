@@ -45,7 +45,7 @@ class Snapshot:
     length: float
 
 
-def exponent(length: float) -> float:
+def exponent(length: Any) -> float:
     """Gamma + 1 of a length (the paper's algorithm 2): length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
 
     Raises:
