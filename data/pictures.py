@@ -7,7 +7,7 @@ Records of datasets, `--image` and archives all come through here, so that one f
   embedded (profiles and gamma are not applied, as is usual in training);
 - transparency laid on white, the color of most pages;
 - of 16 bits (and 12, of TIFF) the high byte. Numbers without an agreed white, of 32 bits or floats, are refused;
-- of an animation the first frame.
+- of an animation the first frame, and white where that leaves its canvas free.
 
 Only the formats of `FORMATS` are opened: never one whose reader starts another program. What a file claims is checked
 before memory is taken for it.
@@ -42,7 +42,7 @@ BACKGROUND = (255, 255, 255)  # under transparency
 
 _ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
-_COMPRESSION, _PLANES, _SAMPLE_FORMAT, _SIGNED = 259, 284, 339, 2
+_FILL_ORDER, _PLANES, _APART, _SAMPLE_FORMAT, _SIGNED = 266, 284, 2, 339, 2
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -276,13 +276,21 @@ def _check_pixels(picture: Image.Image, whole: tuple[int, int]) -> None:
 
 
 def _check_samples(picture: ImageFile.ImageFile) -> None:
-    """Refuses a TIFF whose samples Pillow takes for others."""
-    tags = getattr(picture, "tag_v2", {})
+    """Refuses a TIFF whose samples Pillow takes for others, and has it read planes of 16 bits as such."""
+    tags: Any = getattr(picture, "tag_v2", {})
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
         raise PictureError(_SIGN)
-    apart = tags.get(_PLANES) == 2 and tags.get(_COMPRESSION) == 1
-    if apart and max(tags.get(_BITS_PER_SAMPLE, (8,))) > 8:
-        raise PictureError(f"its colors are apart, each of more than 8 bits; {_CONVERT} of 8 bits")
+    if tags.get(_PLANES) != _APART or not picture.tile or picture.tile[0][0] != "raw":
+        return
+    # Pillow takes planes that are not compressed for plain bytes, of a single sample too.
+    tiles: Any = picture.tile
+    bits = set(tags.get(_BITS_PER_SAMPLE, (1,)))
+    plain = tags.get(_FILL_ORDER, 1) == 1 and tags.get(_PHOTOMETRIC) != _WHITE_IS_ZERO
+    if plain and bits == {16} and picture.mode in ("RGB", "RGBA"):
+        deep = ";16L" if tags.prefix == b"II" else ";16B"
+        picture.tile = [tile._replace(args=(tile[3][0] + deep, *tile[3][1:])) for tile in tiles]
+    elif not plain or bits != {8}:
+        raise PictureError(f"its colors are apart in a form that is not read; {_CONVERT} of 8 bits")
 
 
 def _scale_transparency(picture: ImageFile.ImageFile) -> None:
@@ -350,9 +358,17 @@ def _what_else(data: bytes) -> str:
     head = data[:1024].lstrip().lower()
     other = next((name for start, name in _OTHERS if data.startswith(start)), None)
     if other is None and data[4:8] == b"ftyp":
-        if data[8:12] in (b"avif", b"avis"):
+        brands = data[8 : min(int.from_bytes(data[:4], "big"), 1024)]
+        avif = b"avif" in brands or b"avis" in brands
+        if avif and "AVIF" in _formats():
             return "it is an AVIF that is damaged or cut short"
-        other = "a HEIC" if data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1") else "a video"
+        other = (
+            "an AVIF"
+            if avif
+            else "a HEIC"
+            if data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+            else "a video"
+        )
     if b"<svg" in head:
         other = "an SVG drawing"
     elif head.startswith((b"<!doctype html", b"<html")):

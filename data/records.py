@@ -8,7 +8,6 @@ before anything is computed.
 
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from data.bounded_cache import BoundedCache
 from data.fields import captions_of, find_image_field, find_text_field, no_captions
 from data.pictures import PictureError, as_rgb, read_picture
 from data.record_parser import RecordParser
-from data.storage import INFO
+from data.storage import find_versions
 from data.tally import DAMAGED, INCOMPLETE, Tally
 
 CAPTIONS = "captions"  # the key of a record, whatever field they come from
@@ -40,8 +39,6 @@ READ_AGAIN = (0.1, 1.0)  # seconds to wait before a record that could not be rea
 DEFAULT_DATA_DIR: str = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")  # as TFDS itself has it
 
 MADE_HERE: Mapping[str, Any] = {"scenes": scenes, "drawings": drawings}  # each with `NAMES` and `prepare`
-
-_VERSION = re.compile(r"\d+(\.\d+)*")
 
 # TFDS suggests OpenCV for every source it opens; Pillow is enough.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -58,7 +55,7 @@ def dataset_folder(dataset: str, data_dir: str | None) -> Location:
       UserError: if it was not prepared.
     """
     root = locate_from_home(data_dir or DEFAULT_DATA_DIR)
-    versions = [path.parent for path in (root / dataset).glob(f"*/{INFO}") if _VERSION.fullmatch(path.parent.name)]
+    versions = find_versions(root / dataset)
     if not versions:
         raise UserError(f"dataset {dataset} is not in {root}; {_how_to_prepare(dataset, data_dir)}")
     return max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
@@ -93,7 +90,8 @@ def _read_index(dataset: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         random_access = builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD
     except Exception as error:  # the readers of these files raise of every kind
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"the index of dataset {dataset} in {folder} is damaged ({line}); {again}") from error
+        damaged = f"the index of dataset {dataset} in {folder} is damaged ({line}); {again}"
+        raise explain(error) or UserError(damaged) from error
     if not complete:
         raise UserError(f"the index of dataset {dataset} in {folder} names no features or no splits; {again}")
     if not random_access:
@@ -102,19 +100,32 @@ def _read_index(dataset: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 
 def _compare_counts(instructions: Iterable[Any], dataset: str, data_dir: str | None) -> None:
-    """Raises UserError if a shard on this machine has more or fewer records than its index says."""
+    """Raises UserError if a shard on this machine has more or fewer records than its index says, or is no such file."""
     for each in instructions:
         path = locate(str(each.filename))
         if in_store(path) or not path.is_file():
             continue
-        reader = ArrayRecordReader(str(path))
-        count = reader.num_records()
-        reader.close()
+        try:
+            reader = ArrayRecordReader(str(path))
+            count = reader.num_records()
+            reader.close()
+        except RuntimeError as error:
+            if isinstance(reason := _reading_error(error, dataset), UserError):
+                raise reason from error
+            continue  # damaged within: records that cannot be read are passed over one by one
         if count != each.examples_in_shard:
             raise UserError(
                 f"{path} has {spell_count(count, 'record')}, and the index says {each.examples_in_shard}; "
                 f"copy the dataset again, or move it away and {_how_to_prepare(dataset, data_dir)}"
             )
+
+
+def _reading_error(error: RuntimeError, dataset: str) -> ValueError | UserError:
+    """What ArrayRecord's only error means: ValueError of damaged bytes, UserError if a file cannot be read at all."""
+    what = " ".join(str(error).split())[:300]
+    if what.startswith("Corrupted"):
+        return ValueError(what)
+    return explain(error) or UserError(f"a file of {dataset} cannot be read: {what}; prepare the dataset again")
 
 
 class RecordSource:
@@ -298,12 +309,8 @@ class RecordSource:
         """
         try:
             return self._source[place]
-        except RuntimeError as error:  # which is all that ArrayRecord raises
-            what = " ".join(str(error).split())[:300]
-            if what.startswith("Corrupted"):
-                raise ValueError(what) from error
-            missing = f"a file of {self._dataset} cannot be read: {what}; prepare the dataset again"
-            raise explain(error) or UserError(missing) from error
+        except RuntimeError as error:
+            raise _reading_error(error, self._dataset) from error
 
 
 def _bytes_of(value: Any) -> int:

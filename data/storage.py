@@ -21,6 +21,11 @@ from cli.locations import Location, in_store, local, locate_from_home, upload
 INFO = "dataset_info.json"  # of TFDS: a folder that holds it is a dataset, and a whole one
 
 
+def find_versions(folder: Location) -> list[Location]:
+    """The versions of a dataset that a folder holds, whole ones; what else lies there, such as a backup, is none."""
+    return [path.parent for path in folder.glob(f"*/{INFO}") if re.fullmatch(r"\d+(\.\d+)*", path.parent.name)]
+
+
 @dataclasses.dataclass(frozen=True)
 class DataHome:
     """A folder of datasets. In a store none can be made, since records are written as files: it is made beside, whole.
@@ -47,7 +52,7 @@ class DataHome:
 
     def published(self, dataset: str) -> bool:
         """Whether a dataset is in a store already."""
-        return in_store(self.kept) and any((self.kept / dataset).glob(f"*/{INFO}"))
+        return in_store(self.kept) and bool(find_versions(self.kept / dataset))
 
     def place(self, folder: Location) -> Location:
         """Where a folder that was made, or is kept, is kept."""

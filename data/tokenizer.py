@@ -32,9 +32,11 @@ _EOS = "<|EOS|>"  # what UniDiffuser's captioner has behind GPT-2's own end
 
 _CACHE_BYTES = 2**25  # of encodings, and as much of words
 _LONGEST_KEPT = 1024  # letters of a caption whose encoding is kept
-# Longer words are cut where a vocabulary is learned, whose time grows with their square.
+# Longer words (of letters, digits, other signs, blanks) are cut where a vocabulary is learned: time grows with their
+# square. A text without blanks is many words, as its signs end them.
 _LONGEST_WORD = 1000
-_LONG_WORDS = re.compile(rf"(\S{{{_LONGEST_WORD}}})\S+|(\s{{{_LONGEST_WORD}}})\s+")
+_KINDS = (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s")
+_LONG_WORDS = re.compile("|".join(rf"(?<!{kind})({kind}{{{_LONGEST_WORD}}}){kind}+" for kind in _KINDS))
 _PER_ITEM = 64  # bytes of an id or a letter in a list, about
 
 _MERGED_AT_ONCE = 64  # letters of a word under BPE dropout, whose cost grows with their square; few words are longer
@@ -115,7 +117,7 @@ class Tokenizer:
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        model.train_from_iterator((_LONG_WORDS.sub(r"\1\2", text) for text in texts), trainer)
+        model.train_from_iterator(map(_cut_words, texts), trainer)
         return cls(model)
 
     @classmethod
@@ -393,3 +395,7 @@ class Tokenizer:
     def _merge_ranks(self) -> dict[tuple[str, str], int]:
         merges = json.loads(self._model.to_str())["model"]["merges"]
         return {tuple(pair): rank for rank, pair in enumerate(merges)}
+
+
+def _cut_words(text: str) -> str:
+    return text if len(text) <= _LONGEST_WORD else _LONG_WORDS.sub(r"\1\2\3\4", text)

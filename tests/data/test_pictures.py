@@ -49,20 +49,25 @@ def png(header: tuple[int, int, int, int], rows: bytes, *chunks: tuple[bytes, by
     return b"\x89PNG\r\n\x1a\n" + first + b"".join(body)
 
 
-def tiff(size: tuple[int, int], strips: list[bytes], **tags: tuple[int, ...]) -> bytes:
-    """An uncompressed TIFF of (width, height) with tags `_NUMBER` of shorts beside those that every one has."""
+def tiff(size: tuple[int, int], strips: list[bytes], order: str = "<", **tags: tuple[int, ...]) -> bytes:
+    """An uncompressed TIFF of (width, height) with tags `_NUMBER` of shorts beside those that every one has.
+
+    One without values is left out.
+    """
     rest = {int(name[1:]): values for name, values in tags.items()}
     count = len(rest.get(258, (8,)))
     places = [1000 + sum(map(len, strips[:index])) for index in range(len(strips))]
     every = {256: size[:1], 257: size[1:], 258: (8,), 259: (1,), 262: (2 if count > 2 else 1,), 277: (count,)}
     every |= {273: tuple(places), 278: size[1:], 279: tuple(map(len, strips)), **rest}
+    every = {tag: values for tag, values in every.items() if values}
     entries, values, place = b"", b"", 8 + 2 + 12 * len(every) + 4
     for tag in sorted(every):
-        packed = struct.pack(f"<{len(every[tag])}H", *every[tag])
-        entries += struct.pack("<HHI", tag, 3, len(every[tag]))
-        entries += packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", place + len(values))
+        packed = struct.pack(f"{order}{len(every[tag])}H", *every[tag])
+        entries += struct.pack(order + "HHI", tag, 3, len(every[tag]))
+        entries += packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack(order + "I", place + len(values))
         values += packed if len(packed) > 4 else b""
-    head = struct.pack("<2sHIH", b"II", 42, 8, len(every)) + entries + bytes(4) + values
+    mark = b"II" if order == "<" else b"MM"
+    head = struct.pack(order + "2sHIH", mark, 42, 8, len(every)) + entries + bytes(4) + values
     return head.ljust(1000, b"\0") + b"".join(strips)
 
 
@@ -149,11 +154,25 @@ def test_samples_that_would_be_taken_for_others_are_refused():
     assert read_picture(plain)[0, :, 0].tolist() == [1, 128]
     with pytest.raises(PictureError, match="pixels have a sign or.* convert it to PNG or JPEG of 8 bits"):
         read_picture(tiff((2, 1), [b"\1\x80"], _339=(2,)))
-    planes = [bytes([0, 1, 0, 2]), bytes([0, 3, 0, 4]), bytes([0, 5, 0, 6])]
-    with pytest.raises(PictureError, match="colors are apart, each of more than 8 bits; convert"):
-        read_picture(tiff((2, 1), planes, _258=(16, 16, 16), _284=(2,)))
+    for odd in ({"_262": (0,)}, {"_266": (2,)}, {"_258": (4,)}, {"_258": (16,)}):
+        with pytest.raises(PictureError, match="colors are apart in a form that is not read; convert"):
+            read_picture(tiff((2, 1), [bytes(4)], _284=(2,), **odd))
+    assert read_picture(tiff((2, 1), [b"\1\x80"], _284=(2,)))[0, :, 0].tolist() == [1, 128]
     apart = tiff((2, 1), [b"\1\2", b"\3\4", b"\5\6"], _258=(8, 8, 8), _284=(2,))
     assert read_picture(apart).tolist() == [[[1, 3, 5], [2, 4, 6]]]
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("compressed", [(), (1,)])  # the tag's default
+def test_colors_of_16_bits_that_are_apart_keep_their_high_bytes(order, channels, compressed):
+    levels = np.random.default_rng(0).integers(0, 2**16, (5, 6, channels), np.uint16)
+    levels[..., 3:] = 0xFFFF
+    planes = [levels[..., i].astype(f"{order}u2").tobytes() for i in range(channels)]
+    strips = [plane[place : place + 24] for plane in planes for place in (0, 24, 48)]  # of two rows
+    tags = {"_258": (16,) * channels, "_278": (2,), "_284": (2,), "_259": compressed}
+    tags |= {"_338": (2,)} if channels == 4 else {}
+    assert (read_picture(tiff((6, 5), strips, order, **tags)) == levels[..., :3] >> 8).all()
 
 
 def test_gray_that_was_multiplied_by_its_alpha_is_laid_on_white():
@@ -343,6 +362,7 @@ UNREADABLE = {
     "dds": (file(Image.fromarray(halves()), "DDS"), "a DDS; convert"),
     "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC; convert"),
     "avif": (b"\0\0\0\x20ftypavif\0\0\0\0avif", "an AVIF that is damaged"),
+    "avif_of_another_brand": (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif", "an AVIF that is damaged"),
     "lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         "pointer of Git LFS.*; run `git lfs pull`",
@@ -367,6 +387,12 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, kind):
     (tmp_path / "picture").write_bytes(data)
     with pytest.raises(PictureError, match=f"cannot read the picture .*picture: .*{words}"):
         read_picture(tmp_path / "picture")
+
+
+def test_a_format_that_pillow_was_built_without_is_not_called_damaged(monkeypatch):
+    monkeypatch.setattr(pictures, "_formats", lambda: ("PNG",))
+    with pytest.raises(PictureError, match="it is an AVIF; convert it to PNG"):
+        read_picture(file(halves(), "AVIF"))
 
 
 def test_names_that_hold_no_picture(tmp_path):

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import shutil
 
+import aiohttp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -197,6 +198,24 @@ def test_an_index_that_is_damaged_or_tells_another_number_is_one_line(tmp_path, 
     with pytest.raises(UserError, match=message) as raised:
         RecordSource(NAME, "train", str(tmp_path))
     assert "\n" not in str(raised.value) and "scripts.prepare" in str(raised.value)
+
+
+def test_an_index_that_a_store_does_not_give_is_not_called_damaged(scenes_dir, monkeypatch):
+    def fail(folder):
+        raise aiohttp.ClientError("reset by peer")
+
+    monkeypatch.setattr(tfds, "builder_from_directory", fail)
+    with pytest.raises(Outage, match="the store cannot be reached .ClientError: reset by peer."):
+        RecordSource("scenes/single32", "train", str(scenes_dir))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>" * 100])
+def test_a_file_of_records_that_is_none_is_said_when_it_is_opened(tmp_path, content):
+    prepare_made_up(tmp_path, {"text": tfds.features.Text()}, {"train": [{"text": "a"}]})
+    (path,) = (tmp_path / NAME / "1.0.0").glob("*.array_record*")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="a file of made_up cannot be read: .*; prepare the dataset again"):
+        RecordSource(NAME, "train", str(tmp_path), pictures=False, captions=False)
 
 
 def test_what_lies_beside_the_versions_of_a_dataset_is_none(tmp_path):

@@ -1,6 +1,7 @@
 """Byte-pair encoding: round trips, padding, truncation, seeded dropout, and the frame of a start and an end token."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,14 @@ def test_a_word_without_end_is_learned_from_its_beginning(tmp_path):
     for name, learned in (("whole", texts), ("cut", cut)):
         Tokenizer.train(learned, 300).save(tmp_path / name)
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "cut").read_bytes()
+
+
+def test_a_long_text_without_blanks_is_learned_whole(monkeypatch):
+    """It is many words where a script has no blanks."""
+    texts = ["".join(chr(0x4E00 + place % 97) + "。" * (place % 9 == 8) for place in range(3000)), "ab1_" * 900]
+    trained = Tokenizer.train(texts, 600)
+    monkeypatch.setattr("data.tokenizer._LONG_WORDS", re.compile("(?!)()()()()"))  # nothing is cut
+    assert json.loads(trained._model.to_str()) == json.loads(Tokenizer.train(texts, 600)._model.to_str())
 
 
 def test_training_is_deterministic(tokenizer):

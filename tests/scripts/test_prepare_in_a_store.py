@@ -8,6 +8,7 @@ import pytest
 
 from cli.config import load_config
 from cli.errors import UserError
+from cli.locations import locate
 from data.pipeline import load_tokenizer, open_stream
 from data.records import RecordSource, dataset_folder
 from data.storage import INFO, DataHome
@@ -40,6 +41,8 @@ def test_a_dataset_is_made_here_and_read_there(
     with pytest.raises(UserError, match=f"dataset scenes/single32 is not in {data_dir}; run .*--data_dir={data_dir}"):
         dataset_folder("scenes/single32", data_dir)
     object_store.forbidden = ""
+    (locate(data_dir) / "scenes/single32/1.0.0.bak" / INFO).write_text("{}")  # a backup is no version
+    assert not DataHome.open(data_dir).published("scenes/single32")
     monkeypatch.setattr(prepare.MADE_HERE["scenes"], "prepare", lambda name, folder: None)  # it is there
     printed = call(capsys, "--dataset=scenes/single32", f"--data_dir={data_dir}")
     assert "300 training pictures, 351 text ids" in printed and f"in {data_dir}/scenes/single32/" in printed
