@@ -359,16 +359,11 @@ def _what_else(data: bytes) -> str:
     other = next((name for start, name in _OTHERS if data.startswith(start)), None)
     if other is None and data[4:8] == b"ftyp":
         brands = data[8 : min(int.from_bytes(data[:4], "big"), 1024)]
-        avif = b"avif" in brands or b"avis" in brands
-        if avif and "AVIF" in _formats():
-            return "it is an AVIF that is damaged or cut short"
-        other = (
-            "an AVIF"
-            if avif
-            else "a HEIC"
-            if data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-            else "a video"
-        )
+        other = "a HEIC" if data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1") else "a video"
+        if b"avif" in brands or b"avis" in brands:
+            other = "an AVIF"
+            if "AVIF" in _formats():
+                return f"it is {other} that is damaged or cut short"
     if b"<svg" in head:
         other = "an SVG drawing"
     elif head.startswith((b"<!doctype html", b"<html")):

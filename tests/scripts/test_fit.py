@@ -283,7 +283,10 @@ def test_kinds_of_gpus_are_searched_with_one_program(capsys):
 def test_a_search_of_gpus_ends_well_if_any_fits(fitting, code, monkeypatch, capsys):
     """Its commands can be copied, and say each key once."""
     found = iter(fitting)
-    first = lambda _, machines, **__: (machines[0][0], True) if next(found) else None  # noqa: E731
+
+    def first(_, machines, **__):
+        return (machines[0][0], True) if next(found) else None
+
     monkeypatch.setattr(gpu_search, "search_gpus", first)
     given = [f"--config={CONFIG}", "--config.trainable=('decoder/',)", "--config.mesh.fsdp=8"]
     assert fit.main([*given, "--search=80:1,24:1"]) == code
